@@ -1,0 +1,34 @@
+# make demo      set up, then train the embedded model (a laptop, minutes)
+# make install   set up only: .venv, with every version pinned by constraints.txt
+# make test      set up, then the tests; make test-slow: the longer ones
+#
+# On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build name PyTorch's CPU index:
+#   make demo EXTRA_INDEX=<the --index-url that pytorch.org/get-started shows for CPU>
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA_INDEX ?=
+EXTRAS ?= torch,test
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRAS)
+
+.PHONY: demo install test test-slow lint
+demo: install
+	$(BIN)/python scripts/train.py --config configs/flux_grpo.py
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) torch --editable ".[$(EXTRAS)]"
+	touch $@
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow -q

@@ -1,0 +1,136 @@
+"""The parts FLUX's blocks are made of. Shapes: n images, t tokens, D channels, h heads of d channels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+EPS = 1e-6  # of every normalisation in FLUX
+_lecun = nnx.initializers.lecun_normal()
+
+
+class Linear(nnx.Module):
+    """y = x W + b, computed in `dtype`, with an optional LoRA: y += alpha/r (x A) B (arXiv 2106.09685).
+
+    kernel [*stack, in, out], bias [*stack, out]. `stack` is (layers,) for a block that is scanned over, else ().
+    A fused projection (qkv) holds `groups` projections side by side, each with its own LoRA factors, which is what
+    peft trains on the separate projections: lora_a [*stack, in, groups, r], lora_b [*stack, groups, r, out/groups].
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        stack: tuple[int, ...] = (),
+        groups: int = 1,
+    ):
+        self.dtype, self.groups = dtype, groups
+        self.kernel = nnx.Param(_lecun(rngs.params(), (*stack, n_in, n_out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, n_out), param_dtype))
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def __call__(self, x: Array) -> Array:
+        """[..., in] -> [..., out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
+        x = x.astype(self.dtype)
+        bias = self.bias[...].astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype) + (bias[:, None] if bias.ndim == 2 else bias)
+        if self.lora_a is not None:
+            low = jnp.einsum("...i,igr->...gr", x, self.lora_a[...].astype(self.dtype))
+            delta = jnp.einsum("...gr,gro->...go", low, self.lora_b[...].astype(self.dtype))
+            y = y + self.lora_scale * delta.reshape(y.shape)
+        return y
+
+
+class MLP(nnx.Module):
+    """Linear, activation, Linear: the embedders (SiLU) and the feed-forwards (GELU, tanh form) of FLUX."""
+
+    def __init__(self, n_in: int, n_hidden: int, n_out: int, activation: Any, **kw: Any):
+        self.activation = activation
+        self.fc1 = Linear(n_in, n_hidden, **kw)
+        self.fc2 = Linear(n_hidden, n_out, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class QKNorm(nnx.Module):
+    """Root-mean-square norm of queries and keys over a head's channels, each with a learned scale [*stack, d]."""
+
+    def __init__(self, head_dim: int, *, param_dtype: Any, stack: tuple[int, ...] = ()):
+        self.query = nnx.Param(jnp.ones((*stack, head_dim), param_dtype))
+        self.key = nnx.Param(jnp.ones((*stack, head_dim), param_dtype))
+
+    def __call__(self, q: Array, k: Array) -> tuple[Array, Array]:
+        return rms_norm(q, self.query[...]), rms_norm(k, self.key[...])
+
+
+def rms_norm(x: Array, scale: Array) -> Array:
+    """x / rms(x) * scale over the last axis; statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
+    """AdaLN: LayerNorm(x) (1 + scale) + shift, no learned affine. x [n, t, D], shift and scale [n, D]."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)
+    return x32.astype(x.dtype) * (1 + scale[:, None]) + shift[:, None]
+
+
+def sinusoidal_embedding(t: Array, dim: int = 256) -> Array:
+    """float32 [n] -> [n, dim]: cosines, then sines, of t exp(-ln(10000) k / (dim/2)).
+
+    The exponents are rounded to float32 as PyTorch rounds them: at t = 1000 one last bit moves an angle by 6e-5.
+    """
+    exponents = np.float32(-np.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = t[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope_table(
+    text_tokens: int, height: int, width: int, axes_dims: tuple[int, ...], theta: float = 10000.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [t, d/2] for the sequence [text, image], t = text_tokens + height width.
+
+    Positions are (0, 0, 0) for text and (0, row, column) for the image tokens; frequencies in float64, as diffusers
+    computes them. Shapes are static, so this runs once, on the host, while tracing.
+    """
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+    positions = np.concatenate([np.zeros((text_tokens, 3)), image])
+    angles = [
+        positions[:, i, None] * theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+        for i, dim in enumerate(axes_dims)
+    ]
+    table = np.concatenate(angles, axis=-1)
+    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate neighbouring channel pairs of x [n, t, h, d] by the angles of cos, sin [t, d/2] (arXiv 2104.09864)."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention over all tokens, no mask: [n, t, h, d] -> [n, t, h d].
+
+    cuDNN's flash kernel where it exists (CUDA, 16-bit); XLA elsewhere. The only place that asks what the platform is.
+    """
+    flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if flash else "xla")
+    return out.reshape(*out.shape[:2], -1)

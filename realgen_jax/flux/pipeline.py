@@ -1,0 +1,117 @@
+"""A FluxPipeline folder on a mesh: transformer, autoencoder and schedule, ready to sample with."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from realgen_jax.flux.convert import abstract, load_transformer, load_vae
+from realgen_jax.flux.lora import LoraConfig, make_velocity
+from realgen_jax.flux.text import TextCache
+from realgen_jax.flux.transformer import Cond, FluxConfig
+from realgen_jax.flux.vae import Autoencoder, decode_tokens
+from realgen_jax.rollout import Velocity, sample
+from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps
+from realgen_jax.sharding import batch_sharding, param_sharding, replicated
+
+PATCH = 2  # latent pixels a token's side
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """`params` are the transformer's frozen weights; `velocity(params, trainable, ...)` reads adapters if `lora`."""
+
+    model: FluxConfig
+    params: nnx.State
+    vae_graph: nnx.GraphDef
+    vae_params: nnx.State
+    velocity: Velocity
+    lora: LoraConfig | None
+    scheduler: SchedulerConfig
+    height: int  # tokens down and across
+    width: int
+    mesh: Mesh
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(image tokens, channels of a token)."""
+        return self.height * self.width, self.model.in_channels
+
+    def with_lora(self, lora: LoraConfig) -> "Pipeline":
+        """The same weights with room for these adapters."""
+        return replace(self, lora=lora, velocity=make_velocity(self.model, lora, self.height, self.width))
+
+    def sigmas(self, num_steps: int) -> np.ndarray:
+        return flux_sigmas(num_steps, self.height * self.width, self.scheduler)
+
+    def decode(self, vae_params: nnx.State, tokens: Array) -> Array:
+        """Final latents [n, s, c] -> uint8 [n, 3, H, W]."""
+        return decode_tokens(nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width)
+
+    def cond(self, cache: TextCache, prompts: Sequence[str], guidance: float) -> Cond:
+        """The prompts' embeddings, one a slot, spread over the mesh."""
+        t5, clip = cache.read(prompts)
+        scale = np.full(len(prompts), guidance, np.float32)
+        sharding = batch_sharding(self.mesh)
+        return Cond(*(jax.device_put(a, sharding) for a in (t5, clip, scale)))
+
+    def sampler(self, num_steps: int) -> Any:
+        """A jitted (params, vae_params, trainable, cond, key, ids int32 [n]) -> uint8 pictures [n, 3, H, W].
+
+        The noise of a picture comes from its id and the key alone, whatever the batch it is in.
+        """
+        ode = ode_steps(self.sigmas(num_steps))
+
+        @jax.jit
+        def run(params, vae_params, trainable, cond, key, ids):
+            draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), self.token_shape)  # noqa: E731
+            latents = jax.lax.with_sharding_constraint(jax.vmap(draw)(ids), batch_sharding(self.mesh))
+            return self.decode(vae_params, sample(self.velocity, params, trainable, cond, latents, ode))
+
+        return partial(run, self.params, self.vae_params)
+
+
+def no_model(folder: Path) -> str:
+    """What to do about a missing model folder."""
+    return (
+        f"config.pretrained.model is {str(folder)!r}, which holds no model_index.json; expected a FluxPipeline folder "
+        "of diffusers. For FLUX.1-dev accept its licence on the Hugging Face hub, run\n"
+        "    hf download black-forest-labs/FLUX.1-dev --local-dir models/FLUX.1-dev\n"
+        "and name the folder with --config.pretrained.model=models/FLUX.1-dev"
+    )
+
+
+def load_pipeline(pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh) -> Pipeline:
+    """Load what `config.pretrained` names for square pictures of `resolution` pixels, with room for `lora` adapters."""
+    folder = Path(pretrained.model)
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(no_model(folder))
+    for name in ("dtype", "param_dtype", "vae_dtype"):
+        if pretrained[name] not in DTYPES:
+            raise ValueError(f"config.pretrained.{name} is {pretrained[name]!r}; choose one of {', '.join(DTYPES)}")
+    dtypes = {"dtype": jnp.dtype(pretrained.dtype), "param_dtype": jnp.dtype(pretrained.param_dtype)}
+    source = Path(pretrained.transformer or folder / "transformer")
+    model, params = load_transformer(source, param_sharding(mesh), remat=pretrained.remat, **dtypes)
+    vae_config, vae_params = load_vae(
+        folder / "vae", lambda leaf, shape: replicated(mesh), dtype=jnp.dtype(pretrained.vae_dtype)
+    )
+    side = PATCH * 2 ** (len(vae_config.block_out_channels) - 1)
+    if resolution % side:
+        raise ValueError(f"config.sample.resolution is {resolution}; expected a multiple of {side}")
+    height = width = resolution // side
+    found = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    names = {field.name for field in fields(SchedulerConfig)} & found.keys()
+    return Pipeline(
+        model, params, abstract(Autoencoder, vae_config)[0], vae_params, make_velocity(model, lora, height, width),
+        lora, SchedulerConfig(**{name: found[name] for name in names}), height, width, mesh,
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""FLUX's image autoencoder (diffusers' AutoencoderKL without quantisation convolutions), channels last."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from realgen_jax.flux.layers import EPS, Linear
+from realgen_jax.flux.transformer import unpack
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Sizes under diffusers' names (`vae/config.json`); the defaults are FLUX.1-dev's. `dtype`: compute and weights."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+    dtype: Any = jnp.float32
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalisation in the precision of the whole, its variance computed in two passes as torch does."""
+
+    def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
+        super().__init__(
+            channels,
+            config.norm_num_groups,
+            epsilon=EPS,
+            use_fast_variance=False,
+            dtype=config.dtype,
+            param_dtype=config.dtype,
+            rngs=rngs,
+        )
+
+
+def _conv(n_in: int, n_out: int, size: int, config: VaeConfig, rngs: nnx.Rngs, **kw: Any) -> nnx.Conv:
+    return nnx.Conv(n_in, n_out, (size, size), dtype=config.dtype, param_dtype=config.dtype, rngs=rngs, **kw)
+
+
+class ResnetBlock(nnx.Module):
+    def __init__(self, n_in: int, n_out: int, config: VaeConfig, rngs: nnx.Rngs):
+        self.norm1, self.conv1 = GroupNorm(n_in, config, rngs), _conv(n_in, n_out, 3, config, rngs)
+        self.norm2, self.conv2 = GroupNorm(n_out, config, rngs), _conv(n_out, n_out, 3, config, rngs)
+        self.conv_shortcut = _conv(n_in, n_out, 1, config, rngs) if n_in != n_out else None
+
+    def __call__(self, x: Array) -> Array:
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nnx.Module):
+    """Single-head self-attention over all positions of the lowest resolution."""
+
+    def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
+        kw = {"dtype": config.dtype, "param_dtype": config.dtype, "rngs": rngs}
+        self.group_norm = GroupNorm(channels, config, rngs)
+        self.to_q, self.to_k, self.to_v = (Linear(channels, channels, **kw) for _ in range(3))
+        self.to_out = nnx.List([Linear(channels, channels, **kw)])
+
+    def __call__(self, x: Array) -> Array:
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
+        attended = jax.nn.dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](attended).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
+        self.resnets = nnx.List([ResnetBlock(channels, channels, config, rngs) for _ in range(2)])
+        self.attentions = nnx.List([Attention(channels, config, rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nnx.Module):
+    """3x3 convolution of stride 2; pads one row and column, at the bottom and the right only."""
+
+    def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
+        self.conv = _conv(channels, channels, 3, config, rngs, strides=2, padding=((0, 1), (0, 1)))
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest neighbour, twice the size, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
+        self.conv = _conv(channels, channels, 3, config, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class Level(nnx.Module):
+    """The residual blocks of one resolution, then a change of resolution (none on the last level)."""
+
+    def __init__(self, n_in: int, n_out: int, layers: int, resample: str | None, config: VaeConfig, rngs: nnx.Rngs):
+        self.resnets = nnx.List([ResnetBlock(n_in if i == 0 else n_out, n_out, config, rngs) for i in range(layers)])
+        self.downsamplers = nnx.List([Downsample(n_out, config, rngs)] if resample == "down" else [])
+        self.upsamplers = nnx.List([Upsample(n_out, config, rngs)] if resample == "up" else [])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        self.conv_in = _conv(3, widths[0], 3, config, rngs)
+        self.down_blocks = nnx.List()
+        for i, width in enumerate(widths):
+            resample = "down" if i < len(widths) - 1 else None
+            self.down_blocks.append(
+                Level(widths[max(i - 1, 0)], width, config.layers_per_block, resample, config, rngs)
+            )
+        self.mid_block = MidBlock(widths[-1], config, rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], config, rngs)
+        self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, config, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+        widths = config.block_out_channels[::-1]
+        self.conv_in = _conv(config.latent_channels, widths[0], 3, config, rngs)
+        self.mid_block = MidBlock(widths[0], config, rngs)
+        self.up_blocks = nnx.List()
+        for i, width in enumerate(widths):
+            resample = "up" if i < len(widths) - 1 else None
+            self.up_blocks.append(
+                Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, resample, config, rngs)
+            )
+        self.conv_norm_out = GroupNorm(widths[-1], config, rngs)
+        self.conv_out = _conv(widths[-1], 3, 3, config, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.mid_block(self.conv_in(x))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nnx.Module):
+    """Images [n, H, W, 3] in [-1, 1] <-> latents [n, H/8, W/8, c] (a factor two per level but the last)."""
+
+    def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder, self.decoder = Encoder(config, rngs), Decoder(config, rngs)
+
+    def encode(self, images: Array) -> tuple[Array, Array]:
+        """Mean and log-variance (clipped to [-30, 20]) of the posterior, in the decoder's own scale."""
+        mean, logvar = jnp.split(self.encoder(images), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def normalise(self, latents: Array) -> Array:
+        """From the autoencoder's scale to the transformer's, about zero mean and unit variance."""
+        return (latents - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents: Array) -> Array:
+        """Latents in the transformer's scale -> images in about [-1, 1]."""
+        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
+
+
+def to_uint8(images: Array) -> Array:
+    """[n, H, W, 3] in [-1, 1] -> uint8 [n, 3, H, W], the form rewards take. Quantised here and nowhere else."""
+    return (
+        jnp.round(255.0 * jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0))
+        .astype(jnp.uint8)
+        .transpose(0, 3, 1, 2)
+    )
+
+
+def decode_tokens(vae: Autoencoder, tokens: Array, height: int, width: int) -> Array:
+    """Packed latents [n, height width, 4c] in the transformer's scale -> uint8 [n, 3, 16 height, 16 width]."""
+    return to_uint8(vae.decode(unpack(tokens, height, width).astype(vae.config.dtype)))

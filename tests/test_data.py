@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+
+from realgen_jax.data import Layout, prompt_batches, read_prompts
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_reads_both_forms(tmp_path):
+    assert read_prompts(write(tmp_path / "a.txt", "one cat\n  zwei Häuser \n")) == ["one cat", "zwei Häuser"]
+    lines = '{"image": "x.png", "prompt": "one"}\n{"prompt": "two"}\n'
+    assert read_prompts(write(tmp_path / "a.jsonl", lines)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "", "is empty"),
+        ("a.txt", "one\n\nthree\n", "line 2 is blank"),
+        ("a.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"text": "one"}\n', 'line 1 has no "prompt"'),
+        ("a.jsonl", '{"prompt": 3}\n', 'line 1 has no "prompt"'),
+        ("a.jsonl", '["one"]\n', 'line 1 has no "prompt"'),
+        ("a.jsonl", '{"prompt": " "}\n', 'line 1 has no "prompt"'),
+        ("a.csv", "one\n", "ends in '.csv'"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompts(write(tmp_path / name, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist"):
+        read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_every_prompt_once_a_pass_in_a_new_order_each():
+    batches = prompt_batches(12, 4, seed=3)
+    passes = [np.concatenate([next(batches) for _ in range(3)]) for _ in range(3)]
+    for one in passes:
+        assert sorted(one) == list(range(12))
+    assert len({tuple(p) for p in passes}) == 3
+    again = prompt_batches(12, 4, seed=3)
+    np.testing.assert_array_equal(next(again), passes[0][:4])
+    assert not np.array_equal(next(prompt_batches(12, 4, seed=4)), passes[0][:4])
+
+
+def test_the_position_can_be_saved_and_set():
+    batches = prompt_batches(10, 3, seed=0)
+    for _ in range(5):
+        next(batches)
+    state = batches.get_state()
+    want = [next(batches) for _ in range(8)]
+    fresh = prompt_batches(10, 3, seed=0)
+    fresh.set_state(state)
+    np.testing.assert_array_equal([next(fresh) for _ in range(8)], want)
+
+
+def test_layouts():
+    recipe = Layout(calls=24, images=21, branches=3, group=21)
+    recipe.check(parts=7)
+    assert (recipe.slots, recipe.groups) == (7, 24)
+    assert recipe.groups_of_slots(5).tolist() == [5] * 7
+    many = Layout(calls=2, images=8, branches=2, group=4)
+    assert [many.groups_of_slots(c).tolist() for c in range(2)] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    one_gpu = Layout(calls=14, images=3, branches=3, group=21)
+    one_gpu.check(parts=1)
+    assert one_gpu.groups == 2
+    assert [int(one_gpu.groups_of_slots(c)[0]) for c in range(14)] == [0] * 7 + [1] * 7
+    with pytest.raises(ValueError, match="does not fall into groups of num_image_per_prompt 21"):
+        Layout(calls=21, images=9, branches=3, group=21).check(1)
+    with pytest.raises(ValueError, match="must be a multiple of branches x 4"):
+        Layout(calls=24, images=21, branches=3, group=21).check(4)
+    with pytest.raises(ValueError, match="branches 2 must divide num_image_per_prompt 21"):
+        Layout(calls=2, images=42, branches=2, group=21).check(1)
