@@ -1,0 +1,52 @@
+"""Checks on a whole set of pictures, where a reward judges one at a time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from reward_bridge.rewards.embedded import FOLDER, load_classifier, to_input
+
+
+def frechet_distance(mean: np.ndarray, cov: np.ndarray, mean_ref: np.ndarray, cov_ref: np.ndarray) -> float:
+    """Fréchet distance of two Gaussians (FID, arXiv 1706.08500): |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)).
+
+    The eigenvalues of C C_r are those of a positive semi-definite matrix; rounding's negatives count as zero.
+    """
+    roots = np.sqrt(np.clip(np.linalg.eigvals(cov @ cov_ref).real, 0, None))
+    return float(np.sum((mean - mean_ref) ** 2) + np.trace(cov) + np.trace(cov_ref) - 2 * roots.sum())
+
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and covariance [d, d] of features [n, d], in float64."""
+    features = features.astype(np.float64)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+class EmbeddedFrechet:
+    """Distance to 2,048 fresh crops of the training squares, in the classifier's features. Lower is better."""
+
+    def __init__(self, device: str):
+        reference = load_file(FOLDER / "real_features.safetensors")
+        self.mean, self.cov = reference["mean"], reference["cov"]
+        self.model, self.device = load_classifier(device), device
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [n, 3, h, w] -> float32 [n, 64]."""
+        with torch.inference_mode():
+            return self.model.features(to_input(torch.from_numpy(images).to(self.device))).cpu().numpy()
+
+    def __call__(self, images: np.ndarray) -> float:
+        return frechet_distance(*statistics(self.features(images)), self.mean, self.cov)
+
+
+METRICS = {"embedded_frechet": EmbeddedFrechet}
+
+
+def make_metric(name: str, device: str, options: Mapping[str, Any]):
+    """Build a check. Raises ValueError for a name that is not in METRICS."""
+    if name not in METRICS:
+        raise ValueError(f"there is no metric {name!r}; choose from {', '.join(sorted(METRICS))}")
+    return METRICS[name](device=device, **options)

@@ -1,0 +1,136 @@
+"""The embedded model's rewards and checks: small networks trained by scripts/build_embedded on 64x64 pictures.
+
+`EmbeddedDetector` is trained against. `EmbeddedHeldOut`, of another architecture, and the classifier behind
+`EmbeddedPromptAccuracy` and `EmbeddedFrechet` are only ever looked at.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+FOLDER = Path(__file__).parent.parent / "embedded"
+SIZE = 64
+
+
+def to_input(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 3, h, w] -> float32 [n, 3, 64, 64] in [-1, 1]."""
+    x = images.float() / 127.5 - 1
+    if x.shape[2:] != (SIZE, SIZE):
+        x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+    return x
+
+
+def _block(n_in: int, n_out: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(n_in, n_out, 3, stride, 1), nn.GroupNorm(8, n_out), nn.SiLU()]
+
+
+class ConvDetector(nn.Module):
+    """Strided convolutions down to 8x8, one logit a position, averaged: judges textures everywhere in the picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*_block(3, 32, 2), *_block(32, 64, 2), *_block(64, 96, 2), *_block(96, 96, 1))
+        self.head = nn.Conv2d(96, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 3, 64, 64] -> logit of "real" [n]."""
+        return self.head(self.body(x)).mean((1, 2, 3))
+
+
+class PatchDetector(nn.Module):
+    """A small vision transformer on 8x8 patches: judges how the parts of a picture fit together."""
+
+    def __init__(self, width: int = 96, depth: int = 3):
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 8, 8)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (SIZE // 8) ** 2, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 3, 64, 64] -> logit of "real" [n]."""
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.body(tokens).mean(1)).squeeze(1)
+
+
+class Classifier(nn.Module):
+    """Which photograph a picture shows: max-pooled convolutions; its 64 last features span the Fréchet distance."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for n_in, n_out in ((3, 24), (24, 48), (48, 64)):
+            layers += [*_block(n_in, n_out, 1), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*layers, *_block(64, 64, 1))
+        self.head = nn.Linear(64, classes)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 3, 64, 64] -> [n, 64]."""
+        return self.body(x).mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 3, 64, 64] -> logits [n, classes]."""
+        return self.head(self.features(x))
+
+
+def _load(model: nn.Module, name: str, device: str) -> nn.Module:
+    file = FOLDER / f"{name}.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing; it ships with the package (python scripts/build_embedded makes it)"
+        )
+    model.load_state_dict({key: value.float() for key, value in load_file(file).items()})
+    return model.eval().requires_grad_(False).to(device)
+
+
+def subjects() -> list[str]:
+    """What the embedded model has learnt to draw, as its prompts say it."""
+    return json.loads((FOLDER / "subjects.json").read_text())
+
+
+def load_classifier(device: str) -> Classifier:
+    return _load(Classifier(len(subjects())), "classifier", device)
+
+
+class EmbeddedDetector:
+    """P(real) by the detector that the demo trains against."""
+
+    def __init__(self, device: str):
+        self.model = _load(ConvDetector(), "detector", device)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return self.model(to_input(images)).sigmoid()
+
+
+class EmbeddedHeldOut:
+    """P(real) by a detector of another architecture that nothing is trained against."""
+
+    def __init__(self, device: str):
+        self.model = _load(PatchDetector(), "held_out", device)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return self.model(to_input(images)).sigmoid()
+
+
+class EmbeddedPromptAccuracy:
+    """1 where the classifier takes a picture for the photograph its prompt names, else 0."""
+
+    def __init__(self, device: str):
+        self.subjects, self.model = subjects(), load_classifier(device)
+
+    def label(self, prompt: str) -> int:
+        found = [i for i, subject in enumerate(self.subjects) if subject in prompt]
+        if len(found) != 1:
+            known = ", ".join(self.subjects)
+            raise ValueError(f"prompt {prompt!r} names {len(found)} of the embedded subjects; expected one of: {known}")
+        return found[0]
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        labels = torch.tensor([self.label(prompt) for prompt in prompts], device=images.device)
+        return (self.model(to_input(images)).argmax(1) == labels).float()
