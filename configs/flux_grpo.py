@@ -1,0 +1,175 @@
+"""GRPO on FLUX.1 with AI-image detectors as rewards (RealGen, arXiv 2512.00473).
+
+    python scripts/train.py --config configs/flux_grpo.py                      the embedded model: a laptop, 5 minutes
+    python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200      RealGen V1's recipe: 8 H200s, FLUX.1-dev
+
+Every key can be set on the command line, --config.train.learning_rate=1e-4; a key that is not here is an error.
+Names follow Flow-GRPO's configs where the meaning is the same.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = ROOT / "realgen_jax" / "embedded"
+
+
+def tiny() -> ConfigDict:
+    """The embedded model: a 2.4 M parameter FLUX on 64x64 pictures. 2 cores, about 5 minutes, 2 GB.
+
+    Expected: the detector's P(real) rises by 0.15 or more and the held-out checks keep up (README has the figures).
+    """
+    c = ConfigDict()
+    c.seed = 0
+    c.run_name = ""  # empty: preset, date and time
+    c.run_root = "runs"
+    c.num_epochs = 100
+    c.save_freq = 25  # epochs between checkpoints
+    c.num_checkpoint_limit = 3
+    c.eval_freq = 25  # epochs between evaluations; one at epoch 0 and one at the end in any case
+    c.wandb_project = ""  # empty: no Weights & Biases
+    c.compilation_cache = "~/.cache/realgen_jax/xla"  # empty: none
+
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the rest
+
+    c.pretrained = ConfigDict()
+    c.pretrained.model = str(EMBEDDED / "flux_tiny")  # a FluxPipeline folder
+    c.pretrained.transformer = ""  # another transformer: a folder of diffusers or BFL's single file
+    c.pretrained.lora = ""  # start from this LoRA: a peft folder or a diffusers file
+    c.pretrained.dtype = "float32"  # what the transformer computes in
+    c.pretrained.param_dtype = "float32"  # what its frozen weights are kept in
+    c.pretrained.vae_dtype = "float32"
+    c.pretrained.remat = "full"  # full, dots, none: what the backward pass keeps of the forward one
+
+    c.prompts = ConfigDict()
+    c.prompts.train = str(EMBEDDED / "prompts_train.txt")
+    c.prompts.test = str(EMBEDDED / "prompts_test.txt")
+    c.prompts.max_tokens = 16  # T5 tokens
+    c.prompts.cache = "~/.cache/realgen_jax/text"
+    c.prompts.dtype = "float32"
+    c.prompts.device = "cpu"  # where the text encoders run, once
+
+    c.sample = ConfigDict()
+    c.sample.resolution = 64  # pixels a side
+    c.sample.num_steps = 10
+    c.sample.eval_num_steps = 10
+    c.sample.guidance_scale = 3.5
+    c.sample.train_batch_size = 64  # images of one rollout call, over all devices
+    c.sample.num_image_per_prompt = 16  # the group
+    c.sample.branches = 1  # images that share a prefix and part where the window starts
+    c.sample.same_latent = False  # True: a group shares its first latent
+    c.sample.num_batches_per_epoch = 2  # rollout calls
+    c.sample.sde_type = "sde"  # sde, cps
+    c.sample.noise_level = 0.9
+    c.sample.sde_window_size = 3
+    c.sample.sde_window_range = (0, 8)
+    c.sample.global_std = False
+    c.sample.test_batch_size = 64  # images of one evaluation call
+    c.sample.test_images_per_prompt = 4
+
+    c.train = ConfigDict()
+    c.train.lora = True  # False: all weights, with float32 master copies
+    c.train.lora_rank = 16
+    c.train.lora_alpha = 32.0
+    c.train.lora_init = "gaussian"  # gaussian, kaiming
+    c.train.loss = "guard"  # grpo, guard
+    c.train.guard_bias = "sample"  # batch: RealGen's code, which averages the bias over the batch too
+    c.train.kl = "velocity"  # velocity, mean, mean_reference
+    c.train.beta = 0.01
+    c.train.clip_range = 1e-3
+    c.train.adv_clip_max = 5.0
+    c.train.learning_rate = 1e-3
+    c.train.adam_beta1 = 0.9
+    c.train.adam_beta2 = 0.999
+    c.train.adam_epsilon = 1e-8
+    c.train.adam_weight_decay = 1e-4
+    c.train.max_grad_norm = 1.0
+    c.train.gradient_accumulation_steps = 1  # rollout calls of one optimizer step
+    c.train.num_inner_epochs = 1
+    c.train.ema_decay = 0.9
+    c.train.ema_update_interval = 1
+    c.train.recompute_old = False  # True: the update's own program recomputes the sampled means first
+
+    c.reward = ConfigDict()
+    c.reward.fn = ConfigDict({"embedded_detector": 1.0, "clip_score": 1.0})  # what is trained on, and its weights
+    c.reward.held_out = ("embedded_held_out", "embedded_prompt_accuracy")  # looked at in evaluations, never trained on
+    c.reward.metrics = ("embedded_frechet",)  # checks on a whole set; lower is better
+    c.reward.options = ConfigDict(
+        {"clip_score": ConfigDict({"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})}
+    )
+    c.reward.device = "cpu"
+    c.reward.deadline = 120.0  # seconds for one reward and one call
+    c.reward.retries = 1
+    return c
+
+
+def flux_dev_8xh200() -> ConfigDict:
+    """RealGen V1 Guard (its config `flux_fast_guard`) on 8 H200s: 7 train, the last one holds the rewards.
+
+    504 images of 24 prompts and 2 optimizer steps an epoch. Where the recipe and the code it ran differ, what ran is
+    here (window of 7 steps, starts 0..14). Needs FLUX.1-dev and the reward models on disk.
+    """
+    c = tiny()
+    c.seed = 42
+    c.num_epochs = 1000
+    c.save_freq = 10
+    c.num_checkpoint_limit = 5
+    c.eval_freq = 10
+
+    c.pretrained.model = "models/FLUX.1-dev"
+    c.pretrained.dtype = "bfloat16"
+    c.pretrained.param_dtype = "bfloat16"
+
+    c.prompts.train = "dataset/realgen/train.txt"
+    c.prompts.test = "dataset/realgen/test.txt"
+    c.prompts.max_tokens = 512
+    c.prompts.dtype = "bfloat16"
+    c.prompts.device = "cuda:7"
+
+    c.sample.resolution = 1024
+    c.sample.num_steps = 28
+    c.sample.eval_num_steps = 28
+    c.sample.guidance_scale = 3.5
+    c.sample.train_batch_size = 21  # 7 GPUs x 3 branches: one prompt a call
+    c.sample.num_image_per_prompt = 21
+    c.sample.branches = 3
+    c.sample.same_latent = False
+    c.sample.num_batches_per_epoch = 24
+    c.sample.sde_type = "sde"
+    c.sample.noise_level = 0.9
+    c.sample.sde_window_size = 7
+    c.sample.sde_window_range = (0, 21)
+    c.sample.global_std = False
+    c.sample.test_batch_size = 56
+    c.sample.test_images_per_prompt = 1
+
+    c.train.lora_rank = 64
+    c.train.lora_alpha = 128.0
+    c.train.beta = 4e-4
+    c.train.clip_range = 2e-6
+    c.train.learning_rate = 1e-4
+    c.train.gradient_accumulation_steps = 12
+    c.train.ema_decay = 0.9
+    c.train.ema_update_interval = 8
+
+    c.reward.fn = ConfigDict({"forensic_chat": 1.0, "omniaid": 1.0, "longclip": 1.0})
+    c.reward.held_out = ()
+    c.reward.metrics = ()
+    c.reward.options = ConfigDict()
+    c.reward.device = "cuda:7"
+    c.reward.deadline = 600.0
+    c.reward.retries = 3
+    return c
+
+
+PRESETS = {"tiny": tiny, "flux_dev_8xh200": flux_dev_8xh200}
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    """The preset's config; `preset` is what follows the colon of --config."""
+    if preset not in PRESETS:
+        raise ValueError(f"configs/flux_grpo.py has no preset {preset!r}; choose from {', '.join(PRESETS)}")
+    config = PRESETS[preset]()
+    config.preset = preset
+    return config.lock()

@@ -1,0 +1,238 @@
+"""What a run leaves and shows: config.json, metrics.jsonl, TensorBoard events, picture grids, and the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from realgen_jax.grpo import zero_spread
+
+TILE = 192  # a picture's side in a grid, at least
+# What a resumed run may change: where and how long it runs, not what it computes.
+FREE_KEYS = frozenset(
+    ("run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "wandb_project",
+     "compilation_cache", "prompts.cache", "prompts.device", "reward.deadline", "reward.retries")
+)  # fmt: skip
+
+
+def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
+    """root/<name>, by default preset, date and time; to resume, by default the preset's latest run.
+
+    A fresh run refuses a folder that exists, a resumed one needs it.
+    """
+    if resume and not name:
+        runs = [file.parent for file in Path(root).glob(f"{preset}-*/config.json")]
+        if not runs:
+            raise FileNotFoundError(f"{root}/ holds no run of preset {preset!r} to resume; name it: --config.run_name=")
+        return max(runs, key=lambda folder: folder.stat().st_mtime)
+    folder = Path(root) / (name or f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    if resume and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} is no run that could be resumed: it has no config.json")
+    if not resume and (folder / "config.json").exists():
+        raise FileExistsError(
+            f"{folder} exists; go on with that run with --resume, or choose another --config.run_name"
+        )
+    return folder
+
+
+def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError with the keys that differ from the config the run was started with, FREE_KEYS apart."""
+    before, now = (_flat(json.loads(text)) for text in ((folder / "config.json").read_text(), json.dumps(config)))
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in FREE_KEYS]
+    if changed:
+        lines = "".join(f"\n  config.{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in changed)
+        raise ValueError(f"{folder} was started with another config; a resumed run keeps it:{lines}")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file so that whoever opens it, after a kill too, finds the old text or the new one."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.replace(file)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+class RunLog:
+    """The files of one run folder and its progress bar. Rows of metrics.jsonl carry "epoch" and a "kind"."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str):
+        self.folder, self.console = folder, Console(highlight=False)
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        self._file = _rows_before(folder / "metrics.jsonl", start).open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._held_out: dict[str, float] = {}
+        self._wandb = None
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=wandb_project, name=folder.name, id=folder.name, config=dict(config), resume="allow"
+            )
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
+        self._task = self._progress.add_task("epoch", total=epochs, completed=start, figures="")
+
+    def __enter__(self) -> "RunLog":
+        if self.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def metrics(self, kind: str, epoch: int, values: Mapping[str, float]) -> None:
+        """One row: kind is "train" or "eval", epoch counts finished epochs."""
+        row = {"kind": kind, "epoch": epoch, **{k: float(f"{v:.8g}") for k, v in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._board.add_scalar(f"{kind}/{key}", value, epoch)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step=epoch)
+
+    def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
+        """Move the bar; where there is no terminal, a line instead."""
+        shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+        self._progress.update(self._task, completed=epoch, figures=shown)
+        if not self.console.is_terminal:
+            self.console.print(f"epoch {epoch}/{int(self._progress.tasks[0].total)}  {shown}", soft_wrap=True)
+
+    def train(
+        self, epoch: int, scores: Mapping[str, np.ndarray], reward: np.ndarray, steps: Sequence[Mapping], seconds: Any
+    ) -> None:
+        """An epoch's row. scores [groups, size] by reward, their weighted mean `reward`, each optimizer step's metrics,
+        seconds of sampling, of waiting for rewards and of updating.
+        """
+        row = {f"reward/{name}": r.mean() for name, r in scores.items()}
+        row |= {f"reward_std/{name}": r.std(axis=1).mean() for name, r in scores.items()}
+        row |= {f"zero_spread/{name}": zero_spread(r.astype(np.float64)).mean() for name, r in scores.items()}
+        row |= {"reward": reward.mean(), "reward_std": reward.std(axis=1).mean()}
+        for name in steps[0]:
+            values = [float(step[name]) for step in steps]
+            row[name] = max(values) if name == "ratio_deviation" else np.mean(values)
+        row["first_ratio_deviation"] = float(steps[0]["ratio_deviation"])  # before any weight moved: rounding alone
+        names = ("sample", "reward_wait", "update")
+        row |= {f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)}
+        row["images_per_second"] = reward.size / sum(seconds)
+        self.metrics("train", epoch, row)
+        figures = {"reward": f"{row['reward']:.3f}"}
+        figures |= {_short(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1}
+        figures |= {f"{_short(name)}*": f"{value:.3f}" for name, value in self._held_out.items()}
+        figures |= {"|ratio-1|": f"{row['first_ratio_deviation']:.0e}", "img/s": f"{row['images_per_second']:.1f}"}
+        self.progress(epoch, figures)
+
+    def evaluation(
+        self,
+        epoch: int,
+        start: Mapping[str, float],
+        now: Mapping[str, float],
+        held_out: Sequence[str],
+        drift: list[str],
+    ) -> None:
+        """An evaluation's figures beside those of the start, and a warning where `drift` names any."""
+        self._held_out = {name: now[name] for name in held_out}
+        shown = "   ".join(f"{_short(name)} {start[name]:.3f} -> {value:.3f}" for name, value in now.items())
+        self.say(f"[bold]evaluation, epoch {epoch}[/bold]  {shown}")
+        if drift:
+            self.say(f"[bold red]warning[/bold red] the reward rises while this gets worse: {', '.join(drift)}")
+
+    def pictures(
+        self, name: str, epoch: int, rows: Sequence[np.ndarray], captions: Sequence[Sequence[str]], columns: int = 8
+    ) -> Path:
+        """Save `samples/<name>.png`. rows: arrays uint8 [n, 3, h, w] that stand under one another, picture by picture;
+        captions: one text a picture for each of them. Lines break after `columns` pictures.
+        """
+        lines, texts = [], []
+        for first in range(0, len(rows[0]), columns):
+            lines += [row[first : first + columns] for row in rows]
+            texts += [caption[first : first + columns] for caption in captions]
+        grid = picture_grid(lines, texts)
+        file = self.folder / "samples" / f"{name}.png"
+        grid.save(file)
+        self._board.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(grid)}, step=epoch)
+        return file
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("embedded_").replace("_", " ")
+
+
+def _rows_before(file: Path, epoch: int) -> Path:
+    """Drop the rows that a resumed run will write again, and a line cut off by a kill."""
+    if file.exists():
+        kept = []
+        for line in file.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if row["epoch"] < epoch or (row["kind"] == "train" and row["epoch"] == epoch):
+                kept.append(line + "\n")
+        write_whole(file, "".join(kept))
+    return file
+
+
+def picture_grid(rows: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> Image.Image:
+    """Pictures in rows, upsized to a readable side, each over its caption; long lines wrap."""
+    height, width = rows[0].shape[2:]
+    scale = max(1, -(-TILE // min(height, width)))
+    tile_w, tile_h = width * scale, height * scale
+    font = ImageFont.load_default(size=13)
+    per_line = max(8, int(tile_w / font.getlength("n")))
+    wrapped = [[_wrap(text, per_line) for text in line] for line in captions]
+    text_h = 17 * max((len(lines) for row in wrapped for lines in row), default=0) + 8
+    columns = max(len(row) for row in rows)
+    grid = Image.new("RGB", (columns * (tile_w + 8) + 8, len(rows) * (tile_h + text_h + 8) + 8), "white")
+    draw = ImageDraw.Draw(grid)
+    for r, (pictures, texts) in enumerate(zip(rows, wrapped, strict=True)):
+        for c, (pixels, lines) in enumerate(zip(pictures, texts, strict=True)):
+            x, y = 8 + c * (tile_w + 8), 8 + r * (tile_h + text_h + 8)
+            tile = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            grid.paste(tile.resize((tile_w, tile_h), Image.Resampling.BICUBIC), (x, y))
+            for i, line in enumerate(lines):
+                draw.text((x, y + tile_h + 4 + 17 * i), line, fill="black", font=font)
+    return grid
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            if line and len(line) + 1 + len(word) > width:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}".strip()
+        lines.append(line)
+    return lines[:8]

@@ -1,0 +1,97 @@
+import json
+
+import numpy as np
+import pytest
+
+from realgen_jax.run_log import RunLog, check_same_config, picture_grid, run_folder
+
+STEP = {"loss": 1.0, "ratio_deviation": 2e-7, "grad_norm": 3.0}
+
+
+def log_of(folder, start=0):
+    return RunLog(folder, {"seed": 1}, start, 4, "")
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files(tmp_path, capsys):
+    with log_of(tmp_path) as log:
+        scores = {"embedded_detector": np.float32([[0.1, 0.3], [0.5, 0.5]]), "clip": np.float32([[1, 1], [1, 1]])}
+        log.evaluation(0, {"a": 0.5}, {"a": 0.25}, ["a"], ["a 0.500 -> 0.250"])
+        log.train(
+            1, scores, (scores["clip"] + scores["embedded_detector"]) / 2, [STEP, {**STEP, "loss": 3.0}], (1, 0, 1)
+        )
+        tiles = np.full((3, 3, 64, 64), 200, np.uint8)
+        file = log.pictures("grid", 1, (tiles, tiles // 2), (["one\n0.5"] * 3, ["two"] * 3), columns=2)
+    (row,) = rows(tmp_path)
+    assert (row["kind"], row["epoch"], row["loss"], row["first_ratio_deviation"]) == ("train", 1, 2.0, 2e-7)
+    assert row["reward/embedded_detector"] == pytest.approx(0.35)
+    assert row["reward_std/embedded_detector"] == pytest.approx(0.05)
+    assert (row["zero_spread/embedded_detector"], row["zero_spread/clip"]) == (0.5, 1.0)
+    assert row["images_per_second"] == 2.0
+    assert file == tmp_path / "samples" / "grid.png"
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    shown = capsys.readouterr().out
+    assert "a 0.500 -> 0.250" in shown
+    assert "warning" in shown
+    assert "reward 0.675" in shown
+    assert "|ratio-1| 2e-07" in shown
+
+
+def test_a_resumed_run_repeats_no_row_and_loses_none(tmp_path):
+    with log_of(tmp_path) as log:
+        for epoch in range(4):
+            if epoch % 2 == 0:
+                log.metrics("eval", epoch, {"r": epoch})
+            log.metrics("train", epoch + 1, {"r": epoch})
+    whole = rows(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "epo')  # a kill in the middle of a line
+    with log_of(tmp_path, start=2) as log:  # the newest checkpoint is that of epoch 2
+        for epoch in (2, 3):
+            if epoch % 2 == 0:
+                log.metrics("eval", epoch, {"r": epoch})
+            log.metrics("train", epoch + 1, {"r": epoch})
+    assert rows(tmp_path) == whole
+
+
+def test_grids_hold_the_pictures_and_their_captions():
+    red = np.zeros((2, 3, 64, 64), np.uint8)
+    red[:, 0] = 255
+    image = np.asarray(picture_grid([red], [["a", "a caption so long that it has to wrap several times over"]]))
+    assert (image[20:180, 20:180] == [255, 0, 0]).all()
+    below = image[8 + 192 :, :]
+    assert (below < 50).all(-1).any()
+    plain = np.asarray(picture_grid([red], [["", ""]]))
+    assert plain.shape[0] < image.shape[0]
+
+
+def test_folders(tmp_path):
+    fresh = run_folder(str(tmp_path), "", "tiny", resume=False)
+    assert fresh.name.startswith("tiny-2")
+    with pytest.raises(FileNotFoundError, match="holds no run of preset 'tiny' to resume"):
+        run_folder(str(tmp_path), "", "tiny", resume=True)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        run_folder(str(tmp_path), "x", "tiny", resume=True)
+    (tmp_path / "x").mkdir()
+    assert run_folder(str(tmp_path), "x", "tiny", resume=False) == tmp_path / "x"  # nothing in it could be lost
+    (tmp_path / "x" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="x exists; go on with that run with --resume"):
+        run_folder(str(tmp_path), "x", "tiny", resume=False)
+    (tmp_path / "x" / "config.json").unlink()
+    for name in ("tiny-1", "tiny-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert run_folder(str(tmp_path), "", "tiny", resume=True).name == "tiny-2"
+
+
+def test_a_changed_config_is_named_key_by_key(tmp_path):
+    before = {"seed": 1, "num_epochs": 3, "train": {"lr": 0.1, "range": (0, 7)}}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    check_same_config(tmp_path, {**before, "num_epochs": 9})
+    with pytest.raises(ValueError, match=r"config\.train\.lr: 0\.1 then, 0\.2 now"):
+        check_same_config(tmp_path, {**before, "train": {"lr": 0.2, "range": (0, 7)}})
+    with pytest.raises(ValueError, match=r"config\.new: None then, 1 now"):
+        check_same_config(tmp_path, {**before, "new": 1})

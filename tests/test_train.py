@@ -1,0 +1,261 @@
+"""train.py and sample.py as a user runs them: subprocesses, files, exit codes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PIPELINE
+from PIL import Image
+from safetensors.numpy import load_file
+
+pytest.importorskip("torch")
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden_config.py"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs and embeddings, shared by this file's runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def call(script, cache, *words, config=GOLDEN, **environment):
+    shared = [f"--config.compilation_cache={cache / 'xla'}", f"--config.prompts.cache={cache / 'text'}"]
+    command = [sys.executable, ROOT / "scripts" / script, "--config", config, *shared, *words]
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+
+def rows(folder):
+    """metrics.jsonl without what a clock has measured."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "images_per"))} for row in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """Four epochs without interruption."""
+    root = tmp_path_factory.mktemp("runs")
+    done = call("train.py", cache, f"--config.run_root={root}", "--config.run_name=whole")
+    assert done.returncode == 0, done.stderr
+    return root / "whole", done
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    folder, done = whole
+    kinds = [(row["kind"], row["epoch"]) for row in rows(folder)]
+    evals, trains = [("eval", e) for e in (0, 2, 4)], [("train", e) for e in (1, 2, 3, 4)]
+    assert sorted(kinds) == sorted(evals + trains)
+    assert all(row["first_ratio_deviation"] == 0.0 for row in rows(folder) if row["kind"] == "train")
+    assert json.loads((folder / "config.json").read_text())["train"]["lora_rank"] == 4
+    assert sorted(int(f.name) for f in (folder / "checkpoints").iterdir()) == [2, 4]
+    pictures = [f"epoch_{e:06}.png" for e in (0, 2, 4)]
+    assert {f.name for f in (folder / "samples").glob("*.png")} == {*pictures, "before_after.png"}
+    Image.open(folder / "samples" / "before_after.png").verify()
+    assert list((folder / "tensorboard").glob("events*"))
+    assert (folder / "best" / "pytorch_lora_weights.safetensors").exists()
+    assert load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert "preset golden" in done.stdout
+    assert "configs/flux_grpo.py:flux_dev_8xh200" in done.stdout
+    assert not done.stderr.strip(), done.stderr  # no wall of warnings
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(whole, cache):
+    folder, _ = whole
+    where = [f"--config.run_root={folder.parent}", "--config.run_name=halves"]
+    first = call("train.py", cache, *where, "--config.num_epochs=2")
+    assert first.returncode == 0, first.stderr
+    again = call("train.py", cache, *where)
+    assert again.returncode == 1
+    assert "halves exists; go on with that run with --resume" in again.stderr
+    (folder.parent / "halves" / "metrics.jsonl").open("a").write('{"kind": "tr')  # as a kill in mid-line leaves it
+    other = call("train.py", cache, *where, "--resume", "--config.train.learning_rate=0.5")
+    assert "config.train.learning_rate: 0.001 then, 0.5 now" in other.stderr
+    second = call("train.py", cache, *where, "--resume")
+    assert second.returncode == 0, second.stderr
+    halves = folder.parent / "halves"
+    assert rows(halves) == rows(folder)
+    for file in ("lora/pytorch_lora_weights.safetensors", "samples/epoch_000004.png", "samples/before_after.png"):
+        assert (halves / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_path):
+    folder, _ = whole
+    words = [f"--config.pretrained.lora={folder / 'lora'}", "--config.num_epochs=0", f"--config.run_root={tmp_path}"]
+    done = call("train.py", cache, *words, "--config.run_name=eval")
+    assert done.returncode == 0, done.stderr
+    (found,) = rows(tmp_path / "eval")
+    assert found == {**rows(folder)[-1], "epoch": 0}
+
+
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}])
+def test_four_devices_do_what_one_does(whole, cache, tmp_path, mesh):
+    folder, _ = whole
+    words = [f"--config.run_root={tmp_path}", "--config.run_name=four", "--config.num_epochs=1"]
+    words += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    done = call("train.py", cache, *words, JAX_NUM_CPU_DEVICES="4")
+    assert done.returncode == 0, done.stderr
+    one, four = ([row for row in rows(f) if row["epoch"] <= 1] for f in (folder, tmp_path / "four"))
+    for a, b in zip(one, [row for row in four if (row["kind"], row["epoch"]) != ("eval", 1)], strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"kind", "epoch", "ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+    assert [row["first_ratio_deviation"] for row in four if row["kind"] == "train"] == [0.0]
+
+
+def test_nothing_is_compiled_twice(cache, tmp_path):
+    done = call("train.py", cache, f"--config.run_root={tmp_path}", JAX_LOG_COMPILES="1")
+    assert done.returncode == 0, done.stderr
+    compiled = re.findall(r"Compiling jit\((\w+)\)", done.stderr)
+    assert {"sample_call", "update", "run"} <= set(compiled)
+    assert [compiled.count(name) for name in ("sample_call", "update", "run")] == [1, 1, 1]
+
+
+def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
+    options = [
+        "--config.num_epochs=1",
+        "--config.train.lora=False",
+        "--config.train.kl=mean",
+        "--config.train.loss=grpo",
+    ]
+    options += [
+        "--config.sample.sde_type=cps",
+        "--config.sample.sde_window_range=(0,3)",
+        "--config.sample.same_latent=True",
+    ]
+    options += ["--config.train.recompute_old=True", "--config.train.learning_rate=1e-3"]
+    done = call("train.py", cache, *options, f"--config.run_root={tmp_path}", "--config.run_name=full")
+    assert done.returncode == 0, done.stderr
+    diffusers = pytest.importorskip("diffusers")
+    trained = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "full" / "lora" / "transformer")
+    before = diffusers.FluxTransformer2DModel.from_pretrained(PIPELINE / "transformer")
+    moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), before.parameters(), strict=True)]
+    assert 0 < max(moved) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        (1, "error: epoch 0, update: approx_kl, grad_norm, "),  # the second update of the epoch sees what the first did
+        (2, "error: epoch 1, rollout (velocity): latents not finite; there is no checkpoint yet"),
+    ],
+)
+def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
+    words = ["--config.train.learning_rate=1e30", f"--config.train.gradient_accumulation_steps={calls}"]
+    done = call("train.py", cache, *words, f"--config.run_root={tmp_path}", "--config.run_name=boom")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "If it happens again, lower config.train.learning_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(whole, cache):
+    folder, _ = whole
+    where = [f"--config.run_root={folder.parent}", "--config.run_name=early", "--config.num_epochs=2"]
+    failing = call("train.py", cache, *where, "--config.save_freq=2", "--config.train.learning_rate=1e30")
+    assert "there is no checkpoint yet" in failing.stderr
+    config = folder.parent / "early" / "config.json"
+    config.write_text(config.read_text().replace('"learning_rate": 1e+30', '"learning_rate": 0.001'))
+    done = call("train.py", cache, *where, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert rows(config.parent) == [row for row in rows(folder) if row["epoch"] <= 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.train.lerning_rate=1"], "the config has no key 'lerning_rate'\nDid you mean \"learning_rate\""),
+        (["--config.num_epochs=many"], "invalid literal for int"),
+        (["--config.sample.sde_window_size=9"], "a window of 9 steps does not fit sde_window_range"),
+        (["--config.sample.train_batch_size=6"], "does not fall into groups of num_image_per_prompt 4"),
+        (["--config.mesh.data=3"], "mesh data=3, fsdp=1, tensor=1 does not fit 1 devices"),
+        (["--config.prompts.train=nowhere.txt"], "config.prompts.train is 'nowhere.txt', which does not exist"),
+        (["--config.pretrained.model=nowhere"], "which holds no model_index.json"),
+        (["--config.pretrained.lora=nowhere"], "nowhere does not exist; expected a LoRA file or folder"),
+        (["--config.sample.resolution=72"], "config.sample.resolution is 72; expected a multiple of 16"),
+        (["--config.train.gradient_accumulation_steps=3"], "must be a multiple of gradient_accumulation_steps 3"),
+        (["--config.train.loss=ppo"], "loss is 'ppo'; choose one of grpo, guard"),
+        (["--config.pretrained.dtype=bf16"], "config.pretrained.dtype is 'bf16'; choose one of float32, bfloat16"),
+        (["--config.reward.device=cuda:7"], "there is no device 'cuda:7': torch sees 0 CUDA devices"),
+        (["--config.eval_freq=0"], "eval_freq 0 and save_freq 2 must be 1 or more epochs"),
+        (["--config.train.lora=False", "--config.pretrained.lora=x"], "config.train.lora=False trains all weights"),
+    ],
+)
+def test_mistakes_are_named_in_one_line_and_leave_nothing(cache, tmp_path, words, message):
+    done = call("train.py", cache, *words, f"--config.run_root={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: "), done.stderr
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_big_preset_says_what_is_missing():
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "train.py",
+        "--config",
+        f"{ROOT}/configs/flux_grpo.py:flux_dev_8xh200",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert "hf download black-forest-labs/FLUX.1-dev" in done.stderr
+    assert "--config.pretrained.model=" in done.stderr
+    assert "config.prompts.train is 'dataset/realgen/train.txt'" in done.stderr
+    assert "there is no reward forensic_chat, omniaid, longclip; choose from clip_score" in done.stderr
+    unknown = subprocess.run([*command[:-1], f"{ROOT}/configs/flux_grpo.py:flux"], capture_output=True, text=True)
+    assert "has no preset 'flux'; choose from tiny, flux_dev_8xh200" in unknown.stderr
+
+
+def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
+    folder, _ = whole
+
+    def sample(name, *words):
+        done = call("sample.py", cache, *words, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return [np.asarray(Image.open(f)) for f in sorted((tmp_path / name).iterdir())]
+
+    plain = sample("plain", "a red boat", "snow", "--per_prompt=2", "--batch=3")
+    assert [p.shape for p in plain] == [(64, 64, 3)] * 4
+    one_call = sample("one_call", "a red boat", "snow", "--per_prompt=2")
+    np.testing.assert_array_equal(plain, one_call)  # a picture depends on its number, not on its batch
+    with_lora = sample("lora", "a red boat", "snow", "--per_prompt=2", "--lora", folder / "lora")
+    assert any((a != b).any() for a, b in zip(plain, with_lora, strict=True))
+    done = call("sample.py", cache, "--out", tmp_path / "none")
+    assert done.returncode == 1
+    assert "nothing to sample" in done.stderr
+    typo = call("sample.py", cache, "snow", "--config.sample.resolutoin=64", "--out", tmp_path / "none")
+    assert typo.stderr.startswith("error: the config has no key 'resolutoin'")
+
+
+def test_diffusers_draws_the_same_pictures(whole, cache, tmp_path):
+    """The exported LoRA in diffusers' own pipeline, from the same noise, against ours."""
+    import jax
+
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    folder, _ = whole
+    prompts = ["a red boat on calm water", "snow"]
+    done = call("sample.py", cache, *prompts, "--lora", folder / "lora", "--out", tmp_path, "--seed=5")
+    assert done.returncode == 0, done.stderr
+    ours = [np.asarray(Image.open(f)) for f in sorted(tmp_path.glob("*.png"))]
+    noise = [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (16, 64)) for i in range(2)]
+    pipe = diffusers.FluxPipeline.from_pretrained(PIPELINE)
+    pipe.load_lora_weights(folder / "lora")
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompts, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, max_sequence_length=16,
+        latents=torch.from_numpy(np.stack(noise)), output_type="np",
+    ).images  # fmt: skip
+    base = diffusers.FluxPipeline.from_pretrained(PIPELINE)
+    base.set_progress_bar_config(disable=True)
+    without = base(
+        prompts, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, max_sequence_length=16,
+        latents=torch.from_numpy(np.stack(noise)), output_type="np",
+    ).images  # fmt: skip
+    assert np.abs(theirs - without).max() > 2 / 255  # the LoRA is felt
+    assert np.abs(np.stack(ours) / 255.0 - theirs).max() <= 1.01 / 255
