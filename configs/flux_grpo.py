@@ -24,10 +24,10 @@ def tiny() -> ConfigDict:
     c.seed = 0
     c.run_name = ""  # empty: preset, date and time
     c.run_root = "runs"
-    c.num_epochs = 100
-    c.save_freq = 25  # epochs between checkpoints
+    c.num_epochs = 60
+    c.save_freq = 20  # epochs between checkpoints
     c.num_checkpoint_limit = 3
-    c.eval_freq = 25  # epochs between evaluations; one at epoch 0 and one at the end in any case
+    c.eval_freq = 20  # epochs between evaluations; one at epoch 0 and one at the end in any case
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # empty: none
 
@@ -92,7 +92,7 @@ def tiny() -> ConfigDict:
     c.train.recompute_old = False  # True: the update's own program recomputes the sampled means first
 
     c.reward = ConfigDict()
-    c.reward.fn = ConfigDict({"embedded_detector": 1.0, "clip_score": 1.0})  # what is trained on, and its weights
+    c.reward.fn = ConfigDict({"embedded_detector": 1.0, "clip_score": 0.75})  # what is trained on, and its weights
     c.reward.held_out = ("embedded_held_out", "embedded_prompt_accuracy")  # looked at in evaluations, never trained on
     c.reward.metrics = ("embedded_frechet",)  # checks on a whole set; lower is better
     c.reward.options = ConfigDict(

@@ -142,8 +142,8 @@ class RunLog:
         row["images_per_second"] = reward.size / sum(seconds)
         self.metrics("train", epoch, row)
         figures = {"reward": f"{row['reward']:.3f}"}
-        figures |= {_short(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1}
-        figures |= {f"{_short(name)}*": f"{value:.3f}" for name, value in self._held_out.items()}
+        figures |= {short_name(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1}
+        figures |= {f"{short_name(name)}*": f"{value:.3f}" for name, value in self._held_out.items()}
         figures |= {"|ratio-1|": f"{row['first_ratio_deviation']:.0e}", "img/s": f"{row['images_per_second']:.1f}"}
         self.progress(epoch, figures)
 
@@ -157,7 +157,8 @@ class RunLog:
     ) -> None:
         """An evaluation's figures beside those of the start, and a warning where `drift` names any."""
         self._held_out = {name: now[name] for name in held_out}
-        shown = "   ".join(f"{_short(name)} {start[name]:.3f} -> {value:.3f}" for name, value in now.items())
+        before = {name: "" if now is start else f"{value:.3f} -> " for name, value in start.items()}
+        shown = "   ".join(f"{short_name(name)} {before[name]}{value:.3f}" for name, value in now.items())
         self.say(f"[bold]evaluation, epoch {epoch}[/bold]  {shown}")
         if drift:
             self.say(f"[bold red]warning[/bold red] the reward rises while this gets worse: {', '.join(drift)}")
@@ -183,7 +184,7 @@ class RunLog:
         return file
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     return name.removeprefix("embedded_").replace("_", " ")
 
 

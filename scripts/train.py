@@ -45,7 +45,7 @@ from realgen_jax.grpo import (
     update,
 )
 from realgen_jax.rollout import Plan, draw_noise, make_plan, rollout
-from realgen_jax.run_log import RunLog, check_same_config, run_folder
+from realgen_jax.run_log import RunLog, check_same_config, run_folder, short_name
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from reward_bridge.bridge import PendingScores, RewardBridge, RewardError
 from reward_bridge.dlpack import reserve
@@ -86,6 +86,7 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     """Load everything, compile nothing. Returns the run and its first state."""
     sample, t = config.sample, config.train
     check(config)
+    loss = LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias)
     reserve(config.reward.device)
     prompts, test_prompts = read_prompts(config.prompts.train), read_prompts(config.prompts.test)
     # before JAX takes the memory of the devices
@@ -116,7 +117,6 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     )
     init_key = jax.random.fold_in(jax.random.key(config.seed), INIT)
     state, shardings = first_state(pipe, config, optimizer, init_key)
-    loss = LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias)
     ema = EmaConfig(t.ema_decay, t.ema_update_interval)
     run = Run(
         config=config,
@@ -338,7 +338,8 @@ def report(run: Run, log: RunLog, epoch: int, trainable: Any, history: dict[str,
     names = list(run.config.reward.fn)
 
     def captions(of: Mapping[str, np.ndarray], label: str) -> list[str]:
-        return [label.format(prompts[i]) + "  ".join(f"{of[n][k]:.2f}" for n in names) for k, i in enumerate(shown)]
+        figures = [", ".join(f"{short_name(n)} {of[n][k]:.2f}" for n in names) for k in range(len(shown))]
+        return [label.format(prompts[i]) + text for i, text in zip(shown, figures, strict=True)]
 
     now = {name: scores[name][shown] for name in names}
     log.pictures(f"epoch_{epoch:06}", epoch, [pictures[shown]], [captions(now, "{}\n")])
@@ -350,7 +351,7 @@ def report(run: Run, log: RunLog, epoch: int, trainable: Any, history: dict[str,
         with np.load(first) as start:
             rows, texts = (
                 (start["pictures"], pictures[shown]),
-                (captions(start, "{}\nbefore "), captions(now, "after ")),
+                (captions(start, "{}\nbefore: "), captions(now, "after: ")),
             )
             log.say(f"before and after, from the same noise: {log.pictures('before_after', epoch, rows, texts)}")
     if epoch and ("best" not in history or means["reward"] > history["best"]["reward"]):

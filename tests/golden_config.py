@@ -1,4 +1,4 @@
-"""A run of seconds: the golden pipeline (random weights) with the embedded detector as the reward. For tests of train.py itself."""
+"""A run of seconds, for tests of train.py: the golden pipeline (random weights), rewarded by the embedded detector."""
 
 import importlib.util
 from pathlib import Path

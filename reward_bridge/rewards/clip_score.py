@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers.utils.logging import disable_progress_bar
 
 
 class ClipScore:
@@ -21,6 +22,7 @@ class ClipScore:
                 f"{path} is no CLIPModel folder (no config.json); set config.reward.options.clip_score.path"
             )
         self.scale = scale
+        disable_progress_bar()  # of loading; it would tear the run's own
         self.model = CLIPModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False).to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         processor = CLIPImageProcessorPil.from_pretrained(path)

@@ -4,6 +4,7 @@
 `EmbeddedPromptAccuracy` and `EmbeddedFrechet` are only ever looked at.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,21 +43,21 @@ class ConvDetector(nn.Module):
         return self.head(self.body(x)).mean((1, 2, 3))
 
 
-class PatchDetector(nn.Module):
-    """A small vision transformer on 8x8 patches: judges how the parts of a picture fit together."""
+class PoolDetector(nn.Module):
+    """Full-resolution convolutions with max-pooling, and one decision on the whole picture's strongest features."""
 
-    def __init__(self, width: int = 96, depth: int = 3):
+    def __init__(self):
         super().__init__()
-        self.embed = nn.Conv2d(3, width, 8, 8)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (SIZE // 8) ** 2, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True)
-        self.body = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+        layers, widths = [], (3, 24, 48, 64, 96)
+        for n_in, n_out in itertools.pairwise(widths):
+            layers += [nn.Conv2d(n_in, n_out, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Linear(2 * widths[-1], 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 3, 64, 64] -> logit of "real" [n]."""
-        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.body(tokens).mean(1)).squeeze(1)
+        features = self.body(x)
+        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)).squeeze(1)
 
 
 class Classifier(nn.Module):
@@ -112,7 +113,7 @@ class EmbeddedHeldOut:
     """P(real) by a detector of another architecture that nothing is trained against."""
 
     def __init__(self, device: str):
-        self.model = _load(PatchDetector(), "held_out", device)
+        self.model = _load(PoolDetector(), "held_out", device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return self.model(to_input(images)).sigmoid()

@@ -29,7 +29,7 @@ from realgen_jax.flux.lora import load_lora
 from realgen_jax.flux.pipeline import load_pipeline
 from realgen_jax.sharding import make_mesh
 from reward_bridge.metrics import statistics
-from reward_bridge.rewards.embedded import Classifier, ConvDetector, PatchDetector, to_input
+from reward_bridge.rewards.embedded import Classifier, ConvDetector, PoolDetector, to_input
 
 ROOT = Path(__file__).resolve().parents[2]
 REALS, FAKES = 512, 256  # pictures of each photograph
@@ -189,14 +189,14 @@ def build(work: Path, pipeline: Path, rewards: Path, vae: AutoencoderKL) -> None
     detector = train_detector("detector-0", ConvDetector(), work, reals, fakes, STEPS)
     for number in range(1, ROUNDS + 1):
         _save(detector, rewards / "detector.safetensors")
-        _save(PatchDetector(), rewards / "held_out.safetensors")  # the trainer wants one; this run does not look at it
+        _save(PoolDetector(), rewards / "held_out.safetensors")  # the trainer wants one; this run does not look at it
         lora = attack(work, number)
         make = partial(generated_pictures, work, pipeline, lora, 192, seed=number)
         fakes.append(kept(work / f"fakes-{number}.npy", make))
         report({f"detector before round {number}": detector}, {"own": fakes[0], "attack": fakes[-1]})
         detector = train_detector(f"detector-{number}", detector, work, reals, fakes, HARDEN_STEPS)
     torch.manual_seed(1)
-    held_out_detector = train_detector("held-out", PatchDetector(), work, reals, fakes, 2 * STEPS)
+    held_out_detector = train_detector("held-out", PoolDetector(), work, reals, fakes, STEPS)
     _save(detector, rewards / "detector.safetensors")
     _save(held_out_detector, rewards / "held_out.safetensors")
     attacks = np.concatenate(fakes[1:], axis=1)
