@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
@@ -88,16 +89,18 @@ class RunLog:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
-        self._task = self._progress.add_task("epoch", total=epochs, completed=start, figures="")
+        self._progress = Progress(*columns, TextColumn("left"), console=self.console)
+        self._task = self._progress.add_task("epoch", total=epochs, completed=start)
+        self._figures = ""  # of the last epoch, under the bar: beside it they would squeeze it off a narrow terminal
+        self._live = Live(get_renderable=lambda: Group(self._progress, self._figures), console=self.console)
 
     def __enter__(self) -> "RunLog":
         if self.console.is_terminal:
-            self._progress.start()
+            self._live.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._progress.stop()
+        self._live.stop()
         self._file.close()
         self._board.close()
         if self._wandb is not None:
@@ -118,10 +121,10 @@ class RunLog:
 
     def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
         """Move the bar; where there is no terminal, a line instead."""
-        shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-        self._progress.update(self._task, completed=epoch, figures=shown)
+        self._figures = "  ".join(f"{name} {value}" for name, value in figures.items())
+        self._progress.update(self._task, completed=epoch)
         if not self.console.is_terminal:
-            self.console.print(f"epoch {epoch}/{int(self._progress.tasks[0].total)}  {shown}", soft_wrap=True)
+            self.console.print(f"epoch {epoch}/{int(self._progress.tasks[0].total)}  {self._figures}", soft_wrap=True)
 
     def train(
         self, epoch: int, scores: Mapping[str, np.ndarray], reward: np.ndarray, steps: Sequence[Mapping], seconds: Any
@@ -143,8 +146,10 @@ class RunLog:
         self.metrics("train", epoch, row)
         figures = {"reward": f"{row['reward']:.3f}"}
         figures |= {short_name(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1}
-        figures |= {f"{short_name(name)}*": f"{value:.3f}" for name, value in self._held_out.items()}
         figures |= {"|ratio-1|": f"{row['first_ratio_deviation']:.0e}", "img/s": f"{row['images_per_second']:.1f}"}
+        if self._held_out:
+            shown = ", ".join(f"{short_name(name)} {value:.3f}" for name, value in self._held_out.items())
+            figures |= {"| last evaluation:": shown}
         self.progress(epoch, figures)
 
     def evaluation(
@@ -152,14 +157,19 @@ class RunLog:
         epoch: int,
         start: Mapping[str, float],
         now: Mapping[str, float],
+        trained: Sequence[str],
         held_out: Sequence[str],
-        drift: list[str],
+        drift: Sequence[str],
     ) -> None:
-        """An evaluation's figures beside those of the start, and a warning where `drift` names any."""
+        """An evaluation's figures beside those of the start: what is trained on, then the checks, and a warning where
+        `drift` names any of these. `held_out` are the checks that the progress bar repeats.
+        """
         self._held_out = {name: now[name] for name in held_out}
-        before = {name: "" if now is start else f"{value:.3f} -> " for name, value in start.items()}
-        shown = "   ".join(f"{short_name(name)} {before[name]}{value:.3f}" for name, value in now.items())
-        self.say(f"[bold]evaluation, epoch {epoch}[/bold]  {shown}")
+        self.say(f"[bold]evaluation, epoch {epoch}[/bold]")
+        for label, names in (("trained on", trained), ("checks", [name for name in now if name not in trained])):
+            before = ["" if now is start else f"{start[name]:.3f} -> " for name in names]
+            shown = (f"{short_name(name)} {old}{now[name]:.3f}" for name, old in zip(names, before, strict=True))
+            self.say(f"  {label:<12}{'   '.join(shown)}")
         if drift:
             self.say(f"[bold red]warning[/bold red] the reward rises while this gets worse: {', '.join(drift)}")
 
@@ -211,13 +221,13 @@ def picture_grid(rows: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) 
     font = ImageFont.load_default(size=13)
     per_line = max(8, int(tile_w / font.getlength("n")))
     wrapped = [[_wrap(text, per_line) for text in line] for line in captions]
-    text_h = 17 * max((len(lines) for row in wrapped for lines in row), default=0) + 8
+    heights = [tile_h + 17 * max((len(lines) for lines in row), default=0) + 16 for row in wrapped]
     columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (columns * (tile_w + 8) + 8, len(rows) * (tile_h + text_h + 8) + 8), "white")
+    grid = Image.new("RGB", (columns * (tile_w + 8) + 8, sum(heights) + 8), "white")
     draw = ImageDraw.Draw(grid)
     for r, (pictures, texts) in enumerate(zip(rows, wrapped, strict=True)):
         for c, (pixels, lines) in enumerate(zip(pictures, texts, strict=True)):
-            x, y = 8 + c * (tile_w + 8), 8 + r * (tile_h + text_h + 8)
+            x, y = 8 + c * (tile_w + 8), 8 + sum(heights[:r])
             tile = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
             grid.paste(tile.resize((tile_w, tile_h), Image.Resampling.BICUBIC), (x, y))
             for i, line in enumerate(lines):

@@ -357,8 +357,9 @@ def report(run: Run, log: RunLog, epoch: int, trainable: Any, history: dict[str,
     if epoch and ("best" not in history or means["reward"] > history["best"]["reward"]):
         history["best"] = {"epoch": epoch, **means}
         export(run.folder / "best", run.pipe, trainable)
-    held_out = [*run.config.reward.held_out]
-    log.evaluation(epoch, history["start"], means, held_out, drift(history["start"], means, run.config.reward))
+    reward = run.config.reward
+    found = drift(history["start"], means, reward)
+    log.evaluation(epoch, history["start"], means, ["reward", *reward.fn], reward.held_out, found)
 
 
 def train(run: Run, state: TrainState, resume: bool) -> None:

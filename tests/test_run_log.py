@@ -19,7 +19,8 @@ def rows(folder):
 def test_a_run_leaves_its_files(tmp_path, capsys):
     with log_of(tmp_path) as log:
         scores = {"embedded_detector": np.float32([[0.1, 0.3], [0.5, 0.5]]), "clip": np.float32([[1, 1], [1, 1]])}
-        log.evaluation(0, {"a": 0.5}, {"a": 0.25}, ["a"], ["a 0.500 -> 0.250"])
+        start, now = {"clip": 0.5, "a": 0.5}, {"clip": 0.75, "a": 0.25}
+        log.evaluation(2, start, now, ["clip"], ["a"], ["a 0.500 -> 0.250"])
         log.train(
             1, scores, (scores["clip"] + scores["embedded_detector"]) / 2, [STEP, {**STEP, "loss": 3.0}], (1, 0, 1)
         )
@@ -34,8 +35,10 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert file == tmp_path / "samples" / "grid.png"
     assert list((tmp_path / "tensorboard").glob("events*"))
     shown = capsys.readouterr().out
-    assert "a 0.500 -> 0.250" in shown
-    assert "warning" in shown
+    assert "trained on  clip 0.500 -> 0.750" in shown
+    assert "checks      a 0.500 -> 0.250" in shown
+    assert "warning the reward rises while this gets worse: a 0.500 -> 0.250" in shown
+    assert "last evaluation: a 0.250" in shown
     assert "reward 0.675" in shown
     assert "|ratio-1| 2e-07" in shown
 
