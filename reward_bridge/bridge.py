@@ -1,5 +1,6 @@
 """Scores pictures with every reward in a thread of its own, so that the next rollout runs meanwhile."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -52,7 +53,8 @@ class RewardBridge:
         self._running: tuple[str, float] | None = None  # the reward at work and when its deadline passes
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         # a daemon: a reward that hangs must not keep the process from ending
-        threading.Thread(target=self._work, name="reward-bridge", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="reward-bridge", daemon=True)
+        self._thread.start()
 
     def submit(self, images: "jax.Array", prompts: Sequence[str], only: Sequence[str] | None = None) -> PendingScores:  # noqa: F821
         """Queue uint8 images [n, 3, h, w]; `only` names the rewards to run (default: all). Returns at once.
@@ -66,6 +68,16 @@ class RewardBridge:
         self._queue.put((images, list(prompts), names, pending._future))
         return pending
 
+    def close(self, wait: float = 10.0) -> None:
+        """Drop what is queued and give the reward at work `wait` seconds to finish. For the end of the process, which
+        a thread that is still inside torch can crash.
+        """
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self._queue.put(None)
+        self._thread.join(wait)
+
     def check_deadline(self) -> None:
         running = self._running
         if running is not None and time.monotonic() > running[1]:
@@ -75,8 +87,8 @@ class RewardBridge:
             )
 
     def _work(self) -> None:
-        while True:
-            images, prompts, names, future = self._queue.get()
+        while (work := self._queue.get()) is not None:
+            images, prompts, names, future = work
             try:
                 images.block_until_ready()  # a reward's deadline does not count the rollout
                 shards = shards_to_torch(images)

@@ -435,6 +435,7 @@ def main(_: Sequence[str]) -> None:
     except KeyboardInterrupt:
         sys.exit(f"stopped; to go on: --config.run_name={folder.name} --resume")
     finally:
+        run.bridge.close()
         run.checkpoints.close()
 
 

@@ -130,6 +130,24 @@ def test_a_hanging_reward_does_not_keep_the_process_alive():
     assert "RewardError: reward 'slow' has not answered" in done.stderr
 
 
+def test_closing_waits_for_the_reward_at_work_and_drops_the_rest():
+    inside, done = threading.Event(), []
+
+    def slow(x, prompts):
+        inside.set()
+        time.sleep(0.3)
+        done.append(1)
+        return torch.zeros(len(prompts))
+
+    both = bridge(slow)
+    for _ in range(5):
+        both.submit(images(), PROMPTS)
+    assert inside.wait(20)
+    both.close()
+    assert done == [1]
+    assert not [thread for thread in threading.enumerate() if thread is both._thread]
+
+
 def test_wrong_counts_are_named():
     with pytest.raises(ValueError, match="got 4 images and 3 prompts"):
         bridge(brightness).submit(images(), PROMPTS[:3])

@@ -217,7 +217,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("size", "branches"), [("tiny", 1), ("tiny", 2), ("mid", 2)])
+@pytest.mark.parametrize(("size", "branches"), [("tiny", 1), ("mid", 2)])
 def test_replay_is_the_rollout_bit_for_bit(size, dtype, branches):
     """On unchanged weights the update sees exactly the means that were sampled (guard ratios are clipped at 2e-6)."""
     config, side, tokens = SIZES[size]
