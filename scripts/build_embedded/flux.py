@@ -78,6 +78,7 @@ def build(work: Path, pipeline: Path, vae: AutoencoderKL) -> None:
 
     fit("flux", both, loss, work, steps=STEPS, lr=1e-3, weight_decay=0.02, ema_decay=0.9995)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    vae.register_to_config(_name_or_path="")  # the folder it was loaded from says nothing to anyone else
     for model in (vae, clip, both):
         model.to(torch.bfloat16)
     FluxPipeline(
