@@ -2,7 +2,7 @@
 
     python scripts/build_embedded [--work build/embedded] [--threads 2]
 
-About three hours on 2 cores. Every stage goes on from its last checkpoint; with the same versions and thread count it
+About two hours on 2 cores. Every stage goes on from its last checkpoint; with the same versions and thread count it
 makes the same files. Results: realgen_jax/embedded/ (a FluxPipeline folder and prompts), reward_bridge/embedded/.
 """
 
