@@ -48,7 +48,7 @@ def tiny() -> ConfigDict:
     c.prompts.max_tokens = 16  # T5 tokens
     c.prompts.cache = "~/.cache/realgen_jax/text"
     c.prompts.dtype = "float32"
-    c.prompts.device = "cpu"  # where the text encoders run, once
+    c.prompts.device = "auto"  # where the text encoders run, once: as reward.device
 
     c.sample = ConfigDict()
     c.sample.resolution = 64  # pixels a side
@@ -98,9 +98,13 @@ def tiny() -> ConfigDict:
     c.reward.options = ConfigDict(
         {"clip_score": ConfigDict({"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})}
     )
-    c.reward.device = "cpu"
+    c.reward.device = "auto"  # the last GPU, kept from JAX where there are others; without a GPU the CPU. cpu, cuda:N
+    c.reward.devices = ConfigDict()  # rewards that have a device of their own, {"omniaid": "cuda:6"}
+    c.reward.batch_size = 0  # most images a reward sees at once; 0: all of a call. Halved where memory runs out
     c.reward.deadline = 120.0  # seconds for one reward and one call
     c.reward.retries = 1
+    c.reward.stop_drop = 0.05  # end the run where a held-out reward lies so far below its best, while the reward rises,
+    c.reward.stop_patience = 0  # for so many evaluations in a row; 0: never
     return c
 
 
@@ -125,7 +129,6 @@ def flux_dev_8xh200() -> ConfigDict:
     c.prompts.test = "dataset/realgen/test.txt"
     c.prompts.max_tokens = 512
     c.prompts.dtype = "bfloat16"
-    c.prompts.device = "cuda:7"
 
     c.sample.resolution = 1024
     c.sample.num_steps = 28
@@ -157,7 +160,6 @@ def flux_dev_8xh200() -> ConfigDict:
     c.reward.held_out = ()
     c.reward.metrics = ()
     c.reward.options = ConfigDict()
-    c.reward.device = "cuda:7"
     c.reward.deadline = 600.0
     c.reward.retries = 3
     return c

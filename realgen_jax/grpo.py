@@ -223,10 +223,13 @@ def update(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step. Metrics: means over the microbatches, the largest |ratio - 1|, the gradient's norm."""
+    """One optimizer step. Metrics: means over the microbatches, the largest |ratio - 1|, and the norms (L2, of all
+    trained weights together) of gradient, step and weights.
+    """
     grads, metrics, _ = accumulate(velocity, params, state.trainable, batch, config)
     metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    metrics |= {"update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(state.trainable)}
     trainable = optax.apply_updates(state.trainable, updates)
     averaged = ema_update(state.ema, trainable, state.step, ema)
     return TrainState(trainable, averaged, opt_state, state.step + 1), metrics

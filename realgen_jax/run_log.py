@@ -19,7 +19,8 @@ TILE = 192  # a picture's side in a grid, at least
 # What a resumed run may change: where and how long it runs, not what it computes.
 FREE_KEYS = frozenset(
     ("run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "wandb_project",
-     "compilation_cache", "prompts.cache", "prompts.device", "reward.deadline", "reward.retries")
+     "compilation_cache", "prompts.cache", "prompts.device", "reward.deadline", "reward.retries", "reward.stop_drop",
+     "reward.stop_patience")
 )  # fmt: skip
 
 
@@ -127,22 +128,32 @@ class RunLog:
             self.console.print(f"epoch {epoch}/{int(self._progress.tasks[0].total)}  {self._figures}", soft_wrap=True)
 
     def train(
-        self, epoch: int, scores: Mapping[str, np.ndarray], reward: np.ndarray, steps: Sequence[Mapping], seconds: Any
+        self,
+        epoch: int,
+        scores: Mapping[str, np.ndarray],
+        reward: np.ndarray,
+        steps: Sequence[Mapping],
+        seconds: Mapping[str, float],
+        scoring: Mapping[str, float],
     ) -> None:
         """An epoch's row. scores [groups, size] by reward, their weighted mean `reward`, each optimizer step's metrics,
-        seconds of sampling, of waiting for rewards and of updating.
+        seconds by phase, which add up to the epoch, and the seconds that each reward was at work meanwhile.
         """
+        flat = {name: zero_spread(r.astype(np.float64)) for name, r in scores.items()}
+        std = {name: r.std(axis=1).mean() for name, r in scores.items()}
         row = {f"reward/{name}": r.mean() for name, r in scores.items()}
-        row |= {f"reward_std/{name}": r.std(axis=1).mean() for name, r in scores.items()}
-        row |= {f"zero_spread/{name}": zero_spread(r.astype(np.float64)).mean() for name, r in scores.items()}
-        row |= {"reward": reward.mean(), "reward_std": reward.std(axis=1).mean()}
+        row |= {f"reward_std/{name}": value for name, value in std.items()}
+        row |= {f"zero_spread/{name}": groups.mean() for name, groups in flat.items()}
+        row |= {"reward": reward.mean(), "reward_std": reward.std(axis=1).mean(), "steps": len(steps)}
+        row["zero_spread"] = np.logical_and.reduce(list(flat.values())).mean()  # groups that teach nothing
+        if min(std.values()) > 0:
+            row["std_ratio"] = max(std.values()) / min(std.values())
         for name in steps[0]:
             values = [float(step[name]) for step in steps]
             row[name] = max(values) if name == "ratio_deviation" else np.mean(values)
         row["first_ratio_deviation"] = float(steps[0]["ratio_deviation"])  # before any weight moved: rounding alone
-        names = ("sample", "reward_wait", "update")
-        row |= {f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)}
-        row["images_per_second"] = reward.size / sum(seconds)
+        row |= {f"seconds/{name}": s for name, s in {**seconds, **scoring}.items()}
+        row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
         figures = {"reward": f"{row['reward']:.3f}"}
         figures |= {short_name(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1}
@@ -158,18 +169,22 @@ class RunLog:
         start: Mapping[str, float],
         now: Mapping[str, float],
         trained: Sequence[str],
-        held_out: Sequence[str],
+        correlation: Mapping[str, float],
         drift: Sequence[str],
     ) -> None:
         """An evaluation's figures beside those of the start: what is trained on, then the checks, and a warning where
-        `drift` names any of these. `held_out` are the checks that the progress bar repeats.
+        `drift` names any of these. `correlation` is that of held-out rewards, which the progress bar repeats, with the
+        reward, picture by picture.
         """
-        self._held_out = {name: now[name] for name in held_out}
+        self._held_out = {name: now[name] for name in correlation}
         self.say(f"[bold]evaluation, epoch {epoch}[/bold]")
         for label, names in (("trained on", trained), ("checks", [name for name in now if name not in trained])):
             before = ["" if now is start else f"{start[name]:.3f} -> " for name in names]
-            shown = (f"{short_name(name)} {old}{now[name]:.3f}" for name, old in zip(names, before, strict=True))
+            after = [f" (r {correlation[name]:+.2f})" if name in correlation else "" for name in names]
+            shown = (f"{short_name(n)} {old}{now[n]:.3f}{r}" for n, old, r in zip(names, before, after, strict=True))
             self.say(f"  {label:<12}{'   '.join(shown)}")
+        if correlation and now is start:
+            self.say("  r: correlation with the reward, picture by picture")
         if drift:
             self.say(f"[bold red]warning[/bold red] the reward rises while this gets worse: {', '.join(drift)}")
 

@@ -1,17 +1,16 @@
-"""Scores pictures with every reward in a thread of its own, so that the next rollout runs meanwhile."""
+"""Scores pictures in threads of its own, so that the next rollout runs meanwhile; a failing reward stops the step."""
 
 import contextlib
+import logging
 import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Protocol
 
 import numpy as np
 import torch
-
-from reward_bridge.dlpack import shards_to_torch
 
 
 class Reward(Protocol):
@@ -25,98 +24,200 @@ class RewardError(RuntimeError):
     """A reward failed for good. The step that asked for it must not be trained on."""
 
 
-class PendingScores:
-    """The scores of one submitted batch, once they are there."""
-
-    def __init__(self, bridge: "RewardBridge"):
-        self._bridge, self._future = bridge, Future()
-
-    def result(self) -> dict[str, np.ndarray]:
-        """{reward: float32 [n]}. Raises RewardError naming the reward that failed or ran past its deadline."""
-        while True:
-            try:
-                return self._future.result(timeout=0.05)
-            except TimeoutError:
-                self._bridge.check_deadline()
-
-
 class RewardBridge:
-    """Runs rewards on `device`, in the order of `rewards`, one submitted batch after the other.
+    """Scores batches with rewards, each on the device that `devices` names for it.
 
-    A reward that raises is tried `retries` more times; one that then still raises, runs past `deadline` seconds, or
-    returns anything but n finite numbers ends the batch with a RewardError. Nothing is made up in its place.
+    Rewards on one GPU take turns, batch by batch, so that none waits for more than its neighbours' work; every GPU,
+    and every reward on the CPU or behind HTTP, has a thread of its own. Pictures reach a device once for all its
+    rewards.
+
+    A reward that raises is tried `retries` more times, one that runs out of memory goes on with half the images at a
+    time. One that still raises, runs past `deadline` seconds, or returns anything but n finite numbers ends the batch
+    with a RewardError. Nothing is made up in its place. `batch_size` is the most images a reward sees at once; 0: all.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], device: str, *, deadline: float, retries: int):
-        self._rewards, self._device = dict(rewards), torch.device(device)
-        self._deadline, self._retries = deadline, retries
-        self._running: tuple[str, float] | None = None  # the reward at work and when its deadline passes
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        # a daemon: a reward that hangs must not keep the process from ending
-        self._thread = threading.Thread(target=self._work, name="reward-bridge", daemon=True)
-        self._thread.start()
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        devices: Mapping[str, str],
+        *,
+        deadline: float,
+        retries: int,
+        batch_size: int = 0,
+    ):
+        self.rewards, self.devices = dict(rewards), {name: devices[name] for name in rewards}
+        self.deadline, self.retries = deadline, retries
+        self.batch_sizes = dict.fromkeys(rewards, batch_size)  # halved where memory runs out
+        self.seconds = dict.fromkeys(rewards, 0.0)  # of scoring, so far
+        lane = {name: device if device.startswith("cuda") else name for name, device in self.devices.items()}
+        self._lanes = {key: _Lane(self, [name for name in rewards if lane[name] == key]) for key in lane.values()}
 
-    def submit(self, images: "jax.Array", prompts: Sequence[str], only: Sequence[str] | None = None) -> PendingScores:  # noqa: F821
+    def submit(
+        self,
+        images: "torch.Tensor | jax.Array",  # noqa: F821
+        prompts: Sequence[str],
+        only: Sequence[str] | None = None,
+    ) -> "PendingScores":
         """Queue uint8 images [n, 3, h, w]; `only` names the rewards to run (default: all). Returns at once.
 
         The images may still be computed, and may be spread over several devices.
         """
         if len(prompts) != images.shape[0]:
             raise ValueError(f"got {images.shape[0]} images and {len(prompts)} prompts; expected as many of each")
-        pending = PendingScores(self)
-        names = list(self._rewards) if only is None else list(only)
-        self._queue.put((images, list(prompts), names, pending._future))
-        return pending
+        names, shared = list(self.rewards) if only is None else list(only), _Images(images)
+        futures = {}
+        for lane in self._lanes.values():
+            if wanted := [name for name in lane.names if name in names]:
+                futures[lane] = Future()
+                lane.queue.put((shared, list(prompts), wanted, futures[lane]))
+        return PendingScores(futures, names)
 
     def close(self, wait: float = 10.0) -> None:
-        """Drop what is queued and give the reward at work `wait` seconds to finish. For the end of the process, which
+        """Drop what is queued and give the rewards at work `wait` seconds to finish. For the end of the process, which
         a thread that is still inside torch can crash.
         """
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
-        self._queue.put(None)
-        self._thread.join(wait)
+        end = time.monotonic() + wait
+        for lane in self._lanes.values():
+            lane.stop()
+        for lane in self._lanes.values():
+            lane.thread.join(max(0.0, end - time.monotonic()))
+
+
+class PendingScores:
+    """The scores of one submitted batch, once they are there."""
+
+    def __init__(self, futures: Mapping["_Lane", Future], names: Sequence[str]):
+        self._futures, self._names = futures, names
+
+    def result(self) -> dict[str, np.ndarray]:
+        """{reward: float32 [n]}. Raises RewardError naming the reward that failed or ran past its deadline."""
+        left = set(self._futures.values())
+        while left:
+            done, left = wait(left, timeout=0.05, return_when="FIRST_EXCEPTION")
+            for future in done:
+                future.result()
+            for lane, future in self._futures.items():
+                if future in left:
+                    lane.check_deadline()
+        scores = {name: score for future in self._futures.values() for name, score in future.result().items()}
+        return {name: scores[name] for name in self._names}
+
+
+class _Images:
+    """A batch that is brought to each device once, when the first of its rewards asks for it."""
+
+    def __init__(self, images: "torch.Tensor | jax.Array"):  # noqa: F821
+        self._images, self._lock, self._on = images, threading.Lock(), {}
+
+    def wait(self) -> None:
+        if not isinstance(self._images, torch.Tensor):
+            self._images.block_until_ready()
+
+    def on(self, device: str) -> torch.Tensor:
+        with self._lock:
+            if device not in self._on:
+                if isinstance(self._images, torch.Tensor):
+                    self._on[device] = self._images.to(device)
+                else:
+                    from reward_bridge.dlpack import gather  # here, so that a server of rewards runs without jax
+
+                    self._on[device] = gather(self._images, device)
+            return self._on[device]
+
+
+class _Lane:
+    """One thread and its queue of batches."""
+
+    def __init__(self, bridge: RewardBridge, names: Sequence[str]):
+        self.bridge, self.names = bridge, names
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._running: tuple[str, float] | None = None  # the reward at work and when its deadline passes
+        # a daemon: a reward that hangs must not keep the process from ending
+        self.thread = threading.Thread(target=self._work, name=f"reward-bridge {', '.join(names)}", daemon=True)
+        self.thread.start()
 
     def check_deadline(self) -> None:
         running = self._running
         if running is not None and time.monotonic() > running[1]:
             raise RewardError(
-                f"reward {running[0]!r} has not answered for {self._deadline:g} s (config.reward.deadline); "
+                f"reward {running[0]!r} has not answered for {self.bridge.deadline:g} s (config.reward.deadline); "
                 "is its device busy, or the deadline too short for this batch?"
             )
 
+    def stop(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.queue.get_nowait()
+        self.queue.put(None)
+
     def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
+        while (work := self.queue.get()) is not None:
             images, prompts, names, future = work
             try:
-                images.block_until_ready()  # a reward's deadline does not count the rollout
-                shards = shards_to_torch(images)
-                pixels = shards[0] if len(shards) == 1 else torch.cat([s.to(self._device) for s in shards])
-                pixels = pixels.to(self._device)
-                future.set_result({name: self._score(name, pixels, prompts) for name in names})
+                images.wait()  # a reward's deadline does not count the rollout
+                future.set_result({name: self._score(name, images, prompts) for name in names})
             except BaseException as error:  # handed to whoever waits for the scores
                 future.set_exception(error)
             self._running = None
+            del work, images, future  # a waiting thread must not hold a batch's memory
 
-    def _score(self, name: str, pixels: torch.Tensor, prompts: list[str]) -> np.ndarray:
-        for attempt in range(self._retries + 1):
-            self._running = (name, time.monotonic() + self._deadline)
+    def _score(self, name: str, images: _Images, prompts: list[str]) -> np.ndarray:
+        """One reward's scores of a batch: retried, and checked."""
+        for attempt in range(self.bridge.retries + 1):
+            start = time.monotonic()
+            self._running = (name, start + self.bridge.deadline)
             try:
-                with torch.inference_mode():
-                    scores = self._rewards[name](pixels, prompts)
-                scores = torch.as_tensor(scores).to("cpu", torch.float32).numpy()  # a GPU's errors surface here
+                scores = self._in_chunks(name, images.on(self.bridge.devices[name]), prompts)
                 break
+            except RewardError:
+                raise
             except Exception as error:
-                if attempt == self._retries:
+                if attempt == self.bridge.retries:
                     raise RewardError(
                         f"reward {name!r} failed {attempt + 1} times; the last time: {error!r}"
                     ) from error
-        if scores.shape != (len(prompts),):
-            raise RewardError(
-                f"reward {name!r} returned shape {scores.shape}; expected ({len(prompts)},), one per image"
-            )
+            finally:
+                self.bridge.seconds[name] += time.monotonic() - start
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise RewardError(f"reward {name!r} returned {scores[bad]} for image {bad} ({prompts[bad]!r})")
         return scores
+
+    def _in_chunks(self, name: str, pixels: torch.Tensor, prompts: list[str]) -> np.ndarray:
+        """As many images at once as the reward's batch size says, half of that from where memory runs out."""
+        scores = np.empty(len(prompts), np.float32)
+        start = 0
+        while start < len(prompts):
+            rows = slice(start, start + (self.bridge.batch_sizes[name] or len(prompts)))
+            chunk = prompts[rows]
+            try:
+                with torch.inference_mode():
+                    found = self.bridge.rewards[name](pixels[rows], chunk)
+                found = torch.as_tensor(found).to("cpu", torch.float32).numpy()  # a GPU's errors surface here
+            except Exception as error:
+                if not _out_of_memory(error) or len(chunk) == 1:
+                    raise
+                found = None  # the memory that the error's traceback holds is free after this block only
+            if found is None:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                self.bridge.batch_sizes[name] = (len(chunk) + 1) // 2
+                logging.getLogger(__name__).warning(
+                    "reward %r ran out of memory on %d images and goes on with %d at a time; "
+                    "config.reward.batch_size sets that from the start",
+                    name, len(chunk), self.bridge.batch_sizes[name],
+                )  # fmt: skip
+                continue
+            if found.shape != (len(chunk),):
+                raise RewardError(
+                    f"reward {name!r} returned shape {found.shape}; expected ({len(chunk)},), one per image"
+                )
+            scores[rows] = found
+            start += len(chunk)
+        return scores
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a class for a full GPU only; the CPU's allocator and cuBLAS tell it in words."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

@@ -51,7 +51,10 @@ def encode(cache: TextCache, model: Path, max_tokens: int, dtype: str, device: s
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
+    from reward_bridge.dlpack import resolve
+
     disable_progress_bar()
+    device = resolve(device)
     torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     clip = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch_dtype).eval().to(device)
     t5 = T5EncoderModel.from_pretrained(model / "text_encoder_2", dtype=torch_dtype).eval().to(device)
@@ -82,7 +85,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a cache folder that already holds prompts.json")
     parser.add_argument("--max_tokens", type=int, default=512, help="T5 tokens")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="auto (the last GPU, else the CPU), cpu, cuda:N")
     args = parser.parse_args()
     if args.folder is None:
         if not args.prompts:

@@ -7,7 +7,6 @@
 prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> update -> checkpoint
 """
 
-import importlib.util
 import shutil
 import sys
 import time
@@ -20,189 +19,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags, logging
 from clu import parameter_overview
 from command_line import parse_flags
-from encode_prompts import ensure_encoded
 from ml_collections import ConfigDict, config_flags
+from set_up import Run, set_up
 
-from realgen_jax.checkpoint import Checkpoints
-from realgen_jax.data import Layout, prompt_batches, read_prompts
+from realgen_jax.data import Layout, prompt_batches
 from realgen_jax.flux.convert import leaves, save_transformer
-from realgen_jax.flux.lora import LoraConfig, init_lora, load_lora, save_lora
-from realgen_jax.flux.pipeline import Pipeline, load_pipeline, no_model
-from realgen_jax.flux.text import TextCache
-from realgen_jax.flux.transformer import Cond
-from realgen_jax.grpo import (
-    Batch,
-    EmaConfig,
-    LossConfig,
-    TrainState,
-    group_advantages,
-    make_optimizer,
-    recompute_means,
-    update,
-)
-from realgen_jax.rollout import Plan, draw_noise, make_plan, rollout
+from realgen_jax.flux.lora import save_lora
+from realgen_jax.flux.pipeline import Pipeline
+from realgen_jax.grpo import Batch, EmaConfig, TrainState, group_advantages, recompute_means, update
+from realgen_jax.rollout import draw_noise, rollout
 from realgen_jax.run_log import RunLog, check_same_config, run_folder, short_name
-from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
-from reward_bridge.bridge import PendingScores, RewardBridge, RewardError
-from reward_bridge.dlpack import reserve
-from reward_bridge.metrics import METRICS, make_metric
-from reward_bridge.rewards import REWARDS, make_reward
+from realgen_jax.sharding import batch_sharding
+from reward_bridge.bridge import PendingScores, RewardError
 
-EVAL, TRAIN, INIT = 0, 1, 2  # streams of the run's root key
+EVAL, TRAIN = 0, 1  # streams of the run's root key, beside set_up.INIT
 
 
 @dataclass(frozen=True)
-class Run:
-    """What stays the same from the first epoch to the last."""
+class Programs:
+    """The jitted calls, each traced once."""
 
-    config: ConfigDict
-    folder: Path
-    layout: Layout
-    pipe: Pipeline
-    plan: Plan
-    cache: TextCache
-    prompts: list[str]
-    test_prompts: list[str]
-    bridge: RewardBridge
-    metrics: dict[str, Callable[[np.ndarray], float]]
-    checkpoints: Checkpoints
-    sample_call: Callable
-    update_step: Callable
+    sample: Callable
+    update: Callable
     recompute: Callable
-    evaluate_call: Callable
-
-    def cond(self, prompts: Sequence[str]) -> Cond:
-        return self.pipe.cond(self.cache, prompts, self.config.sample.guidance_scale)
-
-    def key(self, stream: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+    evaluate: Callable
 
 
-def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
-    """Load everything, compile nothing. Returns the run and its first state."""
-    sample, t = config.sample, config.train
-    check(config)
-    loss = LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias)
-    reserve(config.reward.device)
-    prompts, test_prompts = read_prompts(config.prompts.train), read_prompts(config.prompts.test)
-    # before JAX takes the memory of the devices
-    cache = ensure_encoded([*prompts, *test_prompts], config.pretrained.model, config.prompts)
-    mesh = make_mesh(**config.mesh, devices=jax.devices())
-    layout = Layout(sample.num_batches_per_epoch, sample.train_batch_size, sample.branches, sample.num_image_per_prompt)
-    layout.check(batch_devices(mesh))
-    if layout.calls % t.gradient_accumulation_steps:
-        raise ValueError(
-            f"num_batches_per_epoch {layout.calls} must be a multiple of gradient_accumulation_steps "
-            f"{t.gradient_accumulation_steps}"
-        )
-    if sample.test_batch_size % batch_devices(mesh):
-        parts = batch_devices(mesh)
-        raise ValueError(
-            f"test_batch_size {sample.test_batch_size} must be a multiple of {parts}, the mesh's data x fsdp"
-        )
-
-    lora = LoraConfig(t.lora_rank, t.lora_alpha, t.lora_init) if t.lora else None
-    pipe = load_pipeline(config.pretrained, sample.resolution, lora, mesh)
-    names, device = [*config.reward.fn, *config.reward.held_out], config.reward.device
-    rewards = {n: make_reward(n, device, config.reward.options.get(n, {})) for n in names}
-    metrics = {n: make_metric(n, device, config.reward.options.get(n, {})) for n in config.reward.metrics}
-    bridge = RewardBridge(rewards, device, deadline=config.reward.deadline, retries=config.reward.retries)
-
-    optimizer = make_optimizer(
-        t.learning_rate, t.adam_beta1, t.adam_beta2, t.adam_epsilon, t.adam_weight_decay, t.max_grad_norm
-    )
-    init_key = jax.random.fold_in(jax.random.key(config.seed), INIT)
-    state, shardings = first_state(pipe, config, optimizer, init_key)
+def make_programs(run: Run) -> Programs:
+    t = run.config.train
     ema = EmaConfig(t.ema_decay, t.ema_update_interval)
-    run = Run(
-        config=config,
-        folder=folder,
-        layout=layout,
-        pipe=pipe,
-        plan=make_plan(
-            pipe.sigmas(sample.num_steps),
-            kind=sample.sde_type,
-            noise_level=sample.noise_level,
-            window=sample.sde_window_size,
-            bounds=tuple(sample.sde_window_range),
-            branches=sample.branches,
+    return Programs(
+        sample=jax.jit(partial(sample_call, run.pipe, run.layout, run.config.sample.same_latent)),
+        update=jax.jit(
+            partial(update, run.pipe.velocity, run.optimizer, run.loss, ema),
+            donate_argnums=1,
+            out_shardings=(run.shardings, None),
         ),
-        cache=cache,
-        prompts=prompts,
-        test_prompts=test_prompts,
-        bridge=bridge,
-        metrics=metrics,
-        checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
-        sample_call=jax.jit(partial(sample_call, pipe, layout, sample.same_latent)),
-        update_step=jax.jit(
-            partial(update, pipe.velocity, optimizer, loss, ema), donate_argnums=1, out_shardings=(shardings, None)
-        ),
-        recompute=jax.jit(partial(recompute_means, pipe.velocity, loss)),
-        evaluate_call=pipe.sampler(sample.eval_num_steps),
+        recompute=jax.jit(partial(recompute_means, run.pipe.velocity, run.loss)),
+        evaluate=run.pipe.sampler(run.config.sample.eval_num_steps),
     )
-    return run, state
-
-
-def check(config: ConfigDict) -> None:
-    """Name everything that is missing at once, before anything is loaded."""
-    model, reward, missing = Path(config.pretrained.model), config.reward, []
-    if not (model / "model_index.json").exists():
-        missing.append(no_model(model))
-    for name in ("train", "test"):
-        if not Path(config.prompts[name]).is_file():
-            missing.append(
-                f"config.prompts.{name} is {config.prompts[name]!r}, which does not exist; expected one prompt a line "
-                "(.txt) or .jsonl. RealGen's own files come with its repository, under dataset/realgen"
-            )
-    for kind, names, known in (
-        ("reward", [*reward.fn, *reward.held_out], REWARDS),
-        ("metric", reward.metrics, METRICS),
-    ):
-        if unknown := [name for name in names if name not in known]:
-            missing.append(f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-    if config.pretrained.lora and not config.train.lora:
-        missing.append("config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters")
-    if config.eval_freq < 1 or config.save_freq < 1:
-        missing.append(f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 or more epochs")
-    if config.wandb_project and importlib.util.find_spec("wandb") is None:
-        missing.append("config.wandb_project is set, but wandb is not installed: pip install wandb")
-    if missing:
-        raise ValueError("\n".join(missing))
-
-
-def first_state(
-    pipe: Pipeline, config: ConfigDict, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, TrainState]:
-    """The state before any step, on the mesh, and its shardings: adapters are replicated, weights lie as they are."""
-    everywhere = replicated(pipe.mesh)
-    if pipe.lora is None:
-        trainable = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params)
-        shardings = jax.tree.map(lambda p: p.sharding, pipe.params)
-    else:
-        trainable = init_lora(pipe.model, pipe.lora, key)
-        if config.pretrained.lora:
-            found, trainable = load_lora(config.pretrained.lora, pipe.model)
-            if (found.rank, found.alpha) != (pipe.lora.rank, pipe.lora.alpha):
-                raise ValueError(
-                    f"{config.pretrained.lora} has rank {found.rank} and alpha {found.alpha:g}, config.train has "
-                    f"lora_rank {pipe.lora.rank} and lora_alpha {pipe.lora.alpha:g}; set those to the file's"
-                )
-        shardings = jax.tree.map(lambda _: everywhere, trainable)
-    trainable = jax.device_put(trainable, shardings)
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        shardings,
-        transform_non_params=lambda _: everywhere,
-    )
-    where = TrainState(shardings, shardings, opt_shardings, everywhere)
-    start = lambda p: TrainState(p, jax.tree.map(jnp.copy, p), optimizer.init(p), jnp.int32(0))  # noqa: E731
-    return jax.jit(start, out_shardings=where)(trainable), where
 
 
 def sample_call(pipe: Pipeline, layout: Layout, same_latent: bool, params, vae_params, trainable, cond, keys, plan):
@@ -216,7 +74,7 @@ def sample_call(pipe: Pipeline, layout: Layout, same_latent: bool, params, vae_p
 
 
 def sample_epoch(
-    run: Run, trainable: Any, epoch: int, rows: np.ndarray
+    run: Run, programs: Programs, trainable: Any, epoch: int, rows: np.ndarray
 ) -> tuple[list[tuple], list[PendingScores], list[jax.Array]]:
     """Sample every call of an epoch and hand its pictures to the rewards, which score while the next call runs.
 
@@ -232,7 +90,7 @@ def sample_epoch(
         start_key, noise_key, latent_key = jax.random.split(jax.random.fold_in(epoch_key, call), 3)
         if sample.same_latent:  # one latent for a group, also where the group goes on in the next call
             latent_key = jax.random.fold_in(epoch_key, layout.calls + int(groups[0]))
-        images, trajectory, ok = run.sample_call(
+        images, trajectory, ok = programs.sample(
             run.pipe.params, run.pipe.vae_params, trainable, cond, (latent_key, noise_key), run.plan.draw(start_key)
         )
         texts = [prompt for prompt in prompts for _ in range(layout.branches)]
@@ -245,7 +103,9 @@ def sample_epoch(
 _stack = jax.jit(lambda *trees: jax.tree.map(lambda *a: jnp.stack(a), *trees))
 
 
-def improve(run: Run, state: TrainState, calls: list[tuple], advantages: np.ndarray) -> tuple[TrainState, list[dict]]:
+def improve(
+    run: Run, programs: Programs, state: TrainState, calls: list[tuple], advantages: np.ndarray
+) -> tuple[TrainState, list[dict]]:
     """The epoch's optimizer steps. advantages float32 [calls, images]. Returns each step's metrics."""
     t, metrics = run.config.train, []
     advantages = jax.device_put(advantages, batch_sharding(run.pipe.mesh, axis=1))
@@ -254,19 +114,28 @@ def improve(run: Run, state: TrainState, calls: list[tuple], advantages: np.ndar
         for i in range(0, len(calls), t.gradient_accumulation_steps)
     ]
     if t.recompute_old:
-        batches = [run.recompute(run.pipe.params, state.trainable, batch) for batch in batches]
+        batches = [programs.recompute(run.pipe.params, state.trainable, batch) for batch in batches]
     for _ in range(t.num_inner_epochs):
         for batch in batches:
-            state, step_metrics = run.update_step(run.pipe.params, state, batch)
+            state, step_metrics = programs.update(run.pipe.params, state, batch)
             metrics.append(step_metrics)
     return state, jax.device_get(metrics)
 
 
-def evaluate(run: Run, trainable: Any) -> tuple[dict[str, float], dict[str, np.ndarray], np.ndarray, list[str]]:
-    """Test prompts on noise that is fixed per picture: (means, scores by name, pictures uint8 [n, 3, H, W], prompts).
+@dataclass(frozen=True)
+class Evaluation:
+    """Test prompts on noise that is fixed per picture."""
 
-    The last call is filled up with prompts from the front; what is over is neither kept nor counted.
-    """
+    prompts: list[str]
+    pictures: np.ndarray  # uint8 [n, 3, H, W]
+    scores: dict[str, np.ndarray]  # float32 [n] by reward, held-out ones too; "reward" is the trained ones' mean
+    means: dict[str, float]  # of the scores, of their spread within a prompt, and the metrics
+    correlation: dict[str, float]  # of each held-out reward with the trained one, over pictures
+    details: dict[str, float]  # what metrics.jsonl has besides
+
+
+def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
+    """The last call is filled up with prompts from the front; what is over is neither kept nor counted."""
     sample, reward = run.config.sample, run.config.reward
     copies = sample.test_images_per_prompt
     prompts = [prompt for prompt in run.test_prompts for _ in range(copies)]
@@ -275,16 +144,26 @@ def evaluate(run: Run, trainable: Any) -> tuple[dict[str, float], dict[str, np.n
         ids = np.arange(start, start + sample.test_batch_size, dtype=np.int32)
         texts = [prompts[i % len(prompts)] for i in ids]
         ids = jax.device_put(ids, batch_sharding(run.pipe.mesh))
-        images.append(run.evaluate_call(trainable, run.cond(texts), run.key(EVAL), ids))
+        images.append(programs.evaluate(trainable, run.cond(texts), run.key(EVAL), ids))
         pending.append(run.bridge.submit(images[-1], texts))
+    again = run.bridge.submit(images[-1][::-1], texts[::-1]).result()  # the same pictures, elsewhere in their batch
     found = [one.result() for one in pending]
+    noise = {f"noise/{name}": (found[-1][name] - again[name][::-1]).std() / np.sqrt(2) for name in again}
     scores = {name: np.concatenate([f[name] for f in found])[: len(prompts)] for name in found[0]}
     pictures = np.concatenate([np.asarray(i) for i in images])[: len(prompts)]
     scores["reward"] = weighted_mean(scores, reward.fn)
     means = {name: float(values.mean()) for name, values in scores.items()}
     means["prompt_std"] = float(scores["reward"].reshape(-1, copies).std(axis=1).mean())
     means |= {name: metric(pictures) for name, metric in run.metrics.items()}
-    return means, scores, pictures, prompts
+    std = {name: values.std() for name, values in scores.items()}
+    correlation = {
+        name: float(np.corrcoef(scores[name], scores["reward"])[0, 1])
+        for name in reward.held_out
+        if std[name] > 0 and std["reward"] > 0
+    }
+    details = {f"std/{name}": value for name, value in std.items()} | noise
+    details |= {f"correlation/{name}": value for name, value in correlation.items()}
+    return Evaluation(prompts, pictures, scores, means, correlation, details)
 
 
 def weighted_mean(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -302,18 +181,38 @@ def drift(start: Mapping[str, float], now: Mapping[str, float], reward: ConfigDi
     return [f"{name} {start[name]:.3f} -> {now[name]:.3f}" for name in worse]
 
 
-def stop_if_not_finite(values: Mapping[str, float], epoch: int, phase: str, checkpoints: Checkpoints) -> None:
+def fallen(peaks: dict[str, dict], now: Mapping[str, float], reward: ConfigDict) -> list[str]:
+    """Held-out rewards that lay `stop_drop` below their best for `stop_patience` evaluations in a row, while the
+    trained reward was above what it was at that best: the detectors are being fooled, and the run ends. `peaks` is
+    what it remembers from one evaluation to the next.
+    """
+    found = []
+    for name in reward.held_out:
+        if name not in peaks or now[name] > peaks[name]["best"]:
+            peaks[name] = {"best": now[name], "reward": now["reward"], "falls": 0}
+        peak = peaks[name]
+        low = now[name] < peak["best"] - reward.stop_drop and now["reward"] > peak["reward"]
+        peak["falls"] = peak["falls"] + 1 if low else 0
+        if 0 < reward.stop_patience <= peak["falls"]:
+            found.append(
+                f"{name} fell from {peak['best']:.4g} to {now[name]:.4g} while the reward rose from "
+                f"{peak['reward']:.4g} to {now['reward']:.4g}"
+            )
+    return found
+
+
+def stop_if_not_finite(values: Mapping[str, float], epoch: int, phase: str, run: Run) -> None:
     """Raise FloatingPointError naming epoch, phase and values; nothing of this epoch has been saved."""
     if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-        newest = checkpoints.newest()
+        newest = run.checkpoints.newest()
         good = (
             f"--resume goes on from the newest good checkpoint, epoch {newest}"
             if newest
             else "there is no checkpoint yet"
         )
         raise FloatingPointError(
-            f"epoch {epoch}, {phase}: {', '.join(bad)} not finite; {good} ({checkpoints.folder}). If it happens again, "
-            "lower config.train.learning_rate or config.sample.noise_level"
+            f"epoch {epoch}, {phase}: {', '.join(bad)} not finite; {good} ({run.checkpoints.folder}). If it "
+            "happens again, lower config.train.learning_rate or config.sample.noise_level"
         )
 
 
@@ -330,41 +229,42 @@ def export(folder: Path, pipe: Pipeline, trainable: Any) -> Path:
     return folder
 
 
-def report(run: Run, log: RunLog, epoch: int, trainable: Any, history: dict[str, Any]) -> None:
-    """Evaluate, and show it: figures, pictures, a warning where checks fall while the reward rises. Keep the best."""
-    means, scores, pictures, prompts = evaluate(run, trainable)
-    log.metrics("eval", epoch, means)
-    shown = np.arange(0, len(prompts), run.config.sample.test_images_per_prompt)[:16]  # a prompt's first picture
-    names = list(run.config.reward.fn)
+def report(run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any, history: dict[str, Any]) -> list[str]:
+    """Evaluate, and show it: figures, pictures, a warning where checks fall while the reward rises. Keep the best.
+
+    Returns why the run must end here, if it must.
+    """
+    config, reward = run.config, run.config.reward
+    found = evaluate(run, programs, trainable)
+    log.metrics("eval", epoch, found.means | found.details)
+    reasons = fallen(history.setdefault("peaks", {}), found.means, reward)
+    shown = np.arange(0, len(found.prompts), config.sample.test_images_per_prompt)[:16]  # a prompt's first picture
 
     def captions(of: Mapping[str, np.ndarray], label: str) -> list[str]:
-        figures = [", ".join(f"{short_name(n)} {of[n][k]:.2f}" for n in names) for k in range(len(shown))]
-        return [label.format(prompts[i]) + text for i, text in zip(shown, figures, strict=True)]
+        figures = [", ".join(f"{short_name(n)} {of[n][k]:.2f}" for n in reward.fn) for k in range(len(shown))]
+        return [label.format(found.prompts[i]) + text for i, text in zip(shown, figures, strict=True)]
 
-    now = {name: scores[name][shown] for name in names}
-    log.pictures(f"epoch_{epoch:06}", epoch, [pictures[shown]], [captions(now, "{}\n")])
+    now, pictures = {name: found.scores[name][shown] for name in reward.fn}, found.pictures[shown]
+    log.pictures(f"epoch_{epoch:06}", epoch, [pictures], [captions(now, "{}\n")])
     first = run.folder / "samples" / "start.npz"
     if "start" not in history:
-        history["start"] = means
-        np.savez(first, pictures=pictures[shown], **now)
-    elif epoch == run.config.num_epochs:
+        history["start"] = found.means
+        np.savez(first, pictures=pictures, **now)
+    elif epoch == config.num_epochs or reasons:
         with np.load(first) as start:
-            rows, texts = (
-                (start["pictures"], pictures[shown]),
-                (captions(start, "{}\nbefore: "), captions(now, "after: ")),
-            )
+            rows, texts = (start["pictures"], pictures), (captions(start, "{}\nbefore: "), captions(now, "after: "))
             log.say(f"before and after, from the same noise: {log.pictures('before_after', epoch, rows, texts)}")
-    if epoch and ("best" not in history or means["reward"] > history["best"]["reward"]):
-        history["best"] = {"epoch": epoch, **means}
+    if epoch and ("best" not in history or found.means["reward"] > history["best"]["reward"]):
+        history["best"] = {"epoch": epoch, **found.means}
         export(run.folder / "best", run.pipe, trainable)
-    reward = run.config.reward
-    found = drift(history["start"], means, reward)
-    log.evaluation(epoch, history["start"], means, ["reward", *reward.fn], reward.held_out, found)
+    worse = drift(history["start"], found.means, reward)
+    log.evaluation(epoch, history["start"], found.means, ["reward", *reward.fn], found.correlation, worse)
+    return reasons
 
 
 def train(run: Run, state: TrainState, resume: bool) -> None:
-    """Sample, score, improve and save until `num_epochs` are done."""
-    config, folder = run.config, run.folder
+    """Sample, score, improve and save until `num_epochs` are done, or the held-out rewards say that it is enough."""
+    config, folder, programs = run.config, run.folder, make_programs(run)
     data = prompt_batches(len(run.prompts), run.layout.groups, config.seed)
     first, history = 0, {}
     if resume and run.checkpoints.newest() is not None:  # a run that ended before its first one starts anew
@@ -375,13 +275,17 @@ def train(run: Run, state: TrainState, resume: bool) -> None:
     (folder / "trainable.txt").write_text(describe + "\n")
 
     with RunLog(folder, config.to_dict(), first, config.num_epochs, config.wandb_project) as log:
-        for epoch in range(first, config.num_epochs):
-            if epoch % config.eval_freq == 0:
-                report(run, log, epoch, state.ema, history)
-            clock = [time.perf_counter()]
-            calls, pending, finite = sample_epoch(run, state.trainable, epoch, next(data))
+        for epoch in range(first, config.num_epochs + 1):
+            if epoch % config.eval_freq == 0 or epoch == config.num_epochs:
+                if reasons := report(run, programs, log, epoch, state.ema, history):
+                    log.say(f"[bold red]stopped[/bold red] after {epoch} epochs: {'; '.join(reasons)}")
+                    break
+                if epoch == config.num_epochs:
+                    break
+            clock, scored = [time.perf_counter()], dict(run.bridge.seconds)
+            calls, pending, finite = sample_epoch(run, programs, state.trainable, epoch, next(data))
             sampled = {"latents": 0.0 if all(finite) else float("nan")}
-            stop_if_not_finite(sampled, epoch, "rollout (velocity)", run.checkpoints)
+            stop_if_not_finite(sampled, epoch, "rollout (velocity)", run)
             clock.append(time.perf_counter())
 
             found = [one.result() for one in pending]
@@ -389,9 +293,9 @@ def train(run: Run, state: TrainState, resume: bool) -> None:
             advantages = group_advantages(groups, config.reward.fn, global_std=config.sample.global_std)
             clock.append(time.perf_counter())
 
-            state, steps = improve(run, state, calls, advantages.reshape(run.layout.calls, -1))
+            state, steps = improve(run, programs, state, calls, advantages.reshape(run.layout.calls, -1))
             for step in steps:
-                stop_if_not_finite(step, epoch, "update", run.checkpoints)
+                stop_if_not_finite(step, epoch, "update", run)
             clock.append(time.perf_counter())
 
             deviation = float(steps[0]["ratio_deviation"])
@@ -400,12 +304,13 @@ def train(run: Run, state: TrainState, resume: bool) -> None:
                     f"[bold red]warning[/bold red] on unchanged weights a ratio is {deviation:.1e} away from 1, over a "
                     f"tenth of the clip range {config.train.clip_range:g}: set --config.train.recompute_old=True"
                 )
-            log.train(epoch + 1, groups, weighted_mean(groups, config.reward.fn), steps, np.diff(clock))
+            seconds = dict(zip(("sample", "reward_wait", "update"), np.diff(clock), strict=True))
+            scoring = {f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups}
+            log.train(epoch + 1, groups, weighted_mean(groups, config.reward.fn), steps, seconds, scoring)
             if (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:
                 run.checkpoints.save(
                     epoch + 1, state, {"epoch": epoch + 1, "data": data.get_state(), "history": history}
                 )
-        report(run, log, config.num_epochs, state.ema, history)
         log.say(f"trained weights: {export(folder / 'lora', run.pipe, state.ema)}")
 
 

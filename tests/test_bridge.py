@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from reward_bridge.bridge import RewardBridge, RewardError  # noqa: E402
+from reward_bridge.dlpack import gather  # noqa: E402
 
 PROMPTS = ["a", "b", "c", "d"]
 
@@ -26,8 +29,10 @@ def brightness(x, prompts):
     return x.float().mean((1, 2, 3))
 
 
-def bridge(reward, deadline=20.0, retries=0, **more):
-    return RewardBridge({"bright": brightness, "odd": reward, **more}, "cpu", deadline=deadline, retries=retries)
+def bridge(reward, deadline=20.0, retries=0, batch_size=0, device="cpu", **more):
+    rewards = {"bright": brightness, "odd": reward, **more}
+    devices = dict.fromkeys(rewards, device)
+    return RewardBridge(rewards, devices, deadline=deadline, retries=retries, batch_size=batch_size)
 
 
 def test_scores_every_reward_and_only_those_asked_for():
@@ -54,11 +59,43 @@ def test_images_are_handed_over_without_a_copy():
     assert pointers == [array.unsafe_buffer_pointer()]
 
 
-def test_sharded_images_keep_their_order():
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+class Copies(TorchDispatchMode):
+    """Counts the bytes that torch writes while pictures are on their way."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if any(word in str(function) for word in ("copy", "cat", "clone")):
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize(("parts", "copies"), [(1, 0), (4, 1)])
+def test_pictures_are_copied_once_for_all_rewards_and_only_where_they_are_in_pieces(parts, copies):
+    mesh = jax.make_mesh((parts,), ("data",), devices=jax.devices()[:parts])
     array = jax.device_put(images(8), NamedSharding(mesh, P("data")))
-    scores = bridge(brightness).submit(array, PROMPTS * 2).result()
+    with Copies() as counted:
+        assert gather(array, "cpu").shape == array.shape
+    assert counted.bytes == copies * array.nbytes
+    pointers = []
+    note = lambda x, p: pointers.append(x.data_ptr()) or x.float().mean((1, 2, 3))  # noqa: E731
+    scores = bridge(note, another=note).submit(array, PROMPTS * 2).result()
     np.testing.assert_allclose(scores["odd"], np.asarray(images(8)).mean((1, 2, 3)))
+    np.testing.assert_array_equal(scores["odd"], scores["another"])
+    assert len(pointers) == 2
+    assert len(set(pointers)) == 1
+    pieces = {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+    assert set(pointers) <= pieces if parts == 1 else not pieces & set(pointers)
+
+
+def test_tensors_are_scored_as_arrays_are():
+    array = images()
+    both = bridge(brightness)
+    want, got = (both.submit(x, PROMPTS).result() for x in (array, torch.from_numpy(np.array(array))))
+    np.testing.assert_array_equal(want["odd"], got["odd"])
 
 
 def test_scoring_runs_beside_the_caller():
@@ -122,7 +159,7 @@ def test_a_hanging_reward_does_not_keep_the_process_alive():
     program = """
         import time, jax.numpy as jnp
         from reward_bridge.bridge import RewardBridge
-        bridge = RewardBridge({"slow": lambda x, p: time.sleep(600)}, "cpu", deadline=0.2, retries=0)
+        bridge = RewardBridge({"slow": lambda x, p: time.sleep(600)}, {"slow": "cpu"}, deadline=0.2, retries=0)
         bridge.submit(jnp.zeros((1, 3, 2, 2), "uint8"), ["x"]).result()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
@@ -145,9 +182,116 @@ def test_closing_waits_for_the_reward_at_work_and_drops_the_rest():
     assert inside.wait(20)
     both.close()
     assert done == [1]
-    assert not [thread for thread in threading.enumerate() if thread is both._thread]
+    assert not [lane for lane in both._lanes.values() if lane.thread.is_alive()]
 
 
 def test_wrong_counts_are_named():
     with pytest.raises(ValueError, match="got 4 images and 3 prompts"):
         bridge(brightness).submit(images(), PROMPTS[:3])
+
+
+def full(x, prompts):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_a_reward_out_of_memory_goes_on_with_half_the_images(error, caplog):
+    seen = []
+
+    def small(x, prompts):
+        seen.append(len(prompts))
+        if len(prompts) > 2:
+            raise error
+        return x.float().mean((1, 2, 3))
+
+    both = bridge(small)
+    scores = both.submit(images(7), list("abcdefg")).result()
+    np.testing.assert_allclose(scores["odd"], np.asarray(images(7)).mean((1, 2, 3)))
+    assert seen == [7, 4, 2, 2, 2, 1]
+    assert "'odd' ran out of memory on 7 images and goes on with 4 at a time" in caplog.text
+    both.submit(images(4), PROMPTS).result()
+    assert seen[6:] == [2, 2]  # it has learnt
+    assert both.batch_sizes == {"bright": 0, "odd": 2}
+
+
+def test_a_reward_that_has_no_room_for_one_image_stops():
+    with pytest.raises(RewardError, match=r"reward 'odd' failed 2 times; the last time: OutOfMemoryError"):
+        bridge(full, retries=1).submit(images(), PROMPTS).result()
+
+
+def test_rewards_see_no_more_images_than_they_may():
+    seen = []
+    both = bridge(lambda x, p: seen.append((len(p), p[0])) or x.float().mean((1, 2, 3)), batch_size=3)
+    scores = both.submit(images(7), list("abcdefg")).result()
+    assert seen == [(3, "a"), (3, "d"), (1, "g")]
+    np.testing.assert_array_equal(scores["odd"], scores["bright"])
+
+
+def test_a_chunk_with_too_few_scores_is_not_filled_up_by_the_next_one():
+    counts = iter([2, 4])
+    with pytest.raises(RewardError, match=r"'odd' returned shape \(2,\); expected \(3,\)"):
+        bridge(lambda x, p: torch.ones(next(counts)), batch_size=3).submit(images(6), list("abcdef")).result()
+
+
+def test_one_failing_reward_leaves_no_half_scored_batch():
+    with pytest.raises(RewardError, match="reward 'odd' failed"):
+        bridge(lambda x, p: 1 / 0, third=brightness).submit(images(), PROMPTS).result()
+
+
+def test_every_device_has_a_thread_and_rewards_on_one_take_turns(monkeypatch):
+    """Two rewards on each of two GPUs, which this test has the CPU stand in for."""
+    monkeypatch.setattr("reward_bridge.bridge._Images.on", lambda self, device: self._images)
+    order, meet = {"cuda:0": [], "cuda:1": []}, threading.Barrier(2, timeout=20)
+
+    def reward(name, device):
+        def score(x, prompts):
+            meet.wait()  # passes only while the other device is at work too
+            order[device].append((name, threading.current_thread().name))
+            return torch.zeros(len(prompts))
+
+        return score
+
+    devices = {"a": "cuda:0", "b": "cuda:1", "c": "cuda:0", "d": "cuda:1"}
+    both = RewardBridge({n: reward(n, d) for n, d in devices.items()}, devices, deadline=20, retries=0)
+    pending = [both.submit(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["x", "y"]) for _ in range(3)]
+    assert [list(one.result()) for one in pending] == [["a", "b", "c", "d"]] * 3
+    for device, names in (("cuda:0", "ac"), ("cuda:1", "bd")):
+        assert "".join(name for name, _ in order[device]) == names * 3
+        assert len({thread for _, thread in order[device]}) == 1
+
+
+def test_a_slow_reward_on_the_cpu_does_not_hold_up_another():
+    go_on, done = threading.Event(), threading.Event()
+    both = bridge(lambda x, p: go_on.wait(20) and torch.zeros(len(p)), quick=lambda x, p: done.set() or torch.ones(4))
+    pending = both.submit(images(), PROMPTS)
+    assert done.wait(20)
+    go_on.set()
+    assert pending.result()["quick"].tolist() == [1, 1, 1, 1]
+
+
+def test_an_interrupt_while_scores_are_pending_ends_the_process_at_once():
+    program = """
+        import os, signal, threading, time
+        import jax.numpy as jnp
+        from reward_bridge.bridge import RewardBridge
+        bridge = RewardBridge({"slow": lambda x, p: time.sleep(600)}, {"slow": "cpu"}, deadline=500, retries=0)
+        pending = [bridge.submit(jnp.zeros((1, 3, 2, 2), "uint8"), ["x"]) for _ in range(3)]
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        try:
+            pending[0].result()
+            print("scores were made up")
+        except KeyboardInterrupt:
+            print("interrupted")
+        finally:
+            bridge.close(wait=0.5)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

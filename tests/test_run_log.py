@@ -20,10 +20,10 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     with log_of(tmp_path) as log:
         scores = {"embedded_detector": np.float32([[0.1, 0.3], [0.5, 0.5]]), "clip": np.float32([[1, 1], [1, 1]])}
         start, now = {"clip": 0.5, "a": 0.5}, {"clip": 0.75, "a": 0.25}
-        log.evaluation(2, start, now, ["clip"], ["a"], ["a 0.500 -> 0.250"])
-        log.train(
-            1, scores, (scores["clip"] + scores["embedded_detector"]) / 2, [STEP, {**STEP, "loss": 3.0}], (1, 0, 1)
-        )
+        log.evaluation(2, start, now, ["clip"], {"a": 0.125}, ["a 0.500 -> 0.250"])
+        steps, seconds = [STEP, {**STEP, "loss": 3.0}], {"sample": 1, "reward_wait": 0, "update": 1}
+        reward = (scores["clip"] + scores["embedded_detector"]) / 2
+        log.train(1, scores, reward, steps, seconds, {"scoring/clip": 0.25})
         tiles = np.full((3, 3, 64, 64), 200, np.uint8)
         file = log.pictures("grid", 1, (tiles, tiles // 2), (["one\n0.5"] * 3, ["two"] * 3), columns=2)
     (row,) = rows(tmp_path)
@@ -31,12 +31,14 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert row["reward/embedded_detector"] == pytest.approx(0.35)
     assert row["reward_std/embedded_detector"] == pytest.approx(0.05)
     assert (row["zero_spread/embedded_detector"], row["zero_spread/clip"]) == (0.5, 1.0)
-    assert row["images_per_second"] == 2.0
+    assert (row["zero_spread"], row["steps"]) == (0.5, 2)
+    assert "std_ratio" not in row  # clip has no spread at all
+    assert (row["images_per_second"], row["seconds/scoring/clip"]) == (2.0, 0.25)
     assert file == tmp_path / "samples" / "grid.png"
     assert list((tmp_path / "tensorboard").glob("events*"))
     shown = capsys.readouterr().out
     assert "trained on  clip 0.500 -> 0.750" in shown
-    assert "checks      a 0.500 -> 0.250" in shown
+    assert "checks      a 0.500 -> 0.250 (r +0.12)" in shown
     assert "warning the reward rises while this gets worse: a 0.500 -> 0.250" in shown
     assert "last evaluation: a 0.250" in shown
     assert "reward 0.675" in shown

@@ -106,7 +106,9 @@ def test_four_devices_do_what_one_does(whole, cache, tmp_path, mesh):
     one, four = ([row for row in rows(f) if row["epoch"] <= 1] for f in (folder, tmp_path / "four"))
     for a, b in zip(one, [row for row in four if (row["kind"], row["epoch"]) != ("eval", 1)], strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"kind", "epoch", "ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}:
+        rounding = {"ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}
+        rounding |= {key for key in a if key.startswith(("correlation/", "noise/"))}  # of JPEG sizes, in whole bytes
+        for key in a.keys() - {"kind", "epoch"} - rounding:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
     assert [row["first_ratio_deviation"] for row in four if row["kind"] == "train"] == [0.0]
 
@@ -141,24 +143,12 @@ def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
     ],
 )
 def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
-    words = ["--config.train.learning_rate=1e30", f"--config.train.gradient_accumulation_steps={calls}"]
+    words = ["--config.train.learning_rate=1e16", f"--config.train.gradient_accumulation_steps={calls}"]
     done = call("train.py", cache, *words, f"--config.run_root={tmp_path}", "--config.run_name=boom")
     assert done.returncode == 1
     assert message in done.stderr
     assert "If it happens again, lower config.train.learning_rate" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_run_that_ended_before_its_first_checkpoint_starts_again(whole, cache):
-    folder, _ = whole
-    where = [f"--config.run_root={folder.parent}", "--config.run_name=early", "--config.num_epochs=2"]
-    failing = call("train.py", cache, *where, "--config.save_freq=2", "--config.train.learning_rate=1e30")
-    assert "there is no checkpoint yet" in failing.stderr
-    config = folder.parent / "early" / "config.json"
-    config.write_text(config.read_text().replace('"learning_rate": 1e+30', '"learning_rate": 0.001'))
-    done = call("train.py", cache, *where, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert rows(config.parent) == [row for row in rows(folder) if row["epoch"] <= 2]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +197,76 @@ def test_the_big_preset_says_what_is_missing():
     assert "has no preset 'flux'; choose from tiny, flux_dev_8xh200" in unknown.stderr
 
 
+def config_with(tmp_path, *lines):
+    """A config file of its own: the golden one, with these lines run over it."""
+    file = tmp_path / "config.py"
+    text = [
+        "import sys, torch",
+        f"sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(tmp_path)!r}]",
+        "import golden_config",
+        "from ml_collections import ConfigDict",
+        "from reward_bridge.rewards import REWARDS",
+        "def get_config():",
+        "    c = golden_config.get_config().unlock()",
+        *(f"    {line}" for line in lines),
+        "    return c.lock()",
+    ]
+    file.write_text("\n".join(text))
+    return file
+
+
+def test_a_run_ends_when_held_out_rewards_fall(cache, tmp_path):
+    """Trained on the pictures' JPEG size, with the detector held out, which does not care for it."""
+    config = config_with(
+        tmp_path,
+        "c.reward.fn, c.reward.held_out = ConfigDict({'jpeg_compressibility': 1.0}), ('embedded_detector',)",
+        "c.train.learning_rate, c.train.beta, c.num_epochs = 0.05, 0.0, 24",
+        "c.reward.stop_drop, c.reward.stop_patience = 0.0, 2",
+    )
+    done = call("train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=stop", config=config)
+    assert done.returncode == 0, done.stderr
+    found = [row for row in rows(tmp_path / "stop") if row["kind"] == "eval"]
+    last = found[-1]
+    peak = max(found, key=lambda row: row["embedded_detector"])
+    assert 4 <= last["epoch"] < 24
+    for row in found[-2:]:
+        assert row["embedded_detector"] < peak["embedded_detector"]
+        assert row["reward"] > peak["reward"]
+    assert f"stopped after {last['epoch']} epochs: embedded_detector fell from 0.99" in done.stdout
+    assert (tmp_path / "stop" / "samples" / "before_after.png").exists()
+    assert load_file(tmp_path / "stop" / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_failing_reward_stops_the_run_and_leaves_it_resumable(whole, cache, tmp_path):
+    """It returns NaN in the second epoch, before the first checkpoint; mended, the run is as if nothing had been."""
+    folder, _ = whole
+    (tmp_path / "sick.py").write_text(
+        "import os\nfrom reward_bridge.rewards.embedded import EmbeddedDetector\n"
+        "class Sick(EmbeddedDetector):\n"
+        "    calls = 0\n"
+        "    def __call__(self, images, prompts):\n"
+        "        self.calls += 1\n"
+        "        scores = super().__call__(images, prompts)\n"
+        "        return scores * float('nan') if self.calls == int(os.environ['SICK']) else scores\n"
+    )
+    lines = ("REWARDS['embedded_detector'] = 'sick:Sick'",)
+    words = [f"--config.run_root={tmp_path}", "--config.run_name=sick"]
+    config = config_with(tmp_path, *lines)
+    calls = 2 + 1 + 2 + 1  # the evaluation's two calls and a repeated one, the first epoch's two
+    failed = call("train.py", cache, *words, config=config, SICK=str(calls))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: reward 'embedded_detector' returned nan for image 0 ("), failed.stderr
+    assert "Traceback" not in failed.stderr
+    run = tmp_path / "sick"
+    assert [row["epoch"] for row in rows(run) if row["kind"] == "train"] == [1]
+    assert not list((run / "checkpoints").iterdir())
+    done = call("train.py", cache, *words, "--resume", config=config, SICK="0")
+    assert done.returncode == 0, done.stderr
+    assert rows(run) == rows(folder)
+    lora = "lora/pytorch_lora_weights.safetensors"
+    assert (run / lora).read_bytes() == (folder / lora).read_bytes()
+
+
 def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
     folder, _ = whole
 
@@ -218,7 +278,8 @@ def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
     plain = sample("plain", "a red boat", "snow", "--per_prompt=2", "--batch=3")
     assert [p.shape for p in plain] == [(64, 64, 3)] * 4
     one_call = sample("one_call", "a red boat", "snow", "--per_prompt=2")
-    np.testing.assert_array_equal(plain, one_call)  # a picture depends on its number, not on its batch
+    # a picture depends on its number, not on its batch, but for what another matrix shape rounds differently
+    assert np.abs(np.subtract(plain, one_call, dtype=int)).max() <= 1
     with_lora = sample("lora", "a red boat", "snow", "--per_prompt=2", "--lora", folder / "lora")
     assert any((a != b).any() for a, b in zip(plain, with_lora, strict=True))
     done = call("sample.py", cache, "--out", tmp_path / "none")

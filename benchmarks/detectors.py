@@ -1,0 +1,110 @@
+"""RealGen's detectors at their real sizes with random weights, on a GPU: a part of benchmarks/bridge.py.
+
+The limit to compare with is the arithmetic: 2 FLOP for each weight and token of one forward pass.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+
+from reward_bridge.bridge import Reward, RewardBridge
+from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD
+from reward_bridge.rewards.forensic_chat import FAKE, REAL, ForensicChat, token_ids
+from reward_bridge.rewards.omniaid import MixtureDetector, MixtureReward, Sizes
+from reward_bridge.rewards.qwen_vl import QwenInputs
+
+CLIP_L_336 = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+QWEN_7B = {
+    "text_config": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "bos_token_id": 0, "eos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
+    },
+}  # fmt: skip
+PROCESSOR = {
+    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+    "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_processor_type": "Qwen2VLImageProcessor",
+}  # fmt: skip
+
+
+def forensic_chat(device: str) -> Reward:
+    """As ForensicChat loads it, but drawn on the device: 16 GB of random weights need not pass the disk."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = (*FAKE, *REAL)
+        merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
+        pieces = dict.fromkeys(["<|endoftext|>", *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)])
+        tokenizer = Qwen2Tokenizer(
+            vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(dict.fromkeys(merges))
+        )
+        special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.save_pretrained(folder)
+        ids = {
+            f"{key}_token_id": tokenizer.convert_tokens_to_ids(token)
+            for key, token in (("image", "<|image_pad|>"), ("vision_start", "<|vision_start|>"))
+        }
+        config = Qwen2_5_VLConfig(**QWEN_7B, **ids)
+        config.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        reward = object.__new__(ForensicChat)
+        reward.inputs = QwenInputs(str(folder), "forensic_chat.path")
+        reward.fake, reward.real = (token_ids(reward.inputs, words, device) for words in (FAKE, REAL))
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    reward.model = model.eval().requires_grad_(False)
+    return reward
+
+
+def omniaid(device: str) -> Reward:
+    """The published sizes: 6 experts of rank 8, two of them and the one for artefacts at work."""
+    config = CLIPVisionConfig(**CLIP_L_336)
+    with torch.device(device):
+        model = MixtureDetector(CLIPVisionModel(config), CLIPVisionModel(config), Sizes(1024, 6, 8, 256, 5, 2))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return MixtureReward(
+        device, model.eval().requires_grad_(False), config.image_size, 512, (CLIP_MEAN, CLIP_STD), "bfloat16"
+    )
+
+
+def detectors(device: str, images: int, side: int) -> dict:
+    """Images a second of `images` pictures at once, and the most memory in use, each reward by itself and both."""
+    pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, device=device)
+    rewards, found = {}, {}
+    for name, make in (("forensic_chat", forensic_chat), ("omniaid", omniaid)):
+        rewards[name] = make(device)
+        found[name] = {"parameters": sum(p.numel() for p in rewards[name].model.parameters())}
+    bridge = RewardBridge(rewards, dict.fromkeys(rewards, device), deadline=600, retries=0)
+    for names in (["forensic_chat"], ["omniaid"], ["forensic_chat", "omniaid"]):
+        torch.cuda.reset_peak_memory_stats(device)
+        bridge.submit(pixels, [""] * images, only=names).result()
+        start, repeats = time.perf_counter(), 5
+        for _ in range(repeats):
+            bridge.submit(pixels, [""] * images, only=names).result()
+        seconds = (time.perf_counter() - start) / repeats
+        row = found.setdefault(" + ".join(names), {})
+        row |= {"seconds": seconds, "images_per_second": images / seconds}
+        row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    bridge.close()
+    return found
