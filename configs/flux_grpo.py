@@ -157,9 +157,16 @@ def flux_dev_8xh200() -> ConfigDict:
     c.train.ema_update_interval = 8
 
     c.reward.fn = ConfigDict({"forensic_chat": 1.0, "omniaid": 1.0, "longclip": 1.0})
-    c.reward.held_out = ()
+    c.reward.held_out = ()  # ("effort",) where its weights are at hand: it tells when the others are being fooled
     c.reward.metrics = ()
-    c.reward.options = ConfigDict()
+    omniaid = {"path": "models/omniaid", "routing": "patch_mean"}  # RealGen's weights; OmniAID's: "feature_extractor"
+    c.reward.options = ConfigDict(
+        {
+            "forensic_chat": ConfigDict({"path": "models/forensic_chat", "dtype": "bfloat16"}),
+            "omniaid": ConfigDict(omniaid),
+            "longclip": ConfigDict({"path": "models/longclip", "dtype": "float16"}),
+        }
+    )
     c.reward.deadline = 600.0
     c.reward.retries = 3
     return c

@@ -2,10 +2,12 @@
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -42,13 +44,16 @@ def read(file: Path) -> dict[str, torch.Tensor]:
     A file that wraps them ({"model": ...}, {"state_dict": ...}, {"module": ...}) is unwrapped, and the prefix "module."
     of DataParallel removed. Raises ValueError for a file that holds anything but tensors.
     """
-    if file.suffix == ".safetensors":
-        return load_file(file)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # files from before torch 1.6 are no archives and cannot be mapped
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{file} is no file of tensors that torch.load(weights_only=True) reads: {str(error).splitlines()[0]}"
+            f"{file} is no file of tensors that safetensors or torch.load(weights_only=True) reads, or it was not "
+            f"downloaded whole ({file.stat().st_size} bytes): {reason}"
         ) from error
     for wrapper in ("model", "state_dict", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):

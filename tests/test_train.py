@@ -192,7 +192,7 @@ def test_the_big_preset_says_what_is_missing():
     assert "hf download black-forest-labs/FLUX.1-dev" in done.stderr
     assert "--config.pretrained.model=" in done.stderr
     assert "config.prompts.train is 'dataset/realgen/train.txt'" in done.stderr
-    assert "there is no reward forensic_chat, longclip, omniaid; choose from clip_score" in done.stderr
+    assert "config.reward.options.forensic_chat.path is 'models/forensic_chat', which does not exist" in done.stderr
     unknown = subprocess.run([*command[:-1], f"{ROOT}/configs/flux_grpo.py:flux"], capture_output=True, text=True)
     assert "has no preset 'flux'; choose from tiny, flux_dev_8xh200" in unknown.stderr
 

@@ -7,20 +7,45 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from reward_bridge.bridge import Reward
 
 REWARDS = {
     "clip_score": "reward_bridge.rewards.clip_score:ClipScore",
+    "pickscore": "reward_bridge.rewards.pickscore:PickScore",
+    "hpsv2": "reward_bridge.rewards.hpsv2:HPSv2",
+    "longclip": "reward_bridge.rewards.longclip:LongClip",
+    "aesthetic": "reward_bridge.rewards.aesthetic:Aesthetic",
     "jpeg_compressibility": "reward_bridge.rewards.jpeg_compressibility:JpegCompressibility",
+    "forensic_chat": "reward_bridge.rewards.forensic_chat:ForensicChat",
+    "hpsv3": "reward_bridge.rewards.hpsv3:Hpsv3",
+    "vlm_judge": "reward_bridge.rewards.vlm_judge:VlmJudge",
     "embedded_detector": "reward_bridge.rewards.embedded:EmbeddedDetector",
     "embedded_held_out": "reward_bridge.rewards.embedded:EmbeddedHeldOut",
     "embedded_prompt_accuracy": "reward_bridge.rewards.embedded:EmbeddedPromptAccuracy",
+    "omniaid": "reward_bridge.rewards.omniaid:OmniAID",
+    "omniaid_dino": "reward_bridge.rewards.omniaid_dino:OmniAIDDino",
+    "effort": "reward_bridge.rewards.effort:Effort",
 }
 
 
 def make_reward(name: str, device: str, options: Mapping[str, Any]) -> Reward:
-    """Build a reward on a torch device. Raises ValueError for a name that is not in REWARDS."""
+    """Build a reward on a torch device; options that name `servers` leave it to those (reward_bridge/client.py).
+
+    Raises ValueError for a name that is not in REWARDS, and for a device without room for the reward.
+    """
+    if "servers" in options:
+        from reward_bridge.client import RemoteReward
+
+        return RemoteReward(name, **options)
     if name not in REWARDS:
         raise ValueError(f"there is no reward {name!r}; choose from {', '.join(sorted(REWARDS))}")
     module, _, cls = REWARDS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)(device=device, **options)
+    try:
+        return getattr(importlib.import_module(module), cls)(device=device, **options)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{device} has no room for the reward {name!r}: {error}; move it with config.reward.devices, or load it in "
+            "a smaller dtype (config.reward.options)"
+        ) from error

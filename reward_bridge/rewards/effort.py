@@ -1,0 +1,72 @@
+"""P(real) by Effort (arXiv 2411.15633): CLIP ViT-L/14 whose attention projections learnt only their last singular
+direction. Source: YZY-stack/Effort-AIGI-Detection, effort_detector.py. RealGen evaluates with it, never trains.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel
+
+from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize, resize
+from reward_bridge.rewards.omniaid import clip_config, read_trained, set_gates, shape, use_experts
+from reward_bridge.weights import Table, find, load_strict, rename, torch_dtype
+
+STATISTICS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+TABLE: Table = (
+    (r".*\.([SUV]_r|position_ids)", None),  # the main bases, needed by a loss and not in every file; 0, 1, 2, ...
+    (r"backbone\.(.+)\.([USV])_residual", r"tower.\1.\2_experts.0"),
+    (r"backbone\.(.+)", r"tower.\1"),
+    (r"(head\..+)", r"\1"),
+)
+
+
+class Effort:
+    """softmax(logits)[0], logits linear in the class token after the last norm; a projection is W + U diag(S) V.
+
+    Pictures are resized to the model's size, bilinear, aspect not kept. Three programs prepare them in three ways, of
+    which `normalize` selects one, its resize included:
+    "imagenet": RealGen's evaluation (eval/model-eval/eval/effort_eval.py), antialiased, not rounded to 8 bits;
+    "none": RealGen's scorer (flow_grpo/effort_scorer.py), as PIL;
+    "clip": Effort's own (DeepfakeBench/training/demo.py), not antialiased, as OpenCV but for its rounding.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        path: str,
+        normalize: str = "imagenet",
+        heads: int | None = None,
+        dtype: str = "float32",
+    ):
+        if normalize not in STATISTICS:
+            raise ValueError(f"got effort.normalize {normalize!r}; expected one of {', '.join(STATISTICS)}")
+        self.normalize, self.dtype = normalize, torch_dtype(dtype)
+        file = find(path, "effort.path", "effort_clip_L14_trainOn_sdv14.pth")
+        state = rename(read_trained(file), TABLE, file)
+        config = clip_config(state, heads, "effort", file)
+        rank = shape(state, "tower.encoder.layers.0.self_attn.q_proj.S_experts.0", file)[0]
+        tower = use_experts(CLIPVisionModel(config), 1, rank)
+        model = nn.ModuleDict({"tower": tower, "head": nn.Linear(config.hidden_size, 2)})
+        self.size, self.model = config.image_size, load_strict(model, state, file).to(device)
+        tower.to(self.dtype)
+        set_gates(tower, torch.ones(1, 1, device=device))  # one expert, always on
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] -> what the tower takes."""
+        size = (self.size, self.size)
+        if self.normalize == "none":
+            x = resize(images, size, "bilinear")
+        else:
+            antialias = self.normalize == "imagenet"
+            x = F.interpolate(images.float(), size, mode="bilinear", antialias=antialias, align_corners=False)
+        return normalize(x, *STATISTICS[self.normalize], self.dtype)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        features = self.model["tower"](self.pixels(images)).pooler_output
+        return self.model["head"](features.float()).softmax(-1)[:, 0]

@@ -1,0 +1,83 @@
+"""P(real) by OmniAID (arXiv 2511.08423) on DINOv3. Source: yunncheng/OmniAID, models/OmniAID_DINO.py."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from reward_bridge.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from reward_bridge.rewards.omniaid import (
+    MixtureDetector,
+    MixtureReward,
+    head_count,
+    layers,
+    mixture_table,
+    read_mixture,
+    read_sizes,
+    shape,
+)
+from reward_bridge.weights import Table, find, load_strict
+
+DINO_TABLE: Table = (
+    *mixture_table("layer", "tower.model.layer"),
+    (r"((embeddings|norm)\..+)", r"tower.\1"),
+    (r"feature_extractor\.(layer\..+)", r"feature_extractor.model.\1"),
+    (r"(feature_extractor\.(embeddings|norm)\..+)", r"\1"),
+)
+
+
+class OmniAIDDino(MixtureReward):
+    """P(real) by OmniAID-DINO, DINOv3 ViT-L/16 at 448 px, from a published .pth file or one that their code trained.
+
+    `resize_first`: 512 for v1 weights, 0 for v2 weights, which were trained without. `heads`: the width / 64 where
+    None. What shapes do not tell (`size`, `rope_theta`, `eps`) is ViT-L/16's by default.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        path: str,
+        size: int = 448,
+        top_k: int = 2,
+        heads: int | None = None,
+        rope_theta: float = 100.0,
+        eps: float = 1e-5,
+        resize_first: int = 512,
+        dtype: str = "float32",
+    ):
+        file = find(path, "omniaid_dino.path", "checkpoint_omniaid_dino_v1.pth", "ckpt/checkpoint_omniaid_dino_v1.pth")
+        state = read_mixture(file, DINO_TABLE)
+        config = dino_config(state, size, heads, file, rope_theta=rope_theta, layer_norm_eps=eps)
+        sizes = read_sizes(state, top_k, "omniaid_dino", file)
+        model = MixtureDetector(DINOv3ViTModel(config), DINOv3ViTModel(config), sizes)
+        load_strict(model, state, file)
+        super().__init__(device, model, size, resize_first, (IMAGENET_MEAN, IMAGENET_STD), dtype)
+
+
+def dino_config(
+    state: Mapping[str, torch.Tensor], size: int, heads: int | None, source: Path, **options: float
+) -> DINOv3ViTConfig:
+    """Of the tower in `state`: registers, biases and the gated MLP (with SiLU, ViT-S+, H+ and 7B) by their keys."""
+    width, _, patch, _ = shape(state, "tower.embeddings.patch_embeddings.weight", source)
+    if size % patch:
+        raise ValueError(f"got omniaid_dino.size {size}; expected a multiple of the patch size {patch} of {source}")
+    first = "tower.model.layer.0"
+    gated = f"{first}.mlp.gate_proj.weight" in state
+    return DINOv3ViTConfig(
+        hidden_size=width,
+        intermediate_size=shape(state, f"{first}.mlp.up_proj.weight", source)[0],
+        num_hidden_layers=layers(state),
+        num_attention_heads=head_count(heads, width, "omniaid_dino"),
+        num_register_tokens=shape(state, "tower.embeddings.register_tokens", source)[1],
+        image_size=size,
+        patch_size=patch,
+        use_gated_mlp=gated,
+        hidden_act="silu" if gated else "gelu",
+        query_bias=f"{first}.attention.q_proj.bias" in state,
+        key_bias=f"{first}.attention.k_proj.bias" in state,
+        value_bias=f"{first}.attention.v_proj.bias" in state,
+        proj_bias=f"{first}.attention.o_proj.bias" in state,
+        mlp_bias=f"{first}.mlp.up_proj.bias" in state,
+        **options,
+    )

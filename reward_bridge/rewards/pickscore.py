@@ -1,0 +1,27 @@
+"""What people would pick, by PickScore (arXiv 2305.01569)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from reward_bridge.rewards.clip import cosine, image_features, load_folder, load_tokenizer, text_features
+
+
+class PickScore:
+    """exp(logit_scale) * cosine / `divide_by`, by a CLIP-H tuned on people's choices (equation 1; about 20).
+
+    `path` is the CLIPModel folder, yuvalkirstain/PickScore_v1; `tokenizer` the folder of its tokenizer, where that is
+    another one: the published model takes laion/CLIP-ViT-H-14-laion2B-s32B-b79K's. Unscaled as RealGen's server and
+    evaluation have it; Flow-GRPO divides by 26.
+    """
+
+    def __init__(
+        self, device: str, path: str, tokenizer: str | None = None, divide_by: float = 1.0, dtype: str = "float32"
+    ):
+        self.model = load_folder(path, "pickscore.path", device, dtype)
+        self.tokenizer = load_tokenizer(tokenizer or path, "pickscore.tokenizer", self.model)
+        self.scale = self.model.logit_scale.exp() / divide_by
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        text = text_features(self.model, self.tokenizer, prompts)
+        return self.scale * cosine(image_features(self.model, images), text)
