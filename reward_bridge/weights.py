@@ -1,5 +1,6 @@
 """Published weight files into our modules: read without executing anything, renamed by a table, loaded strictly."""
 
+import argparse
 import pickle
 import re
 import zipfile
@@ -47,8 +48,10 @@ def read(file: Path) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        # files from before torch 1.6 are no archives and cannot be mapped
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        # trainers keep their arguments in the file too, and a Namespace holds no code; a file from before torch 1.6 is
+        # no archive and cannot be mapped
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDENS
+from conftest import golden
 from PIL import Image
 
 torch = pytest.importorskip("torch")
@@ -25,7 +25,7 @@ SUBJECTS = json.loads((ROOT / "reward_bridge" / "embedded" / "subjects.json").re
 @pytest.fixture(scope="module")
 def photographs():
     """Four crops of each photograph, as training saw them (none of these four): uint8 [64, 3, 64, 64]."""
-    return torch.from_numpy(np.load(GOLDENS / "photographs.npy"))
+    return torch.from_numpy(golden("photographs.npz")["pixels"])
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ HEADS = {"heads": 4}
 
 def photographs(height, width):
     """Eight crops of photographs, uint8 [8, 3, height, width]; where higher than wide, Pillow 13 resizes otherwise."""
-    return torch.from_numpy(np.load(GOLDENS / "photographs.npy")[::8, :, :height, :width].copy())
+    return torch.from_numpy(golden("photographs.npz")["pixels"][::8, :, :height, :width].copy())
 
 
 def make_tower(kind, size=SIZE, patch=PATCH, **options):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
+from transformers.initialization import no_init_weights
 
 from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize, resize
-from reward_bridge.rewards.omniaid import clip_config, read_trained, set_gates, shape, use_experts
-from reward_bridge.weights import Table, find, load_strict, rename, torch_dtype
+from reward_bridge.rewards.omniaid import clip_config, set_gates, shape, use_experts
+from reward_bridge.weights import Table, find, load_strict, read, rename, torch_dtype
 
 STATISTICS = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
@@ -48,10 +49,11 @@ class Effort:
             raise ValueError(f"got effort.normalize {normalize!r}; expected one of {', '.join(STATISTICS)}")
         self.normalize, self.dtype = normalize, torch_dtype(dtype)
         file = find(path, "effort.path", "effort_clip_L14_trainOn_sdv14.pth")
-        state = rename(read_trained(file), TABLE, file)
+        state = rename(read(file), TABLE, file)
         config = clip_config(state, heads, "effort", file)
         rank = shape(state, "tower.encoder.layers.0.self_attn.q_proj.S_experts.0", file)[0]
-        tower = use_experts(CLIPVisionModel(config), 1, rank)
+        with no_init_weights():  # all of them are about to be loaded
+            tower = use_experts(CLIPVisionModel(config), 1, rank)
         model = nn.ModuleDict({"tower": tower, "head": nn.Linear(config.hidden_size, 2)})
         self.size, self.model = config.image_size, load_strict(model, state, file).to(device)
         tower.to(self.dtype)

@@ -4,7 +4,6 @@ A router looks at the picture and weighs the experts, the same in every layer. H
 version share, and the CLIP version. Sizes are read off the file's shapes. Source: yunncheng/OmniAID, models/OmniAID.py.
 """
 
-import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.initialization import no_init_weights
 
 from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, normalize, resize
 from reward_bridge.weights import Table, find, load_strict, read, rename, torch_dtype
@@ -165,8 +165,10 @@ class OmniAID(MixtureReward):
         state = read_mixture(file, CLIP_TABLE)
         check_routing(routing, state, file)
         config = clip_config(state, heads, "omniaid", file)
-        extractor = CLIPVisionModel(config) if routing == "feature_extractor" else None
-        model = MixtureDetector(CLIPVisionModel(config), extractor, read_sizes(state, top_k, "omniaid", file))
+        sizes = read_sizes(state, top_k, "omniaid", file)
+        with no_init_weights():  # all of them are about to be loaded
+            extractor = CLIPVisionModel(config) if routing == "feature_extractor" else None
+            model = MixtureDetector(CLIPVisionModel(config), extractor, sizes)
         load_strict(model, state, file)
         super().__init__(device, model, config.image_size, resize_first, (CLIP_MEAN, CLIP_STD), dtype)
 
@@ -194,15 +196,9 @@ CLIP_TABLE: Table = (
 )
 
 
-def read_trained(file: Path) -> State:
-    """As `weights.read`. Their trainer keeps its arguments in the file too, an argparse.Namespace: it holds no code."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return read(file)
-
-
 def read_mixture(file: Path, table: Table) -> State:
     """The tensors of a file of SVD experts, or of LoRA experts (known by their keys), under MixtureDetector's names."""
-    published = read_trained(file)
+    published = read(file)
     state = rename(published, table, file)
     if any(".lora_A_experts." in key for key in published):
         ups = [key for key in state if ".U_experts." in key]

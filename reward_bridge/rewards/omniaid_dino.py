@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers.initialization import no_init_weights
 
 from reward_bridge.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from reward_bridge.rewards.omniaid import (
@@ -50,7 +51,8 @@ class OmniAIDDino(MixtureReward):
         state = read_mixture(file, DINO_TABLE)
         config = dino_config(state, size, heads, file, rope_theta=rope_theta, layer_norm_eps=eps)
         sizes = read_sizes(state, top_k, "omniaid_dino", file)
-        model = MixtureDetector(DINOv3ViTModel(config), DINOv3ViTModel(config), sizes)
+        with no_init_weights():  # all of them are about to be loaded
+            model = MixtureDetector(DINOv3ViTModel(config), DINOv3ViTModel(config), sizes)
         load_strict(model, state, file)
         super().__init__(device, model, size, resize_first, (IMAGENET_MEAN, IMAGENET_STD), dtype)
 
