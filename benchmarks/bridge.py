@@ -13,6 +13,7 @@ detectors  (with a GPU) Forensic-Chat's Qwen2.5-VL-7B and OmniAID's CLIP-L/14-33
 
 import json
 import multiprocessing
+import os
 import pickle
 import platform
 import statistics
@@ -190,7 +191,9 @@ class Settings(SimpleNamespace):
 
 def main() -> None:
     gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if gpu else f"cpu-{platform.machine()}-{len(jax.devices())}-devices"
+    if not gpu:
+        jax.config.update("jax_num_cpu_devices", 3)  # so that pictures can lie in pieces
+    name = torch.cuda.get_device_name() if gpu else f"cpu-{platform.machine()}-{os.cpu_count()}-cores"
     device = f"cuda:{torch.cuda.device_count() - 1}" if gpu else "cpu"
     found = {
         "machine": name,

@@ -146,8 +146,9 @@ def check(config: ConfigDict) -> None:
                     f"config.reward.options.{name}.{option} is {reward.options[name][option]!r}, which does not exist; "
                     "README.md, Rewards, says where the weights come from"
                 )
+    local = [name for name in names if "servers" not in reward.options.get(name, {})]  # servers know their own
     for kind, wanted, known in (
-        ("reward", names, REWARDS),
+        ("reward", local, REWARDS),
         ("metric", reward.metrics, METRICS),
     ):
         if unknown := [name for name in wanted if name not in known]:

@@ -1,0 +1,1 @@
+"""What diagnose.py reads, and the checks it makes."""
