@@ -164,9 +164,12 @@ def check(config: ConfigDict) -> None:
 
 
 def reward_devices(reward: ConfigDict) -> dict[str, str]:
-    """The torch device of every reward: its own in `reward.devices`, else `reward.device`."""
-    own = reward.devices.to_dict()
-    if unknown := own.keys() - {*reward.fn, *reward.held_out}:
+    """The torch device of every reward: its own in `reward.devices`, else the CPU for what servers score, else
+    `reward.device`.
+    """
+    remote = {name: "cpu" for name in reward.options if "servers" in reward.options[name]}
+    own = remote | reward.devices.to_dict()
+    if unknown := set(reward.devices) - {*reward.fn, *reward.held_out}:
         raise ValueError(f"config.reward.devices names {', '.join(sorted(unknown))}, which is no reward of this run")
     return {name: resolve(own.get(name, reward.device)) for name in (*reward.fn, *reward.held_out)}
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,16 @@ from realgen_jax.flux.lora import LoraConfig, init_lora
 from realgen_jax.grpo import TrainState, make_optimizer
 
 
-def state_of(tiny, seed):
-    adapters = init_lora(tiny.config, LoraConfig(4, 8.0), jax.random.key(seed))
+@functools.partial(jax.jit, static_argnums=0)
+def _state(config, seed):
+    adapters = init_lora(config, LoraConfig(4, 8.0), jax.random.key(seed))
     optimizer = make_optimizer(1e-3, 0.9, 0.999, 1e-8, 1e-4, 1.0)
     updates, opt_state = optimizer.update(adapters, optimizer.init(adapters), adapters)
     return TrainState(updates, adapters, opt_state, jnp.int32(seed))
+
+
+def state_of(tiny, seed):
+    return _state(tiny.config, seed)
 
 
 def assert_equal(a, b):
