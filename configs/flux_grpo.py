@@ -99,9 +99,10 @@ def tiny() -> ConfigDict:
         {"clip_score": ConfigDict({"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})}
     )
     c.reward.device = "auto"  # the last GPU, kept from JAX where there are others; without a GPU the CPU. cpu, cuda:N
+    c.reward.share_gpu = False  # True: JAX computes on the rewards' GPUs too
     c.reward.devices = ConfigDict()  # rewards that have a device of their own, {"omniaid": "cuda:6"}
     c.reward.batch_size = 0  # most images a reward sees at once; 0: all of a call. Halved where memory runs out
-    c.reward.deadline = 120.0  # seconds for one reward and one call
+    c.reward.deadline = 120.0  # seconds for one reward and one call, retries included
     c.reward.retries = 1
     c.reward.stop_drop = 0.05  # end the run where a held-out reward lies so far below its best, while the reward rises,
     c.reward.stop_patience = 0  # for so many evaluations in a row; 0: never

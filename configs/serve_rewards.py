@@ -40,7 +40,7 @@ def tiny() -> ConfigDict:
 
 
 def realgen() -> ConfigDict:
-    """What RealGen trains on, from the folders of configs/flux_grpo.py: 20 GiB of one GPU and room for its batches."""
+    """What RealGen trains on, from the folders of configs/flux_grpo.py: 20 GiB of GPU memory, and room for batches."""
     c = tiny()
     c.rewards = ("forensic_chat", "omniaid", "longclip")
     c.options = ConfigDict(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from tensorboardX import SummaryWriter
 from realgen_jax.grpo import zero_spread
 
 TILE = 192  # a picture's side in a grid, at least
-# What a resumed run may change: where and how long it runs, not what it computes.
-FREE_KEYS = frozenset(
-    ("run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "wandb_project",
-     "compilation_cache", "prompts.cache", "prompts.device", "reward.deadline", "reward.retries", "reward.stop_drop",
-     "reward.stop_patience")
+# What a resumed run may change: where and how long it runs, not what it computes, but for a moved reward's rounding.
+FREE_KEYS = (
+    "run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "wandb_project",
+    "compilation_cache", "prompts.cache", "prompts.device", "reward.deadline", "reward.retries", "reward.stop_*",
+    "reward.batch_size", "reward.device", "reward.devices.*", "reward.share_gpu", "reward.options.*.servers",
+    "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env",
 )  # fmt: skip
 
 
@@ -47,7 +49,8 @@ def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
 def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError with the keys that differ from the config the run was started with, FREE_KEYS apart."""
     before, now = (_flat(json.loads(text)) for text in ((folder / "config.json").read_text(), json.dumps(config)))
-    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in FREE_KEYS]
+    free = lambda key: any(fnmatchcase(key, pattern) for pattern in FREE_KEYS)  # noqa: E731
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not free(k)]
     if changed:
         lines = "".join(f"\n  config.{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in changed)
         raise ValueError(f"{folder} was started with another config; a resumed run keeps it:{lines}")

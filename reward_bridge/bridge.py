@@ -32,8 +32,9 @@ class RewardBridge:
     rewards.
 
     A reward that raises is tried `retries` more times, one that runs out of memory goes on with half the images at a
-    time. One that still raises, runs past `deadline` seconds, or returns anything but n finite numbers ends the batch
-    with a RewardError. Nothing is made up in its place. `batch_size` is the most images a reward sees at once; 0: all.
+    time. One that still raises, has not answered `deadline` seconds after it was first asked, or returns anything but n
+    finite numbers ends the batch with a RewardError. Nothing is made up in its place. `batch_size` is the most images a
+    reward sees at once; 0: all.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class RewardBridge:
         self.deadline, self.retries = deadline, retries
         self.batch_sizes = dict.fromkeys(rewards, batch_size)  # halved where memory runs out
         self.seconds = dict.fromkeys(rewards, 0.0)  # of scoring, so far
+        self._closed = False
         lane = {name: device if device.startswith("cuda") else name for name, device in self.devices.items()}
-        self._lanes = {key: _Lane(self, [name for name in rewards if lane[name] == key]) for key in lane.values()}
+        self._lanes = {
+            key: _Lane(self, [name for name in rewards if lane[name] == key]) for key in dict.fromkeys(lane.values())
+        }
 
     def submit(
         self,
@@ -64,6 +68,8 @@ class RewardBridge:
         """
         if len(prompts) != images.shape[0]:
             raise ValueError(f"got {images.shape[0]} images and {len(prompts)} prompts; expected as many of each")
+        if self._closed:
+            raise RuntimeError("the bridge was closed; it scores nothing more")
         names, shared = list(self.rewards) if only is None else list(only), _Images(images)
         futures = {}
         for lane in self._lanes.values():
@@ -72,11 +78,15 @@ class RewardBridge:
                 lane.queue.put((shared, list(prompts), wanted, futures[lane]))
         return PendingScores(futures, names)
 
+    def stuck(self) -> list[str]:
+        """Rewards that are past their deadline and still have not answered: their device scores nothing more."""
+        return [name for lane in self._lanes.values() if (name := lane.overdue())]
+
     def close(self, wait: float = 10.0) -> None:
-        """Drop what is queued and give the rewards at work `wait` seconds to finish. For the end of the process, which
-        a thread that is still inside torch can crash.
+        """Drop what is queued, whose results then raise, and give the rewards at work `wait` seconds to finish. For the
+        end of the process, which a thread that is still inside torch can crash.
         """
-        end = time.monotonic() + wait
+        end, self._closed = time.monotonic() + wait, True
         for lane in self._lanes.values():
             lane.stop()
         for lane in self._lanes.values():
@@ -90,17 +100,28 @@ class PendingScores:
         self._futures, self._names = futures, names
 
     def result(self) -> dict[str, np.ndarray]:
-        """{reward: float32 [n]}. Raises RewardError naming the reward that failed or ran past its deadline."""
+        """{reward: float32 [n]}. Raises RewardError naming the reward that failed or ran past its deadline; what of
+        the batch is still queued is then dropped.
+        """
         left = set(self._futures.values())
-        while left:
-            done, left = wait(left, timeout=0.05, return_when="FIRST_EXCEPTION")
-            for future in done:
-                future.result()
-            for lane, future in self._futures.items():
-                if future in left:
-                    lane.check_deadline()
+        try:
+            while left:
+                left = wait(left, timeout=0.05, return_when="FIRST_EXCEPTION").not_done
+                self.raise_if_failed()
+        except BaseException:
+            for future in self._futures.values():
+                future.cancel()
+            raise
         scores = {name: score for future in self._futures.values() for name, score in future.result().items()}
         return {name: scores[name] for name in self._names}
+
+    def raise_if_failed(self) -> None:
+        """As `result`, without waiting."""
+        for lane, future in self._futures.items():
+            if future.done():
+                future.result()
+            else:
+                lane.check_deadline()
 
 
 class _Images:
@@ -136,23 +157,31 @@ class _Lane:
         self.thread = threading.Thread(target=self._work, name=f"reward-bridge {', '.join(names)}", daemon=True)
         self.thread.start()
 
-    def check_deadline(self) -> None:
+    def overdue(self) -> str | None:
+        """The reward at work, where it is past its deadline."""
         running = self._running
-        if running is not None and time.monotonic() > running[1]:
+        return running[0] if running is not None and time.monotonic() > running[1] else None
+
+    def check_deadline(self) -> None:
+        if name := self.overdue():
             raise RewardError(
-                f"reward {running[0]!r} has not answered for {self.bridge.deadline:g} s (config.reward.deadline); "
+                f"reward {name!r} has not answered for {self.bridge.deadline:g} s (config.reward.deadline); "
                 "is its device busy, or the deadline too short for this batch?"
             )
 
     def stop(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                self.queue.get_nowait()
+                work = self.queue.get_nowait()
+                if work is not None and work[-1].set_running_or_notify_cancel():
+                    work[-1].set_exception(RewardError("the bridge was closed before this batch was scored"))
         self.queue.put(None)
 
     def _work(self) -> None:
         while (work := self.queue.get()) is not None:
             images, prompts, names, future = work
+            if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+                continue
             try:
                 images.wait()  # a reward's deadline does not count the rollout
                 future.set_result({name: self._score(name, images, prompts) for name in names})
@@ -163,16 +192,16 @@ class _Lane:
 
     def _score(self, name: str, images: _Images, prompts: list[str]) -> np.ndarray:
         """One reward's scores of a batch: retried, and checked."""
+        self._running = (name, time.monotonic() + self.bridge.deadline)
         for attempt in range(self.bridge.retries + 1):
             start = time.monotonic()
-            self._running = (name, start + self.bridge.deadline)
             try:
                 scores = self._in_chunks(name, images.on(self.bridge.devices[name]), prompts)
                 break
             except RewardError:
                 raise
-            except Exception as error:
-                if attempt == self.bridge.retries:
+            except (Exception, SystemExit) as error:  # no reward ends the run without a word
+                if attempt == self.bridge.retries or self.overdue():
                     raise RewardError(
                         f"reward {name!r} failed {attempt + 1} times; the last time: {error!r}"
                     ) from error
@@ -221,3 +250,21 @@ def _out_of_memory(error: Exception) -> bool:
     """torch has a class for a full GPU only; the CPU's allocator and cuBLAS tell it in words."""
     words = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+def resolve(device: str) -> str:
+    """A torch device by name; "auto" is the last GPU that torch sees, or the CPU where it sees none.
+
+    Raises ValueError for a GPU that is not there.
+    """
+    count = torch.cuda.device_count()
+    if device == "auto":
+        return f"cuda:{count - 1}" if count else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        if int(index or 0) >= count:
+            raise ValueError(f"there is no device {device!r}: torch sees {count} CUDA devices on this machine")
+        return f"cuda:{int(index or 0)}"
+    if device != "cpu":
+        raise ValueError(f"got device {device!r}; expected auto, cpu, or a GPU such as cuda:0")
+    return device

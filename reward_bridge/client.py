@@ -67,7 +67,7 @@ class RemoteReward:
         return asyncio.run(self._score(images, list(prompts)))
 
     async def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        n, parts, first = len(prompts), len(self._rested()), random.randrange(len(self.servers))
+        n, parts, first = len(prompts), len(self.servers), random.randrange(len(self.servers))
         bounds = [n * part // parts for part in range(parts + 1)]
         trouble: dict[int, str] = {}  # the latest of each slice
         async with httpx2.AsyncClient(

@@ -49,32 +49,17 @@ def gather(array: jax.Array, device: str) -> torch.Tensor:
     return whole
 
 
-def resolve(device: str) -> str:
-    """A torch device by name; "auto" is the last GPU that torch sees, or the CPU where it sees none.
-
-    Raises ValueError for a GPU that is not there.
-    """
-    count = torch.cuda.device_count()
-    if device == "auto":
-        return f"cuda:{count - 1}" if count else "cpu"
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        if int(index or 0) >= count:
-            raise ValueError(f"there is no device {device!r}: torch sees {count} CUDA devices on this machine")
-        return f"cuda:{int(index or 0)}"
-    if device != "cpu":
-        raise ValueError(f"got device {device!r}; expected auto, cpu, or a GPU such as cuda:0")
-    return device
-
-
-def reserve(devices: Iterable[str]) -> set[str]:
+def reserve(devices: Iterable[str], share: bool = False) -> set[str]:
     """Keep JAX off these (resolved) GPUs, so that torch has all of their memory. Call before JAX starts.
 
-    Where that would leave JAX without a GPU it keeps them all, and the GPUs to be shared are returned.
+    Returns the GPUs that both use: all of these if `share`, or where JAX would be left without a GPU; none where JAX
+    was told to run on something else (JAX_PLATFORMS).
     """
+    if not _on_gpu():
+        return set()
     mine = {device for device in devices if device.startswith("cuda")}
     others = [str(i) for i in range(torch.cuda.device_count()) if f"cuda:{i}" not in mine]
-    if mine and others:
+    if mine and others and not share:
         jax.config.update("jax_cuda_visible_devices", ",".join(others))
         return set()
     return mine
@@ -98,6 +83,11 @@ def check_room(device: str) -> None:
             f"{(total - free) / GIB:.1f} GiB of it; start with XLA_CLIENT_MEM_FRACTION={int(100 * fits) / 100}, "
             "or move the rewards (config.reward.device) to another GPU, the CPU or a server"
         )
+
+
+def _on_gpu() -> bool:
+    """Whether JAX may start on GPUs, where there are any."""
+    return not jax.config.jax_platforms or bool({"cuda", "gpu"} & set(jax.config.jax_platforms.split(",")))
 
 
 def _check(array: jax.Array) -> None:

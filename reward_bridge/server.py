@@ -86,7 +86,9 @@ def make_app(
             name: {"device": bridge.devices[name], "waiting": batcher.images_waiting, "scored": batcher.scored}
             for name, batcher in batchers.items()
         }
-        return JSONResponse({"status": "stopping" if closing() else "ok", "rewards": rewards})
+        stuck = bridge.stuck()
+        status = "stopping" if closing() else f"no answer from {', '.join(stuck)}" if stuck else "ok"
+        return JSONResponse({"status": status, "rewards": rewards}, 503 if stuck else 200)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -52,7 +52,15 @@ def read(file: Path) -> dict[str, torch.Tensor]:
         # no archive and cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+    except (
+        pickle.UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{file} is no file of tensors that safetensors or torch.load(weights_only=True) reads, or it was not "

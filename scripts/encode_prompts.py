@@ -51,7 +51,7 @@ def encode(cache: TextCache, model: Path, max_tokens: int, dtype: str, device: s
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
-    from reward_bridge.dlpack import resolve
+    from reward_bridge.bridge import resolve
 
     disable_progress_bar()
     device = resolve(device)

@@ -20,7 +20,7 @@ from absl import app, flags
 from command_line import parse_flags
 from ml_collections import config_flags
 
-from reward_bridge.bridge import RewardBridge
+from reward_bridge.bridge import RewardBridge, resolve
 from reward_bridge.rewards import make_reward
 from reward_bridge.server import TOKEN_ENV, Limits, bind, serve
 
@@ -33,16 +33,9 @@ def place(rewards: Sequence[str], device: str, own: Mapping[str, str]) -> dict[s
     """The torch device of every reward; "auto" takes the GPUs in turn. Raises ValueError for one that is not there."""
     if unknown := own.keys() - set(rewards):
         raise ValueError(f"config.devices names {', '.join(sorted(unknown))}, not in config.rewards")
-    count = torch.cuda.device_count()
-    there = ["cpu", *(f"cuda:{i}" for i in range(count))]
-    turns = itertools.cycle(there[1:] or there)
-    found = {}
-    for name in rewards:
-        wanted = own.get(name, device)
-        found[name] = next(turns) if wanted == "auto" else wanted
-        if found[name] not in there:
-            raise ValueError(f"there is no device {wanted!r} for {name}; choose auto, {', '.join(there)}")
-    return found
+    turns = itertools.cycle([f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"])
+    wanted = {name: own.get(name, device) for name in rewards}
+    return {name: next(turns) if device == "auto" else resolve(device) for name, device in wanted.items()}
 
 
 def describe(address: str, devices: Mapping[str, str], token: str) -> str:

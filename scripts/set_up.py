@@ -21,8 +21,8 @@ from realgen_jax.flux.transformer import Cond
 from realgen_jax.grpo import LossConfig, TrainState, make_optimizer
 from realgen_jax.rollout import Plan, make_plan
 from realgen_jax.sharding import batch_devices, make_mesh, replicated
-from reward_bridge.bridge import RewardBridge
-from reward_bridge.dlpack import check_room, reserve, resolve
+from reward_bridge.bridge import RewardBridge, resolve
+from reward_bridge.dlpack import check_room, reserve
 from reward_bridge.metrics import METRICS, make_metric
 from reward_bridge.rewards import REWARDS, make_reward
 
@@ -62,14 +62,15 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     check(config)
     loss = LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias)
     devices = reward_devices(config.reward)
-    shared = reserve(devices.values())
+    metrics_device = resolve(config.reward.device)
+    used = {*devices.values()} | ({metrics_device} if config.reward.metrics else set())
+    shared = reserve(used, config.reward.share_gpu)
     prompts, test_prompts = read_prompts(config.prompts.train), read_prompts(config.prompts.test)
     # text encoders and rewards come before JAX, which takes what it finds of the memory of its devices
     cache = ensure_encoded([*prompts, *test_prompts], config.pretrained.model, config.prompts)
     options = config.reward.options.to_dict()
     rewards = {name: make_reward(name, devices[name], options.get(name, {})) for name in devices}
-    device = resolve(config.reward.device)
-    metrics = {name: make_metric(name, device, options.get(name, {})) for name in config.reward.metrics}
+    metrics = {name: make_metric(name, metrics_device, options.get(name, {})) for name in config.reward.metrics}
     for device in shared:
         check_room(device)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
@@ -139,14 +140,15 @@ def check(config: ConfigDict) -> None:
     names = [*reward.fn, *reward.held_out]
     if twice := {name for name in names if names.count(name) > 1}:
         missing.append(f"{', '.join(sorted(twice))}: trained on and held out at once, in config.reward; choose one")
-    for name in reward.options:
-        for option in sorted(FILES.intersection(reward.options[name])):
-            if not Path(reward.options[name][option]).expanduser().exists():
+    options = reward.options.to_dict()
+    local = [name for name in names if "servers" not in options.get(name, {})]  # servers know their own
+    for name in local:
+        for option, file in sorted(options.get(name, {}).items()):
+            if option in FILES and file and not Path(file).expanduser().exists():
                 missing.append(
-                    f"config.reward.options.{name}.{option} is {reward.options[name][option]!r}, which does not exist; "
+                    f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
                     "README.md, Rewards, says where the weights come from"
                 )
-    local = [name for name in names if "servers" not in reward.options.get(name, {})]  # servers know their own
     for kind, wanted, known in (
         ("reward", local, REWARDS),
         ("metric", reward.metrics, METRICS),

@@ -7,6 +7,7 @@
 prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> update -> checkpoint
 """
 
+import copy
 import shutil
 import sys
 import time
@@ -146,9 +147,10 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
         ids = jax.device_put(ids, batch_sharding(run.pipe.mesh))
         images.append(programs.evaluate(trainable, run.cond(texts), run.key(EVAL), ids))
         pending.append(run.bridge.submit(images[-1], texts))
-    again = run.bridge.submit(images[-1][::-1], texts[::-1]).result()  # the same pictures, elsewhere in their batch
+    half = max(1, len(texts) // 2)  # once more, in other company: a reward is to judge a picture by itself
+    again = run.bridge.submit(jnp.asarray(np.asarray(images[-1])[:half]), texts[:half]).result()
     found = [one.result() for one in pending]
-    noise = {f"noise/{name}": (found[-1][name] - again[name][::-1]).std() / np.sqrt(2) for name in again}
+    noise = {f"noise/{name}": np.sqrt(np.mean((found[-1][name][:half] - again[name]) ** 2) / 2) for name in again}
     scores = {name: np.concatenate([f[name] for f in found])[: len(prompts)] for name in found[0]}
     pictures = np.concatenate([np.asarray(i) for i in images])[: len(prompts)]
     scores["reward"] = weighted_mean(scores, reward.fn)
@@ -270,6 +272,8 @@ def train(run: Run, state: TrainState, resume: bool) -> None:
     if resume and run.checkpoints.newest() is not None:  # a run that ended before its first one starts anew
         state, meta = run.checkpoints.restore(state)
         first, history = meta["epoch"], meta["history"]
+        for name, size in meta["batch_sizes"].items():  # what memory allowed; other batches round otherwise
+            run.bridge.batch_sizes[name] = min(filter(None, (size, run.bridge.batch_sizes[name])), default=0)
         data.set_state(meta["data"])
     describe = parameter_overview.get_parameter_overview(dict(leaves(state.trainable)), include_stats=False)
     (folder / "trainable.txt").write_text(describe + "\n")
@@ -284,6 +288,9 @@ def train(run: Run, state: TrainState, resume: bool) -> None:
                     break
             clock, scored = [time.perf_counter()], dict(run.bridge.seconds)
             calls, pending, finite = sample_epoch(run, programs, state.trainable, epoch, next(data))
+            for ok, one in zip(finite, pending, strict=True):
+                ok.block_until_ready()
+                one.raise_if_failed()  # rather now than when all calls are through
             sampled = {"latents": 0.0 if all(finite) else float("nan")}
             stop_if_not_finite(sampled, epoch, "rollout (velocity)", run)
             clock.append(time.perf_counter())
@@ -308,9 +315,9 @@ def train(run: Run, state: TrainState, resume: bool) -> None:
             scoring = {f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups}
             log.train(epoch + 1, groups, weighted_mean(groups, config.reward.fn), steps, seconds, scoring)
             if (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:
-                run.checkpoints.save(
-                    epoch + 1, state, {"epoch": epoch + 1, "data": data.get_state(), "history": history}
-                )
+                meta = {"epoch": epoch + 1, "data": data.get_state(), "batch_sizes": dict(run.bridge.batch_sizes)}
+                # a copy of the history: it is written while the next evaluation adds to it
+                run.checkpoints.save(epoch + 1, state, meta | {"history": copy.deepcopy(history)})
         log.say(f"trained weights: {export(folder / 'lora', run.pipe, state.ema)}")
 
 

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # torch too, and the programs that tests start
 
 from pathlib import Path
 from types import SimpleNamespace

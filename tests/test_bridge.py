@@ -241,9 +241,70 @@ def test_a_chunk_with_too_few_scores_is_not_filled_up_by_the_next_one():
         bridge(lambda x, p: torch.ones(next(counts)), batch_size=3).submit(images(6), list("abcdef")).result()
 
 
-def test_one_failing_reward_leaves_no_half_scored_batch():
-    with pytest.raises(RewardError, match="reward 'odd' failed"):
-        bridge(lambda x, p: 1 / 0, third=brightness).submit(images(), PROMPTS).result()
+def test_a_failed_batch_is_dropped_where_it_is_still_queued():
+    """One reward fails while another is busy: what the busy one has not begun is not scored for nobody."""
+    go_on, seen = threading.Event(), []
+
+    def busy(x, prompts):
+        assert go_on.wait(20)
+        seen.append(prompts[0])
+        return torch.zeros(len(prompts))
+
+    both = bridge(lambda x, p: 1 / 0 if p[0] == "bad" else torch.zeros(len(p)), busy=busy)
+    first = both.submit(images(1), ["good"])
+    bad = [both.submit(images(1), ["bad"]) for _ in range(3)]
+    for one in bad:
+        with pytest.raises(RewardError, match="reward 'odd' failed"):
+            one.result()
+    last = both.submit(images(1), ["last"])
+    go_on.set()
+    assert first.result().keys() == last.result().keys()
+    assert seen == ["good", "last"]
+
+
+def test_a_failure_is_seen_without_waiting():
+    go_on = threading.Event()
+    both = bridge(lambda x, p: 1 / 0, busy=lambda x, p: go_on.wait(20) and torch.zeros(len(p)))
+    pending = both.submit(images(), PROMPTS)
+    with pytest.raises(RewardError, match="reward 'odd' failed"):  # noqa: PT012
+        while not go_on.wait(0.01):
+            pending.raise_if_failed()
+    go_on.set()
+
+
+def test_retries_share_one_deadline():
+    calls = []
+
+    def slow(x, prompts):
+        calls.append(time.monotonic())
+        time.sleep(0.2)
+        raise OSError("busy")
+
+    with pytest.raises(RewardError, match=r"'odd' (has not answered for 0\.5 s|failed 3 times)"):
+        bridge(slow, deadline=0.5, retries=50).submit(images(), PROMPTS).result()
+    time.sleep(0.5)
+    assert len(calls) == 3  # and none after the deadline
+
+
+def test_a_reward_that_exits_is_named():
+    with pytest.raises(RewardError, match=r"'odd' failed 1 times; the last time: SystemExit"):
+        bridge(lambda x, p: sys.exit(0)).submit(images(), PROMPTS).result()
+
+
+def test_a_closed_bridge_says_so():
+    inside, go_on = threading.Event(), threading.Event()
+    both = bridge(lambda x, p: (inside.set(), go_on.wait(20), torch.zeros(len(p)))[-1])
+    at_work, queued = (both.submit(images(), PROMPTS, only=["odd"]) for _ in range(2))
+    assert inside.wait(20)
+    assert both.stuck() == []
+    both.close(wait=0)
+    with pytest.raises(RewardError, match="the bridge was closed before this batch was scored"):
+        queued.result()
+    with pytest.raises(RuntimeError, match="the bridge was closed; it scores nothing more"):
+        both.submit(images(), PROMPTS)
+    go_on.set()
+    assert at_work.result()["odd"].tolist() == [0, 0, 0, 0]
+    both.close()  # twice does no harm
 
 
 def test_every_device_has_a_thread_and_rewards_on_one_take_turns(monkeypatch):
@@ -260,7 +321,9 @@ def test_every_device_has_a_thread_and_rewards_on_one_take_turns(monkeypatch):
         return score
 
     devices = {"a": "cuda:0", "b": "cuda:1", "c": "cuda:0", "d": "cuda:1"}
+    before = threading.active_count()
     both = RewardBridge({n: reward(n, d) for n, d in devices.items()}, devices, deadline=20, retries=0)
+    assert threading.active_count() == before + 2
     pending = [both.submit(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["x", "y"]) for _ in range(3)]
     assert [list(one.result()) for one in pending] == [["a", "b", "c", "d"]] * 3
     for device, names in (("cuda:0", "ac"), ("cuda:1", "bd")):

@@ -7,7 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 torch = pytest.importorskip("torch")
 
-from reward_bridge.dlpack import check_room, reserve, resolve, shards_to_torch, to_torch  # noqa: E402
+from reward_bridge.bridge import resolve  # noqa: E402
+from reward_bridge.dlpack import check_room, reserve, shards_to_torch, to_torch  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "bfloat16", "int32"])
@@ -80,10 +81,14 @@ def test_the_last_gpu_is_the_rewards_by_default(gpus):
         resolve("tpu")
 
 
-def test_jax_is_kept_off_the_rewards_gpus(gpus):
+def test_jax_is_kept_off_the_rewards_gpus(gpus, monkeypatch):
     gpus(8)
+    assert reserve({"cuda:7"}) == set()  # these tests run JAX on the CPU
+    assert gpus.seen == []
+    monkeypatch.setattr("reward_bridge.dlpack._on_gpu", lambda: True)
     assert reserve({"cuda:7", "cuda:5", "cpu"}) == set()
     assert gpus.seen == [("jax_cuda_visible_devices", "0,1,2,3,4,6")]
+    assert reserve({"cuda:7", "cpu"}, share=True) == {"cuda:7"}
     gpus(1)
     assert reserve({"cuda:0"}) == {"cuda:0"}  # shared: the only one
     assert reserve({"cpu"}) == set()

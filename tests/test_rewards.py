@@ -25,6 +25,19 @@ def test_unknown_rewards_are_named():
         assert hasattr(__import__(module, fromlist=[name]), name)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clip_score", {"pth": "x"}, r"options\.clip_score: .*'path'; ClipScore takes path, scale, dtype"),
+        ("clip_score", {"path": "x", "pth": "x"}, r"options\.clip_score: got an unexpected keyword argument 'pth'"),
+        ("jpeg_compressibility", {"servers": ["http://a:1"], "quality": 3}, r"'quality'; RemoteReward takes servers, "),
+    ],
+)
+def test_wrong_options_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_reward(name, "cpu", options)
+
+
 def test_jpeg_compressibility_is_minus_the_files_size():
     images = pictures(3, 64, 96)
     scores = make_reward("jpeg_compressibility", "cpu", {})(images, ["a"] * 3)

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from test_rewards import pictures  # noqa: E402
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # noqa: E402
 
@@ -40,13 +41,6 @@ PROCESSOR = {  # as published, but for max_pixels: 12845056
 }
 SIZES = [(56, 84), (60, 75), (30, 41), (140, 200)]  # as it is; rounded; enlarged; rounded, then made smaller
 UTILS = (4 * 28 * 28, 16384 * 28 * 28)  # qwen_vl_utils' MIN_PIXELS and MAX_PIXELS
-
-
-def pictures(n, height, width, seed=0):
-    """Smooth random pictures."""
-    small = np.random.default_rng(seed).integers(0, 256, (n, height // 8, width // 8, 3), np.uint8)
-    big = [np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC)) for p in small]
-    return torch.from_numpy(np.stack(big).transpose(0, 3, 1, 2).copy())
 
 
 def save_tokenizer(folder, template=TEMPLATE, words=("real", "Real", "fake", "Fake")):

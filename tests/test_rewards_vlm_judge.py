@@ -138,6 +138,9 @@ def test_vlm_judge_gives_up_on_silence(server):
     with pytest.raises(ValueError, match=r"failed: ReadTimeout"):
         judge(server, attempts=2, timeout=0.1)(pictures(2, 16, 16), [""] * 2)
     assert time.monotonic() - start < 3
+    with pytest.raises(ValueError, match=r"has not answered 9 questions within 0\.2 s"):
+        judge(server, deadline=0.2)(pictures(9, 16, 16), [""] * 9)
+    assert time.monotonic() - start < 4
     stop.set()
     with pytest.raises(ValueError, match=r"failed: ConnectError"):
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), attempts=1)(pictures(1, 16, 16), [""])

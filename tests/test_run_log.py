@@ -95,7 +95,10 @@ def test_folders(tmp_path):
 def test_a_changed_config_is_named_key_by_key(tmp_path):
     before = {"seed": 1, "num_epochs": 3, "train": {"lr": 0.1, "range": (0, 7)}}
     (tmp_path / "config.json").write_text(json.dumps(before))
-    check_same_config(tmp_path, {**before, "num_epochs": 9})
+    reward = {"devices": {"omniaid": "cuda:6"}, "batch_size": 8, "options": {"omniaid": {"servers": ["http://a:1"]}}}
+    check_same_config(tmp_path, {**before, "num_epochs": 9, "reward": reward})
+    with pytest.raises(ValueError, match=r"config\.reward\.options\.omniaid\.path: None then, 'x' now"):
+        check_same_config(tmp_path, {**before, "reward": {"options": {"omniaid": {"path": "x"}}}})
     with pytest.raises(ValueError, match=r"config\.train\.lr: 0\.1 then, 0\.2 now"):
         check_same_config(tmp_path, {**before, "train": {"lr": 0.2, "range": (0, 7)}})
     with pytest.raises(ValueError, match=r"config\.new: None then, 1 now"):

@@ -4,7 +4,8 @@ A name stands for "module:class", imported when asked for: a run loads only what
 """
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,19 +34,34 @@ REWARDS = {
 def make_reward(name: str, device: str, options: Mapping[str, Any]) -> Reward:
     """Build a reward on a torch device; options that name `servers` leave it to those (reward_bridge/client.py).
 
-    Raises ValueError for a name that is not in REWARDS, and for a device without room for the reward.
+    Raises ValueError for a name that is not in REWARDS, for an option that the reward does not have or lacks, and for
+    a device without room for the reward.
     """
     if "servers" in options:
         from reward_bridge.client import RemoteReward
 
-        return RemoteReward(name, **options)
+        return RemoteReward(**_arguments(RemoteReward, name, {"name": name, **options}))
     if name not in REWARDS:
         raise ValueError(f"there is no reward {name!r}; choose from {', '.join(sorted(REWARDS))}")
     module, _, cls = REWARDS[name].partition(":")
+    make = getattr(importlib.import_module(module), cls)
+    arguments = _arguments(make, name, {"device": device, **options})
     try:
-        return getattr(importlib.import_module(module), cls)(device=device, **options)
+        return make(**arguments)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{device} has no room for the reward {name!r}: {error}; move it with config.reward.devices, or load it in "
             "a smaller dtype (config.reward.options)"
         ) from error
+
+
+def _arguments(make: Callable, name: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`given`, if these are the arguments that `make` takes."""
+    try:
+        inspect.signature(make).bind(**given)
+    except TypeError as error:
+        takes = ", ".join(key for key in inspect.signature(make).parameters if key not in ("device", "name"))
+        raise ValueError(
+            f"config.reward.options.{name}: {error}; {make.__name__} takes {takes or 'no options'}"
+        ) from error
+    return given

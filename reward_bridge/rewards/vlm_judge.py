@@ -1,10 +1,10 @@
 """P(yes) by any vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted one)."""
 
+import asyncio
 import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -28,8 +28,9 @@ class VlmJudge:
 
     `url` is the endpoint up to and with /v1, `api_key_env` the environment variable that holds its key, if it wants
     one. `concurrency` requests run at a time. Each waits `timeout` seconds for the server's next word, and is sent up
-    to `attempts` times where the server is busy (429), broken (5xx), silent or out of reach. `device` plays no part:
-    "cpu" saves the GPU's memory.
+    to `attempts` times where the server is busy (429), broken (5xx), silent or out of reach; `deadline` seconds after
+    the call nothing is waited for any more: keep it below config.reward.deadline. `device` plays no part: "cpu" saves
+    the GPU's memory.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class VlmJudge:
         question: str = QUESTION,
         api_key_env: str | None = None,
         concurrency: int = 8,
-        timeout: float = 60.0,
+        timeout: float = 30.0,
         attempts: int = 4,
+        deadline: float = 100.0,
     ):
         self.url, self.model, self.question = f"{url.rstrip('/')}/chat/completions", model, question
-        self.concurrency = concurrency
-        limits = httpx2.Limits(max_connections=concurrency)
-        self.client = httpx2.Client(headers=_authorization(api_key_env), timeout=timeout, limits=limits)
-        self.retrying = tenacity.Retrying(
+        self.concurrency, self.timeout, self.deadline = concurrency, timeout, deadline
+        self.headers = _authorization(api_key_env)
+        self.retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_may_pass),
             stop=tenacity.stop_after_attempt(attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
@@ -55,27 +56,36 @@ class VlmJudge:
         )
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return torch.tensor(list(pool.map(self.ask, pictures, prompts)), dtype=torch.float32)
+        return asyncio.run(self._score(images.permute(0, 2, 3, 1).cpu().numpy(), prompts))
 
-    def ask(self, picture: np.ndarray, prompt: str) -> float:
+    async def _score(self, pictures: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
+        gate = asyncio.Semaphore(self.concurrency)
+        async with httpx2.AsyncClient(headers=self.headers, timeout=self.timeout) as http:
+            try:
+                async with asyncio.timeout(self.deadline):
+                    answers = [self._ask(http, gate, *pair) for pair in zip(pictures, prompts, strict=True)]
+                    return torch.tensor(await asyncio.gather(*answers), dtype=torch.float32)
+            except TimeoutError:
+                raise ValueError(
+                    f"{self.url} has not answered {len(prompts)} questions within {self.deadline:g} s "
+                    "(config.reward.options.vlm_judge.deadline)"
+                ) from None
+
+    async def _ask(self, http: httpx2.AsyncClient, gate: asyncio.Semaphore, picture: np.ndarray, prompt: str) -> float:
         """uint8 [h, w, 3] -> P(yes). Raises ValueError where the endpoint fails or answers anything else."""
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG", compress_level=1)
-        image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         question = self.question.replace("{prompt}", prompt)
-        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": True,
-            "top_logprobs": 20,
-        }
         try:
-            answer = self.retrying(self._post, body)
+            async with gate:  # a picture is written as a file when its turn comes, not all of them at once
+                image = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+                body = {
+                    "model": self.model,
+                    "messages": [{"role": "user", "content": [image, {"type": "text", "text": question}]}],
+                    "max_tokens": 1,
+                    "temperature": 0,
+                    "logprobs": True,
+                    "top_logprobs": 20,
+                }
+                answer = await self.retrying(self._post, http, body)
         except httpx2.HTTPError as error:
             said = error.response.text[:200] if isinstance(error, httpx2.HTTPStatusError) else ""
             raise ValueError(
@@ -84,8 +94,15 @@ class VlmJudge:
             ) from error
         return p_yes(top_tokens(answer))
 
-    def _post(self, body: Mapping[str, Any]) -> httpx2.Response:
-        return self.client.post(self.url, json=body).raise_for_status()
+    async def _post(self, http: httpx2.AsyncClient, body: Mapping[str, Any]) -> httpx2.Response:
+        return (await http.post(self.url, json=body)).raise_for_status()
+
+
+def data_url(picture: np.ndarray) -> str:
+    """uint8 [h, w, 3] as a lossless PNG in text."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def top_tokens(answer: httpx2.Response) -> list[tuple[str, float]]:
