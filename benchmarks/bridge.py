@@ -160,17 +160,23 @@ def overlap() -> dict:
     def epoch(bridge, overlapped: bool) -> None:
         pending = []
         for key in keys:
-            pending.append(bridge.submit(call(key), prompts))
+            images = call(key)
+            pending.append(bridge.submit(images, prompts))
             if not overlapped:
                 pending[-1].result()
+        images.block_until_ready()
+        sampled = time.perf_counter()
         for one in pending:
             one.result()
+        if overlapped:
+            waits.append(time.perf_counter() - sampled)
 
     prompts = [""] * CALL_IMAGES
     rollouts = median_seconds(lambda: [call(key).block_until_ready() for key in keys], 3)
     seconds = 0.8 * rollouts / CALLS
     wait = lambda x, p: time.sleep(seconds) or torch.zeros(len(p))  # noqa: E731
     bridge = RewardBridge({"wait": wait}, {"wait": "cpu"}, deadline=60, retries=0)
+    waits = []  # for scores, once all pictures were there
     beside, after = (median_seconds(partial(epoch, bridge, how), 3) for how in (True, False))
     bridge.close()
     scoring = CALLS * seconds
@@ -182,7 +188,7 @@ def overlap() -> dict:
         "epoch_seconds": beside,
         "epoch_seconds_call_by_call": after,
         "seconds_saved": after - beside,
-        "hidden": 1 - (beside - rollouts) / scoring,
+        "hidden": 1 - statistics.median(waits) / scoring,
         "most_that_can_be_hidden": (CALLS - 1) / CALLS,
     }
 

@@ -147,11 +147,13 @@ def test_faults_name_the_reward_and_the_bridge_lives_on(reward, message):
 
 def test_a_reward_that_hangs_is_named_at_its_deadline():
     stop = threading.Event()
-    pending = bridge(lambda x, p: stop.wait(60), deadline=0.2).submit(images(), PROMPTS)
+    both = bridge(lambda x, p: stop.wait(60), deadline=0.2)
+    pending = both.submit(images(), PROMPTS)
     clock = time.monotonic()
     with pytest.raises(RewardError, match=r"reward 'odd' has not answered for 0\.2 s \(config\.reward\.deadline\)"):
         pending.result()
     assert time.monotonic() - clock < 10
+    assert both.stuck() == ["odd"]
     stop.set()
 
 
