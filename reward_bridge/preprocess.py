@@ -26,12 +26,12 @@ def _resample(images: torch.Tensor, n: int, mode: str) -> torch.Tensor:
     """uint8 [..., m] -> uint8 [..., n]; whole numbers below 2**53, so that float64 is exact."""
     if images.shape[-1] == n:
         return images
-    x = images.double() @ _pil_weights(images.shape[-1], n, mode).to(images.device)
+    x = images.double() @ _pil_weights(images.shape[-1], n, mode, images.device)
     return (x / 2**22 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)
-def _pil_weights(m: int, n: int, mode: str) -> torch.Tensor:
+def _pil_weights(m: int, n: int, mode: str, device: torch.device) -> torch.Tensor:
     """float64 [m, n] of PIL's weights in units of 2**-22, to which it rounds them (Pillow, Resample.c).
 
     The filter is a triangle, or Keys' cubic with a = -1/2, stretched to the target's pixels where those are larger.
@@ -49,7 +49,7 @@ def _pil_weights(m: int, n: int, mode: str) -> torch.Tensor:
     inside = (source >= (centre - reach + 0.5).trunc()) & (source < (centre + reach + 0.5).trunc())
     weights = torch.where(inside & (t < 2), weights, 0.0)
     weights = weights / weights.sum(0)
-    return weights.sign() * (weights.abs() * 2**22 + 0.5).floor()
+    return (weights.sign() * (weights.abs() * 2**22 + 0.5).floor()).to(device)
 
 
 def resize_and_crop(images: torch.Tensor, side: int, mode: str = "bicubic") -> torch.Tensor:

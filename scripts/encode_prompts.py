@@ -52,12 +52,12 @@ def encode(cache: TextCache, model: Path, max_tokens: int, dtype: str, device: s
     from transformers.utils.logging import disable_progress_bar
 
     from reward_bridge.bridge import resolve
+    from reward_bridge.weights import torch_dtype
 
     disable_progress_bar()
     device = resolve(device)
-    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    clip = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch_dtype).eval().to(device)
-    t5 = T5EncoderModel.from_pretrained(model / "text_encoder_2", dtype=torch_dtype).eval().to(device)
+    clip = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch_dtype(dtype)).eval().to(device)
+    t5 = T5EncoderModel.from_pretrained(model / "text_encoder_2", dtype=torch_dtype(dtype)).eval().to(device)
     clip_tokenizer, t5_tokenizer = (AutoTokenizer.from_pretrained(model / n) for n in ("tokenizer", "tokenizer_2"))
 
     def ids(tokenizer, texts: list[str], length: int) -> "torch.Tensor":

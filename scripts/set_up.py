@@ -61,6 +61,12 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     sample, t = config.sample, config.train
     check(config)
     loss = LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias)
+    layout = Layout(sample.num_batches_per_epoch, sample.train_batch_size, sample.branches, sample.num_image_per_prompt)
+    if layout.calls % t.gradient_accumulation_steps:  # told before gigabytes are loaded
+        raise ValueError(
+            f"num_batches_per_epoch {layout.calls} must be a multiple of gradient_accumulation_steps "
+            f"{t.gradient_accumulation_steps}"
+        )
     devices = reward_devices(config.reward)
     metrics_device = resolve(config.reward.device)
     used = {*devices.values()} | ({metrics_device} if config.reward.metrics else set())
@@ -74,13 +80,7 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     for device in shared:
         check_room(device)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
-    layout = Layout(sample.num_batches_per_epoch, sample.train_batch_size, sample.branches, sample.num_image_per_prompt)
     layout.check(batch_devices(mesh))
-    if layout.calls % t.gradient_accumulation_steps:
-        raise ValueError(
-            f"num_batches_per_epoch {layout.calls} must be a multiple of gradient_accumulation_steps "
-            f"{t.gradient_accumulation_steps}"
-        )
     if sample.test_batch_size % batch_devices(mesh):
         parts = batch_devices(mesh)
         raise ValueError(

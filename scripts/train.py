@@ -147,12 +147,13 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
         ids = jax.device_put(ids, batch_sharding(run.pipe.mesh))
         images.append(programs.evaluate(trainable, run.cond(texts), run.key(EVAL), ids))
         pending.append(run.bridge.submit(images[-1], texts))
+    pictures = [np.asarray(i) for i in images]
     half = max(1, len(texts) // 2)  # once more, in other company: a reward is to judge a picture by itself
-    again = run.bridge.submit(jnp.asarray(np.asarray(images[-1])[:half]), texts[:half]).result()
+    again = run.bridge.submit(jnp.asarray(pictures[-1][:half]), texts[:half]).result()
     found = [one.result() for one in pending]
     noise = {f"noise/{name}": np.sqrt(np.mean((found[-1][name][:half] - again[name]) ** 2) / 2) for name in again}
     scores = {name: np.concatenate([f[name] for f in found])[: len(prompts)] for name in found[0]}
-    pictures = np.concatenate([np.asarray(i) for i in images])[: len(prompts)]
+    pictures = np.concatenate(pictures)[: len(prompts)]
     scores["reward"] = weighted_mean(scores, reward.fn)
     means = {name: float(values.mean()) for name, values in scores.items()}
     means["prompt_std"] = float(scores["reward"].reshape(-1, copies).std(axis=1).mean())

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import diagnose  # noqa: E402
 from diagnosis.finding import FINE, NOTE, PROBLEM  # noqa: E402
-from diagnosis.metrics import NORMAL, Metrics, students_t  # noqa: E402
+from diagnosis.metrics import Metrics  # noqa: E402
 
 HEALTHY = json.loads((ROOT / "tests" / "data" / "healthy_run.json").read_text())  # 12 epochs of the embedded model
 NAMES = [
@@ -377,8 +377,10 @@ def test_trends_are_those_of_the_textbook():
     from scipy import stats
 
     for free in (1, 2, 3, 4, 7, 30, 1000):
-        assert students_t(free) == pytest.approx(stats.t.ppf(0.975, free), rel=0.005)
-    assert stats.norm.ppf(0.975) == pytest.approx(NORMAL, abs=1e-5)
+        rows = [{"kind": "train", "epoch": e, "reward": float(e % 2)} for e in range(free + 2)]
+        trend = Metrics(rows).trend("reward", 1.0)
+        assert trend.margin / trend.error == pytest.approx(stats.t.ppf(0.975, free), rel=1e-6)
+    assert trend.margin / trend.error == pytest.approx(stats.norm.ppf(0.975), rel=0.005)
     epochs, values = np.arange(1, 21), np.random.default_rng(0).normal(size=20)
     rows = [{"kind": "train", "epoch": int(e), "reward": float(v)} for e, v in zip(epochs, values, strict=True)]
     trend, line = Metrics(rows).trend("reward", 2.0), stats.linregress(epochs, values)

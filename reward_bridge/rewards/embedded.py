@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+
+from reward_bridge.weights import load_strict, read
 
 FOLDER = Path(__file__).parent.parent / "embedded"
 SIZE = 64
@@ -86,8 +87,7 @@ def _load(model: nn.Module, name: str, device: str) -> nn.Module:
         raise FileNotFoundError(
             f"{file} is missing; it ships with the package (python scripts/build_embedded makes it)"
         )
-    model.load_state_dict({key: value.float() for key, value in load_file(file).items()})
-    return model.eval().requires_grad_(False).to(device)
+    return load_strict(model, read(file), file).to(device)
 
 
 def subjects() -> list[str]:

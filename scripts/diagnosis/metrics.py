@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 MIN_EPOCHS = 4  # a line through two points has no uncertainty, one through three hardly any evidence
-NORMAL = 1.95996  # a slope counts when significant at 5 %, two-sided (turned into Student's t)
+QUANTILE = 0.975  # of Student's t: a slope counts when significant at 5 %, two-sided
 SMALL_EFFECT = 0.2  # of the spread within a group: Cohen's "small" effect; less cannot be seen in the pictures
 
 
@@ -72,7 +73,9 @@ class Metrics:
         error = float(np.sqrt(np.sum((y - slope * x) ** 2) / free / (x @ x)))
         rise = slope * float(np.ptp(epochs))
         where = "training" if kind == "train" else "evaluations"
-        return Trend(where, span(epochs), slope, error, students_t(free) * error, rise, rise / max(spread, 1e-12))
+        return Trend(
+            where, span(epochs), slope, error, float(stdtrit(free, QUANTILE)) * error, rise, rise / max(spread, 1e-12)
+        )
 
     @cached_property
     def trends(self) -> list[Trend]:
@@ -93,16 +96,6 @@ class Metrics:
     @property
     def rises(self) -> bool:
         return self.word == "rises"
-
-
-def students_t(free: int) -> float:
-    """97.5 % point of Student's t: a table for few degrees of freedom, else Abramowitz and Stegun 26.7.5."""
-    if free <= 3:
-        return (12.7062, 4.3027, 3.1824)[free - 1]
-    z = NORMAL
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / free + second / free**2 + third / free**3
 
 
 def span(epochs: Any) -> str:
