@@ -8,19 +8,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from encode_prompts import ensure_encoded
 from ml_collections import ConfigDict
+from programs import Recipe, abstract_state, make_recipe
 
 from realgen_jax.checkpoint import Checkpoints
-from realgen_jax.data import Layout, read_prompts
-from realgen_jax.flux.lora import LoraConfig, init_lora, load_lora
+from realgen_jax.data import read_prompts
+from realgen_jax.flux.lora import init_lora, load_lora
 from realgen_jax.flux.pipeline import Pipeline, load_pipeline, no_model
 from realgen_jax.flux.text import TextCache
 from realgen_jax.flux.transformer import Cond
-from realgen_jax.grpo import LossConfig, TrainState, make_optimizer
-from realgen_jax.rollout import Plan, make_plan
-from realgen_jax.sharding import batch_devices, make_mesh, replicated
+from realgen_jax.grpo import TrainState
+from realgen_jax.rollout import Plan
+from realgen_jax.sharding import batch_devices, make_mesh
 from reward_bridge.bridge import RewardBridge, resolve
 from reward_bridge.dlpack import check_room, reserve
 from reward_bridge.metrics import METRICS, make_metric
@@ -36,7 +36,7 @@ class Run:
 
     config: ConfigDict
     folder: Path
-    layout: Layout
+    recipe: Recipe
     pipe: Pipeline
     plan: Plan
     cache: TextCache
@@ -45,9 +45,6 @@ class Run:
     bridge: RewardBridge
     metrics: dict[str, Callable[[np.ndarray], float]]
     checkpoints: Checkpoints
-    loss: LossConfig
-    optimizer: optax.GradientTransformation
-    shardings: TrainState  # of the state
 
     def cond(self, prompts: Sequence[str]) -> Cond:
         return self.pipe.cond(self.cache, prompts, self.config.sample.guidance_scale)
@@ -58,15 +55,9 @@ class Run:
 
 def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     """Load everything, compile nothing. Returns the run and its first state."""
-    sample, t = config.sample, config.train
+    sample = config.sample
     check(config)
-    loss = LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias)
-    layout = Layout(sample.num_batches_per_epoch, sample.train_batch_size, sample.branches, sample.num_image_per_prompt)
-    if layout.calls % t.gradient_accumulation_steps:  # told before gigabytes are loaded
-        raise ValueError(
-            f"num_batches_per_epoch {layout.calls} must be a multiple of gradient_accumulation_steps "
-            f"{t.gradient_accumulation_steps}"
-        )
+    recipe = make_recipe(config)  # told before gigabytes are loaded
     devices = reward_devices(config.reward)
     metrics_device = resolve(config.reward.device)
     used = {*devices.values()} | ({metrics_device} if config.reward.metrics else set())
@@ -80,33 +71,21 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     for device in shared:
         check_room(device)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
-    layout.check(batch_devices(mesh))
+    recipe.layout.check(batch_devices(mesh))
     if sample.test_batch_size % batch_devices(mesh):
         parts = batch_devices(mesh)
         raise ValueError(
             f"test_batch_size {sample.test_batch_size} must be a multiple of {parts}, the mesh's data x fsdp"
         )
 
-    lora = LoraConfig(t.lora_rank, t.lora_alpha, t.lora_init) if t.lora else None
-    pipe = load_pipeline(config.pretrained, sample.resolution, lora, mesh)
-    optimizer = make_optimizer(
-        t.learning_rate, t.adam_beta1, t.adam_beta2, t.adam_epsilon, t.adam_weight_decay, t.max_grad_norm
-    )
-    init_key = jax.random.fold_in(jax.random.key(config.seed), INIT)
-    state, shardings = first_state(pipe, config, optimizer, init_key)
+    pipe = load_pipeline(config.pretrained, sample.resolution, recipe.lora, mesh)
+    state = first_state(recipe, pipe, jax.random.fold_in(jax.random.key(config.seed), INIT))
     run = Run(
         config=config,
         folder=folder,
-        layout=layout,
+        recipe=recipe,
         pipe=pipe,
-        plan=make_plan(
-            pipe.sigmas(sample.num_steps),
-            kind=sample.sde_type,
-            noise_level=sample.noise_level,
-            window=sample.sde_window_size,
-            bounds=tuple(sample.sde_window_range),
-            branches=sample.branches,
-        ),
+        plan=recipe.plan(pipe),
         cache=cache,
         prompts=prompts,
         test_prompts=test_prompts,
@@ -119,9 +98,6 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
         ),
         metrics=metrics,
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
-        loss=loss,
-        optimizer=optimizer,
-        shardings=shardings,
     )
     return run, state
 
@@ -176,32 +152,20 @@ def reward_devices(reward: ConfigDict) -> dict[str, str]:
     return {name: resolve(own.get(name, reward.device)) for name in (*reward.fn, *reward.held_out)}
 
 
-def first_state(
-    pipe: Pipeline, config: ConfigDict, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, TrainState]:
-    """The state before any step, on the mesh, and its shardings: adapters are replicated, weights lie as they are."""
-    everywhere = replicated(pipe.mesh)
+def first_state(recipe: Recipe, pipe: Pipeline, key: jax.Array) -> TrainState:
+    """The state before any step, on the mesh."""
+    where = jax.tree.map(lambda a: a.sharding, abstract_state(recipe, pipe))
     if pipe.lora is None:
         trainable = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params)
-        shardings = jax.tree.map(lambda p: p.sharding, pipe.params)
     else:
         trainable = init_lora(pipe.model, pipe.lora, key)
-        if config.pretrained.lora:
-            found, trainable = load_lora(config.pretrained.lora, pipe.model)
+        if file := recipe.config.pretrained.lora:
+            found, trainable = load_lora(file, pipe.model)
             if (found.rank, found.alpha) != (pipe.lora.rank, pipe.lora.alpha):
                 raise ValueError(
-                    f"{config.pretrained.lora} has rank {found.rank} and alpha {found.alpha:g}, config.train has "
-                    f"lora_rank {pipe.lora.rank} and lora_alpha {pipe.lora.alpha:g}; set those to the file's"
+                    f"{file} has rank {found.rank} and alpha {found.alpha:g}, config.train has lora_rank "
+                    f"{pipe.lora.rank} and lora_alpha {pipe.lora.alpha:g}; set those to the file's"
                 )
-        shardings = jax.tree.map(lambda _: everywhere, trainable)
-    trainable = jax.device_put(trainable, shardings)
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        shardings,
-        transform_non_params=lambda _: everywhere,
-    )
-    where = TrainState(shardings, shardings, opt_shardings, everywhere)
-    start = lambda p: TrainState(p, jax.tree.map(jnp.copy, p), optimizer.init(p), jnp.int32(0))  # noqa: E731
-    return jax.jit(start, out_shardings=where)(trainable), where
+    trainable = jax.device_put(trainable, where.trainable)
+    start = lambda p: TrainState(p, jax.tree.map(jnp.copy, p), recipe.optimizer.init(p), jnp.int32(0))  # noqa: E731
+    return jax.jit(start, out_shardings=where)(trainable)

@@ -11,9 +11,8 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +23,19 @@ from absl import app, flags, logging
 from clu import parameter_overview
 from command_line import parse_flags
 from ml_collections import ConfigDict, config_flags
+from programs import Programs, make_programs
 from set_up import Run, set_up
 
-from realgen_jax.data import Layout, prompt_batches
+from realgen_jax.data import prompt_batches
 from realgen_jax.flux.convert import leaves, save_transformer
 from realgen_jax.flux.lora import save_lora
 from realgen_jax.flux.pipeline import Pipeline
-from realgen_jax.grpo import Batch, EmaConfig, TrainState, group_advantages, recompute_means, update
-from realgen_jax.rollout import draw_noise, rollout
+from realgen_jax.grpo import Batch, TrainState, group_advantages
 from realgen_jax.run_log import RunLog, check_same_config, run_folder, short_name
 from realgen_jax.sharding import batch_sharding
 from reward_bridge.bridge import PendingScores, RewardError
 
 EVAL, TRAIN = 0, 1  # streams of the run's root key, beside set_up.INIT
-
-
-@dataclass(frozen=True)
-class Programs:
-    """The jitted calls, each traced once."""
-
-    sample: Callable
-    update: Callable
-    recompute: Callable
-    evaluate: Callable
-
-
-def make_programs(run: Run) -> Programs:
-    t = run.config.train
-    ema = EmaConfig(t.ema_decay, t.ema_update_interval)
-    return Programs(
-        sample=jax.jit(partial(sample_call, run.pipe, run.layout, run.config.sample.same_latent)),
-        update=jax.jit(
-            partial(update, run.pipe.velocity, run.optimizer, run.loss, ema),
-            donate_argnums=1,
-            out_shardings=(run.shardings, None),
-        ),
-        recompute=jax.jit(partial(recompute_means, run.pipe.velocity, run.loss)),
-        evaluate=run.pipe.sampler(run.config.sample.eval_num_steps),
-    )
-
-
-def sample_call(pipe: Pipeline, layout: Layout, same_latent: bool, params, vae_params, trainable, cond, keys, plan):
-    """One rollout call: (uint8 pictures, trajectory, whether all latents are finite)."""
-    distinct = max(1, layout.images // layout.group) if same_latent else layout.slots
-    latents, noise = draw_noise(*keys, plan, layout.slots, distinct, pipe.token_shape)
-    latents = jax.lax.with_sharding_constraint(latents, batch_sharding(pipe.mesh))
-    noise = jax.lax.with_sharding_constraint(noise, batch_sharding(pipe.mesh, axis=1))
-    tokens, trajectory = rollout(pipe.velocity, params, trainable, cond, latents, noise, plan)
-    return pipe.decode(vae_params, tokens), trajectory, jnp.isfinite(tokens).all()
 
 
 def sample_epoch(
@@ -81,7 +45,7 @@ def sample_epoch(
 
     rows int [groups]: the epoch's prompts. Returns the calls' (trajectory, cond), their pending scores and flags.
     """
-    sample, layout = run.config.sample, run.layout
+    sample, layout = run.config.sample, run.recipe.layout
     epoch_key = jax.random.fold_in(run.key(TRAIN), epoch)
     calls, pending, finite = [], [], []
     for call in range(layout.calls):
@@ -267,8 +231,8 @@ def report(run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any
 
 def train(run: Run, state: TrainState, resume: bool) -> None:
     """Sample, score, improve and save until `num_epochs` are done, or the held-out rewards say that it is enough."""
-    config, folder, programs = run.config, run.folder, make_programs(run)
-    data = prompt_batches(len(run.prompts), run.layout.groups, config.seed)
+    config, folder, programs = run.config, run.folder, make_programs(run.recipe, run.pipe)
+    data = prompt_batches(len(run.prompts), run.recipe.layout.groups, config.seed)
     first, history = 0, {}
     if resume and run.checkpoints.newest() is not None:  # a run that ended before its first one starts anew
         state, meta = run.checkpoints.restore(state)
@@ -297,11 +261,11 @@ def train(run: Run, state: TrainState, resume: bool) -> None:
             clock.append(time.perf_counter())
 
             found = [one.result() for one in pending]
-            groups = {n: np.concatenate([f[n] for f in found]).reshape(-1, run.layout.group) for n in found[0]}
+            groups = {n: np.concatenate([f[n] for f in found]).reshape(-1, run.recipe.layout.group) for n in found[0]}
             advantages = group_advantages(groups, config.reward.fn, global_std=config.sample.global_std)
             clock.append(time.perf_counter())
 
-            state, steps = improve(run, programs, state, calls, advantages.reshape(run.layout.calls, -1))
+            state, steps = improve(run, programs, state, calls, advantages.reshape(run.recipe.layout.calls, -1))
             for step in steps:
                 stop_if_not_finite(step, epoch, "update", run)
             clock.append(time.perf_counter())
