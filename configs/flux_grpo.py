@@ -27,6 +27,8 @@ def tiny() -> ConfigDict:
     c.num_epochs = 45
     c.save_freq = 15  # epochs between checkpoints
     c.num_checkpoint_limit = 3
+    c.save_failure = "stop"  # stop, continue: what the run does when a checkpoint cannot be written (a full disk)
+    c.preemption_grace = 25.0  # seconds after SIGTERM in which the run must have begun its last save
     c.eval_freq = 15  # epochs between evaluations; one at epoch 0 and one at the end in any case
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # empty: none

@@ -1,7 +1,9 @@
 """What a run leaves and shows: config.json, metrics.jsonl, TensorBoard events, picture grids, and the terminal."""
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,10 +19,12 @@ from tensorboardX import SummaryWriter
 from realgen_jax.grpo import zero_spread
 
 TILE = 192  # a picture's side in a grid, at least
-# What a resumed run may change: where and how long it runs, not what it computes, but for a moved reward's rounding.
+# What a resumed run may change: where and how long it runs, not what it computes, but for the rounding of another mesh
+# or a moved reward.
 FREE_KEYS = (
-    "run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "wandb_project",
-    "compilation_cache", "prompts.cache", "prompts.device", "reward.deadline", "reward.retries", "reward.stop_*",
+    "run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "save_failure",
+    "preemption_grace", "wandb_project", "compilation_cache", "mesh.*", "prompts.cache", "prompts.device",
+    "reward.deadline", "reward.retries", "reward.stop_*",
     "reward.batch_size", "reward.device", "reward.devices.*", "reward.share_gpu", "reward.options.*.servers",
     "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env",
 )  # fmt: skip
@@ -29,7 +33,7 @@ FREE_KEYS = (
 def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
     """root/<name>, by default preset, date and time; to resume, by default the preset's latest run.
 
-    A fresh run refuses a folder that exists, a resumed one needs it.
+    A fresh run refuses a folder that holds one, a resumed run needs it.
     """
     if resume and not name:
         runs = [file.parent for file in Path(root).glob(f"{preset}-*/config.json")]
@@ -46,14 +50,37 @@ def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
     return folder
 
 
-def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ValueError with the keys that differ from the config the run was started with, FREE_KEYS apart."""
-    before, now = (_flat(json.loads(text)) for text in ((folder / "config.json").read_text(), json.dumps(config)))
-    free = lambda key: any(fnmatchcase(key, pattern) for pattern in FREE_KEYS)  # noqa: E731
-    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not free(k)]
-    if changed:
-        lines = "".join(f"\n  config.{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in changed)
-        raise ValueError(f"{folder} was started with another config; a resumed run keeps it:{lines}")
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """A line for each key in which two configs (as JSON) differ: those a resumed run may change, and the others."""
+    before, now = _flat(before), _flat(json.loads(json.dumps(now)))
+    free, others = [], []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            lines = free if any(fnmatchcase(key, pattern) for pattern in FREE_KEYS) else others
+            lines.append(f"  config.{key}: {before.get(key)!r} then, {now.get(key)!r} now")
+    return free, others
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, creating it; raises FileExistsError where another process does. The lock ends with the
+    process, however that ends. A folder in which nothing came about is removed again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{folder} is in use: a run of this name is going on; wait for its end, or choose another "
+                "--config.run_name"
+            ) from error
+        try:
+            yield
+        finally:
+            if [entry.name for entry in folder.iterdir()] == ["lock"]:
+                (folder / "lock").unlink()
+                folder.rmdir()
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -210,6 +237,18 @@ class RunLog:
 
             self._wandb.log({name: wandb.Image(grid)}, step=epoch)
         return file
+
+
+class NoLog:
+    """In place of a RunLog in every process but the first: says, draws and writes nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
 
 
 def short_name(name: str) -> str:

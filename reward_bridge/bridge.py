@@ -64,10 +64,14 @@ class RewardBridge:
     ) -> "PendingScores":
         """Queue uint8 images [n, 3, h, w]; `only` names the rewards to run (default: all). Returns at once.
 
-        The images may still be computed, and may be spread over several devices.
+        The images may still be computed, and may be spread over several devices. Of an array that is spread over
+        several processes, this one's images are scored, and theirs are the prompts.
         """
-        if len(prompts) != images.shape[0]:
-            raise ValueError(f"got {images.shape[0]} images and {len(prompts)} prompts; expected as many of each")
+        count = images.shape[0]
+        if not isinstance(images, torch.Tensor) and not images.is_fully_addressable:
+            count = sum(len(shard.data) for shard in images.addressable_shards if shard.replica_id == 0)
+        if len(prompts) != count:
+            raise ValueError(f"got {count} images and {len(prompts)} prompts; expected as many of each")
         if self._closed:
             raise RuntimeError("the bridge was closed; it scores nothing more")
         names, shared = list(self.rewards) if only is None else list(only), _Images(images)

@@ -34,16 +34,17 @@ def shards_to_torch(array: jax.Array) -> list[torch.Tensor]:
 
 
 def gather(array: jax.Array, device: str) -> torch.Tensor:
-    """An array that is sharded by rows, as one tensor on a torch device.
+    """What this process holds of an array that is sharded by rows, as one tensor on a torch device.
 
     The array's own memory where it lies there in one piece, else one copy from device to device, not through the host.
     """
     shards = shards_to_torch(array)
     if len(shards) == 1:
         return shards[0].to(device)
-    whole = torch.empty(array.shape, dtype=shards[0].dtype, device=device)
-    for rows, shard in zip(whole.split([len(shard) for shard in shards]), shards, strict=True):
-        rows.copy_(shard, non_blocking=True)
+    rows = sum(len(shard) for shard in shards)
+    whole = torch.empty((rows, *array.shape[1:]), dtype=shards[0].dtype, device=device)
+    for part, shard in zip(whole.split([len(shard) for shard in shards]), shards, strict=True):
+        part.copy_(shard, non_blocking=True)
     if whole.is_cuda:
         torch.cuda.synchronize(whole.device)
     return whole

@@ -80,7 +80,7 @@ def make_programs(recipe: Recipe, pipe: Pipeline) -> Programs:
         update=jax.jit(
             partial(update, pipe.velocity, recipe.optimizer, recipe.loss, recipe.ema),
             donate_argnums=1,
-            out_shardings=(shardings, None),
+            out_shardings=(shardings, replicated(pipe.mesh)),
         ),
         recompute=jax.jit(partial(recompute_means, pipe.velocity, recipe.loss)),
         evaluate=pipe.sampler(recipe.config.sample.eval_num_steps),
@@ -94,7 +94,8 @@ def sample_call(pipe: Pipeline, layout: Layout, same_latent: bool, params, vae_p
     latents = jax.lax.with_sharding_constraint(latents, batch_sharding(pipe.mesh))
     noise = jax.lax.with_sharding_constraint(noise, batch_sharding(pipe.mesh, axis=1))
     tokens, trajectory = rollout(pipe.velocity, params, trainable, cond, latents, noise, plan)
-    return pipe.decode(vae_params, tokens), trajectory, jnp.isfinite(tokens).all()
+    pictures = jax.lax.with_sharding_constraint(pipe.decode(vae_params, tokens), batch_sharding(pipe.mesh))
+    return pictures, trajectory, jnp.isfinite(tokens).all()
 
 
 def abstract_state(recipe: Recipe, pipe: Pipeline) -> TrainState:

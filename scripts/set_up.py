@@ -1,6 +1,7 @@
 """Everything a run needs before its first epoch: checks, model, rewards, the compiled calls' functions, first state."""
 
 import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from encode_prompts import ensure_encoded
 from ml_collections import ConfigDict
 from programs import Recipe, abstract_state, make_recipe
 
-from realgen_jax.checkpoint import Checkpoints
+from realgen_jax.checkpoint import Checkpoints, newest_good, read_meta
 from realgen_jax.data import read_prompts
 from realgen_jax.flux.lora import init_lora, load_lora
 from realgen_jax.flux.pipeline import Pipeline, load_pipeline, no_model
 from realgen_jax.flux.text import TextCache
 from realgen_jax.flux.transformer import Cond
 from realgen_jax.grpo import TrainState
+from realgen_jax.hosts import process_count, put
 from realgen_jax.rollout import Plan
+from realgen_jax.run_log import changed_keys
 from realgen_jax.sharding import batch_devices, make_mesh
 from reward_bridge.bridge import RewardBridge, resolve
 from reward_bridge.dlpack import check_room, reserve
@@ -72,6 +75,11 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
         check_room(device)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
     recipe.layout.check(batch_devices(mesh))
+    if batch_devices(mesh) % process_count():
+        raise ValueError(
+            f"the mesh's data x fsdp is {batch_devices(mesh)}, which {process_count()} processes cannot share evenly; "
+            "every one must hold pictures of its own: let config.mesh.tensor divide a host's devices"
+        )
     if sample.test_batch_size % batch_devices(mesh):
         parts = batch_devices(mesh)
         raise ValueError(
@@ -100,6 +108,30 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
     )
     return run, state
+
+
+def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | None:
+    """The epoch of the checkpoint to go on from, None where the run ended before its first one; says what is new.
+
+    Raises ValueError with the keys in which the run computed something else so far, unless `allow_change`.
+    """
+    epoch, found = newest_good(folder / "checkpoints")
+    for line in found:
+        print(f"warning: {line}")
+    if epoch is None:
+        before = json.loads((folder / "config.json").read_text())
+    else:
+        before = read_meta(folder / "checkpoints", epoch)["config"]
+    free, others = changed_keys(before, config.to_dict())
+    if others and not allow_change:
+        raise ValueError(
+            "\n".join(
+                [f"{folder} computed with another config so far; --allow_config_change goes on all the same:", *others]
+            )
+        )
+    start = "its beginning: there is no checkpoint yet" if epoch is None else f"epoch {epoch}"
+    print("\n".join([f"resumed from {start}" + (", with another config:" if free or others else ""), *free, *others]))
+    return epoch
 
 
 def check(config: ConfigDict) -> None:
@@ -133,6 +165,8 @@ def check(config: ConfigDict) -> None:
             missing.append(f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
     if config.pretrained.lora and not config.train.lora:
         missing.append("config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters")
+    if config.save_failure not in ("stop", "continue"):
+        missing.append(f"config.save_failure is {config.save_failure!r}; choose stop or continue")
     if config.eval_freq < 1 or config.save_freq < 1:
         missing.append(f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 or more epochs")
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
@@ -166,6 +200,7 @@ def first_state(recipe: Recipe, pipe: Pipeline, key: jax.Array) -> TrainState:
                     f"{file} has rank {found.rank} and alpha {found.alpha:g}, config.train has lora_rank "
                     f"{pipe.lora.rank} and lora_alpha {pipe.lora.alpha:g}; set those to the file's"
                 )
-    trainable = jax.device_put(trainable, where.trainable)
+    if pipe.lora is not None:  # the same on every host
+        trainable = jax.tree.map(lambda a, sharding: put(np.asarray(a), sharding), trainable, where.trainable)
     start = lambda p: TrainState(p, jax.tree.map(jnp.copy, p), recipe.optimizer.init(p), jnp.int32(0))  # noqa: E731
     return jax.jit(start, out_shardings=where)(trainable)

@@ -46,3 +46,10 @@ def tiny():
     return SimpleNamespace(
         config=config, params=params, velocity=velocity, vae_config=vae_config, vae_params=vae_params
     )
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs and embeddings, shared by all runs of train.py and by pytest's workers."""
+    root = tmp_path_factory.getbasetemp()
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"

@@ -1,9 +1,11 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from realgen_jax.run_log import RunLog, check_same_config, picture_grid, run_folder
+from realgen_jax.run_log import NoLog, RunLog, changed_keys, picture_grid, run_folder, run_lock
 
 STEP = {"loss": 1.0, "ratio_deviation": 2e-7, "grad_norm": 3.0}
 
@@ -92,14 +94,46 @@ def test_folders(tmp_path):
     assert run_folder(str(tmp_path), "", "tiny", resume=True).name == "tiny-2"
 
 
-def test_a_changed_config_is_named_key_by_key(tmp_path):
-    before = {"seed": 1, "num_epochs": 3, "train": {"lr": 0.1, "range": (0, 7)}}
-    (tmp_path / "config.json").write_text(json.dumps(before))
+def test_a_changed_config_is_named_key_by_key():
+    before = {"seed": 1, "num_epochs": 3, "train": {"lr": 0.1, "range": [0, 7]}, "mesh": {"fsdp": 1}}
+    now = {**before, "train": {"lr": 0.1, "range": (0, 7)}}
+    assert changed_keys(before, now) == ([], [])
     reward = {"devices": {"omniaid": "cuda:6"}, "batch_size": 8, "options": {"omniaid": {"servers": ["http://a:1"]}}}
-    check_same_config(tmp_path, {**before, "num_epochs": 9, "reward": reward})
-    with pytest.raises(ValueError, match=r"config\.reward\.options\.omniaid\.path: None then, 'x' now"):
-        check_same_config(tmp_path, {**before, "reward": {"options": {"omniaid": {"path": "x"}}}})
-    with pytest.raises(ValueError, match=r"config\.train\.lr: 0\.1 then, 0\.2 now"):
-        check_same_config(tmp_path, {**before, "train": {"lr": 0.2, "range": (0, 7)}})
-    with pytest.raises(ValueError, match=r"config\.new: None then, 1 now"):
-        check_same_config(tmp_path, {**before, "new": 1})
+    free, others = changed_keys(before, {**now, "num_epochs": 9, "mesh": {"fsdp": 2}, "reward": reward})
+    assert "  config.mesh.fsdp: 1 then, 2 now" in free
+    assert (len(free), others) == (5, [])
+    others = changed_keys(before, {**before, "reward": {"options": {"omniaid": {"path": "x"}}}})[1]
+    assert others == ["  config.reward.options.omniaid.path: None then, 'x' now"]
+    others = changed_keys(before, {**before, "train": {"lr": 0.2}, "new": 1})[1]
+    assert others == [
+        "  config.new: None then, 1 now",
+        "  config.train.lr: 0.1 then, 0.2 now",
+        "  config.train.range: [0, 7] then, None now",
+    ]
+
+
+def test_a_folder_has_one_run_at_a_time_and_a_kill_frees_it(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    hold = (
+        "import sys, time; from pathlib import Path; from realgen_jax.run_log import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(FileExistsError, match="is in use: a run of this name is going on"), run_lock(folder):
+        pass
+    other.kill()
+    other.wait()
+    with run_lock(folder):
+        (folder / "config.json").write_text("{}")
+    assert sorted(f.name for f in folder.iterdir()) == ["config.json", "lock"]
+    with pytest.raises(ValueError, match="wrong"), run_lock(tmp_path / "y"):
+        raise ValueError("wrong")
+    assert not (tmp_path / "y").exists()  # nothing came about
+
+
+def test_other_processes_log_nothing(tmp_path, capsys):
+    with NoLog() as log:
+        log.say("a")
+        log.metrics("train", 1, {"a": 1})
+    assert capsys.readouterr().out == ""

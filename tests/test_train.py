@@ -1,11 +1,9 @@
 """train.py and sample.py as a user runs them: subprocesses, files, exit codes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,31 +12,10 @@ import pytest
 from conftest import PIPELINE
 from ml_collections import ConfigDict
 from PIL import Image
+from running import ROOT, call, rows
 from safetensors.numpy import load_file
 
 pytest.importorskip("torch")
-ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "tests" / "golden_config.py"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs and embeddings, shared by this file's runs, and by pytest's workers where there are several."""
-    root = tmp_path_factory.getbasetemp()
-    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"
-
-
-def call(script, cache, *words, config=GOLDEN, **environment):
-    shared = [f"--config.compilation_cache={cache / 'xla'}", f"--config.prompts.cache={cache / 'text'}"]
-    command = [sys.executable, ROOT / "scripts" / script, "--config", config, *shared, *words]
-    words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
-
-
-def rows(folder):
-    """metrics.jsonl without what a clock has measured."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "images_per"))} for row in lines]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +59,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, cache):
     (folder.parent / "halves" / "metrics.jsonl").open("a").write('{"kind": "tr')  # as a kill in mid-line leaves it
     other = call("train.py", cache, *where, "--resume", "--config.train.learning_rate=0.5")
     assert "config.train.learning_rate: 0.001 then, 0.5 now" in other.stderr
+    assert "--allow_config_change goes on all the same" in other.stderr
     second = call("train.py", cache, *where, "--resume")
     assert second.returncode == 0, second.stderr
     halves = folder.parent / "halves"
@@ -211,7 +189,7 @@ def test_an_evaluation_finds_rewards_that_look_at_the_batch(monkeypatch):
     from reward_bridge.bridge import RewardBridge
 
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from train import evaluate
+    from evaluation import evaluate
 
     value = lambda x, p: x[:, 0, 0, 0].float()  # noqa: E731
     rewards = {
@@ -245,7 +223,7 @@ def test_an_evaluation_finds_rewards_that_look_at_the_batch(monkeypatch):
 
 def test_held_out_rewards_end_a_run_after_as_many_falls_as_allowed(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from train import fallen
+    from evaluation import fallen
 
     def evaluations(*rows, drop=0.1, patience=2):
         """How many evaluations (held-out score, reward) until the run ends, None where it does not."""
@@ -344,7 +322,7 @@ def test_a_failing_reward_stops_the_run_and_leaves_it_resumable(whole, cache, tm
     assert "Traceback" not in failed.stderr
     run = tmp_path / "sick"
     assert [row["epoch"] for row in rows(run) if row["kind"] == "train"] == [1]
-    assert not list((run / "checkpoints").iterdir())
+    assert not (run / "checkpoints").exists()
     done = call("train.py", cache, *words, "--resume", config=config, SICK="0")
     assert done.returncode == 0, done.stderr
     assert rows(run) == rows(folder)

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from realgen_jax.flux.tables import BFL, BFL_VAE_EDITS, DIFFUSERS, Part, Table, table
 from realgen_jax.flux.transformer import FluxConfig, FluxTransformer
 from realgen_jax.flux.vae import Autoencoder, VaeConfig
+from realgen_jax.hosts import fetch, process_index, put
 
 Sharding = Callable[[str, tuple[int, ...]], Any]  # (dotted path, shape) -> a jax sharding, a device or None
 _STEM = "diffusion_pytorch_model"
@@ -143,7 +144,7 @@ def load(
     placed = []
     for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):
         host = _assemble(tensors, leaf, wanted[leaf], sources[leaf])
-        placed.append((path, variable.replace(jax.device_put(host, sharding(leaf, host.shape)))))
+        placed.append((path, variable.replace(put(host, sharding(leaf, host.shape)))))
     return nnx.from_flat_state(placed)
 
 
@@ -255,7 +256,7 @@ def to_torch(state: nnx.State, rows: Table = DIFFUSERS) -> Iterator[tuple[str, n
     """(key, array in torch's layout) for every tensor of a state, one array of ours on the host at a time."""
     for leaf, value in leaves(state).items():
         source = _source(leaf, rows, _SUFFIXES)
-        host = np.asarray(value)
+        host = fetch(value)
         for layer, array in enumerate(host if source.stacked else host[None]):
             pieces = np.split(array, len(source.parts), axis=-1)
             for (key, _), piece in zip(source.keys(layer), pieces, strict=True):
@@ -264,7 +265,14 @@ def to_torch(state: nnx.State, rows: Table = DIFFUSERS) -> Iterator[tuple[str, n
 
 
 def save_transformer(folder: str | Path, config: FluxConfig, state: nnx.State, shard_bytes: int = 10**10) -> None:
-    """Write a `transformer/` folder that `diffusers.FluxTransformer2DModel.from_pretrained` reads."""
+    """Write a `transformer/` folder that `diffusers.FluxTransformer2DModel.from_pretrained` reads.
+
+    Every process must call it, since all hold a part of the weights; the first one writes.
+    """
+    if process_index():
+        for _ in to_torch(state):
+            pass
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, np.ndarray]] = [{}]

@@ -59,11 +59,18 @@ class Pipeline:
         return decode_tokens(nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width)
 
     def cond(self, cache: TextCache, prompts: Sequence[str], guidance: float) -> Cond:
-        """The prompts' embeddings, one a slot, spread over the mesh."""
-        t5, clip = cache.read(prompts)
-        scale = np.full(len(prompts), guidance, np.float32)
-        sharding = batch_sharding(self.mesh)
-        return Cond(*(jax.device_put(a, sharding) for a in (t5, clip, scale)))
+        """The prompts' embeddings, one a slot, spread over the mesh; a host reads those of its own slots."""
+        n, sharding = len(prompts), batch_sharding(self.mesh)
+        slots = sorted(
+            {i for (rows,) in sharding.addressable_devices_indices_map((n,)).values() for i in range(n)[rows]}
+        )
+        t5, clip = cache.read([prompts[i] for i in slots])
+
+        def place(own: np.ndarray) -> Array:
+            rows = lambda index: own[np.searchsorted(slots, np.arange(n)[index[0]])]  # noqa: E731
+            return jax.make_array_from_callback((n, *own.shape[1:]), sharding, rows)
+
+        return Cond(place(t5), place(clip), place(np.full(len(slots), guidance, np.float32)))
 
     def sampler(self, num_steps: int) -> Any:
         """A jitted (params, vae_params, trainable, cond, key, ids int32 [n]) -> uint8 pictures [n, 3, H, W].
@@ -76,7 +83,8 @@ class Pipeline:
         def run(params, vae_params, trainable, cond, key, ids):
             draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), self.token_shape)  # noqa: E731
             latents = jax.lax.with_sharding_constraint(jax.vmap(draw)(ids), batch_sharding(self.mesh))
-            return self.decode(vae_params, sample(self.velocity, params, trainable, cond, latents, ode))
+            tokens = sample(self.velocity, params, trainable, cond, latents, ode)
+            return jax.lax.with_sharding_constraint(self.decode(vae_params, tokens), batch_sharding(self.mesh))
 
         return partial(run, self.params, self.vae_params)
 

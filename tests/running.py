@@ -1,0 +1,68 @@
+"""Programs of scripts/ as a user runs them, for the tests: subprocesses on the golden config."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden_config.py"
+
+
+def command(script, cache, *words, config=GOLDEN):
+    shared = [f"--config.compilation_cache={cache / 'xla'}", f"--config.prompts.cache={cache / 'text'}"]
+    return [str(word) for word in (sys.executable, ROOT / "scripts" / script, "--config", config, *shared, *words)]
+
+
+def call(script, cache, *words, config=GOLDEN, **environment):
+    """Run a program to its end."""
+    words = command(script, cache, *words, config=config)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+
+def begin(words, output, **environment):
+    """Start a program whose output goes to a file."""
+    with output.open("a") as file:
+        return subprocess.Popen(words, stdout=file, stderr=file, env={**os.environ, **environment})
+
+
+def until(condition, process, output, seconds=240, pause=0.02):
+    """Wait until `condition()` is true, while `process` runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(pause)
+
+
+def rows(folder):
+    """metrics.jsonl without what a clock has measured."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "images_per"))} for row in lines]
+
+
+def epochs_done(folder):
+    """Finished epochs, by the whole rows of a metrics.jsonl that is being written."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return max((row["epoch"] for row in map(json.loads, lines) if row["kind"] == "train"), default=0)
+
+
+def assert_close(one, other, tolerance=1e-5, rate=1e-3):
+    """Two runs' rows, but for numbers of clipped samples and of bytes, and their LoRA, to a tenth of the step size."""
+    rounding = {"ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}
+    a, b = rows(one), rows(other)
+    assert [(row["kind"], row["epoch"]) for row in a] == [(row["kind"], row["epoch"]) for row in b]
+    for x, y in zip(a, b, strict=True):
+        for key in x.keys() - {"kind"} - rounding:
+            if not key.startswith(("correlation/", "noise/")):
+                assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (x["epoch"], key)
+        assert x.get("first_ratio_deviation", 0) == y.get("first_ratio_deviation", 0) == 0
+    lora = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (one, other)]
+    assert max(np.abs(lora[0][key] - lora[1][key]).max() for key in lora[0]) < rate / 10
