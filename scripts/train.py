@@ -235,6 +235,10 @@ def main(_: Sequence[str]) -> None:
             train(run, state, stop, resumed or None)
         except (ValueError, OSError, RewardError, FloatingPointError, SaveError) as error:
             sys.exit(f"error: {error}")
+        except jax.errors.JaxRuntimeError as error:
+            if process_count() == 1:
+                raise
+            sys.exit(f"error: the connection to another process broke ({str(error).splitlines()[0]})")
         except KeyboardInterrupt:
             sys.exit(f"stopped; to go on: --config.run_name={folder.name} --resume")
         finally:
