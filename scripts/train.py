@@ -93,6 +93,8 @@ def improve(
 def stop_if_not_finite(values: Mapping[str, float], epoch: int, phase: str, run: Run) -> None:
     """Raise FloatingPointError naming epoch, phase and values; nothing of this epoch has been saved."""
     if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+        with contextlib.suppress(SaveError):
+            run.checkpoints.wait()
         newest = run.checkpoints.newest()
         good = (
             f"--resume goes on from the newest good checkpoint, epoch {newest}"
