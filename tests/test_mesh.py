@@ -38,6 +38,7 @@ LAYOUTS = {
     "one": (1, 1, 1), "data 2": (2, 1, 1), "data 4": (4, 1, 1), "data 8": (8, 1, 1), "fsdp 2": (1, 2, 1),
     "fsdp 8": (1, 8, 1), "tensor 2": (1, 1, 2), "fsdp 2 tensor 2": (1, 2, 2), "2 x 2 x 2": (2, 2, 2),
 }  # fmt: skip
+START = {"lora": "adapters", "full": "params"}  # what is trained
 CALLS, WINDOW, IMAGES, TEXT, SIDE = 2, 2, 8, 5, 4
 LEARNING_RATE, B1 = 1e-3, 0.9
 QUICK = {"xla_backend_optimization_level": 0}  # of LLVM: what is partitioned how is decided before
@@ -93,7 +94,7 @@ def pipeline(mesh, lora):
 
 def state_of(kind, like):
     """A training state on the mesh. EMA and trainable are two arrays: both are donated."""
-    start = host().adapters if kind == "lora" else host().params
+    start = getattr(host(), START[kind])
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.opt_state)
     state = TrainState(start, start, zeros, np.int32(0))
     return jax.tree.map(lambda a, s: jax.make_array_from_callback(s.shape, s.sharding, lambda i: a[i]), state, like)
@@ -130,13 +131,11 @@ def run(kind, layout):
     """One update on one layout: what it gives, and what its program is like."""
     compiled, args = compile_update(kind, layout)
     held = {name: local_bytes(tree) for name, tree in zip(("params", "state", "batch"), args, strict=True)}
-    trainable = jax.tree.map(np.asarray, args[1].trainable)
     state, metrics = compiled(*args)
     gradient = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), state.opt_state[1][0].mu)
     return SimpleNamespace(
-        loss=float(metrics["loss"]), gradient=gradient, before=trainable,
-        after=jax.tree.map(np.asarray, state.trainable), held=held, text=compiled.as_text(),
-        memory=compiled.memory_analysis(),
+        loss=float(metrics["loss"]), gradient=gradient, after=jax.tree.map(np.asarray, state.trainable), held=held,
+        text=compiled.as_text(), memory=compiled.memory_analysis(),
     )  # fmt: skip
 
 
@@ -166,8 +165,8 @@ def test_an_update_is_the_same_on_every_mesh(kind, layout):
     for a, b in zip(jax.tree.leaves(one.gradient), jax.tree.leaves(many.gradient), strict=True):
         assert np.abs(a).max() > 1e-6
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
-    moved = [np.abs(b - a).max() for a, b in zip(*map(jax.tree.leaves, (one.before, one.after)), strict=True)]
-    assert min(moved) > LEARNING_RATE / 2
+    pairs = zip(jax.tree.leaves(getattr(host(), START[kind])), jax.tree.leaves(one.after), strict=True)
+    assert min(np.abs(b - a).max() for a, b in pairs) > LEARNING_RATE / 2
     for a, b in zip(jax.tree.leaves(one.after), jax.tree.leaves(many.after), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=LEARNING_RATE / 10)
 

@@ -69,9 +69,13 @@ def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
     recorded = (rows((calls, *a.shape), 2) for a in (trajectory.latents, trajectory.mean, trajectory.logp))
     batch = Batch(Trajectory(*recorded, jax.tree.map(whole, trajectory.steps)), cond(calls, 7), rows((calls, 21), 1))
     update = programs.update.trace(pipe.params, state, batch)
-    for traced in (rollout, update):
-        assert KERNEL in traced.lower(lowering_platforms=("tpu",)).as_text()
-        assert KERNEL not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    for traced, kernels in ((rollout, ("fwd",)), (update, ("fwd", "dq", "dkv"))):
+        tpu, cuda = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cuda"))
+        assert KERNEL in tpu
+        assert all(f"splash_mha_{kernel}" in tpu for kernel in kernels)
+        assert KERNEL not in cuda
+        assert max(len(tpu), len(cuda)) < 2**27  # 57 MB of rotary tables; captured weights would be 48 GB
+    assert sum(a.nbytes for a in jax.live_arrays()) < 2**31
     assert sum(a.size for a in jax.tree.leaves(pipe.params)) > 11e9
 
 
