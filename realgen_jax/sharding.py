@@ -6,6 +6,7 @@ shardings that the arguments arrive with.
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,17 +16,25 @@ from jax.sharding import PartitionSpec as P
 BATCH_AXES = ("data", "fsdp")
 
 # The transformer's arrays by dotted path; the first match wins and there is no catch-all. Stacked arrays have the
-# layer in front, which is never split. Projections into the heads or the MLP split their outputs over `tensor`, the
-# ones back out their inputs.
+# layer in front, which is never split, and fused projections the axis of their parts. Projections into the heads or the
+# MLP split their outputs over `tensor`, bias and all, the ones back out their inputs.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
-    (r"(double\.(img|txt)|single)\.(qkv|mlp|mlp\.fc1)\.kernel", P(None, "fsdp", "tensor")),
-    (r"(double\.(img|txt)|single)\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
+    (r"(double\.(img|txt)|single)\.qkv\.kernel", P(None, "fsdp", None, "tensor")),
+    (r"double\.(img|txt)\.mlp\.fc1\.kernel", P(None, "fsdp", "tensor")),
+    (r"double\.(img|txt)\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
+    (r"single\.mlp\.kernel", P(None, "fsdp", None, "tensor")),
+    (r"single\.proj\.kernel", P(None, None, "tensor", "fsdp")),
     (r"(double_(img|txt)|single)_mod\.kernel", P(None, "fsdp", "tensor")),
     (r"(img|txt)_in\.kernel", P(None, "fsdp")),
-    (r"(time|guidance|vector)_in\.fc[12]\.kernel", P("fsdp", "tensor")),
+    (r"(time|guidance|vector)_in\.fc1\.kernel", P("fsdp", "tensor")),
+    (r"(time|guidance|vector)_in\.fc2\.kernel", P("tensor", "fsdp")),
     (r"final_mod\.kernel", P("fsdp", "tensor")),
     (r"proj_out\.kernel", P("fsdp", None)),
-    (r".*\.(bias|norm\.query|norm\.key)", P()),
+    (r"(double\.(img|txt)|single)\.qkv\.bias|single\.mlp\.bias", P(None, None, "tensor")),
+    (r"double\.(img|txt)\.mlp\.fc1\.bias", P(None, "tensor")),
+    (r"(time|guidance|vector)_in\.fc1\.bias", P("tensor")),
+    (r"((img|txt)_in|.*_mod|.*proj|proj_out|.*\.fc2)\.bias", P()),
+    (r".*\.norm\.(query|key)", P()),
 )
 
 
@@ -42,6 +51,15 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device]) 
     return jax.make_mesh(
         sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[: np.prod(sizes)]
     )
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
+    """Pin where x lies, one entry of `spec` an axis from the front, and where its gradient lies too. Without a mesh, or
+    on one device, x itself: the program is the one that knows no mesh.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

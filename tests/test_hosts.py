@@ -24,7 +24,7 @@ def test_half_an_address_is_an_error():
         connect("127.0.0.1:1", 0, -1, detect=False)
     with pytest.raises(ValueError, match="--coordinator missing"):
         connect("", 2, 0, detect=True)
-    with pytest.raises(ValueError, match="the processes did not meet .* elsewhere give --coordinator=HOST:PORT"):
+    with pytest.raises(ValueError, match=r"the processes did not meet .* elsewhere give --coordinator=HOST:PORT"):
         connect("", 0, -1, detect=True)  # no cluster here
     connect("", 0, -1, detect=False)  # a single process
     assert not jax.distributed.is_initialized()

@@ -1,6 +1,7 @@
 """Published checkpoints <-> our arrays: one strict function reads the tables in `tables.py`.
 
-Torch weights are [out, in, *window]; ours are [*window, in, out], with the layers of a stacked block in front.
+Torch weights are [out, in, *window]; ours are [*window, in, out], with the layers of a stacked block in front. Where
+ours keep the parts of a fused projection on an axis of their own, torch's are one matrix.
 """
 
 import json
@@ -17,7 +18,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from realgen_jax.flux.tables import BFL, BFL_VAE_EDITS, DIFFUSERS, Part, Table, table
+from realgen_jax.flux.tables import BFL, BFL_VAE_EDITS, DIFFUSERS, PARTS_AXIS, Part, Table, table
 from realgen_jax.flux.transformer import FluxConfig, FluxTransformer
 from realgen_jax.flux.vae import Autoencoder, VaeConfig
 from realgen_jax.hosts import fetch, process_index, put
@@ -148,10 +149,20 @@ def load(
     return nnx.from_flat_state(placed)
 
 
+def _joined(leaf: str, array: np.ndarray) -> np.ndarray:
+    """The array with a fused projection's parts side by side, as torch has them; a view."""
+    axis = next((axis for end, axis in PARTS_AXIS.items() if leaf.endswith(end)), None)
+    if axis is None:
+        return array
+    axis += array.ndim
+    return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+
+
 def _assemble(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source) -> np.ndarray:
     """One array on the host, filled tensor by tensor."""
     host = np.empty(wanted.shape, wanted.dtype)
-    for layer, target in enumerate(host if source.stacked else host[None]):
+    joined = _joined(leaf, host)
+    for layer, target in enumerate(joined if source.stacked else joined[None]):
         end = 0
         for key, part in source.keys(layer):
             shape = tensors.shape(key)
@@ -256,7 +267,7 @@ def to_torch(state: nnx.State, rows: Table = DIFFUSERS) -> Iterator[tuple[str, n
     """(key, array in torch's layout) for every tensor of a state, one array of ours on the host at a time."""
     for leaf, value in leaves(state).items():
         source = _source(leaf, rows, _SUFFIXES)
-        host = fetch(value)
+        host = _joined(leaf, fetch(value))
         for layer, array in enumerate(host if source.stacked else host[None]):
             pieces = np.split(array, len(source.parts), axis=-1)
             for (key, _), piece in zip(source.keys(layer), pieces, strict=True):

@@ -1,5 +1,7 @@
 """The parts FLUX's blocks are made of. Shapes: n images, t tokens, D channels, h heads of d channels."""
 
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from realgen_jax.sharding import BATCH_AXES, constrain
+
+LANES = 128  # a TPU's vector register is so wide
 EPS = 1e-6  # of every normalisation in FLUX
 _lecun = nnx.initializers.lecun_normal()
 
@@ -15,34 +23,37 @@ _lecun = nnx.initializers.lecun_normal()
 class Linear(nnx.Module):
     """y = x W + b, computed in `dtype`, with an optional LoRA: y += alpha/r (x A) B (arXiv 2106.09685).
 
-    kernel [*stack, in, out], bias [*stack, out]. `stack` is (layers,) for a block that is scanned over, else ().
-    A fused projection (qkv) holds `groups` projections side by side, each with its own LoRA factors, which is what
-    peft trains on the separate projections: lora_a [*stack, in, groups, r], lora_b [*stack, groups, r, out/groups].
+    kernel [*stack, *in, *out], bias [*stack, *out]. `stack` is (layers,) for a block that is scanned over, else ().
+    A fused projection keeps its parts apart on an axis of their own, (3, D) out of qkv: the mesh axis `tensor` then
+    splits each part by itself and no head is cut. Each part has its own LoRA factors, which is what peft trains on the
+    separate projections: lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out].
     """
 
     def __init__(
         self,
-        n_in: int,
-        n_out: int,
+        n_in: int | tuple[int, int],
+        n_out: int | tuple[int, int],
         *,
         dtype: Any,
         param_dtype: Any,
         rngs: nnx.Rngs,
         stack: tuple[int, ...] = (),
-        groups: int = 1,
     ):
-        self.dtype, self.groups = dtype, groups
-        self.kernel = nnx.Param(_lecun(rngs.params(), (*stack, n_in, n_out), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, n_out), param_dtype))
+        ins, outs = np.atleast_1d(n_in).tolist(), np.atleast_1d(n_out).tolist()
+        self.dtype, self.axes_in, self.axes_out = dtype, len(ins), len(outs)
+        kernel = _lecun(rngs.params(), (*stack, np.prod(ins), np.prod(outs)), param_dtype)
+        self.kernel = nnx.Param(kernel.reshape(*stack, *ins, *outs))
+        self.bias = nnx.Param(jnp.zeros((*stack, *outs), param_dtype))
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
     def __call__(self, x: Array) -> Array:
-        """[..., in] -> [..., out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
-        x = x.astype(self.dtype)
-        bias = self.bias[...].astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype) + (bias[:, None] if bias.ndim == 2 else bias)
+        """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
+        if kernel.ndim > self.axes_in + self.axes_out:
+            return x @ kernel + bias[:, None]
+        y = jnp.tensordot(x, kernel, self.axes_in) + bias
         if self.lora_a is not None:
             low = jnp.einsum("...i,igr->...gr", x, self.lora_a[...].astype(self.dtype))
             delta = jnp.einsum("...gr,gro->...go", low, self.lora_b[...].astype(self.dtype))
@@ -126,11 +137,47 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
+def attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array:
     """Softmax attention over all tokens, no mask: [n, t, h, d] -> [n, t, h d].
 
-    cuDNN's flash kernel where it exists (CUDA, 16-bit); XLA elsewhere. The only place that asks what the platform is.
+    The only place that asks what the platform is. CUDA and 16 bits: cuDNN's flash kernel, chosen while tracing because
+    it refuses to be traced where it is not installed. TPU and sizes that fill its tiles: Pallas' splash kernel, chosen
+    while lowering, so that a TPU's program can be built on any machine. XLA in all other cases.
     """
-    flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if flash else "xla")
+    q, k, v = (constrain(a, mesh, BATCH_AXES, None, "tensor") for a in (q, k, v))
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    elif q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
+        out = jax.lax.platform_dependent(q, k, v, tpu=partial(splash_attention, mesh=mesh), default=_xla_attention)
+    else:
+        out = _xla_attention(q, k, v)
     return out.reshape(*out.shape[:2], -1)
+
+
+_xla_attention = partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+def splash_attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None, interpret: bool = False) -> Array:
+    """Attention by Pallas' TPU kernel: [n, t, h, d] -> [n, t, h, d], t a multiple of LANES.
+
+    The kernel is opaque to GSPMD, so each device is handed its own rows and heads. It does not scale q by d^-1/2.
+    """
+
+    def local(q: Array, k: Array, v: Array) -> Array:
+        tokens, heads, channels = q.shape[1:]
+        block = next(size for size in (512, 256, LANES) if tokens % size == 0)
+        names = [field.name for field in fields(splash.BlockSizes) if field.name.startswith("block_")]
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads),
+            block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * channels**-0.5, k, v))
+        return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
+
+    if mesh is None:
+        return local(q, k, v)
+    spec = P(BATCH_AXES, None, "tensor")
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from realgen_jax.flux.convert import Tensors, abstract
@@ -58,10 +59,11 @@ def with_lora(model: FluxTransformer, config: LoraConfig, key: Array) -> FluxTra
     """Attach float32 adapters to every target of `model`, in place, and return it."""
     for i, path in enumerate(TARGETS):
         linear = _linear(model, path)
-        layers, n_in, n_out = linear.kernel.shape
-        a = INITS[config.init](jax.random.fold_in(key, i), (layers, n_in, linear.groups, config.rank), config.rank)
+        layers, n_in, *parts, n_out = linear.kernel.shape
+        parts = parts or [1]
+        a = INITS[config.init](jax.random.fold_in(key, i), (layers, n_in, *parts, config.rank), config.rank)
         linear.lora_a = nnx.LoRAParam(a)
-        linear.lora_b = nnx.LoRAParam(jnp.zeros((layers, linear.groups, config.rank, n_out // linear.groups)))
+        linear.lora_b = nnx.LoRAParam(jnp.zeros((layers, *parts, config.rank, n_out)))
         linear.lora_scale = config.alpha / config.rank
     return model
 
@@ -180,12 +182,19 @@ def load_lora(path: str | Path, model: FluxConfig) -> tuple[LoraConfig, nnx.Stat
     return config, jax.tree.map(jnp.asarray, adapters)
 
 
-def make_velocity(model: FluxConfig, lora: LoraConfig | None, height: int, width: int) -> Velocity:
+def make_velocity(
+    model: FluxConfig, lora: LoraConfig | None, height: int, width: int, mesh: Mesh | None = None
+) -> Velocity:
     """velocity(params, trainable, x, sigma, cond) for pictures of height x width patches (16 pixels each).
 
     With adapters, `trainable` is their state and None means the base model. Without (full fine-tuning), `trainable` is
-    the transformer's whole state and None means `params`, a frozen copy.
+    the transformer's whole state and None means `params`, a frozen copy. Activations lie on `mesh` if there is one.
     """
+    if mesh is not None and model.num_attention_heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"num_attention_heads {model.num_attention_heads} does not divide by mesh axis "
+            f"tensor={mesh.shape['tensor']}; attention is split by whole heads"
+        )
     base, _ = abstract(FluxTransformer, model)
     adapted = base
     if lora is not None:
@@ -194,8 +203,8 @@ def make_velocity(model: FluxConfig, lora: LoraConfig | None, height: int, width
 
     def velocity(params: nnx.State, trainable: nnx.State | None, x: Array, sigma: Array, cond: Cond) -> Array:
         if trainable is None:
-            return nnx.merge(base, params)(x, sigma, cond, height, width)
+            return nnx.merge(base, params)(x, sigma, cond, height, width, mesh)
         states = (trainable,) if lora is None else (params, trainable)
-        return nnx.merge(adapted, *states)(x, sigma, cond, height, width)
+        return nnx.merge(adapted, *states)(x, sigma, cond, height, width, mesh)
 
     return velocity

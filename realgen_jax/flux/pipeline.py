@@ -49,7 +49,7 @@ class Pipeline:
 
     def with_lora(self, lora: LoraConfig) -> "Pipeline":
         """The same weights with room for these adapters."""
-        return replace(self, lora=lora, velocity=make_velocity(self.model, lora, self.height, self.width))
+        return replace(self, lora=lora, velocity=make_velocity(self.model, lora, self.height, self.width, self.mesh))
 
     def sigmas(self, num_steps: int) -> np.ndarray:
         return flux_sigmas(num_steps, self.height * self.width, self.scheduler)
@@ -120,6 +120,7 @@ def load_pipeline(pretrained: Any, resolution: int, lora: LoraConfig | None, mes
     found = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     names = {field.name for field in fields(SchedulerConfig)} & found.keys()
     return Pipeline(
-        model, params, abstract(Autoencoder, vae_config)[0], vae_params, make_velocity(model, lora, height, width),
-        lora, SchedulerConfig(**{name: found[name] for name in names}), height, width, mesh,
+        model, params, abstract(Autoencoder, vae_config)[0], vae_params,
+        make_velocity(model, lora, height, width, mesh), lora,
+        SchedulerConfig(**{name: found[name] for name in names}), height, width, mesh,
     )  # fmt: skip

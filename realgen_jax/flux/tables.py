@@ -98,6 +98,13 @@ BFL = table({
     "proj_out": "final_layer.linear",
 })  # fmt: skip
 
+# Our arrays that keep the parts of a fused projection apart, and on which axis (counted from the end); in the files it
+# is one with the axis after it: qkv [in, 3, D], the two ways into and out of the single blocks' feed-forward [in, 4, D]
+# and [5, D, out].
+PARTS_AXIS = {
+    "qkv.kernel": -2, "qkv.bias": -2, "single.mlp.kernel": -2, "single.mlp.bias": -2, "single.proj.kernel": -3,
+}  # fmt: skip
+
 # BFL's autoencoder as edits of diffusers' names, which are also ours. Its decoder counts levels the other way round.
 BFL_VAE_EDITS = (
     ("mid_block.resnets.0", "mid.block_1"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from realgen_jax.flux.layers import (
     MLP,
@@ -20,6 +21,7 @@ from realgen_jax.flux.layers import (
     rope_table,
     sinusoidal_embedding,
 )
+from realgen_jax.sharding import BATCH_AXES, constrain
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keeps the blocks' inputs only
@@ -73,9 +75,16 @@ class FluxConfig:
         return self.attention_head_dim * self.num_attention_heads
 
 
+def _rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Pin activations [n, ...]: rows over data and fsdp, tokens and channels whole. Left to itself, GSPMD splits the
+    channels of a block instead of fetching its weights.
+    """
+    return jax.tree.map(lambda a: constrain(a, mesh, BATCH_AXES), tree)
+
+
 def _qkv(x: Array, project: Linear, norm: QKNorm, head_dim: int) -> tuple[Array, Array, Array]:
     """[n, t, D] -> normalised q, k and plain v, each [n, t, h, d]."""
-    q, k, v = rearrange(project(x), "n t (three h d) -> three n t h d", three=3, d=head_dim)
+    q, k, v = rearrange(project(x), "n t three (h d) -> three n t h d", d=head_dim)
     return *norm(q, k), v
 
 
@@ -84,14 +93,16 @@ class Stream(nnx.Module):
 
     def __init__(self, config: FluxConfig, **kw: Any):
         dim = config.hidden_dim
-        self.qkv = Linear(dim, 3 * dim, groups=3, **kw)
+        self.qkv = Linear(dim, (3, dim), **kw)
         self.norm = QKNorm(config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"])
         self.proj = Linear(dim, dim, **kw)
         self.mlp = MLP(dim, 4 * dim, dim, _gelu, **kw)
 
-    def __call__(self, x: Array, attended: Array, gate: Array, mlp_modulation: tuple[Array, Array, Array]) -> Array:
+    def __call__(
+        self, x: Array, attended: Array, gate: Array, mlp_modulation: tuple[Array, Array, Array], mesh: Mesh | None
+    ) -> Array:
         """Add the attention's and the feed-forward's gated outputs to the stream x [n, t, D]."""
-        x = x + gate[:, None] * self.proj(attended)
+        x = _rows(x + gate[:, None] * self.proj(attended), mesh)
         shift, scale, mlp_gate = mlp_modulation
         return x + mlp_gate[:, None] * self.mlp(modulated_norm(x, shift, scale))
 
@@ -105,7 +116,7 @@ class DoubleBlock(nnx.Module):
         self.txt = Stream(config, **kw)
 
     def __call__(
-        self, img: Array, txt: Array, img_mod: Array, txt_mod: Array, rope: tuple[Array, Array]
+        self, img: Array, txt: Array, img_mod: Array, txt_mod: Array, rope: tuple[Array, Array], mesh: Mesh | None
     ) -> tuple[Array, Array]:
         """img [n, s, D], txt [n, l, D]; the modulations [n, 6D]: shift, scale, gate of attention, then of the MLP."""
         (i_shift, i_scale, i_gate, *i_mlp), (t_shift, t_scale, t_gate, *t_mlp) = (
@@ -114,9 +125,9 @@ class DoubleBlock(nnx.Module):
         image = _qkv(modulated_norm(img, i_shift, i_scale), self.img.qkv, self.img.norm, self.head_dim)
         text = _qkv(modulated_norm(txt, t_shift, t_scale), self.txt.qkv, self.txt.norm, self.head_dim)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(text, image, strict=True))
-        attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
         txt_attended, img_attended = jnp.split(attended, [txt.shape[1]], axis=1)
-        return self.img(img, img_attended, i_gate, i_mlp), self.txt(txt, txt_attended, t_gate, t_mlp)
+        return self.img(img, img_attended, i_gate, i_mlp, mesh), self.txt(txt, txt_attended, t_gate, t_mlp, mesh)
 
 
 class SingleBlock(nnx.Module):
@@ -125,18 +136,18 @@ class SingleBlock(nnx.Module):
     def __init__(self, config: FluxConfig, **kw: Any):
         dim = config.hidden_dim
         self.head_dim = config.attention_head_dim
-        self.qkv = Linear(dim, 3 * dim, groups=3, **kw)
+        self.qkv = Linear(dim, (3, dim), **kw)
         self.norm = QKNorm(config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"])
-        self.mlp = Linear(dim, 4 * dim, **kw)
-        self.proj = Linear(5 * dim, dim, **kw)
+        self.mlp = Linear(dim, (4, dim), **kw)
+        self.proj = Linear((5, dim), dim, **kw)
 
-    def __call__(self, x: Array, mod: Array, rope: tuple[Array, Array]) -> Array:
+    def __call__(self, x: Array, mod: Array, rope: tuple[Array, Array], mesh: Mesh | None) -> Array:
         """x [n, l + s, D], mod [n, 3D]: shift, scale, gate."""
         shift, scale, gate = jnp.split(mod, 3, axis=-1)
         normed = modulated_norm(x, shift, scale)
         q, k, v = _qkv(normed, self.qkv, self.norm, self.head_dim)
-        attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v)
-        return x + gate[:, None] * self.proj(jnp.concatenate([attended, _gelu(self.mlp(normed))], axis=-1))
+        attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
+        return x + gate[:, None] * self.proj(jnp.concatenate([attended[:, :, None], _gelu(self.mlp(normed))], axis=2))
 
 
 class FluxTransformer(nnx.Module):
@@ -165,7 +176,7 @@ class FluxTransformer(nnx.Module):
         self.final_mod = Linear(dim, 2 * dim, **kw)
         self.proj_out = Linear(dim, config.in_channels, **kw)
 
-    def __call__(self, x: Array, sigma: Array, cond: Cond, height: int, width: int) -> Array:
+    def __call__(self, x: Array, sigma: Array, cond: Cond, height: int, width: int, mesh: Mesh | None = None) -> Array:
         """x [n, s, in_channels] packed latents, sigma f32 [n] in [0, 1] -> velocity float32 [n, s, in_channels].
 
         `height` and `width` count latent patches (16 pixels each): s = height width. sigma and guidance stay in float32
@@ -174,31 +185,34 @@ class FluxTransformer(nnx.Module):
         if x.shape[1] != height * width:
             raise ValueError(f"x has {x.shape[1]} tokens, but height {height} times width {width} is {height * width}")
         config = self.config
+        x, sigma, cond = _rows((x, sigma, cond), mesh)
         rope = rope_table(cond.t5.shape[1], height, width, config.axes_dims_rope)
         vec = self.time_in(sinusoidal_embedding(1000.0 * sigma)) + self.vector_in(cond.clip)
         if config.guidance_embeds:
             vec = vec + self.guidance_in(sinusoidal_embedding(1000.0 * cond.guidance))
-        vec = jax.nn.silu(vec)
+        vec = _rows(jax.nn.silu(vec), mesh)
 
-        img, txt = self.img_in(x), self.txt_in(cond.t5)
-        modulation = self.double_img_mod(vec), self.double_txt_mod(vec)
+        img, txt = _rows((self.img_in(x), self.txt_in(cond.t5)), mesh)
+        per_layer = lambda mod: constrain(mod(vec), mesh, None, BATCH_AXES)  # noqa: E731
+        modulation = per_layer(self.double_img_mod), per_layer(self.double_txt_mod)
         img, txt = self._scan(
-            lambda block, streams, mods: block(*streams, *mods, rope), self.double, (img, txt), modulation
+            lambda block, streams, mods: block(*streams, *mods, rope, mesh), self.double, (img, txt), modulation, mesh
         )
         both = jnp.concatenate([txt, img], axis=1)
-        both = self._scan(lambda block, x, mod: block(x, mod, rope), self.single, both, self.single_mod(vec))
+        apply = lambda block, x, mod: block(x, mod, rope, mesh)  # noqa: E731
+        both = self._scan(apply, self.single, both, per_layer(self.single_mod), mesh)
 
-        scale, shift = jnp.split(self.final_mod(vec), 2, axis=-1)
+        scale, shift = jnp.split(_rows(self.final_mod(vec), mesh), 2, axis=-1)
         out = self.proj_out(modulated_norm(both[:, txt.shape[1] :], shift, scale))
-        return out.astype(jnp.float32)
+        return _rows(out.astype(jnp.float32), mesh)
 
-    def _scan(self, apply: Any, blocks: nnx.Module, carry: Any, modulation: Any) -> Any:
+    def _scan(self, apply: Any, blocks: nnx.Module, carry: Any, modulation: Any, mesh: Mesh | None) -> Any:
         """Run the stacked blocks in order; the modulation's leading axis is the layer."""
         graph, weights = nnx.split(blocks)
 
         def body(carry, layer):
             weights, modulation = layer
-            return apply(nnx.merge(graph, weights), carry, modulation), None
+            return _rows(apply(nnx.merge(graph, weights), _rows(carry, mesh), modulation), mesh), None
 
         body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         return jax.lax.scan(body, carry, (weights, modulation))[0]

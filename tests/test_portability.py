@@ -1,0 +1,156 @@
+"""What runs where: attention by platform, and the full-size recipe lowered for hardware that is not here."""
+
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.flux_grpo import get_config
+from realgen_jax.flux import layers
+from realgen_jax.flux.convert import abstract
+from realgen_jax.flux.lora import make_velocity
+from realgen_jax.flux.pipeline import Pipeline
+from realgen_jax.flux.transformer import REMAT_POLICIES, Cond, FluxConfig, FluxTransformer
+from realgen_jax.flux.vae import Autoencoder, VaeConfig
+from realgen_jax.grpo import Batch
+from realgen_jax.rollout import Trajectory
+from realgen_jax.sde import SchedulerConfig
+from realgen_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated
+
+ROOT = Path(__file__).parent.parent
+KERNEL = "tpu_custom_call"  # what a Pallas kernel is called in a TPU's program
+xla = partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+def abstract_pipeline(recipe, mesh, height, width):
+    """FLUX.1-dev on a mesh, as ShapeDtypeStructs."""
+    model, vae = FluxConfig(), VaeConfig()
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # noqa: E731
+    where, flat = param_sharding(mesh), nnx.to_flat_state(abstract(FluxTransformer, model)[1])
+    weights = [(path, v.replace(place(v, where(".".join(map(str, path)), v.shape)))) for path, v in flat]
+    graph, vae_params = abstract(Autoencoder, vae)
+    return Pipeline(
+        model, nnx.from_flat_state(weights), graph, jax.tree.map(lambda a: place(a, replicated(mesh)), vae_params),
+        make_velocity(model, recipe.lora, height, width, mesh), recipe.lora, SchedulerConfig(), height, width, mesh,
+    )  # fmt: skip
+
+
+def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
+    """RealGen's recipe, rollout (with the VAE) and update, on 7 devices, with no weights in memory. cuDNN refuses where
+    it is not installed, so the CUDA programs have XLA's attention here.
+    """
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from programs import abstract_state, make_programs, make_recipe
+
+    recipe = make_recipe(get_config("flux_dev_8xh200"))
+    mesh = make_mesh(-1, 1, 1, jax.devices()[:7])
+    pipe = abstract_pipeline(recipe, mesh, 64, 64)
+    programs, state, plan = make_programs(recipe, pipe), abstract_state(recipe, pipe), recipe.plan(pipe)
+
+    def rows(shape, axis=0, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, axis))
+
+    def cond(*lead):
+        axis, (t5, clip) = len(lead) - 1, ((512, 4096), (768,))
+        return Cond(rows((*lead, *t5), axis, jnp.bfloat16), rows((*lead, *clip), axis, jnp.bfloat16), rows(lead, axis))
+
+    keys = (jax.eval_shape(lambda: jax.random.key(0)),) * 2
+    rollout = programs.sample.trace(pipe.params, pipe.vae_params, state.trainable, cond(7), keys, plan)
+    pictures, trajectory, _ = rollout.out_info
+    assert (pictures.shape, trajectory.latents.shape) == ((21, 3, 1024, 1024), (8, 21, 4096, 64))
+    calls = 12
+    whole = lambda a: jax.ShapeDtypeStruct((calls, *a.shape), a.dtype, sharding=replicated(mesh))  # noqa: E731
+    recorded = (rows((calls, *a.shape), 2) for a in (trajectory.latents, trajectory.mean, trajectory.logp))
+    batch = Batch(Trajectory(*recorded, jax.tree.map(whole, trajectory.steps)), cond(calls, 7), rows((calls, 21), 1))
+    update = programs.update.trace(pipe.params, state, batch)
+    for traced, kernels in ((rollout, ("fwd",)), (update, ("fwd", "dq", "dkv"))):
+        tpu, cuda = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cuda"))
+        assert KERNEL in tpu
+        assert all(f"splash_mha_{kernel}" in tpu for kernel in kernels)
+        assert KERNEL not in cuda
+        assert max(len(tpu), len(cuda)) < 2**27  # 57 MB of rotary tables; captured weights would be 48 GB
+    assert sum(a.nbytes for a in jax.live_arrays()) < 2**31
+    assert sum(a.size for a in jax.tree.leaves(pipe.params)) > 11e9
+
+
+def value_and_gradients(attend, q, k, v, cotangent):
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, *pull(cotangent.reshape(out.shape))
+
+
+def operands(tokens, heads, channels):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, (2, tokens, heads, channels)) for key in keys]
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 2, 1), (1, 1, 2)])
+def test_the_tpu_kernel_computes_attention(mesh):
+    """Interpreted, against XLA's: value and gradients, on one device and split over rows and over heads."""
+    mesh = None if mesh is None else make_mesh(*mesh, jax.devices())
+    q, k, v, cotangent = operands(256, 2, 128)
+    want = jax.jit(partial(value_and_gradients, xla))(q, k, v, cotangent)
+    splash = partial(layers.splash_attention, mesh=mesh, interpret=True)
+    got = jax.jit(partial(value_and_gradients, splash))(q, k, v, cotangent)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "channels", "kernel"), [(4608, 128, True), (256, 128, True), (250, 128, False), (256, 32, False)]
+)
+def test_sizes_that_do_not_fill_the_kernels_tiles_take_xla(tokens, channels, kernel):
+    shape = jax.ShapeDtypeStruct((2, tokens, 2, channels), jnp.bfloat16)
+    traced = jax.jit(layers.attention).trace(shape, shape, shape)
+    assert (KERNEL in traced.lower(lowering_platforms=("tpu",)).as_text()) == kernel
+    assert KERNEL not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_cudnn_is_asked_for_where_there_is_a_gpu(monkeypatch):
+    asked, qkv = [], operands(4, 2, 8)[:3]
+    monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        layers.jax.nn, "dot_product_attention", lambda q, k, v, implementation: asked.append(implementation) or q
+    )
+    monkeypatch.setattr(layers, "_xla_attention", lambda q, k, v: asked.append("xla") or q)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        layers.attention(*(a.astype(dtype) for a in qkv))
+    assert asked == ["cudnn", "cudnn", "xla"]
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_nothing_of_the_other_platforms_is_left_in_a_cpu_program(remat):
+    """Attention in a rematerialised scan, with gradients: the same bits, memory and operations as XLA's alone."""
+    q, k, v, _ = operands(128, 1, 128)
+
+    def loss(attend, q, k, v):
+        block = jax.checkpoint(
+            lambda x: x + attend(x, k, v).reshape(x.shape), policy=REMAT_POLICIES[remat], prevent_cse=False
+        )
+        return jnp.sum(jax.lax.scan(lambda x, _: (block(x), None), q, None, length=3)[0] ** 2)
+
+    def build(attend):
+        return jax.jit(jax.value_and_grad(partial(loss, attend), argnums=(0, 1, 2))).lower(q, k, v).compile()
+
+    ours, plain = build(layers.attention), build(xla)
+    for a, b in zip(jax.tree.leaves(ours(q, k, v)), jax.tree.leaves(plain(q, k, v)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert ours.memory_analysis().temp_size_in_bytes == plain.memory_analysis().temp_size_in_bytes
+    heavy = [
+        Counter(re.findall(r" (dot|convolution|while|conditional|custom-call)\(", c.as_text())) for c in (ours, plain)
+    ]
+    assert heavy[0] == heavy[1]
+
+
+def test_only_attention_asks_what_the_platform_is():
+    words = re.compile(r"default_backend|\.platform\b|platform_dependent|get_backend|device_kind")
+    found = {}
+    for file in sorted((ROOT / "realgen_jax").rglob("*.py")):
+        if hits := words.findall(file.read_text()):
+            found[str(file.relative_to(ROOT))] = sorted(hits)
+    assert found == {"realgen_jax/flux/layers.py": ["default_backend", "platform_dependent"]}
