@@ -3,6 +3,9 @@
     python scripts/train.py --config configs/flux_grpo.py                      the embedded model: a laptop, 4 minutes
     python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200      RealGen V1's recipe: 8 H200s, FLUX.1-dev
 
+Other machines: flux_dev_8xh200_remote, flux_dev_6x2, flux_dev_1xh200, flux_dev_16xh200. All weights instead of a LoRA:
+flux_dev_full_8xh200. What each needs: scripts/preflight.py.
+
 Every key can be set on the command line, --config.train.learning_rate=1e-4; a key that is not here is an error.
 Names follow Flow-GRPO's configs where the meaning is the same.
 """

@@ -20,7 +20,9 @@ from programs import make_programs, make_recipe  # noqa: E402
 from configs.flux_grpo import PRESETS, get_config  # noqa: E402
 from realgen_jax.flux import cost  # noqa: E402
 from realgen_jax.flux.convert import abstract  # noqa: E402
+from realgen_jax.flux.pipeline import abstract_pipeline, load_pipeline  # noqa: E402
 from realgen_jax.flux.vae import Autoencoder, VaeConfig, to_uint8  # noqa: E402
+from realgen_jax.sharding import make_mesh  # noqa: E402
 
 # blocks (double, single), heads of 64, text tokens, pixels, images, the autoencoder's widths
 SMALL = {"blocks": (2, 2), "heads": 4, "text": 32, "pixels": 64, "images": 2, "vae": (8, 16), "rank": 8}
@@ -55,9 +57,8 @@ def model_folder(folder, blocks, heads, vae):
     }
     for name, text in (("transformer", transformer), ("vae", autoencoder), ("scheduler", {})):
         (folder / name).mkdir()
-        (folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")).write_text(
-            json.dumps(text)
-        )
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        (folder / name / file).write_text(json.dumps(text))
     (folder / "model_index.json").write_text("{}")
     return str(folder)
 
@@ -90,9 +91,9 @@ def compiled(report):
 
 
 def near(formula, xla, tolerance):
-    assert formula == pytest.approx(xla, rel=tolerance), (
-        f"formula {formula:.4g}, XLA {xla:.4g}: {formula / xla - 1:+.1%}"
-    )
+    found = f"formula {formula:.4g}, XLA {xla:.4g}: {formula / xla - 1:+.1%}"
+    print(found)  # pytest -s shows how near
+    assert formula == pytest.approx(xla, rel=tolerance), found
 
 
 def test_flux_dev_by_hand():
@@ -205,6 +206,21 @@ def test_trajectories_of_an_epoch_are_the_rollouts(tmp_path):
     assert one["embeddings"] == (cond.t5.size + cond.clip.size) * 4 / 2
     # kept by the calls, and stacked once more for the steps
     assert report.phases["update"]["trajectories"] == 2 * 2 * one["trajectory"]
+
+
+def test_the_abstract_pipeline_is_the_loaded_one():
+    """Shapes, dtypes and places of every array, and what hangs on the files: schedule, sizes, velocity's shape."""
+    config = get_config()
+    mesh = make_mesh(2, 2, 2, jax.devices())
+    arguments = config.pretrained, 64, None, mesh
+    loaded, abstract_one = load_pipeline(*arguments), abstract_pipeline(*arguments)
+    what = lambda a: (a.shape, a.dtype, a.sharding)  # noqa: E731
+    for name in ("params", "vae_params"):
+        pair = getattr(loaded, name), getattr(abstract_one, name)
+        assert jax.tree.structure(pair[0]) == jax.tree.structure(pair[1])
+        assert [*map(what, jax.tree.leaves(pair[0]))] == [*map(what, jax.tree.leaves(pair[1]))]
+    for name in ("model", "scheduler", "height", "width", "mesh", "vae_graph"):
+        assert getattr(loaded, name) == getattr(abstract_one, name)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -95,7 +95,5 @@ def test_nothing_of_torch_is_loaded():
         "import sys; sys.path.insert(0, 'scripts'); import estimate.report, estimate.tables, estimate.advice; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
-        == 0
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env).returncode == 0

@@ -141,11 +141,11 @@ def accelerator(report: Any, name: str, mfu: float) -> dict[str, Any]:
 def time_table(report: Any, rows: list[dict], mfu: float) -> Table:
     title = f"An iteration at {mfu:.0%} of the peak, on {report.devices} of each"
     table = Table(title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
-    for name in ("", "sampling", "update", "together", "memory", "fits", "fraction"):
+    for name in ("", "sampling", "update", "together", "GiB", "fits", "fraction"):
         table.add_column(name, justify="right" if name not in ("", "fits") else "left")
     for row in rows:
         sample, both = row["sample_seconds"], row["seconds"]
-        need = f"{report.peak / GIB:.1f} of {ACCELERATORS[row['name']][1]:.0f} GiB"
+        need = f"{report.peak / GIB:.1f} of {ACCELERATORS[row['name']][1]:.0f}"
         fits = "[green]yes[/green]" if row["fits"] else "[red]no[/red]"
         fraction = f"{row['fraction']:.2f}" if row["fits"] and row["fraction"] else "-"
         table.add_row(row["name"], clock(sample), clock(both - sample), clock(both), need, fits, fraction)
@@ -167,12 +167,10 @@ def advice(report: Any, rows: list[dict], changes: Callable[[float], tuple[list,
     """What the tables mean, and for every accelerator that is too small what was tried and fits."""
     lines = [
         "Not counted: the rewards (they score beside the next call), evaluations, checkpoints, communication. "
-        "Activations are an estimate: within 15 % of XLA on CPU devices, not yet compared with a GPU or TPU."
+        "Activations are an estimate: within 15 % of XLA on CPU devices, not yet compared with a GPU or TPU.",
+        f"fraction: start with this XLA_CLIENT_MEM_FRACTION where it is above {DEFAULT_FRACTION} (what JAX claims of a "
+        "GPU unless told otherwise), or where rewards share the GPU; they have the rest.",
     ]
-    lines.append(
-        f"fraction: start with this XLA_CLIENT_MEM_FRACTION where it is above {DEFAULT_FRACTION} (what JAX claims of a GPU "
-        "unless told otherwise), or where rewards share the GPU; they have the rest."
-    )
     for row in rows:
         if row["fits"]:
             continue
@@ -181,9 +179,21 @@ def advice(report: Any, rows: list[dict], changes: Callable[[float], tuple[list,
         lines.append(f"\n[bold]{row['name']}[/bold]: {report.peak / GIB:.1f} GiB of {room / GIB:.1f} that can be used")
         if not fitting:
             best = min((one.peak for _, one in tried), default=report.peak)
-            lines.append(f"  No change that was tried fits; the best needs {best / GIB:.1f} GiB. Take more devices.")
+            lines.append(f"  No change that was tried fits; the best needs {best / GIB:.1f} GiB.{other_counts(report)}")
         lines += [f"  fits with {describe(report, change, one)}" for change, one in fitting[:3]]
     return lines
+
+
+def other_counts(report: Any) -> str:
+    """The nearest numbers of devices that can share the weights, where this one cannot."""
+    width, n = report.work.model.hidden_dim, report.devices
+    if width % n == 0 and n > 1:
+        return " Take more devices."
+    able = [m for m in range(2, width + 1) if width % m == 0]
+    near = sorted({max((m for m in able if m < n), default=able[0]), min(m for m in able if m > n)})
+    text = " or ".join(map(str, near))
+    split = f"split the weights' width of {width} (mesh.fsdp)"
+    return f" {text} devices could {split}." if n == 1 else f" {n} devices cannot {split}, {text} can."
 
 
 def describe(report: Any, change: dict[str, Any], one: Any) -> str:
