@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from estimate.report import QUICK, device_bytes, make_report, sample_arguments, update_arguments  # noqa: E402
 from programs import make_programs, make_recipe  # noqa: E402
