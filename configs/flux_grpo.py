@@ -3,6 +3,9 @@
     python scripts/train.py --config configs/flux_grpo.py                      the embedded model: a laptop, 4 minutes
     python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200      RealGen V1's recipe: 8 H200s, FLUX.1-dev
 
+Other machines: flux_dev_8xh200_remote, flux_dev_6x2, flux_dev_1xh200, flux_dev_16xh200. All weights instead of a LoRA:
+flux_dev_full_8xh200. What each needs: scripts/preflight.py.
+
 Every key can be set on the command line, --config.train.learning_rate=1e-4; a key that is not here is an error.
 Names follow Flow-GRPO's configs where the meaning is the same.
 """
@@ -34,6 +37,9 @@ def tiny() -> ConfigDict:
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # empty: none
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the rest
+
+    # what scripts/preflight.py reckons with where the mesh does not say; train.py takes the devices that it finds
+    c.preflight = ConfigDict({"devices": 1, "mfu": 0.4})
 
     c.pretrained = ConfigDict()
     c.pretrained.model = str(EMBEDDED / "flux_tiny")  # a FluxPipeline folder
@@ -120,9 +126,10 @@ def flux_dev_8xh200() -> ConfigDict:
     c = tiny()
     c.seed = 42
     c.num_epochs = 1000
-    c.save_freq = 10
+    c.save_freq = 1  # RealGen: 10; an epoch takes minutes, a checkpoint (3 GB) none of them: it is written beside
     c.num_checkpoint_limit = 5
     c.eval_freq = 10
+    c.preflight.devices = 7
 
     c.pretrained.model = "models/FLUX.1-dev"
     c.pretrained.dtype = "bfloat16"
@@ -175,7 +182,86 @@ def flux_dev_8xh200() -> ConfigDict:
     return c
 
 
-PRESETS = {"tiny": tiny, "flux_dev_8xh200": flux_dev_8xh200}
+def flux_dev_8xh200_remote() -> ConfigDict:
+    """All 8 GPUs train, the rewards are served elsewhere (scripts/serve_rewards.py). 528 images of 22 prompts, 2 steps.
+
+    The weights are split over pairs of GPUs; --config.mesh.fsdp=4, or 8, halves them again.
+    """
+    c = flux_dev_8xh200()
+    c.mesh.fsdp = 2
+    c.preflight.devices = 8
+    c.sample.train_batch_size = 24  # 8 GPUs x 3 branches: one prompt a call
+    c.sample.num_image_per_prompt = 24
+    c.sample.num_batches_per_epoch = 22
+    c.train.gradient_accumulation_steps = 11
+    servers = ("http://localhost:8017",)  # tunnels or addresses of the machines that score
+    c.reward.options = ConfigDict({name: ConfigDict({"servers": servers}) for name in c.reward.fn})
+    return c
+
+
+def flux_dev_6x2() -> ConfigDict:
+    """6 GPUs train, 2 hold the rewards, the large one alone on the last. 504 images of 28 prompts, 2 steps."""
+    c = flux_dev_8xh200()
+    c.preflight.devices = 6
+    c.sample.train_batch_size = 18  # 6 GPUs x 3 branches: one prompt a call
+    c.sample.num_image_per_prompt = 18
+    c.sample.num_batches_per_epoch = 28
+    c.sample.test_batch_size = 54
+    c.train.gradient_accumulation_steps = 14
+    c.reward.devices = ConfigDict({"omniaid": "cuda:6", "longclip": "cuda:6"})
+    return c
+
+
+def flux_dev_1xh200() -> ConfigDict:
+    """One GPU for everything, rewards included: start with XLA_CLIENT_MEM_FRACTION set to what preflight.py says.
+
+    504 images of 24 prompts and 2 steps as in the recipe, 3 images a call: a group of 21 is seven calls, each of which
+    draws its own window.
+    """
+    c = flux_dev_8xh200()
+    c.preflight.devices = 1
+    c.sample.train_batch_size = 3
+    c.sample.num_batches_per_epoch = 168
+    c.sample.test_batch_size = 8
+    c.train.gradient_accumulation_steps = 84
+    return c
+
+
+def flux_dev_16xh200() -> ConfigDict:
+    """Two hosts of 8, of each 7 GPUs train and one holds the rewards. 504 images of 24 prompts, 2 steps."""
+    c = flux_dev_8xh200()
+    c.preflight.devices = 14
+    c.sample.train_batch_size = 42  # 14 GPUs x 3 branches: two prompts a call
+    c.sample.num_batches_per_epoch = 12
+    c.train.gradient_accumulation_steps = 6
+    return c
+
+
+def flux_dev_full_8xh200() -> ConfigDict:
+    """All 12 B weights train, with float32 masters spread over 8 GPUs; the rewards are served elsewhere.
+
+    Not a recipe of RealGen, which trains a LoRA: the learning rate is a tenth of the LoRA's, as is usual, and untried.
+    """
+    c = flux_dev_8xh200_remote()
+    c.mesh = ConfigDict({"data": 1, "fsdp": 8, "tensor": 1})
+    c.save_freq, c.num_checkpoint_limit = 5, 2  # 190 GB each
+    c.train.lora = False
+    c.train.learning_rate = 1e-5
+    return c
+
+
+PRESETS = {
+    preset.__name__: preset
+    for preset in (
+        tiny,
+        flux_dev_8xh200,
+        flux_dev_8xh200_remote,
+        flux_dev_6x2,
+        flux_dev_1xh200,
+        flux_dev_16xh200,
+        flux_dev_full_8xh200,
+    )
+}
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -9,36 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from configs.flux_grpo import get_config
 from realgen_jax.flux import layers
-from realgen_jax.flux.convert import abstract
-from realgen_jax.flux.lora import make_velocity
-from realgen_jax.flux.pipeline import Pipeline
-from realgen_jax.flux.transformer import REMAT_POLICIES, Cond, FluxConfig, FluxTransformer
-from realgen_jax.flux.vae import Autoencoder, VaeConfig
-from realgen_jax.grpo import Batch
-from realgen_jax.rollout import Trajectory
-from realgen_jax.sde import SchedulerConfig
-from realgen_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated
+from realgen_jax.flux.transformer import REMAT_POLICIES
+from realgen_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 KERNEL = "tpu_custom_call"  # what a Pallas kernel is called in a TPU's program
 xla = partial(jax.nn.dot_product_attention, implementation="xla")
-
-
-def abstract_pipeline(recipe, mesh, height, width):
-    """FLUX.1-dev on a mesh, as ShapeDtypeStructs."""
-    model, vae = FluxConfig(), VaeConfig()
-    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # noqa: E731
-    where, flat = param_sharding(mesh), nnx.to_flat_state(abstract(FluxTransformer, model)[1])
-    weights = [(path, v.replace(place(v, where(".".join(map(str, path)), v.shape)))) for path, v in flat]
-    graph, vae_params = abstract(Autoencoder, vae)
-    return Pipeline(
-        model, nnx.from_flat_state(weights), graph, jax.tree.map(lambda a: place(a, replicated(mesh)), vae_params),
-        make_velocity(model, recipe.lora, height, width, mesh), recipe.lora, SchedulerConfig(), height, width, mesh,
-    )  # fmt: skip
 
 
 def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
@@ -46,29 +25,16 @@ def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
     it is not installed, so the CUDA programs have XLA's attention here.
     """
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from programs import abstract_state, make_programs, make_recipe
+    from estimate.report import make_report, sample_arguments, update_arguments
+    from programs import make_programs
 
-    recipe = make_recipe(get_config("flux_dev_8xh200"))
-    mesh = make_mesh(-1, 1, 1, jax.devices()[:7])
-    pipe = abstract_pipeline(recipe, mesh, 64, 64)
-    programs, state, plan = make_programs(recipe, pipe), abstract_state(recipe, pipe), recipe.plan(pipe)
-
-    def rows(shape, axis=0, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, axis))
-
-    def cond(*lead):
-        axis, (t5, clip) = len(lead) - 1, ((512, 4096), (768,))
-        return Cond(rows((*lead, *t5), axis, jnp.bfloat16), rows((*lead, *clip), axis, jnp.bfloat16), rows(lead, axis))
-
-    keys = (jax.eval_shape(lambda: jax.random.key(0)),) * 2
-    rollout = programs.sample.trace(pipe.params, pipe.vae_params, state.trainable, cond(7), keys, plan)
+    report = make_report(get_config("flux_dev_8xh200"), 7)
+    recipe, pipe = report.recipe, report.pipe
+    programs = make_programs(recipe, pipe)
+    rollout = programs.sample.trace(*sample_arguments(recipe, pipe))
     pictures, trajectory, _ = rollout.out_info
     assert (pictures.shape, trajectory.latents.shape) == ((21, 3, 1024, 1024), (8, 21, 4096, 64))
-    calls = 12
-    whole = lambda a: jax.ShapeDtypeStruct((calls, *a.shape), a.dtype, sharding=replicated(mesh))  # noqa: E731
-    recorded = (rows((calls, *a.shape), 2) for a in (trajectory.latents, trajectory.mean, trajectory.logp))
-    batch = Batch(Trajectory(*recorded, jax.tree.map(whole, trajectory.steps)), cond(calls, 7), rows((calls, 21), 1))
-    update = programs.update.trace(pipe.params, state, batch)
+    update = programs.update.trace(*update_arguments(recipe, pipe, programs))
     for traced, kernels in ((rollout, ("fwd",)), (update, ("fwd", "dq", "dkv"))):
         tpu, cuda = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cuda"))
         assert KERNEL in tpu

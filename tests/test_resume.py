@@ -43,7 +43,7 @@ def unfinished(checkpoints):
     ("kills", "epochs"), [(3, 8), pytest.param(20, 60, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
 )
 def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs):
-    """By turns: right when a save begins, some time after an epoch, and some time after the start."""
+    """By turns: right when a save begins, some time after an epoch, and some time after the start; and one SIGTERM."""
     words = [f"--config.run_root={tmp_path}", f"--config.num_epochs={epochs}", "--config.save_freq=1"]
     words += ["--config.eval_freq=4"]
     done = call("train.py", cache, *words, "--config.run_name=whole")
@@ -66,6 +66,11 @@ def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs):
         process.kill()
         process.wait()
         cut_off += unfinished(folder / "checkpoints")
+    before, process = epochs_done(folder), begin(program, output)
+    until(lambda: epochs_done(folder) > before, process, output)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0, output.read_text()
+    assert re.search(r"stopped by SIGTERM, saved after \d+ epochs", output.read_text())
     assert cut_off  # a kill met a save at work
     last = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert last.returncode == 0, last.stderr
@@ -85,14 +90,6 @@ def test_sigterm_saves_and_the_name_is_taken_while_a_run_goes_on(cache, tmp_path
     assert process.wait(30) == 0, output.read_text()
     (saved,) = map(int, re.findall(r"stopped by SIGTERM, saved after (\d+) epochs", output.read_text()))
     assert newest_good(folder / "checkpoints") == (saved, [])
-    done = call("train.py", cache, *words, f"--config.num_epochs={saved + 1}", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert f"resumed from epoch {saved}, with another config:\n  config.num_epochs: 100000 then" in done.stdout
-    found = rows(folder)
-    assert [row["epoch"] for row in found if row["kind"] == "train"] == list(range(1, saved + 2))
-    whole = call("train.py", cache, *words[:1], "--config.run_name=y", *words[2:], f"--config.num_epochs={saved + 1}")
-    assert whole.returncode == 0, whole.stderr
-    assert found == rows(tmp_path / "y")
 
 
 def test_a_loop_that_does_not_ask_is_ended_when_its_grace_is_over():
@@ -124,27 +121,25 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("what", ["stop", pytest.param("continue", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["continue", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_full_disk(cache, tmp_path, small_disk, what):
     """Room for one checkpoint, not for two."""
     folder = tmp_path / "full"
+    small_disk(folder / "checkpoints", "900k")
     words = [f"--config.run_root={tmp_path}", "--config.run_name=full", "--config.save_freq=1", "--config.eval_freq=4"]
-    one = call("train.py", cache, *words[:1], "--config.run_name=one", *words[2:], "--config.num_epochs=1")
-    assert one.returncode == 0, one.stderr
-    size = sum(f.stat().st_size + 4096 for f in (tmp_path / "one" / "checkpoints").rglob("*") if f.is_file())
-    small_disk(folder / "checkpoints", int(1.5 * size))
     done = call("train.py", cache, *words, "--config.num_epochs=3", f"--config.save_failure={what}")
     text = r"checkpoint 2 could not be saved in .*; the newest is still that of epoch 1\. .*No space left on device"
     assert re.search(text, done.stderr if what == "stop" else done.stdout), done
     assert done.returncode == (1 if what == "stop" else 0)
     assert "Traceback" not in done.stderr
     assert newest_good(folder / "checkpoints") == (1, [])
-    subprocess.run(["mount", "-o", f"remount,size={10 * size}", folder / "checkpoints"], check=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", folder / "checkpoints"], check=True)
     done = call("train.py", cache, *words, "--config.num_epochs=3", "--resume")
     assert done.returncode == 0, done.stderr
     assert newest_good(folder / "checkpoints") == (3, [])
 
 
+@pytest.mark.slow
 def test_a_changed_config_goes_on_only_if_allowed(cache, tmp_path):
     words = [f"--config.run_root={tmp_path}", "--config.run_name=x", "--config.save_freq=1", "--config.eval_freq=100"]
     first = call("train.py", cache, *words, "--config.num_epochs=1")

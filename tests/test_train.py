@@ -77,9 +77,8 @@ def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_p
     assert found == {**rows(folder)[-1], "epoch": 0}
 
 
-@pytest.mark.parametrize(
-    "mesh", [{"data": 1, "fsdp": 2, "tensor": 2}, pytest.param({"data": 4}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 2, "tensor": 2}, {"data": 4}])
 def test_four_devices_do_what_one_does(whole, cache, tmp_path, mesh):
     folder, _ = whole
     words = [f"--config.run_root={tmp_path}", "--config.run_name=four", "--config.num_epochs=1"]

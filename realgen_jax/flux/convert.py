@@ -233,6 +233,20 @@ def _from_bfl(tensors: Tensors, **overrides: Any) -> FluxConfig:
     )
 
 
+def transformer_config(folder: Path, **overrides: Any) -> FluxConfig:
+    """The sizes in the config.json of diffusers' `transformer/`; `overrides` are FluxConfig fields (dtype, ...)."""
+    return _from_diffusers(FluxConfig, read_config(folder, "FluxTransformer2DModel"), **overrides)
+
+
+def vae_config(folder: Path, **overrides: Any) -> VaeConfig:
+    """The sizes in the config.json of diffusers' `vae/`; `overrides` are VaeConfig fields."""
+    found = read_config(folder, "AutoencoderKL")
+    for name in ("use_quant_conv", "use_post_quant_conv"):
+        if found.get(name, True):
+            raise ValueError(f"{folder / 'config.json'} has {name}; FLUX's autoencoder has no such convolution")
+    return _from_diffusers(VaeConfig, found, **overrides)
+
+
 def load_transformer(
     path: str | Path, sharding: Sharding = lambda leaf, shape: None, **overrides: Any
 ) -> tuple[FluxConfig, nnx.State]:
@@ -242,7 +256,7 @@ def load_transformer(
         tensors = Tensors(path)
         config = _from_bfl(tensors, **overrides)
         return config, load(tensors, abstract(FluxTransformer, config)[1], BFL, _BFL_SUFFIXES, sharding)
-    config = _from_diffusers(FluxConfig, read_config(path, "FluxTransformer2DModel"), **overrides)
+    config = transformer_config(path, **overrides)
     return config, load(Tensors(path), abstract(FluxTransformer, config)[1], DIFFUSERS, _SUFFIXES, sharding)
 
 
@@ -254,11 +268,7 @@ def load_vae(
     if path.is_file():
         config, layout = VaeConfig(**overrides), "bfl"
     else:
-        found = read_config(path, "AutoencoderKL")
-        for name in ("use_quant_conv", "use_post_quant_conv"):
-            if found.get(name, True):
-                raise ValueError(f"{path / 'config.json'} has {name}; FLUX's autoencoder has no such convolution")
-        config, layout = _from_diffusers(VaeConfig, found, **overrides), "diffusers"
+        config, layout = vae_config(path, **overrides), "diffusers"
     state = abstract(Autoencoder, config)[1]
     return config, load(Tensors(path), state, vae_table(config, layout), _SUFFIXES, sharding)
 

@@ -14,11 +14,19 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from realgen_jax.flux.convert import abstract, load_transformer, load_vae
+from realgen_jax.flux.convert import (
+    Sharding,
+    abstract,
+    leaves,
+    load_transformer,
+    load_vae,
+    transformer_config,
+    vae_config,
+)
 from realgen_jax.flux.lora import LoraConfig, make_velocity
 from realgen_jax.flux.text import TextCache
-from realgen_jax.flux.transformer import Cond, FluxConfig
-from realgen_jax.flux.vae import Autoencoder, decode_tokens
+from realgen_jax.flux.transformer import Cond, FluxConfig, FluxTransformer
+from realgen_jax.flux.vae import Autoencoder, VaeConfig, decode_tokens
 from realgen_jax.rollout import Velocity, sample
 from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps
 from realgen_jax.sharding import batch_sharding, param_sharding, replicated
@@ -104,23 +112,74 @@ def load_pipeline(pretrained: Any, resolution: int, lora: LoraConfig | None, mes
     folder = Path(pretrained.model)
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(no_model(folder))
+    dtypes, vae_dtype = _dtypes(pretrained)
+    source = Path(pretrained.transformer or folder / "transformer")
+    model, params = load_transformer(source, param_sharding(mesh), remat=pretrained.remat, **dtypes)
+    vae, vae_params = load_vae(folder / "vae", lambda leaf, shape: replicated(mesh), dtype=vae_dtype)
+    return _pipeline(model, params, vae, vae_params, _scheduler(folder), resolution, lora, mesh)
+
+
+def described(pretrained: Any) -> bool:
+    """Whether the sizes of the model are on the disk: BFL's single file has none beside its weights."""
+    return (Path(pretrained.model) / "model_index.json").exists() and not Path(pretrained.transformer).is_file()
+
+
+def abstract_pipeline(pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh) -> Pipeline:
+    """The same without weights: `params` and `vae_params` are jax.ShapeDtypeStructs with their shardings.
+
+    Sizes come from the folder's config.json files if it is `described`, else they are FLUX.1-dev's. No weights are
+    read.
+    """
+    folder = Path(pretrained.model)
+    dtypes, vae_dtype = _dtypes(pretrained)
+    kw = {"remat": pretrained.remat, **dtypes}
+    if described(pretrained):
+        model = transformer_config(Path(pretrained.transformer or folder / "transformer"), **kw)
+        vae, scheduler = vae_config(folder / "vae", dtype=vae_dtype), _scheduler(folder)
+    else:
+        model, vae, scheduler = FluxConfig(**kw), VaeConfig(dtype=vae_dtype), SchedulerConfig()
+    params = _placed(abstract(FluxTransformer, model)[1], param_sharding(mesh))
+    vae_params = _placed(abstract(Autoencoder, vae)[1], lambda leaf, shape: replicated(mesh))
+    return _pipeline(model, params, vae, vae_params, scheduler, resolution, lora, mesh)
+
+
+def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
+    """An abstract state with the sharding of every array."""
+    arrays = leaves(state)
+    return nnx.from_flat_state(
+        (path, variable.replace(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(leaf, a.shape))))
+        for (leaf, a), (path, variable) in zip(arrays.items(), nnx.to_flat_state(state), strict=True)
+    )
+
+
+def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:
+    """The transformer's dtype and param_dtype, and the autoencoder's dtype."""
     for name in ("dtype", "param_dtype", "vae_dtype"):
         if pretrained[name] not in DTYPES:
             raise ValueError(f"config.pretrained.{name} is {pretrained[name]!r}; choose one of {', '.join(DTYPES)}")
-    dtypes = {"dtype": jnp.dtype(pretrained.dtype), "param_dtype": jnp.dtype(pretrained.param_dtype)}
-    source = Path(pretrained.transformer or folder / "transformer")
-    model, params = load_transformer(source, param_sharding(mesh), remat=pretrained.remat, **dtypes)
-    vae_config, vae_params = load_vae(
-        folder / "vae", lambda leaf, shape: replicated(mesh), dtype=jnp.dtype(pretrained.vae_dtype)
-    )
-    side = PATCH * 2 ** (len(vae_config.block_out_channels) - 1)
+    return {name: jnp.dtype(pretrained[name]) for name in ("dtype", "param_dtype")}, jnp.dtype(pretrained.vae_dtype)
+
+
+def _scheduler(folder: Path) -> SchedulerConfig:
+    found = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    names = {field.name for field in fields(SchedulerConfig)} & found.keys()
+    return SchedulerConfig(**{name: found[name] for name in names})
+
+
+def _pipeline(
+    model: FluxConfig,
+    params: nnx.State,
+    vae: VaeConfig,
+    vae_params: nnx.State,
+    scheduler: SchedulerConfig,
+    resolution: int,
+    lora: LoraConfig | None,
+    mesh: Mesh,
+) -> Pipeline:
+    side = PATCH * 2 ** (len(vae.block_out_channels) - 1)
     if resolution % side:
         raise ValueError(f"config.sample.resolution is {resolution}; expected a multiple of {side}")
     height = width = resolution // side
-    found = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    names = {field.name for field in fields(SchedulerConfig)} & found.keys()
-    return Pipeline(
-        model, params, abstract(Autoencoder, vae_config)[0], vae_params,
-        make_velocity(model, lora, height, width, mesh), lora,
-        SchedulerConfig(**{name: found[name] for name in names}), height, width, mesh,
-    )  # fmt: skip
+    velocity = make_velocity(model, lora, height, width, mesh)
+    vae_graph = abstract(Autoencoder, vae)[0]
+    return Pipeline(model, params, vae_graph, vae_params, velocity, lora, scheduler, height, width, mesh)

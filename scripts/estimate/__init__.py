@@ -1,0 +1,1 @@
+"""What scripts/preflight.py is made of."""
