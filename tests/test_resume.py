@@ -125,13 +125,13 @@ def small_disk(tmp_path):
 def test_a_full_disk(cache, tmp_path, small_disk, what):
     """Room for one checkpoint, not for two."""
     folder = tmp_path / "full"
-    small_disk(folder / "checkpoints", "900k")
+    small_disk(folder / "checkpoints", "600k")
     words = [f"--config.run_root={tmp_path}", "--config.run_name=full", "--config.save_freq=1", "--config.eval_freq=4"]
     done = call("train.py", cache, *words, "--config.num_epochs=3", f"--config.save_failure={what}")
     text = r"checkpoint 2 could not be saved in .*; the newest is still that of epoch 1\. .*No space left on device"
     assert re.search(text, done.stderr if what == "stop" else done.stdout), done
     assert done.returncode == (1 if what == "stop" else 0)
-    assert "Traceback" not in done.stderr
+    assert "train.py" not in done.stderr  # no traceback of ours
     assert newest_good(folder / "checkpoints") == (1, [])
     subprocess.run(["mount", "-o", "remount,size=64m", folder / "checkpoints"], check=True)
     done = call("train.py", cache, *words, "--config.num_epochs=3", "--resume")
