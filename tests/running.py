@@ -13,6 +13,9 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden_config.py"
+# Compiles in two thirds of the time. Runs are compared with runs that were compiled alike; test_embedded's demo and
+# test_grpo's replay are compiled as a user's.
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def command(script, cache, *words, config=GOLDEN):
@@ -23,13 +26,15 @@ def command(script, cache, *words, config=GOLDEN):
 def call(script, cache, *words, config=GOLDEN, **environment):
     """Run a program to its end."""
     words = command(script, cache, *words, config=config)
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=300, env={**os.environ, **QUICK, **environment}
+    )
 
 
 def begin(words, output, **environment):
     """Start a program whose output goes to a file."""
     with output.open("a") as file:
-        return subprocess.Popen(words, stdout=file, stderr=file, env={**os.environ, **environment})
+        return subprocess.Popen(words, stdout=file, stderr=file, env={**os.environ, **QUICK, **environment})
 
 
 def until(condition, process, output, seconds=240, pause=0.02):

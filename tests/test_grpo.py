@@ -219,8 +219,8 @@ SIZES = {
 @pytest.mark.parametrize(
     ("size", "branches", "dtype"),
     [
-        ("tiny", 1, jnp.float32),
         ("mid", 2, jnp.bfloat16),
+        pytest.param("tiny", 1, jnp.float32, marks=pytest.mark.slow),
         pytest.param("tiny", 1, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param("mid", 2, jnp.float32, marks=pytest.mark.slow),
     ],

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from running import ROOT, assert_close, begin, call, command, epochs_done, until
+from running import QUICK, ROOT, assert_close, begin, call, command, epochs_done, until
 
 from realgen_jax.checkpoint import newest_good
 from realgen_jax.hosts import connect, fetch, own_rows, put, sum_over_processes
@@ -89,7 +89,7 @@ def test_two_processes_one_killed_do_what_one_does(cache, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **environment, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env={**os.environ, **QUICK, **environment},
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert re.search("resumed from epoch [12], with another config", again.stdout), again.stdout
@@ -106,7 +106,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(cache, tmp_path):
     program = command("train.py", cache, *words, "--config.run_name=two")
     launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--processes", "2", *program[1:]]
     done = subprocess.run(
-        launch, capture_output=True, text=True, timeout=300, env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
+        launch, capture_output=True, text=True, timeout=300, env={**os.environ, **QUICK, "JAX_NUM_CPU_DEVICES": "4"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_close(tmp_path / "one", tmp_path / "two")

@@ -1,5 +1,6 @@
 """What ends a run before its time, and what goes on from there: kills, SIGTERM, full disks, other meshes. Real runs."""
 
+import os
 import re
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from running import ROOT, assert_close, begin, call, command, epochs_done, rows, until
+from running import QUICK, ROOT, assert_close, begin, call, command, epochs_done, rows, until
 
 from realgen_jax.checkpoint import SUMS, newest_good
 
@@ -72,7 +73,7 @@ def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs):
     assert process.wait(30) == 0, output.read_text()
     assert re.search(r"stopped by SIGTERM, saved after \d+ epochs", output.read_text())
     assert cut_off  # a kill met a save at work
-    last = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    last = subprocess.run(program, capture_output=True, text=True, timeout=300, env={**os.environ, **QUICK})
     assert last.returncode == 0, last.stderr
     assert_same_run(folder, tmp_path / "whole")
 
