@@ -4,6 +4,7 @@ Axes: data (batch), fsdp (batch and parameters), tensor (a parameter's other sid
 shardings that the arguments arrive with.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"double\.(img|txt)\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
     (r"single\.mlp\.kernel", P(None, "fsdp", None, "tensor")),
     (r"single\.proj\.kernel", P(None, None, "tensor", "fsdp")),
-    (r"(double_(img|txt)|single)_mod\.kernel", P(None, "fsdp", "tensor")),
+    (r"(double_(img|txt)|single)_mod\.kernel", P(None, None, ("fsdp", "tensor"))),
+    (r"(double_(img|txt)|single)_mod\.bias", P(None, ("fsdp", "tensor"))),
     (r"(img|txt)_in\.kernel", P(None, "fsdp")),
     (r"(time|guidance|vector)_in\.fc1\.kernel", P("fsdp", "tensor")),
     (r"(time|guidance|vector)_in\.fc2\.kernel", P("tensor", "fsdp")),
@@ -33,7 +35,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"(double\.(img|txt)|single)\.qkv\.bias|single\.mlp\.bias", P(None, None, "tensor")),
     (r"double\.(img|txt)\.mlp\.fc1\.bias", P(None, "tensor")),
     (r"(time|guidance|vector)_in\.fc1\.bias", P("tensor")),
-    (r"((img|txt)_in|.*_mod|.*proj|proj_out|.*\.fc2)\.bias", P()),
+    (r"((img|txt)_in|final_mod|.*proj|proj_out|.*\.fc2)\.bias", P()),
     (r".*\.norm\.(query|key)", P()),
 )
 
@@ -86,11 +88,11 @@ def param_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding
         spec = next((spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, leaf)), None)
         if spec is None:
             raise ValueError(f"no rule of PARAM_RULES (realgen_jax/sharding.py) matches the parameter {leaf}; add one")
-        for size, axis in zip(shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(
-                    f"{leaf} {shape} cannot be split: {size} does not divide by mesh axis {axis}={mesh.shape[axis]}"
-                )
+        for size, axes in zip(shape, spec, strict=False):
+            sizes = {axis: mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())}
+            if size % math.prod(sizes.values()):
+                split = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
+                raise ValueError(f"{leaf} {shape} cannot be split: {size} does not divide by mesh axis {split}")
         return NamedSharding(mesh, spec)
 
     return sharding

@@ -177,6 +177,24 @@ def test_peak_activations_are_xlas(tmp_path, case, how):
     near(expected, update.memory_analysis().temp_size_in_bytes, 0.15)
 
 
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [slow(LONG, {}), slow({**LONG, "images": 8}, {"lora": False}), slow(DEEP, {}), slow(DEEP, {"lora": False})],
+)
+def test_peak_activations_where_weights_are_split(tmp_path, case, how):
+    """Over four devices. DEEP alone asks for the sampling's: LONG's is the autoencoder's."""
+    report = report_of(tmp_path, case, mesh=(1, 4, 1), calls=2, **how)
+    sample, update = compiled(report)
+    phases = cost.phase_bytes(report.work, 4, report.held["trained"])
+    near(
+        phases["update"]["activations"] + phases["update"]["gradients"],
+        update.memory_analysis().temp_size_in_bytes,
+        0.15,
+    )
+    if case is DEEP:
+        near(phases["sample"]["activations"], sample.memory_analysis().temp_size_in_bytes, 0.15)
+
+
 @pytest.mark.parametrize(("mesh", "lora"), [((2, 2, 2), True), slow((1, 4, 2), False)])
 def test_argument_bytes_are_xlas(tmp_path, mesh, lora):
     """On eight devices, to the byte. What a program does not read is not counted: logp, and the encoder."""

@@ -236,7 +236,11 @@ TRAFFIC = {
     ("lora", "fsdp 8"): {
         ("block", "all-reduce"): 18,
         ("block", "all-gather"): 22,  # a block's 8 + 3 kernels, once forward, once backward
-        ("step", "all-gather"): 13,  # the others: XLA takes them out of the loops
+        ("step", "all-gather"): 10,  # the others, but for the modulations': XLA takes them out of the loops
+        # the modulations' kernels stay where they are: the rows of vec go there, and the 3 outputs come back, each as
+        # a piece from every one of 8 devices
+        ("microbatch", "all-gather"): 1,
+        ("microbatch", "all-to-all"): 24,
     },
     ("lora", "tensor 2"): {
         # Outputs and gradients of inputs [n, t, D]: a stream sums 2 outputs forward, 1 again and 2 gradients backward;
@@ -253,8 +257,11 @@ TRAFFIC = {
     ("full", "fsdp 8"): {
         ("block", "all-reduce"): 28,  # gradients of 11 kernels and biases, and of 6 norms
         ("block", "all-gather"): 22,
-        ("microbatch", "all-reduce"): 26,  # gradients of the other 13 kernels and biases
-        ("step", "all-gather"): 13,
+        # gradients of the other 13 kernels and biases, but for the modulations' kernels, which have all rows at hand
+        ("microbatch", "all-reduce"): 23,
+        ("step", "all-gather"): 10,
+        ("microbatch", "all-gather"): 1,
+        ("microbatch", "all-to-all"): 48,  # outputs, and their gradients
     },
 }
 

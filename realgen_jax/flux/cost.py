@@ -2,9 +2,9 @@
 
 A multiplication and an addition are two operations; only products (projections, attention, convolutions) are counted,
 as their elementwise neighbours are below 2 % at FLUX's sizes. n images, s image and l text tokens, T = s + l, D
-channels, L double and G single blocks, r the LoRA's rank. tests/test_cost.py holds it against XLA's own figures. Bytes
-know the batch's split alone: a mesh with `tensor` needs less, and one with `fsdp` also holds gathered weights
-(up to 30 % more than these activations, on four CPU devices with all weights trained).
+channels, L double and G single blocks, r the LoRA's rank. tests/test_cost.py holds it against XLA's own figures, also
+where weights are split over fsdp. A mesh with `tensor` needs less than this, as its split of the activations is not
+counted.
 """
 
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ class Work:
     reference: bool  # beta > 0
     recompute: bool  # train.recompute_old
     flash: bool = True
+    weight_parts: int = 1  # over how many devices a weight is split, fsdp x tensor
 
     @property
     def tokens(self) -> int:
@@ -155,10 +156,12 @@ def _block_sizes(work: Work, images: float) -> tuple[float, float, float]:
 
 
 def _modulation(work: Work, images: float) -> tuple[float, float]:
-    """Bytes of all blocks' modulations [layers, n, 6 D or 3 D], and of their kernels, which XLA turns to use them."""
+    """Bytes of all blocks' modulations [layers, n, 6 D or 3 D], and of this device's part of their kernels, which XLA
+    turns to use them.
+    """
     m, d = work.model, work.model.hidden_dim
     per = (12 * m.num_layers + 3 * m.num_single_layers) * jnp.dtype(m.dtype).itemsize * d
-    return images * per, d * per
+    return images * per, d * per / work.weight_parts
 
 
 def saved_bytes(work: Work, images: float) -> tuple[float, float]:
@@ -183,7 +186,8 @@ def update_bytes(work: Work, images: float) -> float:
     or 12 u and 3 scores (P, dP and the one in the making), whichever is more, and its sliced weights, 12 D^2. Backward
     through the double blocks: what those saved, 34 u, 4 u (the gradient of the hidden layer), 3 scores, 18 D^2. Before
     the blocks: room for all that will be saved, and the modulations' kernels, which XLA copies into another layout.
-    The modulations themselves are there all the time.
+    The modulations themselves are there all the time, and so is a double block's worth of fetched weights, 24 D^2,
+    where weights are split.
     """
     u, scores, d2 = _block_sizes(work, images)
     double, single = saved_bytes(work, images)
@@ -194,7 +198,7 @@ def update_bytes(work: Work, images: float) -> float:
         double + (38 - have) * u + 3 * scores + 18 * d2,
         double + single + turned,
     )
-    return modulations + max(moments)
+    return modulations + max(moments) + 24 * d2 * (work.weight_parts > 1)
 
 
 def forward_bytes(work: Work, images: float) -> float:

@@ -91,6 +91,7 @@ def make_work(recipe: Recipe, pipe: Pipeline) -> cost.Work:
         inner_epochs=t.num_inner_epochs,
         reference=t.beta > 0,
         recompute=t.recompute_old,
+        weight_parts=pipe.mesh.shape["fsdp"] * pipe.mesh.shape["tensor"],
     )
 
 
