@@ -27,6 +27,10 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written. The older ones are as they were."""
 
 
+class RestoreError(ValueError):
+    """A checkpoint holds other arrays than asked for."""
+
+
 def _epochs(folder: Path) -> list[int]:
     """Epochs of the committed checkpoints, complete or not, oldest first."""
     return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.is_dir() else []
@@ -181,7 +185,7 @@ class Checkpoints:
     def restore(self, epoch: int, like: TrainState) -> TrainState:
         """The state saved after `epoch` epochs, its arrays placed as those of `like` are, on whatever mesh.
 
-        Raises ValueError where the checkpoint holds other arrays.
+        Raises RestoreError where the checkpoint holds other arrays.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
         try:
@@ -189,7 +193,7 @@ class Checkpoints:
                 self.folder / str(epoch), args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )
         except ValueError as error:
-            raise ValueError(
+            raise RestoreError(
                 f"checkpoint {epoch} in {self.folder} does not fit this config's weights and optimizer "
                 f"({str(error).strip().splitlines()[0]}); train.lora, train.lora_rank and pretrained.model must stay"
             ) from error

@@ -40,9 +40,7 @@ class Preemption:
             pass
         self._asked.set()
         if not self._reached.wait(self._grace):
-            text = (
-                f"stopped by SIGTERM after {self._grace:g} s, in the middle of an epoch; --resume repeats that epoch\n"
-            )
+            text = f"stopped {self._grace:g} s after SIGTERM, before what it was at was over; --resume repeats that\n"
             os.write(1, text.encode())  # the main thread may hold the locks of sys.stdout
             os._exit(0)
 

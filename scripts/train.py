@@ -29,7 +29,7 @@ from programs import Programs, make_programs
 from scoring import Pending, scores_of_all, submit, weighted_mean
 from set_up import Run, resume_from, set_up
 
-from realgen_jax.checkpoint import SaveError, read_meta
+from realgen_jax.checkpoint import RestoreError, SaveError, read_meta
 from realgen_jax.data import prompt_batches
 from realgen_jax.flux.convert import leaves
 from realgen_jax.grpo import Batch, TrainState, group_advantages
@@ -233,9 +233,9 @@ def main(_: Sequence[str]) -> None:
             sys.exit(f"error: {error}")
         try:
             # which checkpoint it is the first process has found out
-            resumed = int(sum_over_processes(np.int32([0 if process_index() or epoch is None else epoch]))[0])
-            train(run, state, stop, resumed or None)
-        except (ValueError, OSError, RewardError, FloatingPointError, SaveError) as error:
+            resumed = int(sum_over_processes(np.int32([0 if process_index() or epoch is None else epoch + 1]))[0])
+            train(run, state, stop, resumed - 1 if resumed else None)
+        except (OSError, RewardError, FloatingPointError, SaveError, RestoreError) as error:
             sys.exit(f"error: {error}")
         except jax.errors.JaxRuntimeError as error:
             if process_count() == 1:

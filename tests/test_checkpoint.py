@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from realgen_jax.checkpoint import SUMS, Checkpoints, SaveError, newest_good, read_meta
+from realgen_jax.checkpoint import SUMS, Checkpoints, RestoreError, SaveError, newest_good, read_meta
 from realgen_jax.flux.lora import LoraConfig, init_lora
 from realgen_jax.grpo import TrainState, make_optimizer
 from realgen_jax.sharding import make_mesh, param_sharding
@@ -146,7 +146,7 @@ def test_what_a_kill_leaves_is_cleared_away(two, tmp_path):
 
 def test_another_shape_is_told(tiny, two):
     saved = Checkpoints(two, keep=2)
-    with pytest.raises(ValueError, match=r"checkpoint 2 .* does not fit this config's weights and optimizer"):
+    with pytest.raises(RestoreError, match=r"checkpoint 2 .* does not fit this config's weights and optimizer"):
         saved.restore(2, state_of(tiny, 0, rank=2))
 
 

@@ -167,8 +167,8 @@ def advice(report: Any, rows: list[dict], changes: Callable[[float], tuple[list,
     """What the tables mean, and for every accelerator that is too small what was tried and fits."""
     lines = [
         "Not counted: the rewards (they score beside the next call), evaluations, checkpoints, communication. "
-        "Activations are an estimate: within 15 % of XLA on one CPU device, further off where the mesh splits weights, "
-        "not yet compared with a GPU or TPU.",
+        "Activations are an estimate: within 15 % of XLA's on CPU devices, also over fsdp; a split over tensor needs "
+        "less; not yet compared with a GPU or TPU.",
         f"fraction: start with this XLA_CLIENT_MEM_FRACTION where it is above {DEFAULT_FRACTION} (what JAX claims of a "
         "GPU unless told otherwise), or where rewards share the GPU; they have the rest.",
     ]
