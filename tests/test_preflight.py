@@ -73,6 +73,7 @@ def test_what_does_not_fit_together_is_told_in_one_line(options, said):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_advice_fits_when_it_is_followed(tmp_path):
     """A TPU v6e holds 31 GiB: too little for the weights whole."""
     options = ["--nocompile", "--devices=8", "--config.mesh.fsdp=1", f"--json={tmp_path / 'figures.json'}"]

@@ -122,7 +122,8 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("what", ["continue", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["continue", "stop"])
 def test_a_full_disk(cache, tmp_path, small_disk, what):
     """Room for one checkpoint, not for two."""
     folder = tmp_path / "full"
