@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from realgen_jax.data import Layout
@@ -16,7 +17,7 @@ from realgen_jax.flux.lora import LoraConfig, init_lora
 from realgen_jax.flux.pipeline import Pipeline
 from realgen_jax.grpo import EmaConfig, LossConfig, TrainState, make_optimizer, recompute_means, update
 from realgen_jax.rollout import Plan, draw_noise, make_plan, rollout
-from realgen_jax.sharding import batch_sharding, replicated
+from realgen_jax.sharding import batch_devices, batch_sharding, replicated
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ def make_recipe(config: ConfigDict) -> Recipe:
         ),
         ema=EmaConfig(t.ema_decay, t.ema_update_interval),
     )
+
+
+def check_mesh(recipe: Recipe, mesh: Mesh) -> None:
+    """Raises ValueError for calls whose images the mesh cannot share evenly."""
+    parts, test = batch_devices(mesh), recipe.config.sample.test_batch_size
+    recipe.layout.check(parts)
+    if test % parts:
+        raise ValueError(f"test_batch_size {test} must be a multiple of {parts}, the mesh's data x fsdp")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from encode_prompts import ensure_encoded
 from ml_collections import ConfigDict
-from programs import Recipe, abstract_state, make_recipe
+from programs import Recipe, abstract_state, check_mesh, make_recipe
 
 from realgen_jax.checkpoint import Checkpoints, newest_good, read_meta
 from realgen_jax.data import read_prompts
@@ -74,16 +74,11 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     for device in shared:
         check_room(device)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
-    recipe.layout.check(batch_devices(mesh))
+    check_mesh(recipe, mesh)
     if batch_devices(mesh) % process_count():
         raise ValueError(
             f"the mesh's data x fsdp is {batch_devices(mesh)}, which {process_count()} processes cannot share evenly; "
             "every one must hold pictures of its own: let config.mesh.tensor divide a host's devices"
-        )
-    if sample.test_batch_size % batch_devices(mesh):
-        parts = batch_devices(mesh)
-        raise ValueError(
-            f"test_batch_size {sample.test_batch_size} must be a multiple of {parts}, the mesh's data x fsdp"
         )
 
     pipe = load_pipeline(config.pretrained, sample.resolution, recipe.lora, mesh)

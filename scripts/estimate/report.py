@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
-from programs import Programs, Recipe, abstract_state, make_programs, make_recipe
+from programs import Programs, Recipe, abstract_state, check_mesh, make_programs, make_recipe
 
 from realgen_jax.flux import cost
 from realgen_jax.flux.pipeline import Pipeline, abstract_pipeline
@@ -51,11 +51,7 @@ def make_report(config: ConfigDict, devices: int) -> Report:
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
     parts = batch_devices(mesh)
-    recipe.layout.check(parts)
-    if config.sample.test_batch_size % parts:
-        raise ValueError(
-            f"test_batch_size {config.sample.test_batch_size} must be a multiple of {parts}, the mesh's data x fsdp"
-        )
+    check_mesh(recipe, mesh)
     pipe = abstract_pipeline(config.pretrained, config.sample.resolution, recipe.lora, mesh)
     recipe.plan(pipe)
     state, work = abstract_state(recipe, pipe), make_work(recipe, pipe)
