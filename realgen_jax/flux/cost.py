@@ -36,7 +36,6 @@ class Work:
     window: int
     prefix: float
     calls: int  # of an epoch
-    accumulate: int  # calls of one optimizer step
     inner_epochs: int
     reference: bool  # beta > 0
     recompute: bool  # train.recompute_old

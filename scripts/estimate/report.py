@@ -83,7 +83,6 @@ def make_work(recipe: Recipe, pipe: Pipeline) -> cost.Work:
         window=sample.sde_window_size,
         prefix=(low + high - sample.sde_window_size) / 2,
         calls=recipe.layout.calls,
-        accumulate=t.gradient_accumulation_steps,
         inner_epochs=t.num_inner_epochs,
         reference=t.beta > 0,
         recompute=t.recompute_old,
