@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import platform
 import statistics
 import time
 import urllib.request
@@ -34,6 +33,7 @@ import torch
 from detectors import detectors
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from measure import median_seconds, save
 from PIL import Image
 
 from realgen_jax.flux.pipeline import load_pipeline
@@ -78,16 +78,6 @@ def by_http(images: jax.Array, port: int) -> None:
         raise RuntimeError(f"got {len(scores)} scores for {len(images)} pictures")
 
 
-def median_seconds(call, repeats: int = REPEATS) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def transfer(device: str) -> dict:
     """Seconds from the sampler's pictures to a reward that has them, and the bytes written on the way."""
     images = jax.jit(lambda: jax.random.bits(jax.random.key(0), (IMAGES, 3, SIDE, SIDE), jnp.uint8))()
@@ -101,10 +91,10 @@ def transfer(device: str) -> dict:
         return torch.zeros(len(x))
 
     bridge = RewardBridge({"look": look}, {"look": device}, deadline=60, retries=0)
-    whole = median_seconds(lambda: bridge.submit(images, prompts).result())
+    whole = median_seconds(lambda: bridge.submit(images, prompts).result(), REPEATS)
     shared = set(seen) == {images.unsafe_buffer_pointer()}
     seen.clear()
-    pieces = median_seconds(lambda: bridge.submit(sharded, prompts).result())
+    pieces = median_seconds(lambda: bridge.submit(sharded, prompts).result(), REPEATS)
     own = {shard.data.unsafe_buffer_pointer() for shard in sharded.addressable_shards}
     sharded_copied = 0 if set(seen) <= own else images.nbytes
     bridge.close()
@@ -112,7 +102,7 @@ def transfer(device: str) -> dict:
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(ports,), daemon=True)
     process.start()
     port = ports.get(timeout=60)
-    http = median_seconds(lambda: by_http(images, port))
+    http = median_seconds(lambda: by_http(images, port), REPEATS)
     process.kill()
     return {
         "images": [IMAGES, 3, SIDE, SIDE],
@@ -204,20 +194,12 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     if not gpu:
         jax.config.update("jax_num_cpu_devices", 3)  # so that pictures can lie in pieces
-    name = torch.cuda.get_device_name() if gpu else f"cpu-{platform.machine()}-{os.cpu_count()}-cores"
     device = f"cuda:{torch.cuda.device_count() - 1}" if gpu else "cpu"
-    found = {
-        "machine": name,
-        "versions": {"jax": jax.__version__, "torch": torch.__version__},
-        "transfer": transfer(device),
-        "overlap": overlap(),
-    }
+    found = {"transfer": transfer(device), "overlap": overlap()}
     if gpu:
         found["detectors"] = detectors(device, IMAGES, SIDE)
-    file = ROOT / "benchmarks" / "results" / f"bridge_{name.replace(' ', '-').lower()}.json"
-    text = json.dumps(found, indent=2)
-    file.write_text(text + "\n")
-    print(text)
+    print(json.dumps(found, indent=2))
+    save("bridge", found)
 
 
 if __name__ == "__main__":
