@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from flax import nnx
 
 from realgen_jax.flux.convert import abstract, load_vae
 from realgen_jax.flux.transformer import pack
-from realgen_jax.flux.vae import Autoencoder, decode_tokens, to_uint8
+from realgen_jax.flux.vae import Autoencoder, VaeConfig, decode_tokens, decoded_at_once, to_uint8
 
 
 def nhwc(x):
@@ -38,7 +39,22 @@ def test_decodes_packed_tokens():
     images = decode_tokens(vae, pack(latents), 2, 3)
     assert images.shape == (2, 3, 4 * factor, 6 * factor)
     assert images.dtype == jnp.uint8
-    np.testing.assert_array_equal(images, to_uint8(vae.decode(latents)))
+    np.testing.assert_allclose(images, to_uint8(vae.decode(latents)), atol=1)  # one picture at a time rounds otherwise
+
+
+def test_pictures_are_decoded_a_few_at_a_time():
+    """As many as keep the largest feature map, 32 channels at full size, below 8 MiB; a divisor of the batch."""
+    config = VaeConfig((16, 32, 64, 128))
+    assert decoded_at_once(config, 16, 64) == 16  # 0.5 MiB a picture of 64 x 64
+    assert decoded_at_once(config, 16, 15) == 15
+    assert decoded_at_once(config, 16, 34) == 2
+    assert decoded_at_once(VaeConfig(), 4096, 21) == 1  # 1 GiB a picture of 1024 x 1024
+    vae = load(GOLDENS / "02_vae" / "c8_16_l1" / "model")
+    tokens = np.random.default_rng(0).standard_normal((768, 64, 4 * vae.config.latent_channels), np.float32)
+    assert decoded_at_once(vae.config, 64, len(tokens)) < len(tokens)
+    run = jax.jit(lambda tokens: decode_tokens(vae, tokens, 8, 8))
+    alone = jnp.concatenate([run(tokens[i : i + 1]) for i in (0, 500, len(tokens) - 1)])
+    np.testing.assert_allclose(run(tokens)[np.array([0, 500, -1])].astype(int), alone.astype(int), atol=1)
 
 
 @pytest.mark.parametrize(("widths", "layers", "height", "width"), [((8, 16, 16, 24), 2, 32, 48), ((8, 8), 1, 16, 8)])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from realgen_jax.flux.transformer import FluxConfig
-from realgen_jax.flux.vae import VaeConfig
+from realgen_jax.flux.vae import VaeConfig, decoded_at_once
 
 F32 = 4  # bytes
 
@@ -103,8 +103,8 @@ def update_flops(work: Work) -> dict[str, float]:
 
 
 def decode_flops(work: Work) -> float:
-    """One picture out of the autoencoder: 2 k^2 in out for each position of a convolution, 4 P^2 C + 8 P C^2 for the
-    attention over the P positions of the lowest resolution.
+    """One picture out of the autoencoder: 2 k^2 in out for each position of a convolution (k^2 = 4 after an upsampling,
+    see vae.Upsample), 4 P^2 C + 8 P C^2 for the attention over the P positions of the lowest resolution.
     """
     widths, vae = work.vae.block_out_channels[::-1], work.vae
     p = work.image_tokens * 4
@@ -117,7 +117,7 @@ def decode_flops(work: Work) -> float:
             width = out
         if i < len(widths) - 1:
             p *= 4
-            total += 18.0 * p * width * width
+            total += 8.0 * p * width * width
     return total + 18.0 * p * width * 3
 
 
@@ -211,13 +211,13 @@ def forward_bytes(work: Work, images: float) -> float:
 
 
 def decode_bytes(work: Work, images: float) -> float:
-    """Peak activations of the autoencoder's decoder: three feature maps of the last level's input at full size and,
-    where its first block narrows, one of the narrow kind; or the scores [P, P] of its attention, which no flash kernel
-    takes: the logits, the weights and, for several images, a copy.
+    """Peak activations of the autoencoder's decoder, for those of `images` that it decodes together: two feature maps
+    of the last level's input at full size and one of its first block's; or the scores [P, P] of its attention, which no
+    flash kernel takes: the logits, the weights and, for several images, a copy.
     """
-    vae = work.vae
+    vae, images = work.vae, decoded_at_once(work.vae, work.image_tokens, int(images))
     narrow, wide = vae.block_out_channels[0], vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)]
-    maps = work.pixels * (3 * wide + narrow * (narrow != wide)) * jnp.dtype(vae.dtype).itemsize
+    maps = work.pixels * (2 * wide + narrow) * jnp.dtype(vae.dtype).itemsize
     return images * max(maps, (4 * work.image_tokens) ** 2 * F32 * (2 + (images > 1)))
 
 

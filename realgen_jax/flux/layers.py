@@ -55,8 +55,10 @@ class Linear(nnx.Module):
             return x @ kernel + bias[:, None]
         y = jnp.tensordot(x, kernel, self.axes_in) + bias
         if self.lora_a is not None:
-            low = jnp.einsum("...i,igr->...gr", x, self.lora_a[...].astype(self.dtype))
-            delta = jnp.einsum("...gr,gro->...go", low, self.lora_b[...].astype(self.dtype))
+            low = jnp.tensordot(x, self.lora_a[...].astype(self.dtype), 1)
+            # a product a part: as one product batched over the parts XLA computes it transposed
+            b = self.lora_b[...].astype(self.dtype)
+            delta = jnp.stack([low[..., part, :] @ b[part] for part in range(len(b))], axis=-2)
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
 

@@ -64,7 +64,7 @@ class Pipeline:
 
     def decode(self, vae_params: nnx.State, tokens: Array) -> Array:
         """Final latents [n, s, c] -> uint8 [n, 3, H, W]."""
-        return decode_tokens(nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width)
+        return decode_tokens(nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width, self.mesh)
 
     def cond(self, cache: TextCache, prompts: Sequence[str], guidance: float) -> Cond:
         """The prompts' embeddings, one a slot, spread over the mesh; a host reads those of its own slots."""

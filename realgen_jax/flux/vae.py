@@ -5,11 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from realgen_jax.flux.layers import EPS, Linear
 from realgen_jax.flux.transformer import unpack
+from realgen_jax.sharding import BATCH_AXES, batch_devices, constrain
+
+# Of the largest feature map of the pictures that are decoded together: what a CPU's cache holds of it. A large picture
+# fills any GPU by itself, and decoding several at once would only take more memory.
+DECODE_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,29 @@ class VaeConfig:
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Group normalisation in the precision of the whole, its variance computed in two passes as torch does."""
+    """Group normalisation, statistics in float32 and the variance in two passes, as torch has it.
+
+    Sums run over positions first, whole rows of channels at a time, and over a group's few channels last: three times
+    as fast on a CPU as flax's own reduction over [h, w, channels of a group], and the same numbers.
+    """
 
     def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
-        super().__init__(
-            channels,
-            config.norm_num_groups,
-            epsilon=EPS,
-            use_fast_variance=False,
-            dtype=config.dtype,
-            param_dtype=config.dtype,
-            rngs=rngs,
-        )
+        kw = {"epsilon": EPS, "dtype": config.dtype, "param_dtype": config.dtype, "rngs": rngs}
+        super().__init__(channels, config.norm_num_groups, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        """[n, h, w, c] -> [n, h, w, c]."""
+        _, h, w, c = x.shape
+
+        def group_mean(sums: Array) -> Array:
+            """Sums over positions [n, c] -> means over positions and the channel's group, [n, 1, 1, c]."""
+            groups = sums.reshape(-1, self.num_groups, self.group_size).mean(axis=-1, keepdims=True) / (h * w)
+            return jnp.broadcast_to(groups, (*groups.shape[:2], self.group_size)).reshape(-1, 1, 1, c)
+
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - group_mean(x32.sum(axis=(1, 2)))
+        variance = group_mean((x32 * x32).sum(axis=(1, 2)))
+        return (x32 * (jax.lax.rsqrt(variance + EPS) * self.scale[...]) + self.bias[...]).astype(x.dtype)
 
 
 def _conv(n_in: int, n_out: int, size: int, config: VaeConfig, rngs: nnx.Rngs, **kw: Any) -> nnx.Conv:
@@ -91,13 +109,36 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest neighbour, twice the size, then a 3x3 convolution."""
+    """Nearest neighbour to twice the size, then a 3x3 convolution.
+
+    Computed as four 2x2 convolutions of the small picture, one for each parity of the output's row and column: of the
+    kernel's three rows two always meet the same pixel, so they are added beforehand. 16 products instead of 36.
+    """
 
     def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
         self.conv = _conv(channels, channels, 3, config, rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+        kernel = self.conv.kernel[...]
+        pieces = []
+        for row in (0, 1):  # an even output row sees the pixels above and at its own, an odd one its own and below
+            rows = _fold(kernel, row, axis=0)
+            for column in (0, 1):
+                padding = ((1 - row, row), (1 - column, column))
+                pieces.append(
+                    jax.lax.conv_general_dilated(
+                        x.astype(kernel.dtype), _fold(rows, column, axis=1), (1, 1), padding,
+                        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    )
+                )  # fmt: skip
+        y = rearrange(jnp.stack(pieces), "(dy dx) n h w c -> n (h dy) (w dx) c", dy=2, dx=2)
+        return y + self.conv.bias[...]
+
+
+def _fold(kernel: Array, odd: int, axis: int) -> Array:
+    """Three taps on a picture of doubled size -> the two on the small one, for outputs at even or odd positions."""
+    first, middle, last = jnp.split(kernel, 3, axis=axis)
+    return jnp.concatenate([first + middle, last] if odd else [first, middle + last], axis=axis)
 
 
 class Level(nnx.Module):
@@ -186,6 +227,27 @@ def to_uint8(images: Array) -> Array:
     )
 
 
-def decode_tokens(vae: Autoencoder, tokens: Array, height: int, width: int) -> Array:
-    """Packed latents [n, height width, 4c] in the transformer's scale -> uint8 [n, 3, 16 height, 16 width]."""
-    return to_uint8(vae.decode(unpack(tokens, height, width).astype(vae.config.dtype)))
+def decoded_at_once(config: VaeConfig, image_tokens: int, images: int) -> int:
+    """How many of a device's `images` are decoded together: a divisor of `images`, as large as keeps the largest
+    feature map within DECODE_BYTES.
+    """
+    widths = config.block_out_channels
+    pixels = image_tokens * 4 ** len(widths)
+    largest = pixels * widths[min(1, len(widths) - 1)] * jnp.dtype(config.dtype).itemsize
+    return max(k for k in range(1, images + 1) if images % k == 0 and (k == 1 or k * largest <= DECODE_BYTES))
+
+
+def decode_tokens(vae: Autoencoder, tokens: Array, height: int, width: int, mesh: Mesh | None = None) -> Array:
+    """Packed latents [n, height width, 4c] in the transformer's scale -> uint8 [n, 3, 16 height, 16 width].
+
+    Each device of `mesh` decodes its pictures a few at a time.
+    """
+    n, parts = len(tokens), 1 if mesh is None else batch_devices(mesh)
+    at_once = decoded_at_once(vae.config, height * width, n // parts)
+
+    def decode(tokens: Array) -> Array:
+        return to_uint8(vae.decode(unpack(tokens, height, width).astype(vae.config.dtype)))
+
+    rounds = rearrange(tokens, "(parts rounds k) s c -> rounds (parts k) s c", parts=parts, k=at_once)
+    pictures = jax.lax.map(decode, constrain(rounds, mesh, None, BATCH_AXES))
+    return rearrange(pictures, "rounds (parts k) c h w -> (parts rounds k) c h w", parts=parts)
