@@ -57,7 +57,7 @@ def _medium(heads: int, head_dim: int, dtype: type, **kw: int) -> Size:
 def suites() -> dict[str, Suite]:
     blocks = (2, 4), (4, 8), (8, 16)
     return {
-        "tiny": Suite(tiny(branches=1), 1, {"batch": (1, 2)}, 1, ((2, 2), (4, 8))),
+        "tiny": Suite(tiny(branches=1), 1, {"batch": (1,)}, 1, ((2, 2), (4, 8))),
         "cpu": Suite(
             _medium(2, 64, jnp.float32, side=16, text=32, rank=8),
             2,
@@ -224,7 +224,7 @@ def main() -> None:
     show_run(found["run"])
     found["sweeps"] = sweeps(suite)
     show_sweeps(found["sweeps"])
-    save("scaling", found, options.out)
+    print(f"written to {save('scaling', found, options.out)}")
 
 
 if __name__ == "__main__":

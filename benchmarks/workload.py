@@ -172,7 +172,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def fill(tree: Any, seed: int = 0) -> Any:
     """Random arrays on the device in place of abstract ones, one by one, each in its own precision: N(0, 0.02^2).
 
-    Norms' scales are 1, the optimizer's moments and whole numbers 0. What is an array already stays.
+    Norms' scales are 1; biases, the optimizer's moments and whole numbers 0. What is an array already stays.
     """
     key = jax.random.key(seed, impl="rbg")  # quick to compile, and one pass over the memory
 
@@ -182,7 +182,7 @@ def fill(tree: Any, seed: int = 0) -> Any:
         name = jax.tree_util.keystr(path)
         if re.search(r"\b(query|key|scale)\b", name) and ".opt_state" not in name:
             return jnp.ones(leaf.shape, leaf.dtype)
-        if re.search(r"\.(mu|nu|count)\b", name) or jnp.issubdtype(leaf.dtype, jnp.integer):
+        if re.search(r"\.(mu|nu|count)\b|\bbias\b", name) or jnp.issubdtype(leaf.dtype, jnp.integer):
             return jnp.zeros(leaf.shape, leaf.dtype)
         return _normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
 
