@@ -199,7 +199,7 @@ def main() -> None:
     if gpu:
         found["detectors"] = detectors(device, IMAGES, SIDE)
     print(json.dumps(found, indent=2))
-    save("bridge", found)
+    print(f"written to {save('bridge', found)}")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first, *(cell.strip().rjust(len(cell)) for cell in numbers)]), flush=True)
 
 
-def save(benchmark: str, found: Mapping[str, Any]) -> None:
-    """Write results/<benchmark>_<machine>.json with the versions beside the figures."""
+def save(benchmark: str, found: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write <folder>/<benchmark>_<machine>.json with the versions beside the figures, and return it."""
     versions = {}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "peft"):
         try:
@@ -57,6 +57,6 @@ def save(benchmark: str, found: Mapping[str, Any]) -> None:
         except importlib.metadata.PackageNotFoundError:
             continue
     text = json.dumps({"machine": machine(), "versions": versions, **found}, indent=2)
-    file = RESULTS / f"{benchmark}_{machine().replace(' ', '-').lower()}.json"
+    file = folder / f"{benchmark}_{machine().replace(' ', '-').lower()}.json"
     file.write_text(text + "\n")
-    print(f"written to {file.relative_to(Path(__file__).parent.parent)}")
+    return file
