@@ -13,9 +13,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from trace_reading import PHASES, SCOPES, Scope, Trace, read_trace, self_times
+from trace_reading import PHASES, SCOPES, Operation, Trace, read_trace, self_times
 
 HOW = "--config.profile.steps=3 has train.py write one"
+NO_SCOPES = """Few operations have a scope. Programs that older code has left in the compilation cache have none: trace
+once more with --config.compilation_cache= (empty). Nor may kernels of a CUDA graph: trace with
+XLA_FLAGS=--xla_gpu_enable_command_buffer= to have them one by one."""
 
 
 def trace_files(path: Path) -> list[Path]:
@@ -32,7 +35,7 @@ def trace_files(path: Path) -> list[Path]:
 
 
 def row(name: str, ns: float, whole: float, text: str = "") -> str:
-    return f"  {name:<36}{ns / 1e6:>12.1f}{100 * ns / whole:>8.1f}{text}".rstrip()
+    return f"  {name:<30}{ns / 1e6:>10.1f}{100 * ns / whole:>7.1f}{text}".rstrip()
 
 
 def phase_rows(traces: list[Trace], wall: float) -> list[str]:
@@ -41,30 +44,29 @@ def phase_rows(traces: list[Trace], wall: float) -> list[str]:
     return [*rows, row("other", wall - sum(ns.values()), wall), row("wall-clock", wall, wall)]
 
 
-def scope_rows(times: Counter[tuple[str, Scope]], wall: float, depth: int) -> list[str]:
+def scope_rows(times: Counter[Operation], wall: float, depth: int) -> list[str]:
     """A row for every scope down to `depth`, those inside it below; then what has none, and what is left."""
     ns = Counter()
-    for (_, scope), value in times.items():
+    for (_, scope, _), value in times.items():
         for level in range(1, min(len(scope), depth) + 1):
             ns[scope[:level]] += value
     rows = [
         row("  " * (len(scope) - 1) + scope[-1], ns[scope], wall)
         for scope in sorted(ns, key=lambda scope: [SCOPES.index(name) for name in scope])
     ]
-    busy, bare = sum(times.values()), sum(value for (_, scope), value in times.items() if not scope)
+    busy, bare = sum(times.values()), sum(value for operation, value in times.items() if not operation.scope)
     return [*rows, row("no scope", bare, wall), row("idle", wall - busy, wall), row("wall-clock", wall, wall)]
 
 
-def operation_rows(
-    times: Counter[tuple[str, Scope]], counts: Counter, devices: int, wall: float, top: int
-) -> list[str]:
-    rows = []
-    for key, ns in times.most_common(top):
-        name = key[0] if len(key[0]) <= 35 else key[0][:32] + "..."
-        rows.append(row(name, ns, wall, f"{counts[key] / devices:>9.0f}  {'/'.join(key[1])}"))
-    rest = sum(times.values()) - sum(ns for _, ns in times.most_common(top))
-    others = sum(counts.values()) - sum(counts[key] for key, _ in times.most_common(top))
-    rows.append(row(f"{max(0, len(times) - top)} others", rest, wall, f"{others / devices:>9.0f}"))
+def operation_rows(times: Counter[Operation], counts: Counter[Operation], wall: float, top: int) -> list[str]:
+    rows, shown = [], times.most_common(top)
+    for operation, ns in shown:
+        name, path = operation.name, "/".join((*operation.scope, operation.does))
+        name, path = name if len(name) < 31 else name[:27] + "...", path if len(path) < 42 else "..." + path[-38:]
+        rows.append(row(name, ns, wall, f"{counts[operation]:>7.0f}  {path}"))
+    rest = sum(times.values()) - sum(ns for _, ns in shown)
+    count = sum(counts.values()) - sum(counts[operation] for operation, _ in shown)
+    rows.append(row(f"{len(times) - len(shown)} others", rest, wall, f"{count:>7.0f}"))
     return [*rows, row("idle", wall - sum(times.values()), wall), row("wall-clock", wall, wall)]
 
 
@@ -75,21 +77,21 @@ def summary(files: list[Path], top: int, depth: int) -> list[str]:
     wall = sum(trace.end - trace.start for trace in traces) / len(traces)
     times, counts = Counter(), Counter()
     for trace, events in devices:
-        for key, ns in self_times(events, trace.start, trace.end).items():
-            times[key] += ns / len(devices)
-        counts.update((e.name, e.scope) for e in events)
-    names = sorted({name.removeprefix("/device:") for trace in traces for name in trace.devices})
-    mean = f", means of {len(devices)} devices" if len(devices) > 1 else ""
-    lines = [f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}", f"on {', '.join(names)}{mean}"]
-    head = f"{'ms':>12}{'%':>8}"
+        for operation, ns in self_times(events, trace.start, trace.end).items():
+            times[operation] += ns / len(devices)
+        for event in events:
+            counts[event.operation] += 1 / len(devices)
+    names = ", ".join(sorted({name for trace in traces for name in trace.devices}))
+    mean = f": means of {len(devices)} devices" if len(devices) > 1 else ""
+    lines = [f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}", f"{names}{mean}"]
+    head = f"{'ms':>10}{'%':>7}"
     if any(trace.phases for trace in traces):
-        lines += ["", f"  {'the program was at':<36}{head}", *phase_rows(traces, wall)]
-    lines += ["", f"  {'the device was in':<36}{head}", *scope_rows(times, wall, depth)]
-    lines += ["", f"  {'operations':<36}{head}{'count':>9}  scope"]
-    lines += operation_rows(times, counts, len(devices), wall, top)
-    if sum(ns for (_, scope), ns in times.items() if scope) < 0.5 * sum(times.values()):
-        lines += ["", "Few operations have a scope. A program from a compilation cache that older code has filled has"]
-        lines += ["none: trace once more with --config.compilation_cache= (empty)."]
+        lines += ["", f"  {'phase of the program':<30}{head}", *phase_rows(traces, wall)]
+    lines += ["", f"  {'scope on the device':<30}{head}", *scope_rows(times, wall, depth)]
+    lines += ["", f"  {'operation':<30}{head}{'count':>7}  scope and what it does"]
+    lines += operation_rows(times, counts, wall, top)
+    if sum(ns for operation, ns in times.items() if operation.scope) < 0.5 * sum(times.values()):
+        lines += ["", NO_SCOPES]
     return lines
 
 

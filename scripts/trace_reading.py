@@ -22,16 +22,25 @@ SCOPES = (
     "optimizer", "modulation", "double", "single", "attention",
 )  # fmt: skip
 PHASES = ("evaluate", "sample", "reward_wait", "update", "checkpoint")
-Scope = tuple[str, ...]
+
+
+class Operation(NamedTuple):
+    """The compiler's name for it, the scopes that it is in, from the outermost, and JAX's name for what it does."""
+
+    name: str
+    scope: tuple[str, ...]
+    does: str
 
 
 class Event(NamedTuple):
     """One run of an operation; times in ns."""
 
-    name: str
-    scope: Scope
+    operation: Operation
     start: float
     end: float
+
+
+Programs = dict[int | str, dict[str, Operation]]  # {program's number, or its name: {operation's name: operation}}
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,8 @@ class Trace:
     devices: dict[str, list[Event]]
 
 
-def self_times(events: Iterable[Event], start: float, end: float) -> Counter[tuple[str, Scope]]:
-    """ns by (name, scope) between `start` and `end`: of several that run at once, a moment is the last begun one's.
+def self_times(events: Iterable[Event], start: float, end: float) -> Counter[Operation]:
+    """ns by operation between `start` and `end`: where several run at once, the time is that of the last begun one.
 
     So a loop has what its body's operations leave of it, a collective what no computation hides, and the sum is the
     time in which the device was busy.
@@ -57,15 +66,15 @@ def self_times(events: Iterable[Event], start: float, end: float) -> Counter[tup
     for now, then in pairwise(moments):
         while waiting and waiting[-1].start <= now:
             event = waiting.pop()
-            heapq.heappush(running, (-event.start, event.end, event.name, event.scope))
+            heapq.heappush(running, (-event.start, event.end, event.operation))
         while running and running[0][1] <= now:
             heapq.heappop(running)
         if running:
-            times[running[0][2:]] += then - now
+            times[running[0][2]] += then - now
     return times
 
 
-def scope_of(op_name: str) -> Scope:
+def scope_of(op_name: str) -> tuple[str, ...]:
     """The scopes in the path that XLA keeps of an operation: jit(update)/update/while/body/jvp(policy)/.../dot."""
     parts = re.sub(r"\b(transpose|jvp|vmap)\(|\)", "", op_name.split(";")[0]).split("/")
     backward = "transpose(" in op_name
@@ -97,18 +106,17 @@ def read_trace(file: Path) -> Trace:
     return Trace(start, end, dict(phases), devices)
 
 
-def device_events(planes: Iterable[Any], programs: Mapping[Any, Mapping[str, Scope]]) -> dict[str, list[Event]]:
+def device_events(planes: Iterable[Any], programs: Programs) -> dict[str, list[Event]]:
     """{device: events}. Planes of GPUs and TPUs are called /device:...; on a CPU operations run in the host's threads.
 
     There an operation may end in another thread than it began in: "end: NAME", with the number that it was given.
     """
     found: dict[str, list[Event]] = {}
-    accelerators = [plane for plane in planes if plane.name.startswith("/device:")]
-    for plane in accelerators:
-        for line in plane.lines:
-            if line.name.startswith(("Stream", "XLA Ops")):  # the other lines sum these up
-                for event in line.events:
-                    found.setdefault(plane.name, []).append(_event(event, dict(event.stats), programs, event.end_ns))
+    for plane in (plane for plane in planes if plane.name.startswith("/device:")):
+        streams = [line for line in plane.lines if line.name.startswith("Stream")]  # a GPU's; others sum them up
+        events = (e for line in streams or plane.lines if streams or line.name == "XLA Ops" for e in line.events)
+        if events := [_event(e, dict(e.stats), programs, e.end_ns) for e in events]:
+            found[plane.name.removeprefix("/device:")] = events
     if found:
         return found
     for plane in (plane for plane in planes if plane.name.startswith("/host:")):
@@ -125,30 +133,29 @@ def device_events(planes: Iterable[Any], programs: Mapping[Any, Mapping[str, Sco
     return found
 
 
-def _event(event: Any, stats: Mapping[str, Any], programs: Mapping[Any, Mapping[str, Scope]], end: float) -> Event:
-    """The scope is the program's; where the operation is not found there, that of a path among its own stats."""
+def _event(event: Any, stats: Mapping[str, Any], programs: Programs, end: float) -> Event:
+    """The operation is the program's; where the program is not known, a path among the event's own stats tells."""
     name = str(stats.get("hlo_op", event.name)).split("::")[-1]
     program = programs.get(stats.get("program_id"), programs.get(stats.get("hlo_module"), {}))
-    paths = [v for k in ("tf_op", "name", "long_name") if "/" in (v := str(stats.get(k, "")))]
-    scope = program.get(name) or next(filter(None, map(scope_of, paths)), ())
-    return Event(name, scope, event.start_ns, end)
+    path = next((path for key in ("tf_op", "name") if "/" in (path := str(stats.get(key, "")))), "")
+    return Event(program.get(name, Operation(name, scope_of(path), _does(path))), event.start_ns, end)
 
 
-def read_programs(space: bytes) -> dict[Any, dict[str, Scope]]:
-    """{program id, and program name: {operation: scope}} of the programs in the plane /host:metadata."""
+def read_programs(space: bytes) -> Programs:
+    """The programs in the plane /host:metadata."""
     programs = {}
     for plane in _all(space, 1):
         if _text(plane, 2) == "/host:metadata":
             for entry in (value for pair in _all(plane, 4) for value in _all(pair, 2)):  # XEventMetadata "jit_f(7)"
                 name, _, number = _text(entry, 2).rstrip(")").partition("(")
                 for proto in (proto for stat in _all(entry, 5) for proto in _all(stat, 6)):
-                    scopes = {op: s for module in _all(proto, 1) for op, s in module_scopes(module).items()}
-                    programs |= {name: scopes} | ({int(number): scopes} if number.isdigit() else {})
+                    found = {op.name: op for module in _all(proto, 1) for op in operations(module)}
+                    programs |= {name: found} | ({int(number): found} if number.isdigit() else {})
     return programs
 
 
-def module_scopes(module: bytes) -> dict[str, Scope]:
-    """{operation: scope} of an HloModuleProto. What the compiler added, a copy in a loop, has its loop's scope."""
+def operations(module: bytes) -> list[Operation]:
+    """The operations of an HloModuleProto. One that the compiler added, a copy in a loop, has its loop's scope."""
     callers, parts = {}, {}  # both by the computation's id
     for computation in _all(module, 3):
         ops = parts[_all(computation, 5)[0]] = []
@@ -159,15 +166,18 @@ def module_scopes(module: bytes) -> dict[str, Scope]:
                 ids = [called] if isinstance(called, int) else _numbers(called)
                 callers |= dict.fromkeys(ids, (_all(computation, 5)[0], path))
 
-    def of_call(computation: int) -> Scope:
-        """The scope of the operation that calls it."""
-        caller, path = callers.get(computation, (None, ""))
-        return () if caller is None else whole(path, caller)
+    def scope(path: str, computation: int | None) -> tuple[str, ...]:
+        """That of its path, behind that of the operation that calls its computation where the path is not whole."""
+        if path.startswith("jit(") or computation not in callers:
+            return scope_of(path)
+        caller, above = callers[computation]
+        return scope(above, caller) + scope_of(path)
 
-    def whole(path: str, computation: int) -> Scope:
-        return scope_of(path) if path.startswith("jit(") else of_call(computation) + scope_of(path)
+    return [Operation(name, scope(path, c), _does(path)) for c, found in parts.items() for name, path in found]
 
-    return {name: whole(path, computation) for computation, ops in parts.items() for name, path in ops}
+
+def _does(op_name: str) -> str:
+    return op_name.split(";")[0].rpartition("/")[2]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
