@@ -91,7 +91,7 @@ def summary(files: list[Path], top: int, depth: int) -> list[str]:
     lines += ["", f"  {'operation':<30}{head}{'count':>7}  scope and what it does"]
     lines += operation_rows(times, counts, wall, top)
     if sum(ns for operation, ns in times.items() if operation.scope) < 0.5 * sum(times.values()):
-        lines += ["", NO_SCOPES]
+        lines += ["", *NO_SCOPES.splitlines()]
     return lines
 
 

@@ -103,6 +103,8 @@ def test_a_changed_config_is_named_key_by_key():
     free, others = changed_keys(before, {**now, "num_epochs": 9, "mesh": {"fsdp": 2}, "reward": reward})
     assert "  config.mesh.fsdp: 1 then, 2 now" in free
     assert (len(free), others) == (5, [])
+    traced = changed_keys(before, {**before, "profile": {"steps": (3,)}})  # the key is younger than the checkpoint
+    assert traced == (["  config.profile.steps: None then, [3] now"], [])
     others = changed_keys(before, {**before, "reward": {"options": {"omniaid": {"path": "x"}}}})[1]
     assert others == ["  config.reward.options.omniaid.path: None then, 'x' now"]
     others = changed_keys(before, {**before, "train": {"lr": 0.2}, "new": 1})[1]
