@@ -76,7 +76,7 @@ def self_times(events: Iterable[Event], start: float, end: float) -> Counter[Ope
 
 def scope_of(op_name: str) -> tuple[str, ...]:
     """The scopes in the path that XLA keeps of an operation: jit(update)/update/while/body/jvp(policy)/.../dot."""
-    parts = re.sub(r"\b(transpose|jvp|vmap)\(|\)", "", op_name.split(";")[0]).split("/")
+    parts = _parts(op_name)
     backward = "transpose(" in op_name
     return tuple("backward" if backward and part == "policy" else part for part in parts if part in SCOPES)
 
@@ -177,7 +177,12 @@ def operations(module: bytes) -> list[Operation]:
 
 
 def _does(op_name: str) -> str:
-    return op_name.split(";")[0].rpartition("/")[2]
+    return _parts(op_name)[-1]
+
+
+def _parts(op_name: str) -> list[str]:
+    """A path's names, without the transformations around them. Of joined operations, a/(b/c:d/e), the first."""
+    return re.sub(r"\b(transpose|jvp|vmap)\(|(?<=/)\(|\)", "", re.split("[;:]", op_name)[0]).split("/")
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:

@@ -114,6 +114,8 @@ def test_an_operation_knows_its_scope():
     )
     backward = "jit(update)/update/transpose(jvp(policy))/checkpoint/rematted_computation/single/attention/vmap()/dot"
     assert scope_of(backward) == ("update", "backward", "single", "attention")
+    merged = "jit(update)/update/while/body/(transpose(jvp(policy))/double/dot:transpose(jvp(policy))/double/add)"
+    assert scope_of(merged) == ("update", "backward", "double")
     assert scope_of("params['double']['img'].value") == scope_of("jit(update)/add") == scope_of("") == ()
 
     @jax.jit
