@@ -35,6 +35,7 @@ def tiny() -> ConfigDict:
     c.eval_freq = 15  # epochs between evaluations; one at epoch 0 and one at the end in any case
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # empty: none
+    c.profile = ConfigDict({"steps": ()})  # epochs of which a trace is written, from 1; 3 or later: the first compiles
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the rest
 

@@ -186,11 +186,14 @@ def accumulate(
     """
 
     def loss_fn(trainable, cond, x, x_next, mean_old, step, advantages):
-        mean, v = policy_step(velocity, params, trainable, x, step, cond)
+        with jax.named_scope("policy"):
+            mean, v = policy_step(velocity, params, trainable, x, step, cond)
         policy_loss, metrics = LOSSES[config.loss](mean, mean_old, x_next, step, advantages, config)
         loss = policy_loss
         if config.beta > 0:
-            v_ref = jax.lax.stop_gradient(velocity(params, None, x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond))
+            with jax.named_scope("reference"):
+                v_ref = velocity(params, None, x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
+            v_ref = jax.lax.stop_gradient(v_ref)
             metrics["kl_loss"] = KLS[config.kl](v, v_ref, x, step)
             loss = loss + config.beta * metrics["kl_loss"]
         return loss, ({**metrics, "loss": loss, "policy_loss": policy_loss}, mean)
@@ -214,6 +217,7 @@ def accumulate(
     return jax.tree.map(lambda g: g / count, grads), {k: reduce[k](v) for k, v in metrics.items()}, means
 
 
+@jax.named_scope("update")
 def update(
     velocity: Velocity,
     optimizer: optax.GradientTransformation,
@@ -227,14 +231,16 @@ def update(
     trained weights together) of gradient, step and weights.
     """
     grads, metrics, _ = accumulate(velocity, params, state.trainable, batch, config)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    metrics |= {"update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(state.trainable)}
-    trainable = optax.apply_updates(state.trainable, updates)
-    averaged = ema_update(state.ema, trainable, state.step, ema)
+    with jax.named_scope("optimizer"):
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        metrics |= {"update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(state.trainable)}
+        trainable = optax.apply_updates(state.trainable, updates)
+        averaged = ema_update(state.ema, trainable, state.step, ema)
     return TrainState(trainable, averaged, opt_state, state.step + 1), metrics
 
 
+@jax.named_scope("recompute")
 def recompute_means(velocity: Velocity, config: LossConfig, params: Any, trainable: Any, batch: Batch) -> Batch:
     """The batch with the means of the update's own program in place of the rollout's (`train.recompute_old`).
 

@@ -123,7 +123,8 @@ def rollout(
     cond: leaves [p, ...]; latents float32 [p, s, c]; noise float32 [w, n, s, c]. Returns the final latents float32
     [n, s, c] and the window's Trajectory. Source: RealGen's windowed rollout (Flow-GRPO-Fast).
     """
-    x = _integrate(velocity, params, trainable, latents, cond, plan.ode, 0, plan.start)
+    with jax.named_scope("prefix"):
+        x = _integrate(velocity, params, trainable, latents, cond, plan.ode, 0, plan.start)
     x, cond = jax.tree.map(lambda a: jnp.repeat(a, plan.branches, axis=0), (x, cond))
     steps = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), plan.start, plan.window), plan.noisy)
 
@@ -134,7 +135,10 @@ def rollout(
         return x_next, (x_next, mean, log_prob(x_next, mean, step.std))
 
     first = x
-    x, (after, mean, logp) = jax.lax.scan(body, x, (steps, noise))
+    with jax.named_scope("window"):
+        x, (after, mean, logp) = jax.lax.scan(body, x, (steps, noise))
     trajectory = Trajectory(jnp.concatenate([first[None], after]), mean, logp, steps)
-    x = _integrate(velocity, params, trainable, x, cond, plan.ode, plan.start + plan.window, plan.ode.sigma.shape[0])
+    stop = plan.ode.sigma.shape[0]
+    with jax.named_scope("suffix"):
+        x = _integrate(velocity, params, trainable, x, cond, plan.ode, plan.start + plan.window, stop)
     return x, trajectory

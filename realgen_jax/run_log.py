@@ -23,7 +23,7 @@ TILE = 192  # a picture's side in a grid, at least
 # or a moved reward.
 FREE_KEYS = (
     "run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "save_failure",
-    "preemption_grace", "wandb_project", "compilation_cache", "mesh.*", "prompts.cache", "prompts.device",
+    "preemption_grace", "wandb_project", "profile.*", "compilation_cache", "mesh.*", "prompts.cache", "prompts.device",
     "reward.deadline", "reward.retries", "reward.stop_*",
     "reward.batch_size", "reward.device", "reward.devices.*", "reward.share_gpu", "reward.options.*.servers",
     "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env",
@@ -183,6 +183,7 @@ class RunLog:
             row[name] = max(values) if name == "ratio_deviation" else np.mean(values)
         row["first_ratio_deviation"] = float(steps[0]["ratio_deviation"])  # before any weight moved: rounding alone
         row |= {f"seconds/{name}": s for name, s in {**seconds, **scoring}.items()}
+        row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
         figures = {"reward": f"{row['reward']:.3f}"}

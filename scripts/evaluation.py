@@ -3,9 +3,11 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -120,6 +122,7 @@ def export(folder: Path, pipe: Pipeline, trainable: Any) -> Path:
     return folder
 
 
+@partial(jax.profiler.annotate_function, name="evaluate")
 def report(run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any, history: dict[str, Any]) -> list[str]:
     """Evaluate, and show it: figures, pictures, a warning where checks fall while the reward rises. Keep the best.
 

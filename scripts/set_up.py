@@ -164,6 +164,12 @@ def check(config: ConfigDict) -> None:
         missing.append(f"config.save_failure is {config.save_failure!r}; choose stop or continue")
     if config.eval_freq < 1 or config.save_freq < 1:
         missing.append(f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 or more epochs")
+    wrong = [step for step in config.profile.steps if type(step) is not int or not 0 < step <= config.num_epochs]
+    if wrong:
+        missing.append(
+            f"config.profile.steps has {', '.join(map(repr, wrong))}; expected epochs of this run, 1 to "
+            f"{config.num_epochs} (config.num_epochs): --config.profile.steps=3,5"
+        )
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         missing.append("config.wandb_project is set, but wandb is not installed: pip install wandb")
     if missing:

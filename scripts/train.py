@@ -11,8 +11,8 @@ prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> up
 import contextlib
 import copy
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from programs import Programs, make_programs
 from scoring import Pending, scores_of_all, submit, weighted_mean
 from set_up import Run, resume_from, set_up
+from step_traces import StepTraces, phase
 
 from realgen_jax.checkpoint import RestoreError, SaveError, read_meta
 from realgen_jax.data import prompt_batches
@@ -131,8 +132,9 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
         kept = {"data": data.get_state(), "history": copy.deepcopy(history), "config": config.to_dict()}
         return kept | {"batch_sizes": dict(run.bridge.batch_sizes)}
 
-    with log:
+    with log, StepTraces(folder, config.profile.steps, log) as traces:
         for epoch in range(first, config.num_epochs + 1):
+            traces.begin(epoch + 1)
             meta = remembered()
             if stop.wanted_anywhere():
                 end_early(run, log, stop, epoch, state, meta)
@@ -143,28 +145,28 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                     break
                 if epoch == config.num_epochs:
                     break
-            clock, scored = [time.perf_counter()], dict(run.bridge.seconds)
-            calls, pending, finite = sample_epoch(run, programs, state.trainable, epoch, next(data))
-            for ok, (one, _) in zip(finite, pending, strict=True):
-                ok.block_until_ready()
-                if process_count() == 1:  # rather now than when all calls are through; several must agree
-                    one.raise_if_failed()
-                    if stop.wanted():
-                        end_early(run, log, stop, epoch, state, meta)
-                        return
-            sampled = {"latents": 0.0 if all(finite) else float("nan")}
-            stop_if_not_finite(sampled, epoch, "rollout (velocity)", run)
-            clock.append(time.perf_counter())
+            seconds, scored = {}, dict(run.bridge.seconds)
+            with phase("sample", seconds):
+                calls, pending, finite = sample_epoch(run, programs, state.trainable, epoch, next(data))
+                for ok, (one, _) in zip(finite, pending, strict=True):
+                    ok.block_until_ready()
+                    if process_count() == 1:  # rather now than when all calls are through; several must agree
+                        one.raise_if_failed()
+                        if stop.wanted():
+                            end_early(run, log, stop, epoch, state, meta)
+                            return
+                sampled = {"latents": 0.0 if all(finite) else float("nan")}
+                stop_if_not_finite(sampled, epoch, "rollout (velocity)", run)
 
-            found = scores_of_all(pending, run.recipe.layout.images)
-            groups = {name: scores.reshape(-1, run.recipe.layout.group) for name, scores in found.items()}
-            advantages = group_advantages(groups, config.reward.fn, global_std=config.sample.global_std)
-            clock.append(time.perf_counter())
+            with phase("reward_wait", seconds):
+                found = scores_of_all(pending, run.recipe.layout.images)
+                groups = {name: scores.reshape(-1, run.recipe.layout.group) for name, scores in found.items()}
+                advantages = group_advantages(groups, config.reward.fn, global_std=config.sample.global_std)
 
-            state, steps = improve(run, programs, state, calls, advantages.reshape(run.recipe.layout.calls, -1))
-            for step in steps:
-                stop_if_not_finite(step, epoch, "update", run)
-            clock.append(time.perf_counter())
+            with phase("update", seconds):
+                state, steps = improve(run, programs, state, calls, advantages.reshape(run.recipe.layout.calls, -1))
+                for step in steps:
+                    stop_if_not_finite(step, epoch, "update", run)
 
             deviation = float(steps[0]["ratio_deviation"])
             if epoch == first and deviation > 0.1 * config.train.clip_range:
@@ -172,7 +174,6 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                     f"[bold red]warning[/bold red] on unchanged weights a ratio is {deviation:.1e} away from 1, over a "
                     f"tenth of the clip range {config.train.clip_range:g}: set --config.train.recompute_old=True"
                 )
-            seconds = dict(zip(("sample", "reward_wait", "update"), np.diff(clock), strict=True))
             scoring = {f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups}
             log.train(epoch + 1, groups, weighted_mean(groups, config.reward.fn), steps, seconds, scoring)
             if (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:
@@ -183,6 +184,7 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
         log.say(f"trained weights: {export(folder / 'lora', run.pipe, state.ema)}")
 
 
+@partial(jax.profiler.annotate_function, name="checkpoint")
 def tolerate(run: Run, log: RunLog, action: Callable[[], None]) -> None:
     """Do what a failed save may end, where `config.save_failure` says so."""
     try:

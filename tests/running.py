@@ -48,8 +48,9 @@ def until(condition, process, output, seconds=240, pause=0.02):
 
 def rows(folder):
     """metrics.jsonl without what a clock has measured."""
+    clock = ("seconds/", "images_per", "reward_wait_share")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "images_per"))} for row in lines]
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in lines]
 
 
 def epochs_done(folder):

@@ -23,7 +23,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
         scores = {"embedded_detector": np.float32([[0.1, 0.3], [0.5, 0.5]]), "clip": np.float32([[1, 1], [1, 1]])}
         start, now = {"clip": 0.5, "a": 0.5}, {"clip": 0.75, "a": 0.25}
         log.evaluation(2, start, now, ["clip"], {"a": 0.125}, ["a 0.500 -> 0.250"])
-        steps, seconds = [STEP, {**STEP, "loss": 3.0}], {"sample": 1, "reward_wait": 0, "update": 1}
+        steps, seconds = [STEP, {**STEP, "loss": 3.0}], {"sample": 0.75, "reward_wait": 0.5, "update": 0.75}
         reward = (scores["clip"] + scores["embedded_detector"]) / 2
         log.train(1, scores, reward, steps, seconds, {"scoring/clip": 0.25})
         tiles = np.full((3, 3, 64, 64), 200, np.uint8)
@@ -36,6 +36,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert (row["zero_spread"], row["steps"]) == (0.5, 2)
     assert "std_ratio" not in row  # clip has no spread at all
     assert (row["images_per_second"], row["seconds/scoring/clip"]) == (2.0, 0.25)
+    assert row["reward_wait_share"] == 0.25
     assert file == tmp_path / "samples" / "grid.png"
     assert list((tmp_path / "tensorboard").glob("events*"))
     shown = capsys.readouterr().out
@@ -102,6 +103,8 @@ def test_a_changed_config_is_named_key_by_key():
     free, others = changed_keys(before, {**now, "num_epochs": 9, "mesh": {"fsdp": 2}, "reward": reward})
     assert "  config.mesh.fsdp: 1 then, 2 now" in free
     assert (len(free), others) == (5, [])
+    traced = changed_keys(before, {**before, "profile": {"steps": (3,)}})  # the key is younger than the checkpoint
+    assert traced == (["  config.profile.steps: None then, [3] now"], [])
     others = changed_keys(before, {**before, "reward": {"options": {"omniaid": {"path": "x"}}}})[1]
     assert others == ["  config.reward.options.omniaid.path: None then, 'x' now"]
     others = changed_keys(before, {**before, "train": {"lr": 0.2}, "new": 1})[1]

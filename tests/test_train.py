@@ -292,7 +292,9 @@ def test_a_run_ends_when_held_out_rewards_fall(cache, tmp_path):
 
 
 def test_a_failing_reward_stops_the_run_and_leaves_it_resumable(whole, cache, tmp_path):
-    """It returns NaN in the second epoch, before the first checkpoint; mended, the run is as if nothing had been."""
+    """It returns NaN in the second epoch, before the first checkpoint; mended, the run is as if nothing had been, and
+    as if no epoch had been traced.
+    """
     folder, _ = whole
     (tmp_path / "sick.py").write_text(
         "import os\nfrom reward_bridge.rewards.embedded import EmbeddedDetector\n"
@@ -307,15 +309,17 @@ def test_a_failing_reward_stops_the_run_and_leaves_it_resumable(whole, cache, tm
     words = [f"--config.run_root={tmp_path}", "--config.run_name=sick"]
     config = config_with(tmp_path, *lines)
     calls = 2 + 1 + 2 + 1  # the evaluation's two calls and a repeated one, the first epoch's two
-    failed = call("train.py", cache, *words, config=config, SICK=str(calls))
+    failed = call("train.py", cache, *words, "--config.profile.steps=2", config=config, SICK=str(calls))
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: reward 'embedded_detector' returned nan for image 0 ("), failed.stderr
     assert "Traceback" not in failed.stderr
     run = tmp_path / "sick"
     assert [row["epoch"] for row in rows(run) if row["kind"] == "train"] == [1]
     assert not (run / "checkpoints").exists()
-    done = call("train.py", cache, *words, "--resume", config=config, SICK="0")
+    assert list((run / "profile" / "step_2").rglob("*.xplane.pb"))
+    done = call("train.py", cache, *words, "--resume", "--config.profile.steps=3", config=config, SICK="0")
     assert done.returncode == 0, done.stderr
+    assert list((run / "profile" / "step_3").rglob("*.xplane.pb"))
     assert rows(run) == rows(folder)
     lora = "lora/pytorch_lora_weights.safetensors"
     assert (run / lora).read_bytes() == (folder / lora).read_bytes()

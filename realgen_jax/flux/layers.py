@@ -139,6 +139,7 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
+@jax.named_scope("attention")
 def attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array:
     """Softmax attention over all tokens, no mask: [n, t, h, d] -> [n, t, h d].
 

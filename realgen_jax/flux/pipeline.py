@@ -62,6 +62,7 @@ class Pipeline:
     def sigmas(self, num_steps: int) -> np.ndarray:
         return flux_sigmas(num_steps, self.height * self.width, self.scheduler)
 
+    @jax.named_scope("decode")
     def decode(self, vae_params: nnx.State, tokens: Array) -> Array:
         """Final latents [n, s, c] -> uint8 [n, 3, H, W]."""
         return decode_tokens(nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width, self.mesh)
@@ -88,6 +89,7 @@ class Pipeline:
         ode = ode_steps(self.sigmas(num_steps))
 
         @jax.jit
+        @jax.named_scope("evaluate")
         def run(params, vae_params, trainable, cond, key, ids):
             draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), self.token_shape)  # noqa: E731
             latents = jax.lax.with_sharding_constraint(jax.vmap(draw)(ids), batch_sharding(self.mesh))

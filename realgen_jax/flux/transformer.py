@@ -115,6 +115,7 @@ class DoubleBlock(nnx.Module):
         self.img = Stream(config, **kw)
         self.txt = Stream(config, **kw)
 
+    @jax.named_scope("double")
     def __call__(
         self, img: Array, txt: Array, img_mod: Array, txt_mod: Array, rope: tuple[Array, Array], mesh: Mesh | None
     ) -> tuple[Array, Array]:
@@ -141,6 +142,7 @@ class SingleBlock(nnx.Module):
         self.mlp = Linear(dim, (4, dim), **kw)
         self.proj = Linear((5, dim), dim, **kw)
 
+    @jax.named_scope("single")
     def __call__(self, x: Array, mod: Array, rope: tuple[Array, Array], mesh: Mesh | None) -> Array:
         """x [n, l + s, D], mod [n, 3D]: shift, scale, gate."""
         shift, scale, gate = jnp.split(mod, 3, axis=-1)
@@ -194,6 +196,7 @@ class FluxTransformer(nnx.Module):
 
         img, txt = _rows((self.img_in(x), self.txt_in(cond.t5)), mesh)
 
+        @jax.named_scope("modulation")
         def per_layer(mod: Linear) -> Array:
             """A quarter of the weights meets one row an image here: the rows go to the weights, and come back."""
             out = constrain(mod(constrain(vec, mesh, "data")), mesh, None, "data", ("fsdp", "tensor"))
