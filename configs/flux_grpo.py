@@ -49,7 +49,9 @@ def tiny() -> ConfigDict:
     c.pretrained.dtype = "float32"  # what the transformer computes in
     c.pretrained.param_dtype = "float32"  # what its frozen weights are kept in
     c.pretrained.vae_dtype = "float32"
-    c.pretrained.remat = "full"  # full, dots, none: what the backward pass keeps of the forward one
+    # What the backward pass keeps of the forward one. full: the blocks' inputs; attention: also what the attention
+    # gives, on NVIDIA GPUs; dots: and what all projections give; none: all it needs, nothing is computed a second time
+    c.pretrained.remat = "full"
 
     c.prompts = ConfigDict()
     c.prompts.train = str(EMBEDDED / "prompts_train.txt")

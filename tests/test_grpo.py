@@ -217,18 +217,21 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("size", "branches", "dtype"),
+    ("size", "branches", "dtype", "remat"),
     [
-        ("mid", 2, jnp.bfloat16),
-        pytest.param("tiny", 1, jnp.float32, marks=pytest.mark.slow),
-        pytest.param("tiny", 1, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("mid", 2, jnp.float32, marks=pytest.mark.slow),
+        ("mid", 2, jnp.bfloat16, "full"),
+        pytest.param("tiny", 1, jnp.float32, "full", marks=pytest.mark.slow),
+        pytest.param("tiny", 1, jnp.bfloat16, "full", marks=pytest.mark.slow),
+        pytest.param("mid", 2, jnp.float32, "full", marks=pytest.mark.slow),
+        pytest.param("mid", 2, jnp.bfloat16, "attention", marks=pytest.mark.slow),
+        pytest.param("mid", 2, jnp.bfloat16, "dots", marks=pytest.mark.slow),
+        pytest.param("mid", 2, jnp.float32, "dots", marks=pytest.mark.slow),
     ],
 )
-def test_replay_is_the_rollout_bit_for_bit(size, branches, dtype):
+def test_replay_is_the_rollout_bit_for_bit(size, branches, dtype, remat):
     """On unchanged weights the update sees exactly the means that were sampled (guard ratios are clipped at 2e-6)."""
     config, side, tokens = SIZES[size]
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, remat=remat)
     lora = LoraConfig(rank=8, alpha=16.0)
     params = nnx.state(FluxTransformer(config, nnx.Rngs(0)))
     adapters = jax.tree.map(

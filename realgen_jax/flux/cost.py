@@ -88,9 +88,11 @@ def update_flops(work: Work) -> dict[str, float]:
     m, t, d = work.model, work.tokens, work.model.hidden_dim
     last = 2.0 * d * d * t * (4 * m.num_layers + 5 * m.num_single_layers)
     ends = 2.0 * d * (work.image_tokens * 2 * m.in_channels + work.text_tokens * m.joint_attention_dim)
+    products = f["matmul"] - ends - last * (not full) + f["lora"]
     again = {
-        "full": f["matmul"] - ends - last * (not full) + f["attention"] + f["lora"],
-        "dots": f["attention"] + f["lora"] / 2,
+        "full": products + f["attention"],
+        "attention": products + f["attention"] * (not work.flash),
+        "dots": f["attention"] * (not work.flash),
         "none": 0.0,
     }[m.remat]
     base = sum(f.values()) - f["lora"]
@@ -154,60 +156,70 @@ def _block_sizes(work: Work, images: float) -> tuple[float, float, float]:
     return u, scores, d * d * jnp.dtype(m.dtype).itemsize
 
 
-def _modulation(work: Work, images: float) -> tuple[float, float]:
-    """Bytes of all blocks' modulations [layers, n, 6 D or 3 D], and of this device's part of their kernels, which XLA
-    turns to use them.
-    """
-    m, d = work.model, work.model.hidden_dim
-    per = (12 * m.num_layers + 3 * m.num_single_layers) * jnp.dtype(m.dtype).itemsize * d
-    return images * per, d * per / work.weight_parts
+def _modulation(work: Work, images: float) -> float:
+    """Bytes of all blocks' modulations, [layers, n, 6 D or 3 D]."""
+    m = work.model
+    return images * (12 * m.num_layers + 3 * m.num_single_layers) * m.hidden_dim * jnp.dtype(m.dtype).itemsize
 
 
 def saved_bytes(work: Work, images: float) -> tuple[float, float]:
     """What the forward pass of `images` on one device leaves for the backward one, in the (double, single) blocks.
 
-    In units of u = [n, T, D]. full: a block's input, 1. dots: the input and the projections' outputs, of a double
-    block qkv 3, proj 1, fc1 4, of a single one qkv 3 and mlp 4. none: all that autodiff keeps, in a double block norms
-    5, q and k before and after the rotation and v 5, fc1's output and GELU's steps 24; in a single one 2, 5 and 20; and
-    the scores twice. Trained weights also need what a gate multiplies: proj's output, and fc2's in a double block.
+    In units of u = [n, T, D]. full: a block's input, 1. attention: also what a GPU's flash kernel gives, its output 1
+    and the sums of its softmax [n, heads, T]; without one nothing more. dots: the same, and the projections' outputs,
+    of a double block qkv 3, proj 1, fc1 4, of a single one qkv 3 and mlp 4; those of adapters are products too, 8 in a
+    double block, 3 (of qkv alone) in a single one. none: all that autodiff keeps, in a double block norms 5, q and k
+    before and after the rotation, v and the attention's output 6, fc1's output and GELU's steps 24; in a single one 2,
+    6 and 20; the exponentials of the scores; and the kernels of fused projections as they were reshaped, 6 and 12 D^2.
+    Trained weights also need what a gate multiplies: proj's output, and fc2's in a double block.
     """
     m, full = work.model, work.rank == 0
-    u, scores, _ = _block_sizes(work, images)
-    double, single = {"full": (1, 1), "dots": (9 + full, 8 + full), "none": (34 + 2 * full, 27 + full)}[m.remat]
-    scores = 2 * scores if m.remat == "none" else 0.0
-    return m.num_layers * (double * u + scores), m.num_single_layers * (single * u + scores)
+    u, scores, d2 = _block_sizes(work, images)
+    flash = u + images * m.num_attention_heads * work.tokens * F32 if work.flash else 0.0
+    double, single = {
+        "full": (u, u),
+        "attention": (u + flash, u + flash),
+        "dots": ((10 if full else 17) * u + flash, (9 if full else 11) * u + flash),
+        "none": ((35 + 2 * full) * u + scores + 6 * d2, (28 + full) * u + scores + 12 * d2),
+    }[m.remat]
+    return m.num_layers * double, m.num_single_layers * single
+
+
+def _fetched(work: Work, images: float) -> float:
+    """A double block's weights, 24 D^2, where they are split and each device fetches them."""
+    return 24 * _block_sizes(work, images)[2] * (work.weight_parts > 1)
 
 
 def update_bytes(work: Work, images: float) -> float:
-    """Peak activations of an update with `images` on one device: the largest of three moments.
+    """Peak activations of an update with `images` on one device: the larger of two moments.
 
-    Backward through the single blocks: what all blocks saved, and one block's own values: 27 u (as "none" keeps them)
-    or 12 u and 3 scores (P, dP and the one in the making), whichever is more, and its sliced weights, 12 D^2. Backward
-    through the double blocks: what those saved, 34 u, 4 u (the gradient of the hidden layer), 3 scores, 18 D^2. Before
-    the blocks: room for all that will be saved, and the modulations' kernels, which XLA copies into another layout.
-    The modulations themselves are there all the time, and so is a double block's worth of fetched weights, 24 D^2,
-    where weights are split.
+    Backward through the single blocks: what all blocks saved, and one block's own values: between its two halves 21 u
+    (the hidden layer's gradient 5, GELU's steps, q, k, v and their adapters' 3 each), or in its attention 11 u and 2
+    scores (the exponentials and their gradient), whichever is more, and sliced weights, 7 D^2. Where weights train, the
+    products for their gradients come late, and what these read, 14 u, is still there. Backward through the double
+    blocks: what those saved, and 40 u and the scores in the feed-forward's gradient, or 13 u and 2 scores in the
+    attention's, and 16 D^2; the single blocks' gradients, 12 D^2 in float32, have been added to the sum by then. The
+    modulations are there all the time, and so are fetched weights.
     """
+    m, full = work.model, work.rank == 0
     u, scores, d2 = _block_sizes(work, images)
     double, single = saved_bytes(work, images)
-    modulations, turned = _modulation(work, images)
-    have = 8 if work.model.remat == "dots" else 0  # of the double block's values that were saved
+    late, added = 14 * u * full, 12 * m.hidden_dim**2 * F32 * m.num_single_layers / work.weight_parts * full
     moments = (
-        double + single + max(27 * u, 12 * u + 3 * scores) + 12 * d2,
-        double + (38 - have) * u + 3 * scores + 18 * d2,
-        double + single + turned,
+        double + single + max(21 * u, 11 * u + 2 * scores) + late + 7 * d2,
+        double + max(40 * u + scores, 13 * u + 2 * scores) + 16 * d2 - added,
     )
-    return modulations + max(moments) + 24 * d2 * (work.weight_parts > 1)
+    return _modulation(work, images) + max(moments) + _fetched(work, images)
 
 
 def forward_bytes(work: Work, images: float) -> float:
-    """Peak activations of one velocity without gradient: a single block's 14 u (its input, the norm, the hidden layer
-    and its activation, both sides of proj), or 6 u and 2 scores where that is more, and proj's sliced weights 5 D^2; or
-    both streams and the modulations' turned kernels.
+    """Peak activations of one velocity without gradient: a single block's 12 u (its input, the norm, q, k, v before and
+    after the rotation, the hidden layer) and its adapters' 3, or 6 u and 2 scores where that is more, and proj's sliced
+    weights 5 D^2; the modulations; and fetched weights.
     """
     u, scores, d2 = _block_sizes(work, images)
-    modulations, turned = _modulation(work, images)
-    return modulations + max(max(14 * u, 6 * u + 2 * scores) + 5 * d2, u + turned)
+    block = max((15 if work.rank else 12) * u, 6 * u + 2 * scores) + 5 * d2
+    return _modulation(work, images) + block + _fetched(work, images)
 
 
 def decode_bytes(work: Work, images: float) -> float:

@@ -1,5 +1,6 @@
 """The parts FLUX's blocks are made of. Shapes: n images, t tokens, D channels, h heads of d channels."""
 
+import math
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -48,19 +49,58 @@ class Linear(nnx.Module):
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
-    def __call__(self, x: Array) -> Array:
-        """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
+    def __call__(self, x: Array, mesh: Mesh | None = None) -> Array:
+        """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out].
+
+        Where `tensor` splits no parts, they are one axis in the product: XLA's CPU turns the kernel for the gradient
+        of x over several axes, which costs a sixth of that product.
+        """
         x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
         if kernel.ndim > self.axes_in + self.axes_out:
-            return x @ kernel + bias[:, None]
-        y = jnp.tensordot(x, kernel, self.axes_in) + bias
+            # batched over the layers: as one product XLA copies all kernels into another layout, in every call
+            rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
+            return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,)))) + bias[:, None]
+        lead, outs = x.shape[: x.ndim - self.axes_in], kernel.shape[self.axes_in :]
+        if mesh is None or mesh.shape["tensor"] == 1:
+            y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(outs))
+        else:
+            y = jnp.tensordot(x, kernel, self.axes_in)
+        y = y.reshape(*lead, *outs) + bias
         if self.lora_a is not None:
-            low = jnp.tensordot(x, self.lora_a[...].astype(self.dtype), 1)
-            # a product a part: as one product batched over the parts XLA computes it transposed
-            b = self.lora_b[...].astype(self.dtype)
-            delta = jnp.stack([low[..., part, :] @ b[part] for part in range(len(b))], axis=-2)
+            delta = lora_product(x, self.lora_a[...], self.lora_b[...])
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
+
+
+@jax.custom_vjp
+def lora_product(x: Array, a: Array, b: Array) -> Array:
+    """(x A) B part by part, x [..., in], A float32 [in, parts, r], B float32 [parts, r, out] -> x's dtype [..., parts,
+    out].
+
+    A product for each part, as XLA computes a batched one transposed; and gradients by hand, as autodiff's would turn
+    the wide factor of each (x, or the gradient of the output) where turning the narrow one is enough. Those of A and B
+    are summed in float32, whatever x's dtype.
+    """
+    return _lora_forward(x, a, b)[0]
+
+
+def _lora_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    low = jnp.tensordot(x, a.astype(x.dtype), 1)
+    parts = [low[..., part, :] @ b[part].astype(x.dtype) for part in range(len(b))]
+    return jnp.stack(parts, axis=-2), (x, low, a, b)
+
+
+def _lora_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    x, low, a, b = saved
+    rows, part, last = [*range(x.ndim - 1)], [x.ndim - 1], [x.ndim]
+    summed = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    g_low = jnp.moveaxis(jax.lax.dot_general(g, b.astype(g.dtype), ((last, [2]), (part, [0]))), 0, -2)
+    g_b = summed(low, g, ((rows, rows), (part, part)))
+    g_a = jnp.moveaxis(summed(g_low, x, ((rows, rows), ([], []))), -1, 0)
+    return jnp.tensordot(g_low, a.astype(g.dtype), axes=((-2, -1), (1, 2))), g_a, g_b
+
+
+lora_product.defvjp(_lora_forward, _lora_backward)
 
 
 class MLP(nnx.Module):
@@ -151,13 +191,23 @@ def attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array:
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     elif q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
-        out = jax.lax.platform_dependent(q, k, v, tpu=partial(splash_attention, mesh=mesh), default=_xla_attention)
+        out = jax.lax.platform_dependent(q, k, v, tpu=partial(splash_attention, mesh=mesh), default=plain_attention)
     else:
-        out = _xla_attention(q, k, v)
+        out = plain_attention(q, k, v)
     return out.reshape(*out.shape[:2], -1)
 
 
-_xla_attention = partial(jax.nn.dot_product_attention, implementation="xla")
+def plain_attention(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k^T / sqrt(d)) v as written: [n, t, h, d] -> [n, t, h, d]. Scores in float32.
+
+    Divided by the sum at the end, on [t, d] instead of [t, t]: its gradient takes XLA's CPU 40 % of the time of
+    jax.nn.dot_product_attention's.
+    """
+    scaled, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
+    scores = jnp.einsum("nhtd,nhsd->nhts", scaled, k, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("nhts,nhsd->nhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return jnp.swapaxes((out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype), 1, 2)
 
 
 def splash_attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None, interpret: bool = False) -> Array:

@@ -23,10 +23,20 @@ from realgen_jax.flux.layers import (
 )
 from realgen_jax.sharding import BATCH_AXES, constrain
 
+
+def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy that keeps what cuDNN's forward kernel gives, so that the backward pass does not run it again."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,  # keeps the blocks' inputs only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps every projection's output too
-    "none": jax.checkpoint_policies.everything_saveable,
+    "full": _policies.nothing_saveable,  # keeps the blocks' inputs only
+    "attention": _flash_attention,  # and the attentions' outputs, on a GPU
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _flash_attention
+    ),  # and all projections'
+    "none": _policies.everything_saveable,
 }
 _gelu = partial(jax.nn.gelu, approximate=True)
 
@@ -82,9 +92,9 @@ def _rows(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda a: constrain(a, mesh, BATCH_AXES), tree)
 
 
-def _qkv(x: Array, project: Linear, norm: QKNorm, head_dim: int) -> tuple[Array, Array, Array]:
+def _qkv(x: Array, project: Linear, norm: QKNorm, head_dim: int, mesh: Mesh | None) -> tuple[Array, Array, Array]:
     """[n, t, D] -> normalised q, k and plain v, each [n, t, h, d]."""
-    q, k, v = rearrange(project(x), "n t three (h d) -> three n t h d", d=head_dim)
+    q, k, v = (rearrange(a, "n t 1 (h d) -> n t h d", d=head_dim) for a in jnp.split(project(x, mesh), 3, axis=2))
     return *norm(q, k), v
 
 
@@ -123,8 +133,8 @@ class DoubleBlock(nnx.Module):
         (i_shift, i_scale, i_gate, *i_mlp), (t_shift, t_scale, t_gate, *t_mlp) = (
             jnp.split(m, 6, axis=-1) for m in (img_mod, txt_mod)
         )
-        image = _qkv(modulated_norm(img, i_shift, i_scale), self.img.qkv, self.img.norm, self.head_dim)
-        text = _qkv(modulated_norm(txt, t_shift, t_scale), self.txt.qkv, self.txt.norm, self.head_dim)
+        image = _qkv(modulated_norm(img, i_shift, i_scale), self.img.qkv, self.img.norm, self.head_dim, mesh)
+        text = _qkv(modulated_norm(txt, t_shift, t_scale), self.txt.qkv, self.txt.norm, self.head_dim, mesh)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(text, image, strict=True))
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
         txt_attended, img_attended = jnp.split(attended, [txt.shape[1]], axis=1)
@@ -147,9 +157,10 @@ class SingleBlock(nnx.Module):
         """x [n, l + s, D], mod [n, 3D]: shift, scale, gate."""
         shift, scale, gate = jnp.split(mod, 3, axis=-1)
         normed = modulated_norm(x, shift, scale)
-        q, k, v = _qkv(normed, self.qkv, self.norm, self.head_dim)
+        q, k, v = _qkv(normed, self.qkv, self.norm, self.head_dim, mesh)
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
-        return x + gate[:, None] * self.proj(jnp.concatenate([attended[:, :, None], _gelu(self.mlp(normed))], axis=2))
+        hidden = jnp.concatenate([attended[:, :, None], _gelu(self.mlp(normed, mesh))], axis=2)
+        return x + gate[:, None] * self.proj(hidden, mesh)
 
 
 class FluxTransformer(nnx.Module):

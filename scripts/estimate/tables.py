@@ -110,7 +110,12 @@ def flops_table(report: Any) -> Table:
     table.add_column("what it is")
     flops, steps = report.flops, work.steps
     products = f"{per_image / TERA:.1f} TFLOP a step and image"
-    remat = {"full": "all blocks twice", "dots": "attention twice", "none": "nothing twice"}[work.model.remat]
+    remat = {
+        "full": "all blocks twice",
+        "attention": "projections twice" if work.flash else "all blocks twice",
+        "dots": "elementwise operations twice" if work.flash else "attention twice",
+        "none": "nothing twice",
+    }[work.model.remat]
     reference = ", and the reference" if work.reference else ""
     rows = {
         "rollout": f"{steps} steps, {work.prefix:g} of them for {work.images // work.slots} images at once; {products}",
