@@ -71,7 +71,9 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x: Array) -> Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
         h = self.conv2(nnx.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        if self.conv_shortcut is not None:  # as a product: a CPU takes four times as long for a convolution of size 1
+            x = x @ self.conv_shortcut.kernel[0, 0] + self.conv_shortcut.bias[...]
+        return h + x
 
 
 class Attention(nnx.Module):
@@ -111,28 +113,27 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest neighbour to twice the size, then a 3x3 convolution.
 
-    Computed as four 2x2 convolutions of the small picture, one for each parity of the output's row and column: of the
-    kernel's three rows two always meet the same pixel, so they are added beforehand. 16 products instead of 36.
+    Computed as one 2x2 convolution of the small picture with four times the channels: of the kernel's three rows two
+    always meet the same pixel, so they are added beforehand, in one way for even and in another for odd rows of the
+    output; columns likewise. 16 products instead of 36.
     """
 
     def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
         self.conv = _conv(channels, channels, 3, config, rngs)
 
     def __call__(self, x: Array) -> Array:
-        kernel = self.conv.kernel[...]
-        pieces = []
-        for row in (0, 1):  # an even output row sees the pixels above and at its own, an odd one its own and below
-            rows = _fold(kernel, row, axis=0)
-            for column in (0, 1):
-                padding = ((1 - row, row), (1 - column, column))
-                pieces.append(
-                    jax.lax.conv_general_dilated(
-                        x.astype(kernel.dtype), _fold(rows, column, axis=1), (1, 1), padding,
-                        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    )
-                )  # fmt: skip
-        y = rearrange(jnp.stack(pieces), "(dy dx) n h w c -> n (h dy) (w dx) c", dy=2, dx=2)
-        return y + self.conv.bias[...]
+        kernel, (_, h, w, _) = self.conv.kernel[...], x.shape
+        folded = [[_fold(_fold(kernel, row, 0), column, 1) for column in (0, 1)] for row in (0, 1)]
+        y = jax.lax.conv_general_dilated(
+            x.astype(kernel.dtype), jnp.concatenate([*folded[0], *folded[1]], axis=-1), (1, 1), ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        # window (i, j) covers pixels (i - 1, j - 1) to (i, j): what even outputs of pixel (i, j) see, odd ones one on
+        y = y.reshape(*y.shape[:3], 2, 2, -1)
+        y = [
+            jnp.stack([y[:, row : row + h, column : column + w, row, column] for column in (0, 1)], 3) for row in (0, 1)
+        ]
+        return rearrange(jnp.stack(y, 2), "n h dy w dx c -> n (h dy) (w dx) c") + self.conv.bias[...]
 
 
 def _fold(kernel: Array, odd: int, axis: int) -> Array:
