@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console, Group
@@ -183,6 +184,7 @@ class RunLog:
             row[name] = max(values) if name == "ratio_deviation" else np.mean(values)
         row["first_ratio_deviation"] = float(steps[0]["ratio_deviation"])  # before any weight moved: rounding alone
         row |= {f"seconds/{name}": s for name, s in {**seconds, **scoring}.items()}
+        row |= {f"memory/{where}": used for where, used in memory().items()}
         row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
@@ -250,6 +252,17 @@ class NoLog:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
+
+
+def memory() -> dict[str, int]:
+    """Bytes in use now: of the host by this process (where /proc tells) and of its first device by live arrays."""
+    used, status, device = {}, Path("/proc/self/status"), jax.local_devices()[0]
+    if status.exists():
+        used["host"] = 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])
+    statistics = device.memory_stats()  # None on a CPU
+    arrays = (shard for array in jax.live_arrays() for shard in array.addressable_shards if shard.device == device)
+    used["device"] = statistics["bytes_in_use"] if statistics else sum(shard.data.nbytes for shard in arrays)
+    return used
 
 
 def short_name(name: str) -> str:

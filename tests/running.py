@@ -47,10 +47,10 @@ def until(condition, process, output, seconds=240, pause=0.02):
 
 
 def rows(folder):
-    """metrics.jsonl without what a clock has measured."""
-    clock = ("seconds/", "images_per", "reward_wait_share")
+    """metrics.jsonl without what was measured of time and memory."""
+    measured = ("seconds/", "images_per", "reward_wait_share", "memory/")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in lines]
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in lines]
 
 
 def epochs_done(folder):

@@ -2,10 +2,12 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realgen_jax.run_log import NoLog, RunLog, changed_keys, picture_grid, run_folder, run_lock
+from realgen_jax.run_log import NoLog, RunLog, changed_keys, memory, picture_grid, run_folder, run_lock
 
 STEP = {"loss": 1.0, "ratio_deviation": 2e-7, "grad_norm": 3.0}
 
@@ -140,3 +142,12 @@ def test_other_processes_log_nothing(tmp_path, capsys):
         log.say("a")
         log.metrics("train", 1, {"a": 1})
     assert capsys.readouterr().out == ""
+
+
+def test_memory_sees_an_array_come_and_go():
+    before = memory()
+    array = jax.block_until_ready(jnp.ones((1024, 1024)) + 1)
+    assert memory()["device"] - before["device"] >= array.nbytes
+    del array
+    assert memory()["device"] <= before["device"]
+    assert 5e7 < before["host"] < 1e11

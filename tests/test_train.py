@@ -70,6 +70,20 @@ def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_p
 
 
 @pytest.mark.slow
+def test_two_hundred_epochs_leak_nothing(cache, tmp_path):
+    """The process's memory and the arrays on its device, with evaluations and checkpoints in between."""
+    words = ["--config.num_epochs=220", "--config.eval_freq=20", "--config.save_freq=20"]
+    done = call("train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=long", *words)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()]
+    used = {row["epoch"]: row for row in lines if row["kind"] == "train"}
+    for where in ("host", "device"):
+        early, late = (np.median([used[e][f"memory/{where}"] for e in range(*r)]) for r in ((21, 121), (121, 221)))
+        print(where, early, late)
+        assert late <= 1.02 * early, where
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 2, "tensor": 2}, {"data": 4}])
 def test_four_devices_do_what_one_does(whole, cache, tmp_path, mesh):
     folder, _ = whole
