@@ -1,5 +1,6 @@
 """What the documentation tells people to type: flags and keys exist, files parse."""
 
+import os
 import re
 import subprocess
 import sys
@@ -59,3 +60,14 @@ def test_the_job_scripts_parse():
     grace = next(word for word in train["args"] if word.startswith("--config.preemption_grace="))
     assert float(grace.split("=")[1]) < pods["template"]["spec"]["terminationGracePeriodSeconds"]
     assert Path(train["command"][1]).name == "train.py"
+
+
+def test_xla_knows_the_flags_of_the_documents():
+    """jaxlib aborts at an unknown flag, its CPU build too."""
+    flags = " ".join(sorted({flag for file in TEXTS for flag in re.findall(r"--xla_\w+=\w*", file.read_text())}))
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in flags
+    for more, known in (("", True), (" --xla_gpu_no_such_flag=true", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"], env={**os.environ, "XLA_FLAGS": flags + more}
+        )
+        assert (done.returncode == 0) == known
