@@ -137,6 +137,7 @@ def flux_dev_8xh200() -> ConfigDict:
     c.pretrained.model = "models/FLUX.1-dev"
     c.pretrained.dtype = "bfloat16"
     c.pretrained.param_dtype = "bfloat16"
+    c.pretrained.remat = "dots"  # 38 GiB for a sixth of the update's time; 80 GB GPUs are better off with "full"
 
     c.prompts.train = "dataset/realgen/train.txt"
     c.prompts.test = "dataset/realgen/test.txt"

@@ -92,7 +92,7 @@ def update_flops(work: Work) -> dict[str, float]:
     again = {
         "full": products + f["attention"],
         "attention": products + f["attention"] * (not work.flash),
-        "dots": f["attention"] * (not work.flash),
+        "dots": f["attention"] * (not work.flash) + f["lora"],
         "none": 0.0,
     }[m.remat]
     base = sum(f.values()) - f["lora"]
@@ -166,12 +166,12 @@ def saved_bytes(work: Work, images: float) -> tuple[float, float]:
     """What the forward pass of `images` on one device leaves for the backward one, in the (double, single) blocks.
 
     In units of u = [n, T, D]. full: a block's input, 1. attention: also what a GPU's flash kernel gives, its output 1
-    and the sums of its softmax [n, heads, T]; without one nothing more. dots: the same, and the projections' outputs,
-    of a double block qkv 3, proj 1, fc1 4, of a single one qkv 3 and mlp 4; those of adapters are products too, 8 in a
-    double block, 3 (of qkv alone) in a single one. none: all that autodiff keeps, in a double block norms 5, q and k
-    before and after the rotation, v and the attention's output 6, fc1's output and GELU's steps 24; in a single one 2,
-    6 and 20; the exponentials of the scores; and the kernels of fused projections as they were reshaped, 6 and 12 D^2.
-    Trained weights also need what a gate multiplies: proj's output, and fc2's in a double block.
+    and the sums of its softmax [n, heads, T]; without one nothing more. dots: the same, and the projections' outputs
+    without adapters, of a double block qkv 3, proj 1, fc1 4, of a single one qkv 3 and mlp 4. none: all that autodiff
+    keeps, in a double block norms 5, q and k before and after the rotation, v and the attention's output 6, fc1's
+    output and GELU's steps 24; in a single one 2, 6 and 20; the exponentials of the scores; and the kernels of fused
+    projections as they were reshaped, 6 and 12 D^2. Trained weights also need what a gate multiplies: proj's output,
+    and fc2's in a double block.
     """
     m, full = work.model, work.rank == 0
     u, scores, d2 = _block_sizes(work, images)
@@ -179,7 +179,7 @@ def saved_bytes(work: Work, images: float) -> tuple[float, float]:
     double, single = {
         "full": (u, u),
         "attention": (u + flash, u + flash),
-        "dots": ((10 if full else 17) * u + flash, (9 if full else 11) * u + flash),
+        "dots": ((9 + full) * u + flash, (8 + full) * u + flash),
         "none": ((35 + 2 * full) * u + scores + 6 * d2, (28 + full) * u + scores + 12 * d2),
     }[m.remat]
     return m.num_layers * double, m.num_single_layers * single

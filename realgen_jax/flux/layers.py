@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ from realgen_jax.sharding import BATCH_AXES, constrain
 
 LANES = 128  # a TPU's vector register is so wide
 EPS = 1e-6  # of every normalisation in FLUX
+PROJECTION = "projection"  # what rematerialisation knows the large products by
 _lecun = nnx.initializers.lecun_normal()
 
 
@@ -65,7 +67,7 @@ class Linear(nnx.Module):
             y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(outs))
         else:
             y = jnp.tensordot(x, kernel, self.axes_in)
-        y = y.reshape(*lead, *outs) + bias
+        y = checkpoint_name(y.reshape(*lead, *outs), PROJECTION) + bias
         if self.lora_a is not None:
             delta = lora_product(x, self.lora_a[...], self.lora_b[...])
             y = y + self.lora_scale * delta.reshape(y.shape)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from realgen_jax.flux.layers import (
     MLP,
+    PROJECTION,
     Linear,
     QKNorm,
     apply_rope,
@@ -30,12 +31,11 @@ def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 _policies = jax.checkpoint_policies
+_projections = _policies.save_only_these_names(PROJECTION)  # not the adapters' products: cheap, and as large
 REMAT_POLICIES = {
     "full": _policies.nothing_saveable,  # keeps the blocks' inputs only
     "attention": _flash_attention,  # and the attentions' outputs, on a GPU
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _flash_attention
-    ),  # and all projections'
+    "dots": _policies.save_from_both_policies(_projections, _flash_attention),  # and the projections' outputs
     "none": _policies.everything_saveable,
 }
 _gelu = partial(jax.nn.gelu, approximate=True)
