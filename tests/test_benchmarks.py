@@ -112,3 +112,14 @@ def test_flux_gpu_lowers_at_full_size(monkeypatch):
     ):
         program.call.trace(*program.arguments).lower(lowering_platforms=("cuda",))
         assert program.flops == pytest.approx(flops, rel=0.03)
+
+
+@pytest.mark.slow
+def test_peers_agree():
+    """peers.py compares before it times: pictures, trajectories, gradients and adapters are those of the peers."""
+    words = "--sizes", "tiny", "--peers", "eager", "--repeats", "1", "--no_save"
+    done = subprocess.run([sys.executable, BENCHMARKS / "peers.py", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[-4:]] == [
+        ["tiny", part] for part in ("sampling", "rollout", "update", "iteration")
+    ]
