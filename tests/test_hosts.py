@@ -144,7 +144,7 @@ def test_the_launcher_names_the_process_that_ended(tmp_path, end, message, statu
     program.write_text(
         "import os, sys, time\n"
         "me = [word for word in sys.argv if word.startswith('--process_id=')][0][-1]\n"
-        "print('hello from', me, flush=True)\n"
+        "os.write(1, f'hello from {me}\\n'.encode())\n"  # at once: print may write its pieces one by one
         f"if me == '1': {end}\n"
         "time.sleep(100)"
     )

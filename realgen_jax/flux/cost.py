@@ -223,13 +223,13 @@ def forward_bytes(work: Work, images: float) -> float:
 
 
 def decode_bytes(work: Work, images: float) -> float:
-    """Peak activations of the autoencoder's decoder, for those of `images` that it decodes together: two feature maps
-    of the last level's input at full size and one of its first block's; or the scores [P, P] of its attention, which no
-    flash kernel takes: the logits, the weights and, for several images, a copy.
+    """Peak activations of the autoencoder's decoder, for those of `images` that it decodes together: three feature maps
+    of the last level's input at full size; or the scores [P, P] of its attention, which no flash kernel takes: the
+    logits, the weights and, for several images, a copy.
     """
     vae, images = work.vae, decoded_at_once(work.vae, work.image_tokens, int(images))
-    narrow, wide = vae.block_out_channels[0], vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)]
-    maps = work.pixels * (2 * wide + narrow) * jnp.dtype(vae.dtype).itemsize
+    wide = vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)]
+    maps = 3 * work.pixels * wide * jnp.dtype(vae.dtype).itemsize
     return images * max(maps, (4 * work.image_tokens) ** 2 * F32 * (2 + (images > 1)))
 
 
