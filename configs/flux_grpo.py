@@ -1,6 +1,6 @@
 """GRPO on FLUX.1 with AI-image detectors as rewards (RealGen, arXiv 2512.00473).
 
-    python scripts/train.py --config configs/flux_grpo.py                      the embedded model: a laptop, 4 minutes
+    python scripts/train.py --config configs/flux_grpo.py                      the embedded model: a laptop, 2 minutes
     python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200      RealGen V1's recipe: 8 H200s, FLUX.1-dev
 
 Other machines: flux_dev_8xh200_remote, flux_dev_6x2, flux_dev_1xh200, flux_dev_16xh200. All weights instead of a LoRA:
@@ -19,7 +19,7 @@ EMBEDDED = ROOT / "realgen_jax" / "embedded"
 
 
 def tiny() -> ConfigDict:
-    """The embedded model: a 2.4 M parameter FLUX on 64x64 pictures. 2 cores, under 4 minutes, 2 GB.
+    """The embedded model: a 2.4 M parameter FLUX on 64x64 pictures. 2 cores, under 2 minutes, 2 GB.
 
     Expected: the detector's P(real) rises by 0.15 or more and the held-out checks keep up (README has the figures).
     """

@@ -70,6 +70,7 @@ def test_flux_gpu(tmp_path):
     assert "RealGen's iteration, 504 images on 7 GPUs" in printed
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     """A deeper model is no longer program, and a run compiles nothing after its first iteration."""
     _, found = run("scaling.py", tmp_path)
