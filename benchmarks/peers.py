@@ -208,14 +208,13 @@ class Theirs:
         self.cond = tuple(torch.from_numpy(np.array(a)) for a in (case.cond.t5, case.cond.clip, case.cond.guidance))
         self.latents, self.noise = torch.from_numpy(case.latents.copy()), torch.from_numpy(case.noise.copy())
         self.start = int(case.plan.start)
+        draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(case.keys[0], i), case.pipe.token_shape))
+        images = np.arange(config.sample.train_batch_size, dtype=np.int32)
+        self.sampling_latents = torch.from_numpy(np.array(draw(images)))  # those of our sampler
 
     def sampling(self) -> torch.Tensor:
-        n = self.case.config.sample.train_batch_size
-        draw = jax.vmap(
-            lambda i: jax.random.normal(jax.random.fold_in(self.case.keys[0], i), self.case.pipe.token_shape)
-        )
-        x = torch.from_numpy(np.array(draw(np.arange(n, dtype=np.int32))))
-        cond = tuple(a.repeat_interleave(n // len(a), dim=0) for a in self.cond)
+        x = self.sampling_latents
+        cond = tuple(a.repeat_interleave(len(x) // len(a), dim=0) for a in self.cond)
         return torch_peer.sample(self.model, x, self.sigmas, cond)
 
     def rollout(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -323,12 +322,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no_save", action="store_true", help="print only")
     args = parser.parse_args()
+    for name, known in (("sizes", tuple(SIZES)), ("peers", PEERS)):
+        setattr(args, name, tuple(filter(None, getattr(args, name).split(","))))
+        if unknown := set(getattr(args, name)) - set(known):
+            parser.error(f"--{name} names {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as it finds cores, when it first computes
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     torch.set_num_threads(THREADS)
     found = {}
-    for name in args.sizes.split(","):
-        found[name] = measure_size(name, args.repeats, tuple(filter(None, args.peers.split(","))))
+    for name in args.sizes:
+        found[name] = measure_size(name, args.repeats, args.peers)
     header = ["size", "part", "ours ms", "eager ms", "compiled ms", "x eager", "x compiled", "goal (eager)"]
     print_table(header, [row for name, one in found.items() for row in table_rows(name, one)])
     if not args.no_save:

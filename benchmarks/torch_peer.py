@@ -1,9 +1,9 @@
 """RealGen's training step in PyTorch, diffusers and peft: the other side of benchmarks/peers.py.
 
-Written as the reference is (SPEC: a Python loop over the schedule, one call of diffusers' FluxTransformer2DModel a
+Written as the reference is (a Python loop over the schedule, one call of diffusers' FluxTransformer2DModel a
 step, the base model reached by switching peft's adapters off), without its defects, so that both sides compute the same
-numbers. Everything float32. Nothing is left out of the reference and nothing slow is put in: embeddings and
-schedule are at hand, positions are made once.
+numbers. Everything float32. Nothing is left out of the reference and nothing slow is put in: embeddings, schedule,
+noise and positions are at hand.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from torch import Tensor
 
 @dataclass
 class TorchModel:
-    """transformer: a PeftModel; height and width count tokens."""
+    """transformer: a PeftModel; side: tokens down and across; positions: theirs, [side^2, 3]."""
 
     transformer: Any
     vae: Any
-    height: int
-    width: int
+    side: int
+    positions: Tensor
 
 
 def load(
@@ -42,19 +42,13 @@ def load(
     if compiled:
         transformer.base_model.model.compile()
         vae.decoder.compile()
-    return TorchModel(transformer.train(), vae.eval(), side, side)
-
-
-def reset(model: TorchModel, adapters: dict[str, np.ndarray]) -> None:
-    state = {f"base_model.model.{name}.weight": torch.from_numpy(array.copy()) for name, array in adapters.items()}
-    peft.set_peft_model_state_dict(model.transformer, state)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+    return TorchModel(transformer.train(), vae.eval(), side, positions)
 
 
 def velocity(model: TorchModel, x: Tensor, sigma: Tensor, cond: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     t5, clip, guidance = cond
-    positions = torch.zeros(model.height, model.width, 3)
-    positions[..., 1] += torch.arange(model.height)[:, None]
-    positions[..., 2] += torch.arange(model.width)[None]
     return model.transformer(
         hidden_states=x,
         timestep=sigma.expand(len(x)),
@@ -62,7 +56,7 @@ def velocity(model: TorchModel, x: Tensor, sigma: Tensor, cond: tuple[Tensor, Te
         pooled_projections=clip,
         encoder_hidden_states=t5,
         txt_ids=torch.zeros(t5.shape[1], 3),
-        img_ids=positions.reshape(-1, 3),
+        img_ids=model.positions,
         return_dict=False,
     )[0]
 
@@ -70,8 +64,8 @@ def velocity(model: TorchModel, x: Tensor, sigma: Tensor, cond: tuple[Tensor, Te
 def decode(model: TorchModel, tokens: Tensor) -> Tensor:
     """Packed latents -> uint8 [n, 3, H, W]."""
     n, _, c = tokens.shape
-    latents = tokens.reshape(n, model.height, model.width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    latents = latents.reshape(n, c // 4, 2 * model.height, 2 * model.width)
+    latents = tokens.reshape(n, model.side, model.side, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    latents = latents.reshape(n, c // 4, 2 * model.side, 2 * model.side)
     config = model.vae.config
     images = model.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
     return (255 * (images / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
@@ -165,8 +159,8 @@ def update(
             v_ref = velocity(model, x, sigmas[i], cond)
         kl_loss = ((v - v_ref) ** 2).mean()
         ((policy_loss + train.beta * kl_loss) / window).backward()
-        metrics["policy_loss"] += float(policy_loss) / window
-        metrics["kl_loss"] += float(kl_loss) / window
+        metrics["policy_loss"] += float(policy_loss.detach()) / window
+        metrics["kl_loss"] += float(kl_loss.detach()) / window
     metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained(model), train.max_grad_norm))
     optimizer.step()
     optimizer.zero_grad()
