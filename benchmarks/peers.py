@@ -275,6 +275,8 @@ def compare(ours: Ours, theirs: Theirs, advantages: np.ndarray) -> dict[str, flo
 
 
 def measure_size(name: str, repeats: int, peers: tuple[str, ...]) -> dict[str, Any]:
+    torch._dynamo.reset()  # its limit of recompilations counts for both sizes together,
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and beyond it torch.compile would go on uncompiled
     with tempfile.TemporaryDirectory() as folder:
         case = make_case(name, Path(folder))
         advantages = advantages_of(case, np.random.default_rng(1).standard_normal(case.config.sample.train_batch_size))
