@@ -117,6 +117,30 @@ def tiny() -> ConfigDict:
     c.reward.retries = 1
     c.reward.stop_drop = 0.05  # end the run where a held-out reward lies so far below its best, while the reward rises,
     c.reward.stop_patience = 0  # for so many evaluations in a row; 0: never
+
+    # RealBench: what scripts/evaluate.py compares models on, after the run
+    c.evaluate = ConfigDict()
+    c.evaluate.prompts = ConfigDict(  # .txt or .jsonl ("prompt", "category"); line i of each set is the same scene
+        {"short": str(EMBEDDED / "realbench_short.jsonl"), "long": str(EMBEDDED / "realbench_long.jsonl")}
+    )
+    c.evaluate.images_per_prompt = 4  # RealBench: 1
+    c.evaluate.batch_size = 64  # images of one call, made and scored
+    c.evaluate.scores = ("embedded_detector", "embedded_held_out", "embedded_prompt_accuracy", "clip_score")
+    c.evaluate.detectors = ("embedded_detector", "embedded_held_out")  # P(real): the share above 0.5 is told as well
+    c.evaluate.confidence = 0.95  # of all intervals
+    c.evaluate.resamples = 2000  # of the bootstrap, over prompts
+    c.evaluate.report_prompts = 100  # whose pictures are inside the report; all others are in its tables
+    c.evaluate.after_training = True  # train.py ends with the report
+
+    c.evaluate.arena = ConfigDict()
+    c.evaluate.arena.protocol = "balanced"  # balanced: both orders, ties kept apart; realgen: the paper's
+    c.evaluate.arena.pairs = "all"  # which entries meet: all; photographs: each with these; first: each with the first
+    c.evaluate.arena.prompts = 0  # most prompts of a set that are judged, spread evenly; 0: all
+    c.evaluate.arena.concurrency = 8  # questions asked at a time
+    c.evaluate.arena.requests_per_minute = 0.0  # most of them; 0: as many as the judge takes
+    c.evaluate.arena.timeout = 120.0  # seconds for an answer
+    c.evaluate.arena.attempts = 5  # for one question: rate limits, time-outs, answers that cannot be read
+    c.evaluate.arena.max_failures = 10  # questions in a row that came to nothing, after which the judge is left alone
     return c
 
 
@@ -183,6 +207,16 @@ def flux_dev_8xh200() -> ConfigDict:
     )
     c.reward.deadline = 600.0
     c.reward.retries = 3
+
+    c.evaluate.prompts = ConfigDict(
+        {"short": "dataset/realbench/short_prompts.txt", "long": "dataset/realbench/long_prompts.txt"}
+    )
+    c.evaluate.images_per_prompt = 1
+    c.evaluate.batch_size = 28
+    c.evaluate.scores = ("forensic_chat", "omniaid", "longclip")  # RealBench: effort, pickscore, hpsv2, hpsv3 as well
+    c.evaluate.detectors = ("forensic_chat", "omniaid")
+    c.evaluate.resamples = 10000
+    c.evaluate.after_training = False
     return c
 
 

@@ -27,7 +27,7 @@ FREE_KEYS = (
     "preemption_grace", "wandb_project", "profile.*", "compilation_cache", "mesh.*", "prompts.cache", "prompts.device",
     "reward.deadline", "reward.retries", "reward.stop_*",
     "reward.batch_size", "reward.device", "reward.devices.*", "reward.share_gpu", "reward.options.*.servers",
-    "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env",
+    "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env", "evaluate.*",
 )  # fmt: skip
 
 

@@ -27,4 +27,5 @@ def get_config() -> ConfigDict:
     c.reward.fn = ConfigDict({"embedded_detector": 1.0})
     c.reward.held_out, c.reward.metrics = ("jpeg_compressibility",), ()
     c.reward.options = ConfigDict()
+    c.evaluate.after_training = False
     return c.lock()
