@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
 from typing import Protocol
 
 import numpy as np
@@ -75,12 +74,12 @@ class RewardBridge:
         if self._closed:
             raise RuntimeError("the bridge was closed; it scores nothing more")
         names, shared = list(self.rewards) if only is None else list(only), _Images(images)
-        futures = {}
+        answers, done = {}, queue.SimpleQueue()
         for lane in self._lanes.values():
             if wanted := [name for name in lane.names if name in names]:
-                futures[lane] = Future()
-                lane.queue.put((shared, list(prompts), wanted, futures[lane]))
-        return PendingScores(futures, names)
+                answers[lane] = _Answer(done)
+                lane.queue.put((shared, list(prompts), wanted, answers[lane]))
+        return PendingScores(answers, done, names)
 
     def stuck(self) -> list[str]:
         """Rewards that are past their deadline and still have not answered: their device scores nothing more."""
@@ -97,34 +96,53 @@ class RewardBridge:
             lane.thread.join(max(0.0, end - time.monotonic()))
 
 
-class PendingScores:
-    """The scores of one submitted batch, once they are there."""
+class _Answer:
+    """What a lane finds of one batch: {reward: scores}, the error instead, or None for as long as neither is there.
 
-    def __init__(self, futures: Mapping["_Lane", Future], names: Sequence[str]):
-        self._futures, self._names = futures, names
+    No Future: an interrupt can leave its lock held, and whoever asks for it next then waits for ever. Here the caller's
+    thread takes no lock but those inside SimpleQueue, which no interrupt divides.
+    """
+
+    def __init__(self, done: queue.SimpleQueue):
+        self.found: dict[str, np.ndarray] | BaseException | None = None
+        self._done = done
+
+    def set(self, found: dict[str, np.ndarray] | BaseException) -> None:
+        self.found = found
+        self._done.put(None)
+
+
+class PendingScores:
+    """The scores of one submitted batch, once they are there. `done` wakes who waits, once for each answer."""
+
+    def __init__(self, answers: Mapping["_Lane", _Answer], done: queue.SimpleQueue, names: Sequence[str]):
+        self._answers, self._done, self._names = answers, done, names
 
     def result(self) -> dict[str, np.ndarray]:
         """{reward: float32 [n]}. Raises RewardError naming the reward that failed or ran past its deadline; what of
         the batch is still queued is then dropped.
         """
-        left = set(self._futures.values())
         try:
-            while left:
-                left = wait(left, timeout=0.05, return_when="FIRST_EXCEPTION").not_done
+            self.raise_if_failed()
+            while any(answer.found is None for answer in self._answers.values()):
+                with contextlib.suppress(queue.Empty):
+                    self._done.get(timeout=0.05)
                 self.raise_if_failed()
         except BaseException:
-            for future in self._futures.values():
-                future.cancel()
+            for answer in self._answers.values():
+                if answer.found is None:
+                    answer.set(RewardError("this batch was dropped: waiting for its scores was given up"))
             raise
-        scores = {name: score for future in self._futures.values() for name, score in future.result().items()}
+        scores = {name: score for answer in self._answers.values() for name, score in answer.found.items()}
         return {name: scores[name] for name in self._names}
 
     def raise_if_failed(self) -> None:
         """As `result`, without waiting."""
-        for lane, future in self._futures.items():
-            if future.done():
-                future.result()
-            else:
+        for lane, answer in self._answers.items():
+            found = answer.found
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
                 lane.check_deadline()
 
 
@@ -177,22 +195,22 @@ class _Lane:
         with contextlib.suppress(queue.Empty):
             while True:
                 work = self.queue.get_nowait()
-                if work is not None and work[-1].set_running_or_notify_cancel():
-                    work[-1].set_exception(RewardError("the bridge was closed before this batch was scored"))
+                if work is not None and work[-1].found is None:
+                    work[-1].set(RewardError("the bridge was closed before this batch was scored"))
         self.queue.put(None)
 
     def _work(self) -> None:
         while (work := self.queue.get()) is not None:
-            images, prompts, names, future = work
-            if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+            images, prompts, names, answer = work
+            if answer.found is not None:  # nobody waits for it any more
                 continue
             try:
                 images.wait()  # a reward's deadline does not count the rollout
-                future.set_result({name: self._score(name, images, prompts) for name in names})
+                answer.set({name: self._score(name, images, prompts) for name in names})
             except BaseException as error:  # handed to whoever waits for the scores
-                future.set_exception(error)
+                answer.set(error)
             self._running = None
-            del work, images, future  # a waiting thread must not hold a batch's memory
+            del work, images, answer  # a waiting thread must not hold a batch's memory
 
     def _score(self, name: str, images: _Images, prompts: list[str]) -> np.ndarray:
         """One reward's scores of a batch: retried, and checked."""

@@ -360,3 +360,34 @@ def test_an_interrupt_while_scores_are_pending_ends_the_process_at_once():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_interrupts_at_any_moment_leave_nothing_locked():
+    """1000 of them while batches are handed in and waited for, after each of which the bridge must still score."""
+    program = """
+        import random, signal, time
+        import torch
+        from reward_bridge.bridge import RewardBridge
+        quick = lambda x, p: torch.ones(len(p))
+        slow = lambda x, p: time.sleep(0.0002) or quick(x, p)
+        bridge = RewardBridge({"quick": quick, "slow": slow}, dict.fromkeys(["quick", "slow"], "cpu"), deadline=60,
+                              retries=0)
+        images, interrupts = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 0
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, interrupt)
+        random.seed(0)
+        for _ in range(1000):
+            try:
+                end = time.monotonic() + 0.05
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 1e-3))
+                while time.monotonic() < end:
+                    bridge.submit(images, ["x"]).result()
+            except KeyboardInterrupt:
+                interrupts += 1
+            assert list(bridge.submit(images, ["x"]).result()) == ["quick", "slow"]
+        print(interrupts > 800)
+        bridge.close()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
