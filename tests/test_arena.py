@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import signal
 import sys
 import threading
 import time
@@ -30,11 +31,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import httpx2  # noqa: E402
 import tenacity  # noqa: E402
 from browser import browser, console_errors  # noqa: E402
-from realbench import arena, human, judge  # noqa: E402
+from realbench import arena, judge  # noqa: E402
 from realbench.results import Entry, Evaluated, Judgement, PromptSet, Scored  # noqa: E402
 from realbench.standings import bradley_terry, standings  # noqa: E402
+from reward_servers import end, start, wait_until  # noqa: E402
 
-from reward_bridge.judge_server import in_thread, serving  # noqa: E402
+from reward_bridge.judge_server import serving  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 
 KEY = "sk-very/secret+key"
@@ -240,7 +242,7 @@ def test_settings_that_ask_for_what_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no HTTP header") as raised:
         run(evaluated, tmp_path)
     assert "cret" not in str(raised.value)
-    with pytest.raises(ValueError, match="one entry|only"):
+    with pytest.raises(ValueError, match="there is only"):
         run(make(tmp_path, ("base",)), tmp_path, "embedded")
 
 
@@ -355,7 +357,7 @@ def test_refusals_ties_and_what_cannot_be_read_are_kept_apart(tmp_path):
     numbers = {}  # of the pairs, as they come
 
     def reply(_, body):
-        return replies[numbers.setdefault(brightness(body) + (str(body)[-80:],), len(numbers))]
+        return replies[numbers.setdefault((*brightness(body), str(body)[-80:]), len(numbers))]
 
     with judging(reply) as server:
         judgements, said = run(evaluated, tmp_path, concurrency=1)
@@ -574,6 +576,19 @@ def test_the_stand_in_tells_what_is_wrong(tmp_path):
         pass
 
 
+def test_the_script_says_how_to_use_it():
+    process = start(["scripts/serve_judge.py", "--port=0"])
+    try:
+        first, *_ = lines = [process.stdout.readline() for _ in range(3)]
+        address = first.split()[-1]
+        assert f"{judge.URL_ENV}={address} {judge.MODEL_ENV}=embedded_held_out" in lines[2]
+        assert httpx2.get(f"{address}/models").json()["data"][0]["id"] == "embedded_held_out"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        end(process)
+
+
 # --- what it adds up to
 
 
@@ -746,3 +761,149 @@ def test_separable_answers_stay_finite():
     found = add_up(judgements, "abc", resamples=50)
     assert [one.entry for one in found.ratings] == list("abc")
     assert all(np.isfinite([one.rating, one.low, one.high]).all() for one in found.ratings)
+
+
+# --- a person
+
+
+@contextlib.contextmanager
+def page(evaluated: Evaluated, folder: Path, **changed) -> Iterator[SimpleNamespace]:
+    """judge_all waiting for a person, in a thread; `judgements` is what it returned once the page has ended it."""
+    said, result = [], []
+    thread = threading.Thread(
+        target=lambda: result.append(arena.judge_all(evaluated, settings(**changed), "human", folder, 0, said.append))
+    )
+    thread.start()
+    try:
+        wait_until(lambda: said)
+        url = said[0].split()[2]
+        yield SimpleNamespace(url=url, said=said, result=result, thread=thread)
+    finally:
+        with contextlib.suppress(httpx2.HTTPError):
+            httpx2.post(f"{url}finish", json={})
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def clicks(folder: Path) -> list[str]:
+    file = folder / "human" / "human.jsonl"
+    return [json.loads(line)["verdict"] for line in file.read_text().splitlines()]
+
+
+def test_a_person_judges_by_clicks_and_keys_and_goes_on_later(tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    evaluated = make(tmp_path / "pictures", lines=5)
+
+    def ready(driver):
+        return driver.execute_script("return ready || pair === null")
+
+    with browser(1280, 800) as driver:
+
+        def press(key):
+            wait_until(lambda: ready(driver))
+            driver.find_element(By.TAG_NAME, "body").send_keys(key)
+
+        def count(text):
+            wait_until(lambda: driver.find_element(By.ID, "count").text == text and ready(driver))
+
+        with page(evaluated, tmp_path) as served:
+            driver.get(served.url)
+            count("0 of 5")
+            assert driver.execute_script("return [...document.images].every(i => i.naturalWidth === 16)")
+            assert "a prompt, number" in driver.find_element(By.ID, "prompt").text
+            html = driver.page_source
+            assert not any(word in html for word in ("base", "tuned", str(tmp_path), evaluated.pictures[0].sha256))
+            driver.find_element(By.ID, "left").click()
+            count("1 of 5")
+            press(Keys.ARROW_RIGHT)
+            count("2 of 5")
+            press(Keys.ARROW_DOWN)
+            count("3 of 5")
+            assert clicks(tmp_path) == ["first", "second", "tie"]
+            press(Keys.BACK_SPACE)
+            count("2 of 5")
+            driver.find_element(By.ID, "choose-left").click()
+            count("3 of 5")
+            assert clicks(tmp_path) == ["first", "second", "tie", "undone", "first"]
+            driver.find_element(By.ID, "finish").click()
+            served.thread.join(10)
+            (judgements,) = served.result
+        assert [j.verdict for j in judgements] == ["first", "second", "first"]
+        assert "judged 3 of 5 pairs; the same command goes on" in served.said[-1]
+        with page(evaluated, tmp_path) as served:
+            driver.get(served.url)
+            count("3 of 5")
+            press(Keys.ARROW_LEFT)
+            count("4 of 5")
+            press(Keys.ARROW_LEFT)
+            count("5 of 5")
+            assert "All pairs are judged" in driver.find_element(By.ID, "message").text
+            press(Keys.BACK_SPACE)
+            count("4 of 5")
+            press(Keys.ARROW_DOWN)
+            count("5 of 5")
+            driver.find_element(By.ID, "finish").click()
+            served.thread.join(10)
+            (judgements,) = served.result
+            wait_until(lambda: "Finished" in driver.find_element(By.ID, "message").text)
+        assert [j.verdict for j in judgements] == ["first", "second", "first", "first", "tie"]
+        assert not console_errors(driver)
+    said = []
+    again = arena.judge_all(
+        evaluated, settings(), "human", tmp_path, 7, said.append
+    )  # shown in another order, if at all
+    assert {str(j) for j in again} == {str(j) for j in judgements}
+    assert not said
+
+
+def test_the_page_reads_on_a_phone(tmp_path):
+    from selenium.webdriver.common.by import By
+
+    with browser(390, 844) as driver, page(make(tmp_path / "pictures", size=64), tmp_path) as served:
+        driver.get(served.url)
+        wait_until(lambda: driver.execute_script("return ready"))
+        size = driver.execute_script("const d = document.documentElement; return [d.scrollWidth, d.scrollHeight]")
+        assert size == [390, 844]  # nothing to scroll
+        boxes = [driver.find_element(By.ID, name).rect for name in ("left", "right", "choose-tie", "finish")]
+        assert all(box["width"] > 40 and box["height"] > 25 and box["x"] >= 0 for box in boxes)
+        assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one above the other
+        assert boxes[0]["height"] > 200
+        driver.find_element(By.ID, "right").click()
+        wait_until(lambda: driver.find_element(By.ID, "count").text == "1 of 3")
+        assert not console_errors(driver)
+
+
+def test_the_page_is_closed_to_other_sites_and_bad_requests(tmp_path):
+    evaluated = make(tmp_path / "pictures")
+    with page(evaluated, tmp_path) as served:
+        root = served.url.rsplit("/", 2)[0]
+        assert httpx2.get(served.url).headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert httpx2.get(served.url, headers={"Host": "evil.example"}).status_code == 400
+        vote = {"pair": 0, "verdict": "first"}
+        assert httpx2.post(f"{root}/verdict", json=vote).status_code == 404
+        assert httpx2.post(f"{root}/guess/verdict", json=vote).status_code == 404
+        assert httpx2.post(f"{served.url}verdict", json=vote, headers={"Host": "evil.example"}).status_code == 400
+        assert httpx2.get(f"{served.url}verdict").status_code == 405
+        for wrong in (b"", b"[]", b'{"verdict": "best", "pair": 0}'):
+            assert httpx2.post(f"{served.url}verdict", content=wrong).status_code == 400
+        assert httpx2.get(f"{served.url}picture/99/left").status_code == 404
+        assert httpx2.get(f"{served.url}picture/0/..%2f..").status_code == 404
+        for _ in range(2):  # the second click on a pair is none
+            assert httpx2.post(f"{served.url}verdict", json=vote).json()["done"] == 1
+        for unknown in (0, 99, "1", None, [1]):
+            assert httpx2.post(f"{served.url}verdict", json={"pair": unknown, "verdict": "tie"}).json()["done"] == 1
+        assert clicks(tmp_path) == ["first"]
+
+
+def test_a_picture_that_cannot_be_shown_is_left_out(tmp_path):
+    evaluated = make(tmp_path / "pictures")
+    with page(evaluated, tmp_path) as served:
+        first = httpx2.get(f"{served.url}pair").json()["pair"]
+        line = int(httpx2.get(f"{served.url}pair").json()["prompt"][-1])
+        (tmp_path / "pictures" / f"base_{line}.png").unlink()
+        sides = [httpx2.get(f"{served.url}picture/{first}/{side}").status_code for side in ("left", "right")]
+        assert sorted(sides) == [200, 410]
+        assert httpx2.get(f"{served.url}pair").json()["pair"] != first
+    assert any(f"base_{line}.png" in text and "left out" in text for text in served.said)

@@ -68,7 +68,9 @@ def standings(
     where fewer than two prompts stand behind the number.
     """
     lines = sorted({judgement.line for judgement in judgements})
-    draws = rng.multinomial(len(lines), [1 / len(lines)] * len(lines), settings.resamples) if lines else None
+    draws = np.zeros((0, 0))
+    if lines:  # how often each of them is in each resample
+        draws = rng.multinomial(len(lines), [1 / len(lines)] * len(lines), settings.resamples).astype(float)
     row = {line: i for i, line in enumerate(lines)}
 
     def interval(total: np.ndarray, count: np.ndarray) -> Interval:
