@@ -94,6 +94,8 @@ def judge_and_protocol(judge: str, settings) -> tuple[str, str]:
         return "human", "human"
     if settings.protocol not in ("realgen", "balanced"):
         raise ValueError(f"config.evaluate.arena.protocol is {settings.protocol!r}; expected balanced or realgen")
+    if min(settings.concurrency, settings.attempts, settings.max_failures) < 1:
+        raise ValueError("config.evaluate.arena: concurrency, attempts and max_failures are 1 or more")
     if judge not in ("embedded", "api"):
         raise ValueError(f"there is no judge {judge!r}; choose embedded, api or human")
     return STAND_IN if judge == "embedded" else endpoint_from_environment().model, settings.protocol
@@ -137,9 +139,12 @@ def judge_all(
                 say(f"WARNING: arena: {name} is left alone: {outcome.stopped}")
     judgements = [found for q in asked if (found := judgement_of(q, known, protocol)) is not None]
     if len(judgements) < len(asked):
+        orders = 2 if rules["both_orders"] else 1
+        answered = Counter((j.set, j.line, frozenset((j.first, j.second))) for j in judgements)
+        whole = sum(n == orders for n in answered.values())
         say(
-            f"WARNING: arena: {name} has judged {len(judgements)} of {len(asked)} "
-            f"{'pairs in both orders' if rules['both_orders'] else 'pairs'}; the same command goes on from there"
+            f"WARNING: arena: {name} has judged {whole} of {len(asked) // orders} pairs"
+            f"{' in both orders' if orders == 2 else ''}; the same command goes on from there"
         )
     return judgements
 
