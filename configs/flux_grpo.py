@@ -141,6 +141,7 @@ def tiny() -> ConfigDict:
     c.evaluate.arena.timeout = 120.0  # seconds for an answer
     c.evaluate.arena.attempts = 5  # for one question: rate limits, time-outs, answers that cannot be read
     c.evaluate.arena.max_failures = 10  # questions in a row that came to nothing, after which the judge is left alone
+    c.evaluate.arena.port = 0  # of the page where a person judges; 0: a free one
     return c
 
 
