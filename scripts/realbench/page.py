@@ -38,10 +38,7 @@ def by_item(evaluated: Evaluated) -> dict[Item, dict[str, Scored]]:
 
 
 def pairs(evaluated: Evaluated, items: Mapping[Item, Mapping[str, Scored]], measure: str) -> list[dict[str, Any]]:
-    """The largest gains and losses of each generated entry against the first, where that is generated too.
-
-    Half of the pictures at most on either side, so that none is shown as both.
-    """
+    """The largest gains and losses of each generated entry against the first, where that is generated too."""
     first, *others = evaluated.entries
     if first.kind not in GENERATED:
         return []
@@ -53,24 +50,31 @@ def pairs(evaluated: Evaluated, items: Mapping[Item, Mapping[str, Scored]], meas
                 for item, of in items.items()
                 if first.name in of and other.name in of
             }
-            order = sorted(change, key=lambda item: -change[item])
-            count, gains = min(SHOWN, len(order) // 2), sum(1 for value in change.values() if value > 0)
-            if order:
-                found.append({"entry": other.name, "pairs": len(order), "gains": gains})
-                found[-1] |= {"most": order[:count], "least": order[::-1][:count]}
+            gains = sum(value > 0 for value in change.values())
+            if change:
+                found.append({"entry": other.name, "pairs": len(change), "gains": gains, **_ends(change)})
     return found
 
 
 def extremes(evaluated: Evaluated, measure: str) -> list[dict[str, Any]]:
-    """Each entry's pictures that score highest and lowest; none twice."""
+    """Each entry's pictures that score highest and lowest."""
     found = []
     for entry in evaluated.entries:
-        own = sorted((p for p in evaluated.pictures if p.entry == entry.name), key=lambda p: -p.scores[measure])
-        unique = list({p.sha256: (p.set, p.line, p.copy) for p in reversed(own)}.values())[::-1]
-        count = min(SHOWN, len(unique) // 2)
-        if count:
-            found.append({"entry": entry.name, "most": unique[:count], "least": unique[::-1][:count]})
+        own = {(p.set, p.line, p.copy): p.scores[measure] for p in evaluated.pictures if p.entry == entry.name}
+        if len(own) > 1:
+            found.append({"entry": entry.name, **_ends(own)})
     return found
+
+
+def _ends(values: Mapping[Item, float]) -> dict[str, list[Item]]:
+    """The items of the largest and of the smallest values: one a prompt, and of half of the prompts at most."""
+    up = sorted(values, key=lambda item: values[item])
+    least, most = ({item[:2]: item for item in reversed(order)} for order in (up, up[::-1]))  # the first one stays
+    count = min(SHOWN, -(-len(most) // 2))
+    return {
+        "most": sorted(most.values(), key=lambda item: -values[item])[:count],
+        "least": sorted(least.values(), key=lambda item: values[item])[:count],
+    }
 
 
 def inside(evaluated: Evaluated, settings: ConfigDict, shown: Sequence[Mapping[str, Any]]) -> set[Item]:

@@ -26,7 +26,7 @@ def colour(place: int) -> str:
 
 
 def _layout(height: int, **more: Any) -> dict[str, Any]:
-    margin = {"l": 44, "r": 12, "t": 8, "b": 34}
+    margin = {"l": 44, "r": 12, "t": 8, "b": 28}
     return {"height": height, "margin": margin, "showlegend": False, **more}
 
 
@@ -37,7 +37,7 @@ def _plain(figure: go.Figure) -> dict[str, Any]:
     return found
 
 
-def distributions(evaluated: Evaluated, detectors: Sequence[str]) -> dict[str, dict[str, dict]]:
+def distributions(evaluated: Evaluated) -> dict[str, dict[str, dict]]:
     """{set: {reward: histograms of all entries, each adding up to 100 %}}."""
     names, found = [one.name for one in evaluated.sets], {}
     for name in [*names, ALL] if len(names) > 1 else names:
@@ -50,7 +50,8 @@ def distributions(evaluated: Evaluated, detectors: Sequence[str]) -> dict[str, d
             every = np.concatenate([np.float64(values) for values in scores.values()])
             if not len(every):
                 continue
-            span = (0.0, 1.0) if reward in detectors else (every.min(), every.max())
+            low, high = float(every.min()), float(every.max())
+            span = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)  # probabilities are shown as such
             edges = np.histogram_bin_edges(every, BINS, span)
             figure = go.Figure(layout=_layout(HEIGHT, hovermode="x unified"))
             for place, (entry, values) in enumerate(scores.items()):
@@ -128,7 +129,8 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # still being written, or cut off by a kill
             break
     metrics, found = Metrics(rows), []
-    roles = [(name, "trained on") for name in config.reward.fn]
+    weights = config.reward.fn
+    roles = [(name, "trained on") for name in sorted(weights, key=lambda name: -weights[name])]
     roles += [(name, "held out") for name in config.reward.held_out]
     roles += [(name, "check, lower is better") for name in config.reward.metrics]
     for name, role in roles:
@@ -145,13 +147,17 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
                 y=values,
                 name=label,
                 mode="lines+markers" if test else "lines",
-                line={"color": colour(place if test else 0), "width": 2.25 if test else 1.25},
+                line={"color": colour(place if test else 0), "width": 2.25 if test else 1},
                 marker={"size": 7},
                 hovertemplate="%{y:.3f}",
+                cliponaxis=False,
             )
         if figure.data:
             figure.update_xaxes(title={"text": "epoch", "standoff": 4}, nticks=7, rangemode="tozero")
             figure.update_yaxes(nticks=5)
+            every = np.concatenate([np.float64(trace.y) for trace in figure.data])
+            if np.ptp(every) < 1e-6:  # else plotly's axis would reach from nought to twice the value
+                figure.update_yaxes(range=[every[0] - 0.05, every[0] + 0.05])
             found.append({"name": short_name(name), "role": role, "figure": _plain(figure)})
     return found
 
@@ -181,7 +187,7 @@ def arena_matrix(matches: Sequence[Any], entries: Sequence[str]) -> dict[str, An
             hovertemplate="%{y} preferred to %{x}: %{text}<extra></extra>",
             hoverongaps=False,
         ),
-        layout=_layout(84 + 56 * len(met)),
+        layout=_layout(max(HEIGHT, 60 + 56 * len(met))),
     )
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False, ticks="")
     figure.update_xaxes(side="top", automargin=True, showgrid=False, ticks="")
@@ -193,7 +199,7 @@ def arena_ratings(ratings: Sequence[Any], entries: Sequence[str]) -> dict[str, A
     order = sorted(ratings, key=lambda one: one.rating)
     value, low, high = (np.array([getattr(one, key) for one in order]) for key in ("rating", "low", "high"))
     colours = [colour(entries.index(one.entry)) for one in order]
-    figure = go.Figure(layout=_layout(84 + 56 * len(order), hovermode="closest"))
+    figure = go.Figure(layout=_layout(max(HEIGHT, 60 + 56 * len(order)), hovermode="closest"))
     for i, one in enumerate(order):  # an error bar has one colour a trace
         bar = {"type": "data", "array": [high[i] - value[i]], "arrayminus": [value[i] - low[i]]}
         figure.add_scatter(
@@ -206,6 +212,6 @@ def arena_ratings(ratings: Sequence[Any], entries: Sequence[str]) -> dict[str, A
             marker={"color": colours[i], "size": 11},
             hovertemplate=f"%{{y}}: %{{x:.0f}} [{low[i]:.0f}, {high[i]:.0f}]<extra></extra>",
         )
-    figure.update_yaxes(automargin=True)
+    figure.update_yaxes(automargin=True, range=[-0.6, len(order) - 0.4])
     figure.update_xaxes(nticks=6)
     return _plain(figure)

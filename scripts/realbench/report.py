@@ -50,7 +50,7 @@ def write_report(
     names, sets = [one.name for one in evaluated.entries], list(dict.fromkeys(row.set for row in rows))
     curves = plots.curves(folder, config)
     figures = {
-        "distributions": plots.distributions(evaluated, config.evaluate.detectors),
+        "distributions": plots.distributions(evaluated),
         "categories": plots.categories(rows, names),
         "curves": [curve["figure"] for curve in curves],
     }
@@ -134,7 +134,8 @@ def number(value: float, kind: str = MEAN) -> str:
 
 
 def signed(value: float, kind: str = MEAN) -> str:
-    text = number(value, kind)
+    """A difference; of shares in percentage points."""
+    text = number(value, kind).replace("%", "pp")
     return text if text.startswith((MINUS, NOTHING)) else "+" + text
 
 
@@ -186,7 +187,7 @@ def _facts(config: ConfigDict, evaluated: Evaluated) -> list[tuple[str, str]]:
             ("Pictures a prompt", f"{settings.images_per_prompt}"),
             ("Seed", f"{config.seed}"),
         ]
-    return [*facts, ("Intervals", f"{100 * settings.confidence:g} %, {settings.resamples:,} resamples of prompts")]
+    return [*facts, ("Intervals", f"{100 * settings.confidence:g} %, {settings.resamples:,} resamples")]
 
 
 def _leads(evaluated: Evaluated, rows: Sequence[Row], settings: ConfigDict) -> list[dict[str, Any]]:
@@ -217,7 +218,8 @@ def _tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
         lines = []
         for (measure, kind), own in measures.items():
             best = max((row.value for row in own if row.pictures), default=math.nan)
-            columns = [{"row": row, "sure": certain(row), "best": len(own) > 1 and row.value == best} for row in own]
+            alone = sum(row.value == best for row in own) == 1 < len(own)
+            columns = [{"row": row, "sure": certain(row), "best": alone and row.value == best} for row in own]
             lines.append({"measure": measure, "kind": kind, "columns": columns})
         found.append({"set": name, "category": category, "lines": lines, "entries": [c["row"] for c in columns]})
     return found
@@ -251,14 +253,10 @@ def _markdown(
         parts += ["", "## Arena", "", f"Judge {standings.judge}, protocol {standings.protocol}.", ""]
         counted = ("wins", "losses", "ties", "pairs", "refused", "unreadable", "incomplete")
         head = ["match", "win rate", *counted]
-        lines = [
-            [
-                f"{m.a} against {m.b}",
-                f"{percent(m.win_rate)} [{percent(m.low)}, {percent(m.high)}]",
-                *(getattr(m, name) for name in counted),
-            ]
-            for m in standings.matches
-        ]
+        lines = []
+        for m in standings.matches:
+            rate = f"{percent(m.win_rate)} [{percent(m.low)}, {percent(m.high)}]"
+            lines.append([f"{m.a} against {m.b}", rate, *(getattr(m, name) for name in counted)])
         parts += [*_table(head, lines), ""]
         lines = [[one.entry, f"{one.rating:.0f} [{one.low:.0f}, {one.high:.0f}]"] for one in standings.ratings]
         share, low, high = standings.first_share
