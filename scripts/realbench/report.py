@@ -62,7 +62,6 @@ def write_report(
     environment.filters |= {
         "short": short_name, "number": number, "signed": signed, "percent": percent, "json": script_json
     }  # fmt: skip
-    sizes = {(p.width, p.height) for p in evaluated.pictures}
     page = environment.get_template("report.html").render(
         title=_title(evaluated),
         folder=folder.name,
@@ -80,7 +79,6 @@ def write_report(
         curves=curves,
         standings=standings,
         embedded=len(images),
-        small=max((max(size) for size in sizes), default=0) <= 128,
         data=data,
         images=images,
         figures=figures,
