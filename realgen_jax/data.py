@@ -13,6 +13,11 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises FileNotFoundError, or ValueError naming the first bad line.
     """
+    return [prompt for prompt, _ in read_categorised(path)]
+
+
+def read_categorised(path: str | Path) -> list[tuple[str, str]]:
+    """As `read_prompts`, each with its "category"; "" where the line names none."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a prompt file (.txt, one a line, or .jsonl)")
@@ -20,7 +25,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ValueError(f"{path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl")
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
+        where, category = f"{path}, line {number}", ""
         if not line.strip():
             raise ValueError(f"{where} is blank; every line is a prompt")
         if path.suffix == ".jsonl":
@@ -31,7 +36,10 @@ def read_prompts(path: str | Path) -> list[str]:
             line = record.get("prompt") if isinstance(record, dict) else None
             if not isinstance(line, str) or not line.strip():
                 raise ValueError(f'{where} has no "prompt"; expected a JSON object with a text under "prompt"')
-        prompts.append(line.strip())
+            category = record.get("category") or ""
+            if not isinstance(category, str):
+                raise ValueError(f'{where} has {category!r} under "category"; expected a text')
+        prompts.append((line.strip(), category.strip()))
     if not prompts:
         raise ValueError(f"{path} is empty; expected at least one prompt")
     return prompts

@@ -52,6 +52,12 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
     return values if process_count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(0)
 
 
+def wait_for_all(name: str, seconds: int = 7 * 24 * 3600) -> None:
+    """Wait until every process is here, without the devices: one may be at work for hours. Each name once."""
+    if process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(name, 1000 * seconds)
+
+
 def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Host data, the same in every process, on the devices. None: the default device."""
     if sharding is None or sharding.is_fully_addressable:

@@ -12,6 +12,7 @@ import numpy as np
 from encode_prompts import ensure_encoded
 from ml_collections import ConfigDict
 from programs import Recipe, abstract_state, check_mesh, make_recipe
+from realbench.prompts import read_sets
 
 from realgen_jax.checkpoint import Checkpoints, newest_good, read_meta
 from realgen_jax.data import read_prompts
@@ -67,7 +68,9 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     shared = reserve(used, config.reward.share_gpu)
     prompts, test_prompts = read_prompts(config.prompts.train), read_prompts(config.prompts.test)
     # text encoders and rewards come before JAX, which takes what it finds of the memory of its devices
-    cache = ensure_encoded([*prompts, *test_prompts], config.pretrained.model, config.prompts)
+    sets = read_sets(config.evaluate.prompts) if reports(config) else []
+    texts = [*prompts, *test_prompts, *(prompt for one in sets for prompt in one.prompts)]
+    cache = ensure_encoded(texts, config.pretrained.model, config.prompts)
     options = config.reward.options.to_dict()
     rewards = {name: make_reward(name, devices[name], options.get(name, {})) for name in devices}
     metrics = {name: make_metric(name, metrics_device, options.get(name, {})) for name in config.reward.metrics}
@@ -143,21 +146,9 @@ def check(config: ConfigDict) -> None:
     names = [*reward.fn, *reward.held_out]
     if twice := {name for name in names if names.count(name) > 1}:
         missing.append(f"{', '.join(sorted(twice))}: trained on and held out at once, in config.reward; choose one")
-    options = reward.options.to_dict()
-    local = [name for name in names if "servers" not in options.get(name, {})]  # servers know their own
-    for name in local:
-        for option, file in sorted(options.get(name, {}).items()):
-            if option in FILES and file and not Path(file).expanduser().exists():
-                missing.append(
-                    f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
-                    "README.md, Rewards, says where the weights come from"
-                )
-    for kind, wanted, known in (
-        ("reward", local, REWARDS),
-        ("metric", reward.metrics, METRICS),
-    ):
-        if unknown := [name for name in wanted if name not in known]:
-            missing.append(f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+    missing += missing_rewards(reward, names + (list(config.evaluate.scores) if reports(config) else []))
+    if unknown := [name for name in reward.metrics if name not in METRICS]:
+        missing.append(f"there is no metric {', '.join(unknown)}; choose from {', '.join(sorted(METRICS))}")
     if config.pretrained.lora and not config.train.lora:
         missing.append("config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters")
     if config.save_failure not in ("stop", "continue"):
@@ -176,15 +167,38 @@ def check(config: ConfigDict) -> None:
         raise ValueError("\n".join(missing))
 
 
-def reward_devices(reward: ConfigDict) -> dict[str, str]:
-    """The torch device of every reward: its own in `reward.devices`, else the CPU for what servers score, else
-    `reward.device`.
+def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
+    """What these rewards lack: a line for each weights file that is not there, and for names that no reward has."""
+    missing, options = [], reward.options.to_dict()
+    local = [name for name in dict.fromkeys(names) if "servers" not in options.get(name, {})]  # servers know their own
+    for name in local:
+        for option, file in sorted(options.get(name, {}).items()):
+            if option in FILES and file and not Path(file).expanduser().exists():
+                missing.append(
+                    f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
+                    "README.md, Rewards, says where the weights come from"
+                )
+    if unknown := [name for name in local if name not in REWARDS]:
+        missing.append(f"there is no reward {', '.join(unknown)}; choose from {', '.join(sorted(REWARDS))}")
+    return missing
+
+
+def reports(config: ConfigDict) -> bool:
+    """Whether this run ends with RealBench's report."""
+    return config.evaluate.after_training and process_count() == 1
+
+
+def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> dict[str, str]:
+    """The torch device of each of these rewards (default: the run's): its own in `reward.devices`, else the CPU for
+    what servers score, else `reward.device`.
     """
+    run = (*reward.fn, *reward.held_out)
+    names = run if names is None else names
     remote = {name: "cpu" for name in reward.options if "servers" in reward.options[name]}
     own = remote | reward.devices.to_dict()
-    if unknown := set(reward.devices) - {*reward.fn, *reward.held_out}:
+    if unknown := set(reward.devices) - {*run, *names}:
         raise ValueError(f"config.reward.devices names {', '.join(sorted(unknown))}, which is no reward of this run")
-    return {name: resolve(own.get(name, reward.device)) for name in (*reward.fn, *reward.held_out)}
+    return {name: resolve(own.get(name, reward.device)) for name in names}
 
 
 def first_state(recipe: Recipe, pipe: Pipeline, key: jax.Array) -> TrainState:

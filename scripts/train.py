@@ -6,10 +6,12 @@
     python scripts/launch.py --processes 2 scripts/train.py --config ...      several processes (docs/clusters.md)
 
 prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> update -> checkpoint
+At the end, where config.evaluate.after_training says so, RealBench's report on the run (scripts/evaluate.py).
 """
 
 import contextlib
 import copy
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,13 +28,19 @@ from command_line import parse_flags
 from evaluation import export, report
 from ml_collections import ConfigDict, config_flags
 from programs import Programs, make_programs
+from realbench.benchmark import build_report
+from realbench.benchmark import evaluate as benchmark
+from realbench.entries import BASE, TAKEN, read_entries
+from realbench.prompts import SAFE, read_sets
+from rich.console import Console
 from scoring import Pending, scores_of_all, submit, weighted_mean
-from set_up import Run, resume_from, set_up
+from set_up import Run, reports, resume_from, set_up
 from step_traces import StepTraces, phase
 
 from realgen_jax.checkpoint import RestoreError, SaveError, read_meta
 from realgen_jax.data import prompt_batches
 from realgen_jax.flux.convert import leaves
+from realgen_jax.flux.text import TextCache
 from realgen_jax.grpo import Batch, TrainState, group_advantages
 from realgen_jax.hosts import process_count, process_index, put, sum_over_processes
 from realgen_jax.run_log import NoLog, RunLog, run_folder, run_lock
@@ -108,9 +116,9 @@ def stop_if_not_finite(values: Mapping[str, float], epoch: int, phase: str, run:
         )
 
 
-def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) -> None:
+def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) -> bool:
     """Sample, score, improve and save until `num_epochs` are done, the held-out rewards say that it is enough, or
-    SIGTERM ends it. `resumed` is the epoch of the checkpoint to go on from.
+    SIGTERM ends it. `resumed` is the epoch of the checkpoint to go on from. Returns whether the run is over.
     """
     config, folder, programs = run.config, run.folder, make_programs(run.recipe, run.pipe)
     data = prompt_batches(len(run.prompts), run.recipe.layout.groups, config.seed)
@@ -138,7 +146,7 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
             meta = remembered()
             if stop.wanted_anywhere():
                 end_early(run, log, stop, epoch, state, meta)
-                return
+                return False
             if epoch % config.eval_freq == 0 or epoch == config.num_epochs:
                 if reasons := report(run, programs, log, epoch, state.ema, history):
                     log.say(f"[bold red]stopped[/bold red] after {epoch} epochs: {'; '.join(reasons)}")
@@ -154,7 +162,7 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                         one.raise_if_failed()
                         if stop.wanted():
                             end_early(run, log, stop, epoch, state, meta)
-                            return
+                            return False
                 sampled = {"latents": 0.0 if all(finite) else float("nan")}
                 stop_if_not_finite(sampled, epoch, "rollout (velocity)", run)
 
@@ -182,6 +190,7 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
         stop.reached()
         tolerate(run, log, run.checkpoints.wait)
         log.say(f"trained weights: {export(folder / 'lora', run.pipe, state.ema)}")
+    return True
 
 
 @partial(jax.profiler.annotate_function, name="checkpoint")
@@ -236,7 +245,7 @@ def main(_: Sequence[str]) -> None:
         try:
             # which checkpoint it is the first process has found out
             resumed = int(sum_over_processes(np.int32([0 if process_index() or epoch is None else epoch + 1]))[0])
-            train(run, state, stop, resumed - 1 if resumed else None)
+            over = train(run, state, stop, resumed - 1 if resumed else None)
         except (OSError, RewardError, FloatingPointError, SaveError, RestoreError) as error:
             sys.exit(f"error: {error}")
         except jax.errors.JaxRuntimeError as error:
@@ -249,6 +258,30 @@ def main(_: Sequence[str]) -> None:
             stop.reached()
             with contextlib.suppress(SaveError):  # told above, or less than what is being told
                 run.checkpoints.close()
+        if over and reports(config):
+            run.bridge.close()
+            cache = run.cache
+            del run, state  # their memory is the report's now
+            report_run(config, folder, cache)
+
+
+def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
+    """RealBench's report on the run: its weights beside those it began with. SIGTERM ends it as it ends any program."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    console, kind = Console(highlight=False), "lora" if config.train.lora else "model"
+    free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *TAKEN)
+    trained = [f"{folder.name if free else 'trained'}={folder / 'lora'}"]
+    try:
+        loras, models = (trained, []) if config.train.lora else ([], trained)
+        entries = read_entries(config.pretrained, loras, models, [], None, base=True)
+        options = {"seed": 0, "console": console}  # evaluate.py's default: it finds these pictures
+        sets = read_sets(config.evaluate.prompts)
+        evaluated = benchmark(config, entries, sets, folder, remake=True, cache=cache, **options)
+        index = build_report(config, evaluated, folder, judge="embedded", **options)
+    except (ValueError, OSError, RewardError) as error:
+        again = f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
+        sys.exit(f"error: the run is over, but not its report: {error}\nto make it: {again}")
+    print(f"report: {index}")
 
 
 def open_run(config: ConfigDict, leave: contextlib.ExitStack) -> tuple[Path, int | None]:

@@ -16,7 +16,7 @@ _ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 _SAMPLES, _BLOCK = 64, 1 << 16  # of a large file: this many blocks of this many bytes
 
 
-def _digest(file: Path) -> bytes:
+def sampled_digest(file: Path) -> bytes:
     """A small file's bytes; of a large one (T5 has 10 GB) its size and blocks from all over it."""
     size = file.stat().st_size
     digest = hashlib.sha256(f"{file.name} {size}".encode())
@@ -41,7 +41,7 @@ def cache_folder(root: str | Path, model: str | Path, prompts: Sequence[str], ma
     files = sorted(file for name in _ENCODERS for file in (model / name).iterdir() if file.is_file())
     digest = hashlib.sha256(json.dumps([list(prompts), max_tokens, dtype]).encode())
     for file in files:
-        digest.update(_digest(file))
+        digest.update(sampled_digest(file))
     return Path(root).expanduser() / digest.hexdigest()[:20]
 
 
