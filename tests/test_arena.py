@@ -315,6 +315,16 @@ def test_a_judge_that_only_fails_is_left_alone(tmp_path):
     assert "3 questions in a row came to nothing, the last one: HTTP 404 no such model" in said
 
 
+def test_failures_between_answers_are_not_in_a_row(tmp_path):
+    """Every second request fails, for good."""
+    with judging(lambda n, body: brighter(n, body) if n % 2 else failing(400, "too large")) as server:
+        judgements, said = run(make(tmp_path / "pictures", lines=5), tmp_path, concurrency=1, max_failures=2)
+    assert len(server.seen) == 10
+    assert len(judgements) == 5
+    assert "5 questions came to nothing: HTTP 400 too large" in said
+    assert "left alone" not in said
+
+
 def test_silence_and_absence(tmp_path):
     evaluated = make(tmp_path / "pictures", lines=1)
     with judging(lambda *_: 5.0) as server:
