@@ -195,14 +195,15 @@ def build_report(
     show(rows, evaluated, console)
     judgements, table = [], None
     if judge != "none":
-        from realbench.arena import judge_all
+        from realbench.arena import judge_all, judge_and_protocol
         from realbench.standings import standings
 
         arena = config.evaluate.arena
         key_seed = int(generator(seed, ARENA).integers(2**31))
         judgements = judge_all(evaluated, arena, judge, folder / "evaluation" / "arena", key_seed, say)
         names, rng = [entry.name for entry in evaluated.entries], generator(seed, STANDINGS)
-        table = standings(judgements, names, config.evaluate, rng, judge=judge, protocol=arena.protocol)
+        who, protocol = judge_and_protocol(judge, arena)
+        table = standings(judgements, names, config.evaluate, rng, judge=who, protocol=protocol)
     index = write_report(folder, config, evaluated, rows, table, judgements)
     write_scores(folder / "report" / "scores.csv", evaluated, folder)
     return index
