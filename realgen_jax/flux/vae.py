@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from realgen_jax.flux.layers import EPS, Linear, plain_attention
+from realgen_jax.flux.layers import EPS, Linear
 from realgen_jax.flux.transformer import unpack
 from realgen_jax.sharding import BATCH_AXES, batch_devices, constrain
 
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         tokens = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
-        attended = plain_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        attended = jax.nn.dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out[0](attended).reshape(x.shape)
 
 
