@@ -268,6 +268,14 @@ def counting(monkeypatch):
     return reward
 
 
+def test_a_score_that_is_no_number_names_picture_and_reward(setting, tmp_path, monkeypatch):
+    counting(monkeypatch)
+    monkeypatch.setattr(Counting, "__call__", lambda self, images, prompts: torch.tensor([1.0, torch.nan, 1.0]))
+    entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
+    with pytest.raises(RewardError, match=r"'mean' returned nan .*; found, short: .*00001\.png$"):
+        run(setting, tmp_path / "run", entries=entries, evaluate__scores=("mean",))
+
+
 def found_folder(tmp_path, lines=3):
     """Pictures as another tool leaves them, for both sets."""
     folder, rng = tmp_path / "found", np.random.default_rng(0)
@@ -323,7 +331,7 @@ def test_two_evaluations_score_alike(whole, setting, tmp_path):
     assert own == copied  # the same files, as they are found and as they are made
 
 
-def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_path, capsys):
+def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_path):
     folder = found_folder(tmp_path, lines=1)
     whole = (folder / "00000.png").read_bytes()
     (folder / "00001.png").write_bytes(whole[: len(whole) // 2])  # cut off
@@ -346,8 +354,12 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
         ("photographs", "short", "00002.png", "missing"),
         ("tool", "long", "00001.png", "unreadable"),
         ("tool", "long", "00002.jpg", "other size"),
+        ("tool", "long", "00003.png", "no prompt"),
+        ("tool", "long", "cover.png", "no prompt"),
         ("tool", "short", "00001.png", "unreadable"),
         ("tool", "short", "00002.jpg", "other size"),
+        ("tool", "short", "00003.png", "no prompt"),
+        ("tool", "short", "cover.png", "no prompt"),
     ]
     assert any(one.detail == "48 x 32 pixels; expected 64 x 64" for one in found.problems)
     scored = [(one.entry, one.set, one.line, one.copy, one.width) for one in found.pictures]
@@ -355,10 +367,9 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
         *((("tool", name, line, 0, width)) for name in ("short", "long") for line, width in ((0, 64), (2, 48))),
         *((("photographs", name, 0, copy, 64)) for name in ("short", "long") for copy in (0, 1)),
     ]
-    assert "tool: 2 pictures belong to no prompt and are left out" in capsys.readouterr().out.replace("\n", " ")
-    from realbench.scores import write_scores
+    from realbench.report import write_scores
 
-    write_scores(tmp_path / "scores.csv", found, tmp_path)
+    write_scores(tmp_path / "scores.csv", found)
     with (tmp_path / "scores.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(found.pictures)
@@ -403,7 +414,6 @@ def test_pictures_are_read_upright_opaque_and_in_eight_bits(tmp_path):
 
 def test_evaluate_py_goes_on_after_a_kill(cache, tmp_path):
     """As a user calls it: killed in the middle, called again; a mistake is one line."""
-    pytest.importorskip("realbench.report")
     prompts = ROOT / "tests" / "data" / "train.txt"
     words = [f"--config.run_root={tmp_path}", "--config.run_name=run", "--config.evaluate.batch_size=2"]
     words += [f"--config.evaluate.prompts.{name}={prompts}" for name in ("short", "long")]
