@@ -174,7 +174,7 @@ def evaluation(folder, lines=40, copies=2):
                     pictures.append(Scored(entry.name, one_set.name, line, copy, file, sha256, *size, scores))
     problems = [
         Problem("<i>tuned</i>", "short", folder / "00005_0.png", "missing", "the folder has no such file"),
-        Problem("<i>tuned</i>", "short", folder / "cover.png", "no prompt", "expected 00000.png to 00039.png"),
+        Problem("<i>tuned</i>", "short", folder / "cover.png", "extra", "expected 00000.png to 00039.png"),
         Problem("photographs", "short", folder / "00007.png", "other size", "80x48"),
         Problem("photographs", "long", folder / "00007.png", "other size", "80x48"),
     ]

@@ -115,7 +115,7 @@ def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, di
             if match is None or int(match[1]) >= number:
                 if file.suffix.lower() in SUFFIXES:
                     detail = f"expected 00000.png to {number - 1:05}.png, further ones of a line 00000_1.png"
-                    problems.append(Problem(entry.name, one.name, file, "no prompt", detail))
+                    problems.append(Problem(entry.name, one.name, file, "extra", detail))
                 continue
             slot = int(match[1]), int(match[2] or 0)
             if slot in files:

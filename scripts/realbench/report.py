@@ -24,7 +24,7 @@ from realgen_jax.run_log import short_name, write_whole
 
 HERE = Path(__file__).parent
 LISTED = 200  # problems that the page names one by one; the Markdown has them all
-KINDS = ("missing", "unreadable", "other size", "no prompt")
+KINDS = ("missing", "unreadable", "other size", "extra")
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
@@ -63,7 +63,8 @@ def write_report(
     settings = {"loader": FileSystemLoader(HERE), "autoescape": True, "undefined": StrictUndefined}
     environment = Environment(**settings, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "short": short_name, "number": number, "signed": signed, "percent": percent, "json": script_json
+        "short": short_name, "number": number, "signed": signed, "percent": percent, "json": script_json,
+        "nearby": nearby,
     }  # fmt: skip
     page = environment.get_template("report.html").render(
         title=_title(evaluated),
@@ -142,6 +143,12 @@ def signed(value: float, kind: str = MEAN) -> str:
 
 def percent(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{100 * value:.1f} %".replace("-", MINUS)
+
+
+def nearby(path: str) -> str:
+    """A path as it is seen from where the program runs, where it lies below that."""
+    where = Path(path)
+    return str(where.relative_to(Path.cwd())) if where.is_relative_to(Path.cwd()) else path
 
 
 def certain(row: Row) -> int:
@@ -233,7 +240,7 @@ def _markdown(
     parts = [f"# RealBench: {_title(evaluated)}", ""]
     parts += [f"{folder.name}. Page: index.html; numbers: leaderboard.csv, scores.csv.", ""]
     parts += [f"- {name}: {value}" for name, value in facts]
-    parts += [f"- Entry {one.name}: {one.kind}, {one.source}" for one in evaluated.entries]
+    parts += [f"- Entry {one.name}: {one.kind}, {nearby(one.source)}" for one in evaluated.entries]
     parts += ["", "## Leaderboard", "", "Means over pictures [interval]; then the difference from the first entry over"]
     parts += ["the prompts that both have [interval], with a * where that interval leaves out 0.", ""]
     for table in _tables(rows):

@@ -45,7 +45,7 @@ class Problem:
     entry: str
     set: str
     file: Path
-    what: str  # missing, unreadable, other size, no prompt
+    what: str  # missing, unreadable, other size, extra (of no prompt)
     detail: str
 
 
