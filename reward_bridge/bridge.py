@@ -22,6 +22,8 @@ class Reward(Protocol):
 class RewardError(RuntimeError):
     """A reward failed for good. The step that asked for it must not be trained on."""
 
+    image: int | None = None  # of the batch, where it is about one
+
 
 class RewardBridge:
     """Scores batches with rewards, each on the device that `devices` names for it.
@@ -231,7 +233,9 @@ class _Lane:
                 self.bridge.seconds[name] += time.monotonic() - start
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise RewardError(f"reward {name!r} returned {scores[bad]} for image {bad} ({prompts[bad]!r})")
+            error = RewardError(f"reward {name!r} returned {scores[bad]} for image {bad} ({prompts[bad]!r})")
+            error.image = bad
+            raise error
         return scores
 
     def _in_chunks(self, name: str, pixels: torch.Tensor, prompts: list[str]) -> np.ndarray:

@@ -49,6 +49,10 @@ def main(_: Sequence[str]) -> None:
             sets = read_sets(config.evaluate.prompts)
             named = (FLAGS.lora, FLAGS.model, FLAGS.pictures, FLAGS.photographs, FLAGS.base)
             entries = read_entries(config.pretrained, *named)
+            if FLAGS.judge != "none":
+                from realbench.arena import check_arena
+
+                check_arena(entries, config.evaluate.arena, FLAGS.judge)
             folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
             if process_index() == 0:
                 print(f"preset {config.preset} -> {folder}")

@@ -128,7 +128,8 @@ def test_settings_that_ask_for_what_is_not_there(tmp_path, monkeypatch):
         run(evaluated, tmp_path)
     assert "cret" not in str(raised.value)
     with pytest.raises(ValueError, match="there is only"):
-        run(make(tmp_path, ("base",)), tmp_path, "embedded")
+        arena.check_arena(make(tmp_path, ("base",)).entries, settings(), "embedded")
+    arena.check_arena(evaluated.entries, settings(), "embedded")
 
 
 def test_pictures_are_told_apart_from_those_that_lack(tmp_path):

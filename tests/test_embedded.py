@@ -113,9 +113,12 @@ def demo(tmp_path, *words):
 
 
 def test_a_short_demo_learns(tmp_path):
-    evals, _ = demo(tmp_path, "--config.num_epochs=6")
+    evals, stdout = demo(tmp_path, "--config.num_epochs=6")
     assert evals[6]["embedded_detector"] > evals[0]["embedded_detector"] + 0.02
     assert evals[6]["embedded_prompt_accuracy"] >= 0.95
+    page = tmp_path / "demo" / "report" / "index.html"
+    assert stdout.splitlines()[-1] == f"report: {page}"
+    assert all(f'<section id="{part}">' in page.read_text() for part in ("curves", "pairs", "arena"))
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_a_picture_comes_from_seed_line_and_copy_alone(whole, setting, tmp_path)
     assert first["short/00000_1.png"] == first["long/00000_1.png"]
     run(setting, tmp_path / "again")
     assert pictures(tmp_path / "again") == first
-    run(setting, tmp_path / "other", evaluate__batch_size=6, evaluate__images_per_prompt=1)
+    run(setting, tmp_path / "other", evaluate__images_per_prompt=1)  # in other batches
     other = pixels(tmp_path / "other")
     assert len(other) == 6
     assert apart(other, {name: values for name, values in pixels(folder).items() if name in other})[0] <= 1
@@ -222,14 +222,16 @@ def test_what_is_finished_is_not_made_again(setting, tmp_path):
 def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_path):
     run(setting, tmp_path)
     first = pictures(tmp_path)
-    expected = r"base/short were made with something else: steps 2 then and 3 now; .*--config\.run_name.*--remake"
+    expected = (
+        r"base/short were made with something else: guidance 3\.5 then and 2\.0 now; .*--config\.run_name.*--remake"
+    )
     with pytest.raises(ValueError, match=expected):
-        run(setting, tmp_path, sample__eval_num_steps=3)
+        run(setting, tmp_path, sample__guidance_scale=2.0)
     assert pictures(tmp_path) == first
-    run(setting, tmp_path, sample__eval_num_steps=3, remake=True)
+    run(setting, tmp_path, sample__guidance_scale=2.0, remake=True)
     assert not set(pictures(tmp_path).values()) & set(first.values())
     with pytest.raises(ValueError, match=r"seed 0 then and 1 now"):
-        run(setting, tmp_path, sample__eval_num_steps=3, seed=1)
+        run(setting, tmp_path, sample__guidance_scale=2.0, seed=1)
 
 
 def test_loras_share_one_program_with_the_base(whole, setting, tmp_path, caplog):
@@ -266,6 +268,14 @@ def counting(monkeypatch):
     monkeypatch.setattr(benchmark, "make_reward", lambda name, device, options: reward)
     monkeypatch.setattr(benchmark, "missing_rewards", lambda reward, names: [])
     return reward
+
+
+def test_a_score_that_is_no_number_names_picture_and_reward(setting, tmp_path, monkeypatch):
+    counting(monkeypatch)
+    monkeypatch.setattr(Counting, "__call__", lambda self, images, prompts: torch.tensor([1.0, torch.nan, 1.0]))
+    entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
+    with pytest.raises(RewardError, match=r"'mean' returned nan .*; found, short: .*00001\.png$"):
+        run(setting, tmp_path / "run", entries=entries, evaluate__scores=("mean",))
 
 
 def found_folder(tmp_path, lines=3):
@@ -323,7 +333,7 @@ def test_two_evaluations_score_alike(whole, setting, tmp_path):
     assert own == copied  # the same files, as they are found and as they are made
 
 
-def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_path, capsys):
+def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_path):
     folder = found_folder(tmp_path, lines=1)
     whole = (folder / "00000.png").read_bytes()
     (folder / "00001.png").write_bytes(whole[: len(whole) // 2])  # cut off
@@ -346,8 +356,12 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
         ("photographs", "short", "00002.png", "missing"),
         ("tool", "long", "00001.png", "unreadable"),
         ("tool", "long", "00002.jpg", "other size"),
+        ("tool", "long", "00003.png", "extra"),
+        ("tool", "long", "cover.png", "extra"),
         ("tool", "short", "00001.png", "unreadable"),
         ("tool", "short", "00002.jpg", "other size"),
+        ("tool", "short", "00003.png", "extra"),
+        ("tool", "short", "cover.png", "extra"),
     ]
     assert any(one.detail == "48 x 32 pixels; expected 64 x 64" for one in found.problems)
     scored = [(one.entry, one.set, one.line, one.copy, one.width) for one in found.pictures]
@@ -355,10 +369,9 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
         *((("tool", name, line, 0, width)) for name in ("short", "long") for line, width in ((0, 64), (2, 48))),
         *((("photographs", name, 0, copy, 64)) for name in ("short", "long") for copy in (0, 1)),
     ]
-    assert "tool: 2 pictures belong to no prompt and are left out" in capsys.readouterr().out.replace("\n", " ")
-    from realbench.scores import write_scores
+    from realbench.report import write_scores
 
-    write_scores(tmp_path / "scores.csv", found, tmp_path)
+    write_scores(tmp_path / "scores.csv", found)
     with (tmp_path / "scores.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(found.pictures)
@@ -401,15 +414,40 @@ def test_pictures_are_read_upright_opaque_and_in_eight_bits(tmp_path):
         decode(b"no picture")
 
 
-def test_evaluate_py_goes_on_after_a_kill(cache, tmp_path):
-    """As a user calls it: killed in the middle, called again; a mistake is one line."""
-    pytest.importorskip("realbench.report")
+@pytest.fixture
+def words(tmp_path):
+    """What evaluate.py is called with: two sets of four prompts, one reward."""
     prompts = ROOT / "tests" / "data" / "train.txt"
     words = [f"--config.run_root={tmp_path}", "--config.run_name=run", "--config.evaluate.batch_size=2"]
     words += [f"--config.evaluate.prompts.{name}={prompts}" for name in ("short", "long")]
     words += ["--config.evaluate.scores=('embedded_detector',)", "--config.evaluate.detectors=('embedded_detector',)"]
-    words += ["--config.evaluate.resamples=100"]
+    return [*words, "--config.evaluate.resamples=100"]
+
+
+def rows_of_scores(folder):
+    with (folder / "report" / "scores.csv").open(newline="") as file:
+        return len(list(csv.DictReader(file)))
+
+
+def test_evaluate_py_as_a_user_calls_it(cache, tmp_path, words):
+    found = found_folder(tmp_path, lines=4)
+    done = call(
+        "evaluate.py", cache, *words, "--judge=embedded", "--nobase", f"--pictures={found}", f"--pictures=b={found}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "found against b: wins 50.0 % " in done.stdout
+    assert done.stdout.splitlines()[-1] == f"report: {tmp_path}/run/report/index.html"
+    assert '<section id="arena">' in (tmp_path / "run" / "report" / "index.html").read_text()
+    assert rows_of_scores(tmp_path / "run") == 16
+
+
+@pytest.mark.slow
+def test_evaluate_py_goes_on_after_a_kill(cache, tmp_path, words):
     folder, output = tmp_path / "run", tmp_path / "output.txt"
+    done = call("evaluate.py", cache, *words, "--judge=embedded")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: the arena compares entries, and there is only ['base']; name another one"
+    assert not folder.exists()
     made = lambda: list((folder / "evaluation").rglob("*.png"))  # noqa: E731
     program = begin(command("evaluate.py", cache, *words, "--config.evaluate.images_per_prompt=100"), output)
     until(lambda: len(made()) > 3, program, output)
@@ -420,10 +458,4 @@ def test_evaluate_py_goes_on_after_a_kill(cache, tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
     assert not [file for file in folder.rglob("*") if file.suffix == ".png" and not file.stat().st_size]
-    assert done.stdout.splitlines()[-1] == f"report: {folder}/report/index.html"
-    assert (folder / "report" / "index.html").exists()
-    with (folder / "report" / "scores.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 16
-    wrong = call("evaluate.py", cache, *words, "--pictures", tmp_path / "nothing")
-    assert wrong.returncode == 1
-    assert wrong.stderr.strip() == f"error: {tmp_path / 'nothing'} does not exist; it was named as folder 'nothing'"
+    assert rows_of_scores(folder) == 16

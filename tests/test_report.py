@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from realbench.aggregate import leaderboard  # noqa: E402
-from realbench.report import write_report, write_scores  # noqa: E402
+from realbench.report import write_report  # noqa: E402
 from realbench.results import Entry, Evaluated, Judgement, Problem, PromptSet, Scored  # noqa: E402
 
 from configs.flux_grpo import get_config  # noqa: E402
@@ -174,6 +174,7 @@ def evaluation(folder, lines=40, copies=2):
                     pictures.append(Scored(entry.name, one_set.name, line, copy, file, sha256, *size, scores))
     problems = [
         Problem("<i>tuned</i>", "short", folder / "00005_0.png", "missing", "the folder has no such file"),
+        Problem("<i>tuned</i>", "short", folder / "cover.png", "extra", "expected 00000.png to 00039.png"),
         Problem("photographs", "short", folder / "00007.png", "other size", "80x48"),
         Problem("photographs", "long", folder / "00007.png", "other size", "80x48"),
     ]
@@ -209,7 +210,7 @@ def report(tmp_path_factory):
     evaluated = evaluation(folder)
     board = leaderboard(evaluated, config.evaluate, np.random.default_rng(0))
     judgements = [Judgement("short", 0, "base", "photographs", "second", "Image 2 </script>, its light is better")]
-    page = write_report(folder, config, evaluated, board, arena(), judgements)
+    page = write_report(folder, config, evaluated, board, arena(), judgements, seed=7)
     return SimpleNamespace(folder=folder, config=config, evaluated=evaluated, rows=board, page=page)
 
 
@@ -223,20 +224,20 @@ def test_tables_are_the_rows(report):
     text = (report.page.parent / "report.md").read_text()
     tuned = one(report.rows, entry="<i>tuned</i>")
     assert f"{tuned.value:.3f} [{tuned.low:.3f}, {tuned.high:.3f}]; +{tuned.difference:.3f}" in text
-    assert "| <i>tuned</i> | short | 79 | 40 of 40 | 1 | 0 | 0 |" in text
+    assert "| <i>tuned</i> | short | 79 | 40 of 40 | 1 | 0 | 0 | 1 |" in text
+    assert "- Seed: 7\n" in text
     assert "- <i>tuned</i>, short: 00005_0.png missing (the folder has no such file)" in text
     assert "| <i>tuned</i> against base | 70.0 % [60.0 %, 80.0 %] | 26 | 10 | 4 | 40 | 1 | 2 | 3 |" in text
     assert "chosen in 55.0 % [50.0 %, 60.0 %]" in text
 
 
-def test_scores_table(report, tmp_path):
-    write_scores(report.folder / "scores.csv", report.evaluated)
-    with (report.folder / "scores.csv").open(newline="") as file:
+def test_scores_table(report):
+    with (report.page.parent / "scores.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(report.evaluated.pictures) == 40 * 2 * 5 - 1
     first = report.evaluated.pictures[0]
     expected = {"entry": "base", "set": "short", "line": "0", "copy": "0", "category": "animal", "prompt": NASTY}
-    expected |= {"file": "pictures/entry0/short/00000_0.png", "width": "64", "height": "64"}
+    expected |= {"file": "../pictures/entry0/short/00000_0.png", "width": "64", "height": "64"}
     assert lines[0] == expected | {name: str(first.scores[name]) for name in REWARDS}
 
 
@@ -258,12 +259,12 @@ def test_without_arena_run_or_a_second_entry(report, tmp_path):
         problems=[],
     )
     rows = leaderboard(only, report.config.evaluate, np.random.default_rng(0))
-    text = write_report(tmp_path, report.config, only, rows, None, []).read_text()
+    text = write_report(tmp_path, report.config, only, rows, None, [], seed=0).read_text()
     for part in ("arena", "curves", "pairs"):
         assert f'<section id="{part}">' not in text
     assert "No picture is missing" in text
     with pytest.raises(ValueError, match="no picture"):
-        write_report(tmp_path, report.config, replace(only, pictures=[]), [], None, [])
+        write_report(tmp_path, report.config, replace(only, pictures=[]), [], None, [], seed=0)
 
 
 @pytest.fixture(scope="module")

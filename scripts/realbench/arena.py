@@ -1,7 +1,6 @@
 """Arena-Scoring: a judge is shown two pictures of one prompt and says which looks more like a photograph."""
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import io
@@ -9,17 +8,18 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image, ImageOps
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from realbench.judge import Endpoint, Message, ask_all, endpoint_from_environment
-from realbench.results import Evaluated, Judgement, Scored
+from realbench.pictures import data_url, read_image
+from realbench.progress import bars
+from realbench.results import Entry, Evaluated, Judgement, Scored
 
 STAND_IN = "embedded_held_out"  # the reward that judges where the judge is "embedded"
 VERDICTS = ("first", "second", "tie", "refused", "unreadable")
@@ -101,6 +101,12 @@ def judge_and_protocol(judge: str, settings) -> tuple[str, str]:
     return STAND_IN if judge == "embedded" else endpoint_from_environment().model, settings.protocol
 
 
+def check_arena(entries: Sequence[Entry], settings, judge: str) -> None:
+    """Raises ValueError for what would stop the arena once all pictures are made: settings, environment, entries."""
+    _, protocol = judge_and_protocol(judge, settings)
+    entry_pairs(entries, PROTOCOLS[protocol]["against"] or settings.pairs)
+
+
 def judge_all(
     evaluated: Evaluated, settings, judge: str, folder: Path, seed: int, say: Callable[[str], None]
 ) -> list[Judgement]:
@@ -126,11 +132,12 @@ def judge_all(
     else:
         todo = list({q.key: q for q in asked if q.key not in known}.values())
         if todo:
-            with _endpoint(judge) as endpoint, appending(file) as append, _progress(len(asked), len(todo)) as step:
+            with _endpoint(judge) as endpoint, appending(file) as append, bars(Console()) as bar:
+                step = bar(f"{name} judges", len(todo), "questions")
 
                 def keep(question: Question, verdict: str, reply: str) -> None:
                     known[question.key] = append(question, verdict, reply)
-                    step()
+                    step(1)
 
                 outcome = asyncio.run(ask_all(endpoint, todo, _message_by(rules), rules["read"], settings, keep))
             for reason, n in outcome.failures.most_common(5):
@@ -152,7 +159,7 @@ def judge_all(
 def questions(evaluated: Evaluated, settings, protocol: str, seed: int) -> tuple[list[Question], Counter[str]]:
     """What is to be asked, prompts in random order, and how many prompts of which sets and pairs lack a picture."""
     rules = PROTOCOLS[protocol]
-    pairs = entry_pairs(evaluated, rules["against"] or settings.pairs)
+    pairs = entry_pairs(evaluated.entries, rules["against"] or settings.pairs)
     pictures = {(p.entry, p.set, p.line): p for p in evaluated.pictures if p.copy == 0}
     rng = np.random.default_rng(seed)
     made, lacking = [], Counter()
@@ -174,10 +181,10 @@ def questions(evaluated: Evaluated, settings, protocol: str, seed: int) -> tuple
     return made, lacking
 
 
-def entry_pairs(evaluated: Evaluated, which: str) -> list[tuple[str, str]]:
+def entry_pairs(entries: Sequence[Entry], which: str) -> list[tuple[str, str]]:
     """The entries that meet: all, photographs (each other entry with these), first (the first one with each other)."""
-    names = [entry.name for entry in evaluated.entries]
-    real = [entry.name for entry in evaluated.entries if entry.kind == "photographs"]
+    names = [entry.name for entry in entries]
+    real = [entry.name for entry in entries if entry.kind == "photographs"]
     if len(names) < 2:
         raise ValueError(f"the arena compares entries, and there is only {names}; name another one")
     if which == "photographs" and not real:
@@ -275,21 +282,16 @@ def encode(picture: Scored, format: str) -> bytes:
         raise ValueError(f"{picture.file}: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != picture.sha256:
         raise ValueError(f"{picture.file} has changed since it was scored; score it again")
-    with Image.open(io.BytesIO(content)) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    upright.info.clear()
-    file = io.BytesIO()
-    upright.save(file, format, **({"compress_level": 1} if format == "PNG" else {}))
+    image, file = read_image(content), io.BytesIO()
+    image.info.clear()
+    image.save(file, format, **({"compress_level": 1} if format == "PNG" else {}))
     return file.getvalue()
 
 
 def _message_by(rules: Mapping) -> Callable[[Question], Message]:
     def message(question: Question) -> Message:
-        kind = rules["format"].lower()
-        urls = [
-            f"data:image/{kind};base64,{base64.b64encode(encode(picture, rules['format'])).decode()}"
-            for picture in (question.first, question.second)
-        ]
+        pictures = question.first, question.second
+        urls = [data_url(encode(picture, rules["format"]), rules["format"].lower()) for picture in pictures]
         text = {"type": "text", "text": rules["question"]}
         return [text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
 
@@ -305,11 +307,3 @@ def _endpoint(judge: str) -> Iterator[Endpoint]:
 
     with serving(STAND_IN) as address:
         yield Endpoint(STAND_IN, address, "")
-
-
-@contextlib.contextmanager
-def _progress(total: int, todo: int) -> Iterator[Callable[[], None]]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as bar:
-        task = bar.add_task("judging", total=total, completed=total - todo)
-        yield lambda: bar.advance(task)

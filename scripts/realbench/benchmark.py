@@ -1,8 +1,7 @@
 """RealBench's walk: prompts and entries -> pictures -> scores -> leaderboard -> arena -> report."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from encode_prompts import ensure_encoded
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from set_up import missing_rewards, reward_devices
 
@@ -26,8 +24,9 @@ from realbench.pictures import (
     prepare,
     read_batches,
 )
+from realbench.progress import bars
 from realbench.results import Entry, Evaluated, PromptSet
-from realbench.scores import Kept, evaluation_options, reward_keys, score, write_scores
+from realbench.scores import Kept, evaluation_options, reward_keys, score
 from realgen_jax.flux.text import TextCache
 from realgen_jax.hosts import process_count, process_index, sum_over_processes
 from realgen_jax.run_log import short_name
@@ -65,13 +64,13 @@ def evaluate(
         raise ValueError("\n".join(wrong))
     if settings.images_per_prompt < 1 or settings.batch_size < 1:
         raise ValueError("config.evaluate.images_per_prompt and batch_size must be 1 or more")
+    if not 0 < settings.confidence < 1:
+        raise ValueError(f"config.evaluate.confidence is {settings.confidence}; expected a share such as 0.95")
     found, problems = {}, []
     for entry in entries:
         if entry.kind not in MADE:
-            found[entry.name], missing, note = find_pictures(entry, sets)
-            problems += missing
-            if note:
-                console.print(f"[bold red]warning[/bold red] {escape(note)}", soft_wrap=True)
+            found[entry.name], wrong = find_pictures(entry, sets)
+            problems += wrong
     manifests = {
         (entry.name, one.name): manifest(weights[entry.name], config, seed, one.prompts)
         for entry in made
@@ -110,7 +109,7 @@ def evaluate(
         holes = {at: sum_over_processes(hole.astype(np.int32)) > 0 for at, hole in holes.items()}
         samplers = _samplers(config, made, weights, mesh)
         pool = leave.enter_context(ThreadPoolExecutor(8, thread_name_prefix="pictures"))
-        bar = leave.enter_context(_bars(console if process_index() == 0 else None))
+        bar = leave.enter_context(bars(console if process_index() == 0 else None))
         for entry in entries:
             for one in sets:
                 at = entry.name, one.name
@@ -126,7 +125,7 @@ def evaluate(
                     for _ in batches if entry in made else ():
                         pass
                     continue
-                done = bar(f"{entry.name}, {one.name}", total)
+                done = bar(f"{entry.name}, {one.name}", total, "pictures")
                 kept = Kept(where[at] / "scores.jsonl", keys)
                 scored, wrong = score(entry.name, one, batches, kept, bridge, config.sample.resolution, done)
                 pictures += scored
@@ -148,33 +147,6 @@ def _samplers(config: ConfigDict, made: Sequence[Entry], weights: dict, mesh: An
         return loaded[0].program(own.lora)
 
     return sampler
-
-
-@contextlib.contextmanager
-def _bars(console: Console | None) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """(label, total) -> a bar with the time left, which hears how many more are done. Without a terminal, a line when
-    it is full, and one every half a minute.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    plain = console is None or not console.is_terminal
-    progress = Progress(*columns, TextColumn("left"), console=console, disable=plain)
-    with contextlib.nullcontext() if plain else progress:
-
-        def bar(label: str, total: int) -> Callable[[int], None]:
-            task, start, state = progress.add_task(label, total=total), time.monotonic(), {"n": 0, "told": 0.0}
-
-            def done(n: int) -> None:
-                progress.advance(task, n)
-                state["n"] += n
-                passed = time.monotonic() - start
-                if plain and console and (state["n"] == total or passed > state["told"] + 30):
-                    state["told"] = passed
-                    left = passed * (total - state["n"]) / max(1, state["n"])
-                    console.print(f"{label}  {state['n']}/{total} pictures  {passed:.0f} s, {left:.0f} s left")
-
-            return done
-
-        yield bar
 
 
 def build_report(
@@ -204,9 +176,8 @@ def build_report(
         names, rng = [entry.name for entry in evaluated.entries], generator(seed, STANDINGS)
         who, protocol = judge_and_protocol(judge, arena)
         table = standings(judgements, names, config.evaluate, rng, judge=who, protocol=protocol)
-    index = write_report(folder, config, evaluated, rows, table, judgements)
-    write_scores(folder / "report" / "scores.csv", evaluated, folder)
-    return index
+        show_arena(table, console)
+    return write_report(folder, config, evaluated, rows, table, judgements, seed=seed)
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:
@@ -235,4 +206,14 @@ def show(rows: Sequence[Any], evaluated: Evaluated, console: Console) -> None:
         first = escape(f"{found[0].file} ({found[0].detail})")
         console.print(
             f"[bold red]warning[/bold red] {entry}, {name}: {len(found)} {what}, the first is {first}", soft_wrap=True
+        )
+
+
+def show_arena(table: Any, console: Console) -> None:
+    """A line a match: the standings' win rate, and what stands behind it."""
+    for m in table.matches:
+        console.print(
+            f"{m.a} against {m.b}: wins {100 * m.win_rate:.1f} % [{100 * m.low:.1f}, {100 * m.high:.1f}] of {m.pairs} "
+            f"pairs ({m.wins} won, {m.losses} lost, {m.ties} ties), says {escape(table.judge)} ({table.protocol})",
+            soft_wrap=True,
         )

@@ -96,23 +96,26 @@ def weights_of(entry: Entry, pretrained: ConfigDict) -> Weights:
     )
 
 
-def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, dict[Slot, Path]], list[Problem], str]:
-    """The pictures of a `folder` or `photographs` entry, {set: {(line, copy): file}}; a line without any is a Problem.
+def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, dict[Slot, Path]], list[Problem]]:
+    """The pictures of a `folder` or `photographs` entry, {set: {(line, copy): file}}. A line without any is a Problem,
+    and so is a picture that no line is called for.
 
-    FOLDER/<set>/ holds a set's pictures; where there is no such folder, FOLDER itself stands for every set. The text
-    returned says what in there belongs to no prompt. Raises ValueError where there is no picture at all.
+    FOLDER/<set>/ holds a set's pictures; where there is no such folder, FOLDER itself stands for every set.
+    Raises ValueError where there is no picture at all.
     """
     folder = Path(entry.source).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{entry.source} is no folder; {entry.name!r} needs one with 00000.png, 00001.png, ...")
     split = any((folder / one.name).is_dir() for one in sets)
-    found, problems, over = {}, [], set()
+    found, problems = {}, []
     for one in sets:
-        place, files = folder / one.name if split else folder, {}
+        place, files, number = folder / one.name if split else folder, {}, len(one.prompts)
         for file in sorted(place.iterdir()) if place.is_dir() else []:
             match = PICTURE.fullmatch(file.name)
-            if match is None or int(match[1]) >= len(one.prompts):
-                over |= {file} if file.suffix.lower() in SUFFIXES else set()
+            if match is None or int(match[1]) >= number:
+                if file.suffix.lower() in SUFFIXES:
+                    detail = f"expected 00000.png to {number - 1:05}.png, further ones of a line 00000_1.png"
+                    problems.append(Problem(entry.name, one.name, file, "extra", detail))
                 continue
             slot = int(match[1]), int(match[2] or 0)
             if slot in files:
@@ -121,15 +124,9 @@ def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, di
         if not files and place.is_dir():
             raise ValueError(
                 f"{place} holds no picture of {entry.name!r}; expected {{line:05}}.png, .jpg, .jpeg or .webp, "
-                f"00000.png to {len(one.prompts) - 1:05}.png"
+                f"00000.png to {number - 1:05}.png"
             )
-        there, number = {line for line, _ in files}, len(one.prompts)
-        for line in sorted(set(range(number)) - there):
-            file = place / f"{line:05}.png"
-            detail = f"no picture for line {line}"
-            problems.append(Problem(entry.name, one.name, file, "missing", detail))
+        for line in sorted(set(range(number)) - {line for line, _ in files}):
+            problems.append(Problem(entry.name, one.name, place / f"{line:05}.png", "missing", f"of line {line}"))
         found[one.name] = files
-    note = ""
-    if over:
-        note = f"{entry.name}: {len(over)} pictures belong to no prompt and are left out, {min(over)} is the first"
-    return found, problems, note
+    return found, problems

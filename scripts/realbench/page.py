@@ -1,6 +1,5 @@
 """What the report's page is filled with: prompts with their scores, and the pictures that are inside it."""
 
-import base64
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from realbench.pictures import data_url, read_image
 from realbench.results import Evaluated, Judgement, Scored
 
 SIDE = 384  # pixels of a picture inside the page, at most
@@ -85,29 +85,27 @@ def inside(evaluated: Evaluated, settings: ConfigDict, shown: Sequence[Mapping[s
     return found.union(*(group[side] for group in shown for side in ("most", "least")))
 
 
-def data_uri(file: Path) -> str:
-    """A picture as WebP, at most SIDE pixels a side."""
-    with Image.open(file) as picture:
-        picture.draft("RGB", (SIDE, SIDE))  # a JPEG is read at no more than twice the size that is needed
-        small = picture.convert("RGB")
+def thumbnail(file: Path) -> str:
+    """A picture as WebP in a data URL, at most SIDE pixels a side, as the rewards saw it."""
+    small = read_image(file.read_bytes())
     lossless = max(small.size) <= LOSSLESS
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", lossless=lossless, quality=80, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_url(buffer.getvalue(), "webp")
 
 
 def embed(pictures: Sequence[Scored]) -> tuple[dict[str, int], list[str]]:
-    """({sha256: place}, data URIs); files that are equal are one."""
+    """({sha256: place}, data URLs); files that are equal are one."""
     files = {picture.sha256: picture.file for picture in pictures}
     with ThreadPoolExecutor() as pool:
-        return {sha256: i for i, sha256 in enumerate(files)}, list(pool.map(data_uri, files.values()))
+        return {sha256: i for i, sha256 in enumerate(files)}, list(pool.map(thumbnail, files.values()))
 
 
 def page_data(
     folder: Path, evaluated: Evaluated, settings: ConfigDict, judgements: Sequence[Judgement]
 ) -> tuple[dict[str, Any], list[str]]:
-    """(what the page's script reads, data URIs that it refers to by their place)."""
+    """(what the page's script reads, data URLs that it refers to by their place)."""
     measure, items = main_measure(evaluated, settings), by_item(evaluated)
     groups = pairs(evaluated, items, measure), extremes(evaluated, measure)
     chosen = inside(evaluated, settings, [*groups[0], *groups[1]])

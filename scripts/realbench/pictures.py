@@ -1,5 +1,6 @@
 """Pictures on disk: made here, from noise that depends on seed, line and copy alone, or read as they were found."""
 
+import base64
 import hashlib
 import io
 import json
@@ -45,8 +46,8 @@ def file_name(line: int, copy: int) -> str:
     return f"{line:05}_{copy}.png" if copy else f"{line:05}.png"
 
 
-def decode(data: bytes) -> np.ndarray:
-    """uint8 [3, h, w] of a picture file: upright, transparent parts over white, the first of several frames.
+def read_image(data: bytes) -> Image.Image:
+    """A picture file in RGB: upright, transparent parts over white, 8 bits, the first of several frames.
 
     Raises ValueError for what cannot be decoded to its end.
     """
@@ -60,10 +61,19 @@ def decode(data: bytes) -> np.ndarray:
         elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("RGB"))
+        return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{error}") from error
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def decode(data: bytes) -> np.ndarray:
+    """uint8 [3, h, w] of a picture file, as `read_image` reads it."""
+    return np.ascontiguousarray(np.asarray(read_image(data)).transpose(2, 0, 1))
+
+
+def data_url(data: bytes, kind: str) -> str:
+    """kind: png, jpeg, webp."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def read_picture(slot: Slot, file: Path) -> Picture:

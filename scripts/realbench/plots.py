@@ -154,6 +154,8 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
             )
         if figure.data:
             figure.update_xaxes(title={"text": "epoch", "standoff": 4}, nticks=7, rangemode="tozero")
+            if max(trace.x[-1] for trace in figure.data) < 8:
+                figure.update_xaxes(dtick=1)  # whole epochs
             figure.update_yaxes(nticks=5)
             every = np.concatenate([np.float64(trace.y) for trace in figure.data])
             if np.ptp(every) < 1e-6:  # else plotly's axis would reach from nought to twice the value

@@ -24,7 +24,7 @@ from realgen_jax.run_log import short_name, write_whole
 
 HERE = Path(__file__).parent
 LISTED = 200  # problems that the page names one by one; the Markdown has them all
-KINDS = ("missing", "unreadable", "other size")
+KINDS = ("missing", "unreadable", "other size", "extra")
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
@@ -35,16 +35,19 @@ def write_report(
     rows: Sequence[Row],
     standings: Any,
     judgements: Sequence[Judgement],
+    *,
+    seed: int,
 ) -> Path:
-    """Write folder/report/index.html, report.md and leaderboard.csv; returns the page. standings: None without an
-    arena. Where `folder` is a run's, its curves are in it.
+    """Write folder/report/index.html, report.md, leaderboard.csv and scores.csv; returns the page. standings: None
+    without an arena. seed: the evaluation's. Where `folder` is a run's, its curves are in it.
     """
     if not evaluated.pictures:
         raise ValueError(f"no picture of {', '.join(one.name for one in evaluated.entries)} was scored; expected some")
     out = folder / "report"
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "leaderboard.csv", [field.name for field in fields(Row)], map(astuple, rows))
-    facts = _facts(config, evaluated)
+    write_scores(out / "scores.csv", evaluated)
+    facts = _facts(config, evaluated, seed)
     write_whole(out / "report.md", _markdown(folder, facts, evaluated, rows, standings))
     data, images = page_data(folder, evaluated, config.evaluate, judgements)
     names, sets = [one.name for one in evaluated.entries], list(dict.fromkeys(row.set for row in rows))
@@ -60,7 +63,8 @@ def write_report(
     settings = {"loader": FileSystemLoader(HERE), "autoescape": True, "undefined": StrictUndefined}
     environment = Environment(**settings, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "short": short_name, "number": number, "signed": signed, "percent": percent, "json": script_json
+        "short": short_name, "number": number, "signed": signed, "percent": percent, "json": script_json,
+        "nearby": nearby,
     }  # fmt: skip
     page = environment.get_template("report.html").render(
         title=_title(evaluated),
@@ -141,6 +145,12 @@ def percent(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{100 * value:.1f} %".replace("-", MINUS)
 
 
+def nearby(path: str) -> str:
+    """A path as it is seen from where the program runs, where it lies below that."""
+    where = Path(path)
+    return str(where.relative_to(Path.cwd())) if where.is_relative_to(Path.cwd()) else path
+
+
 def certain(row: Row) -> int:
     """1, -1 where the difference's interval lies above or below 0, else 0."""
     return 1 if row.difference_low > 0 else -1 if row.difference_high < 0 else 0
@@ -169,7 +179,7 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _facts(config: ConfigDict, evaluated: Evaluated) -> list[tuple[str, str]]:
+def _facts(config: ConfigDict, evaluated: Evaluated, seed: int) -> list[tuple[str, str]]:
     lines, settings = max((len(one.prompts) for one in evaluated.sets), default=0), config.evaluate
     made = [one for one in evaluated.entries if one.kind in ("model", "lora")]
     sample = config.sample
@@ -183,7 +193,7 @@ def _facts(config: ConfigDict, evaluated: Evaluated) -> list[tuple[str, str]]:
             ("Model", Path(config.pretrained.model).name),
             ("Sampling", f"{sample.resolution} px, {sample.eval_num_steps} steps, guidance {sample.guidance_scale:g}"),
             ("Pictures a prompt", f"{settings.images_per_prompt}"),
-            ("Seed", f"{config.seed}"),
+            ("Seed", f"{seed}"),
         ]
     return [*facts, ("Intervals", f"{100 * settings.confidence:g} %, {settings.resamples:,} resamples")]
 
@@ -227,9 +237,10 @@ def _markdown(
     folder: Path, facts: Sequence[tuple[str, str]], evaluated: Evaluated, rows: Sequence[Row], standings: Any
 ) -> str:
     entries = [one.name for one in evaluated.entries]
-    parts = [f"# RealBench: {_title(evaluated)}", "", f"{folder.name}. Page: index.html; numbers: leaderboard.csv.", ""]
+    parts = [f"# RealBench: {_title(evaluated)}", ""]
+    parts += [f"{folder.name}. Page: index.html; numbers: leaderboard.csv, scores.csv.", ""]
     parts += [f"- {name}: {value}" for name, value in facts]
-    parts += [f"- Entry {one.name}: {one.kind}, {one.source}" for one in evaluated.entries]
+    parts += [f"- Entry {one.name}: {one.kind}, {nearby(one.source)}" for one in evaluated.entries]
     parts += ["", "## Leaderboard", "", "Means over pictures [interval]; then the difference from the first entry over"]
     parts += ["the prompts that both have [interval], with a * where that interval leaves out 0.", ""]
     for table in _tables(rows):
@@ -242,13 +253,15 @@ def _markdown(
     lines = [
         [c["entry"], c["set"], c["pictures"], f"{c['prompts']} of {c['of']}"] + [c[k] for k in KINDS] for c in counts
     ]
-    parts += ["## Pictures behind the numbers", "", *_table(head, lines), ""]
+    parts += ["## Pictures behind the numbers", "", *_table(head, lines)]
+    parts += [""] if evaluated.problems else []
     for one in evaluated.problems:
         parts.append(
             f"- {one.entry}, {one.set}: {one.file.name} {one.what}" + (f" ({one.detail})" if one.detail else "")
         )
     if standings is not None:
-        parts += ["", "## Arena", "", f"Judge {standings.judge}, protocol {standings.protocol}.", ""]
+        parts += ["", "## Arena", ""]
+        parts += [f"Judge {standings.judge}, protocol {standings.protocol}; a tie is half a win.", ""]
         counted = ("wins", "losses", "ties", "pairs", "refused", "unreadable", "incomplete")
         head = ["match", "win rate", *counted]
         lines = []
@@ -260,6 +273,7 @@ def _markdown(
         share, low, high = standings.first_share
         parts += [*_table(["entry", "rating"], lines), ""]
         parts += [f"The picture shown first was chosen in {percent(share)} [{percent(low)}, {percent(high)}]."]
+        parts += ["", "Answers:", ""]
         parts += [f"- {name}: {value}" for name, value in standings.counts.items()]
     return "\n".join(parts).rstrip() + "\n"
 

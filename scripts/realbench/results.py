@@ -40,12 +40,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Problem:
-    """A picture that is not as it should be. Those of another size are scored; what is missing or unreadable is not."""
+    """A picture that is not as it should be. Those of another size are scored, and no others."""
 
     entry: str
     set: str
     file: Path
-    what: str  # missing, unreadable, other size
+    what: str  # missing, unreadable, other size, extra (of no prompt)
     detail: str
 
 

@@ -1,6 +1,5 @@
 """What the rewards say of pictures: scored while others are made or read, and kept, so that nothing is scored twice."""
 
-import csv
 import hashlib
 import itertools
 import json
@@ -14,8 +13,8 @@ import torch
 from ml_collections import ConfigDict
 
 from realbench.pictures import Picture
-from realbench.results import Evaluated, Problem, PromptSet, Scored
-from reward_bridge.bridge import RewardBridge
+from realbench.results import Problem, PromptSet, Scored
+from reward_bridge.bridge import RewardBridge, RewardError
 
 AHEAD = 2  # batches that wait for their scores
 NO_MATTER = ("deadline", "attempts", "token_env")  # options of a reward that do not change its scores
@@ -77,14 +76,19 @@ def score(
     pictures should have; `done` hears how many are through.
 
     A batch is scored as a whole, by size, where anything of it is missing: a picture's scores do not depend on what was
-    known before. Raises RewardError; what was scored until then is kept.
+    known before. Raises RewardError, which names the picture; what was scored until then is kept.
     """
     found, problems, waiting = [], [], deque()
 
     def settle(groups: list[tuple]) -> None:
         for group, texts, pending in groups:
             if pending is not None:
-                kept.add(group, texts, pending.result())
+                try:
+                    kept.add(group, texts, pending.result())
+                except RewardError as error:
+                    about = group if error.image is None else [group[error.image]]
+                    files = " to ".join(dict.fromkeys(str(picture.file) for picture in (about[0], about[-1])))
+                    raise RewardError(f"{error}; {entry}, {prompts.name}: {files}") from error
             for picture, text in zip(group, texts, strict=True):
                 height, width = picture.pixels.shape[1:]
                 where = (entry, prompts.name, *picture.slot, picture.file, picture.sha256, width, height)
@@ -117,21 +121,6 @@ def score(
     for groups in waiting:
         settle(groups)
     return sorted(found, key=lambda one: (one.line, one.copy)), problems
-
-
-def write_scores(file: Path, evaluated: Evaluated, root: Path) -> None:
-    """One row a picture, for machines. Files below `root` are told as they lie from there."""
-    sets = {one.name: one for one in evaluated.sets}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        rows = csv.writer(stream)
-        names = list(evaluated.rewards)
-        rows.writerow(["entry", "set", "line", "copy", "category", "prompt", "file", "width", "height", *names])
-        for one in evaluated.pictures:
-            prompts, path = sets[one.set], one.file
-            path = path.relative_to(root) if path.is_relative_to(root) else path
-            words = [prompts.categories[one.line], prompts.prompts[one.line], path.as_posix(), one.width, one.height]
-            rows.writerow([one.entry, one.set, one.line, one.copy, *words, *(f"{one.scores[n]:.9g}" for n in names)])
 
 
 def evaluation_options(config: ConfigDict) -> dict[str, Any]:
