@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "realgen_jax" / "embedded"
+REWARDS = ROOT / "reward_bridge" / "embedded"
 
 
 def tiny() -> ConfigDict:
@@ -106,9 +107,7 @@ def tiny() -> ConfigDict:
     c.reward.fn = ConfigDict({"embedded_detector": 1.0, "clip_score": 0.5})  # what is trained on, and its weights
     c.reward.held_out = ("embedded_held_out", "embedded_prompt_accuracy")  # looked at in evaluations, never trained on
     c.reward.metrics = ("embedded_frechet",)  # checks on a whole set; lower is better
-    c.reward.options = ConfigDict(
-        {"clip_score": ConfigDict({"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})}
-    )
+    c.reward.options = ConfigDict({"clip_score": ConfigDict({"path": str(REWARDS / "clip")})})
     c.reward.device = "auto"  # the last GPU, kept from JAX where there are others; without a GPU the CPU. cpu, cuda:N
     c.reward.share_gpu = False  # True: JAX computes on the rewards' GPUs too
     c.reward.devices = ConfigDict()  # rewards that have a device of their own, {"omniaid": "cuda:6"}
@@ -117,6 +116,10 @@ def tiny() -> ConfigDict:
     c.reward.retries = 1
     c.reward.stop_drop = 0.05  # end the run where a held-out reward lies so far below its best, while the reward rises,
     c.reward.stop_patience = 0  # for so many evaluations in a row; 0: never
+    c.reward.adversarial = ConfigDict()  # rewards of fn that learn, and how: adversary() has the keys
+    # What those take for real: .jsonl ("prompt", "image" or "images"), .json ({prompt: [images]}), or a folder of
+    # photographs that stand for every prompt. Files lie relative to root, or to where path is if that is empty.
+    c.reward.references = ConfigDict({"path": str(REWARDS / "references" / "photographs.json"), "root": ""})
 
     # RealBench: what scripts/evaluate.py compares models on, after the run
     c.evaluate = ConfigDict()
@@ -142,6 +145,73 @@ def tiny() -> ConfigDict:
     c.evaluate.arena.attempts = 5  # for one question: rate limits, time-outs, answers that cannot be read
     c.evaluate.arena.max_failures = 10  # questions in a row that came to nothing, after which the judge is left alone
     c.evaluate.arena.port = 0  # of the page where a person judges; 0: a free one
+    return c
+
+
+def adversary() -> ConfigDict:
+    """How a reward learns: a value of config.reward.adversarial, with RealGen-V2's numbers. Sizes count pairs of a real
+    and a generated picture, on one replica.
+    """
+    a = ConfigDict()
+    a.options = ConfigDict()  # of the learner (reward_bridge/learners/), beside config.reward.options of the same name
+    # threshold: in epochs whose mean reward is above it; margin: while references lie less than it above what is
+    # generated; every: in the first learn_epochs of each cycle; plateau: once the reward rose by less than min_rise in
+    # patience epochs
+    a.schedule = "threshold"
+    a.threshold = 0.6
+    a.margin = 0.0
+    a.learn_epochs, a.cycle = 1, 1
+    a.patience, a.min_rise = 5, 0.01
+    a.always_first = True  # in epoch 0 in any case
+    a.skip_generator = False  # True: the generator rests in epochs in which this learns
+    a.optimizer = "adamw"  # adam, adamw
+    a.learning_rate = 4e-5
+    a.betas = (0.9, 0.999)
+    a.weight_decay = 0.01
+    a.batch_size = 16  # of this epoch, in one step; 0: all of it
+    a.history_batch_size = 16  # of earlier epochs, beside them
+    a.history_size = 1000  # kept of earlier epochs in which this learnt; in host memory and in checkpoints
+    a.max_passes = 20  # over the epoch,
+    a.target_accuracy = 0.9  # until the mean of one pass reaches it
+    a.ema_decay = 0.99  # of the weights that give the reward: min((1 + steps) / (10 + steps), this)
+    a.codec = "jpeg"  # none, jpeg: what real and generated pictures both pass, once resized
+    a.quality = 90  # of it
+    a.deadline = 600.0  # seconds of one update
+    return a
+
+
+def tiny_adversarial() -> ConfigDict:
+    """The embedded detector learns while the generator is trained on it alone, without KL or alignment: what fools the
+    frozen detector within minutes does not fool one that is shown it. 2 cores, 6 minutes.
+
+    Expected: the Fréchet distance to held-out crops falls and the prompts stay recognisable, which both get worse with
+    the frozen detector (README has the figures): --config.reward.adversarial={}
+    """
+    c = tiny()
+    c.num_epochs = 150
+    c.eval_freq = 30
+    c.train.learning_rate = 5e-4
+    c.train.beta = 0.0
+    c.reward.fn = ConfigDict({"embedded_detector": 1.0})
+    c.reward.held_out = ("embedded_held_out", "embedded_prompt_accuracy", "clip_score")
+    c.reward.metrics = ("embedded_frechet", "embedded_frechet_held_out")
+    a = adversary()
+    a.options = ConfigDict({"init": "shipped"})  # shipped: the demo's detector learns on; fresh: from nothing
+    a.schedule = "every"
+    a.learning_rate = 1e-3
+    a.batch_size, a.history_batch_size = 32, 32
+    a.max_passes, a.target_accuracy = 4, 0.85
+    a.ema_decay = 0.9
+    c.reward.adversarial = ConfigDict({"embedded_detector": a})
+    return c
+
+
+def tiny_soft() -> ConfigDict:
+    """As tiny_adversarial, with blurred references: pictures alone lead the model to another style."""
+    c = tiny_adversarial()
+    c.num_epochs = 60
+    c.reward.references.path = str(REWARDS / "references" / "soft.json")
+    c.reward.metrics = ("embedded_frechet", "embedded_sharpness")
     return c
 
 
@@ -289,16 +359,102 @@ def flux_dev_full_8xh200() -> ConfigDict:
     return c
 
 
+def flux_adv_8xh200() -> ConfigDict:
+    """RealGen-V2's FLUX recipe on 8 H200s (its config `flux_fast_guard`): both OmniAID detectors learn from the
+    photographs of RealGen's train.jsonl, one of them a prompt.
+
+    Where it differs: 7 GPUs train and the last one holds the rewards (there 8 do both), so that groups are of 21
+    pictures, not 24, and an epoch has 504 of 24 prompts; VisualQuality-R1, which samples its answers, is left out; real
+    and generated pictures pass one JPEG codec before the detectors see them.
+    """
+    c = flux_dev_8xh200()
+    c.prompts.train = "dataset/realgen/train.jsonl"
+    c.sample.branches = 1  # every picture has its own first latent and prefix
+    c.sample.sde_window_size = 3
+    c.sample.sde_window_range = (0, 14)
+    c.train.clip_range = 4e-6
+    c.reward.fn = ConfigDict({"omniaid": 1.0, "omniaid_dino": 1.0, "longclip": 1.0})
+    c.reward.options = ConfigDict(
+        {
+            "omniaid": ConfigDict({"path": "models/omniaid"}),
+            "omniaid_dino": ConfigDict({"path": "models/omniaid"}),
+            "longclip": ConfigDict({"path": "models/longclip", "dtype": "float16"}),
+        }
+    )
+    c.reward.adversarial = ConfigDict({"omniaid": adversary(), "omniaid_dino": adversary()})
+    c.reward.references = ConfigDict({"path": "dataset/realgen/train.jsonl", "root": "dataset/realgen"})
+    c.evaluate.scores = ("omniaid", "omniaid_dino", "longclip")
+    c.evaluate.detectors = ("omniaid", "omniaid_dino")
+    return c
+
+
+def flux_dino_adv() -> ConfigDict:
+    """Adv-GRPO's DINO discriminator (there on SD3.5-medium), carried to FLUX.1-dev on 8 H200s.
+
+    As there: 512 pixels, 10 steps, cps with noise 0.8 in the first two, advantages by the global standard deviation, no
+    KL, plain ratio, 48 prompts an epoch, nine epochs of the discriminator to one of the generator. Where it differs:
+    guidance is FLUX's distilled 3.5, not CFG 4.5; 7 GPUs train and the last one has the rewards, so that groups are of
+    14 pictures, not 16; evaluation takes 28 steps, not 40; features are normalised for training as for the reward.
+    """
+    c = flux_dev_8xh200()
+    c.sample.resolution = 512
+    c.sample.num_steps = 10
+    c.sample.sde_type = "cps"
+    c.sample.noise_level = 0.8
+    c.sample.sde_window_size = 2
+    c.sample.sde_window_range = (0, 2)
+    c.sample.branches = 1
+    c.sample.train_batch_size = 56  # 7 GPUs x 8: four prompts a call
+    c.sample.num_image_per_prompt = 14
+    c.sample.num_batches_per_epoch = 12
+    c.sample.global_std = True
+    c.train.loss = "grpo"
+    c.train.beta = 0.0
+    c.train.clip_range = 1e-5
+    c.train.learning_rate = 3e-4
+    c.train.lora_rank, c.train.lora_alpha = 32, 64.0
+    c.train.gradient_accumulation_steps = 6
+    c.reward.fn = ConfigDict({"dino_discriminator": 1.0})
+    c.reward.held_out = ("longclip",)
+    c.reward.options = ConfigDict(
+        {
+            "dino_discriminator": ConfigDict({"path": "models/dinov2-base"}),
+            "longclip": ConfigDict({"path": "models/longclip", "dtype": "float16"}),
+        }
+    )
+    a = adversary()
+    a.options = ConfigDict({"seed": c.get_ref("seed")})  # of the head's first weights and of the patches
+    a.schedule = "every"
+    a.learn_epochs, a.cycle = 9, 10
+    a.skip_generator = True
+    a.optimizer = "adam"
+    a.learning_rate = 1e-4
+    a.betas = (0.5, 0.999)
+    a.weight_decay = 0.0
+    a.batch_size, a.history_batch_size, a.history_size = 0, 0, 0
+    a.max_passes = 1
+    a.ema_decay = 0.0
+    c.reward.adversarial = ConfigDict({"dino_discriminator": a})
+    c.reward.references = ConfigDict({"path": "dataset/references.json", "root": "dataset/references"})
+    c.evaluate.scores = ("longclip",)
+    c.evaluate.detectors = ()
+    return c
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         tiny,
+        tiny_adversarial,
+        tiny_soft,
         flux_dev_8xh200,
         flux_dev_8xh200_remote,
         flux_dev_6x2,
         flux_dev_1xh200,
         flux_dev_16xh200,
         flux_dev_full_8xh200,
+        flux_adv_8xh200,
+        flux_dino_adv,
     )
 }
 

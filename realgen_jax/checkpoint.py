@@ -7,7 +7,7 @@ A checkpoint is a folder named after its epoch. Orbax commits it by a rename; SH
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from realgen_jax.grpo import TrainState
-from realgen_jax.hosts import process_index
+from realgen_jax.hosts import process_index, wait_for_all
 
 SUMS, META = "SHA256SUMS", "meta.json"
 BARRIER_SECONDS = 300  # that hosts wait for one another while saving
@@ -133,8 +133,11 @@ class Checkpoints:
     def _complete(self) -> Iterator[int]:
         return (epoch for epoch in reversed(_epochs(self.folder)) if (self.folder / str(epoch) / SUMS).exists())
 
-    def save(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Save after `epoch` epochs; meta is JSON. Returns once the arrays are copied, the rest is done beside.
+    def save(
+        self, epoch: int, state: TrainState, meta: dict[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Save after `epoch` epochs; meta is JSON, files (by their names in the checkpoint) are this process's own.
+        Returns once the arrays are copied, the rest is done beside.
 
         Raises SaveError where this save could not begin, or the one before it failed.
         """
@@ -144,11 +147,17 @@ class Checkpoints:
             self._orbax.save(self.folder / str(epoch), args=args)
         except Exception as error:
             raise self._failed(epoch, error) from error
-        self._pending, self.begun = self._thread.submit(self._finish, epoch), epoch
+        self._pending, self.begun = self._thread.submit(self._finish, epoch, files or {}), epoch
 
-    def _finish(self, epoch: int) -> None:
+    def _finish(self, epoch: int, files: Mapping[str, bytes]) -> None:
         try:
             self._orbax.wait_until_finished()
+            for name, content in files.items():
+                file = self.folder / str(epoch) / name
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(content)
+            if files:
+                wait_for_all(f"files of checkpoint {epoch}", BARRIER_SECONDS)
             if process_index() == 0:
                 seal(self.folder / str(epoch))
                 for old in list(self._complete())[self.keep :]:
@@ -181,6 +190,11 @@ class Checkpoints:
         """As `wait`, without waiting."""
         if self._pending is not None and self._pending.done():
             self.wait()
+
+    def read(self, epoch: int, name: str) -> bytes | None:
+        """One of the files saved with a checkpoint; None where it has none of this name."""
+        file = self.folder / str(epoch) / name
+        return file.read_bytes() if file.exists() else None
 
     def restore(self, epoch: int, like: TrainState) -> TrainState:
         """The state saved after `epoch` epochs, its arrays placed as those of `like` are, on whatever mesh.

@@ -8,6 +8,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+MEET_SECONDS = 300
 HEARTBEAT_SECONDS = 20  # after which a dead process is noticed, and the others end
 
 
@@ -47,13 +48,28 @@ def process_count() -> int:
     return distributed.global_state.num_processes or 1
 
 
+def tell(key: str, text: str | None) -> str:
+    """What process 0 says under this key, in every process; the others give None. Does not start JAX's devices."""
+    client = distributed.global_state.client
+    if text is not None:
+        client.key_value_set(key, text)
+    return client.blocking_key_value_get(key, 1000 * MEET_SECONDS)
+
+
+def coordinator_host() -> str:
+    """The machine that process 0 runs on, as the others reach it."""
+    return distributed.global_state.coordinator_address.rpartition(":")[0]
+
+
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
     """The sum of every process's float32 or int32 array; all must call it, with the same shape."""
     return values if process_count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(0)
 
 
 def wait_for_all(name: str, seconds: int = 7 * 24 * 3600) -> None:
-    """Wait until every process is here, without the devices: one may be at work for hours. Each name once."""
+    """Wait until every process is here, without the devices (one may be at work for hours), from whatever thread. Each
+    name once. Raises RuntimeError in the end.
+    """
     if process_count() > 1:
         distributed.global_state.client.wait_at_barrier(name, 1000 * seconds)
 

@@ -27,7 +27,8 @@ FREE_KEYS = (
     "preemption_grace", "wandb_project", "profile.*", "compilation_cache", "mesh.*", "prompts.cache", "prompts.device",
     "reward.deadline", "reward.retries", "reward.stop_*",
     "reward.batch_size", "reward.device", "reward.devices.*", "reward.share_gpu", "reward.options.*.servers",
-    "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env", "evaluate.*",
+    "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env",
+    "reward.adversarial.*.deadline", "evaluate.*",
 )  # fmt: skip
 
 
@@ -166,9 +167,11 @@ class RunLog:
         steps: Sequence[Mapping],
         seconds: Mapping[str, float],
         scoring: Mapping[str, float],
+        learnt: Mapping[str, float],
     ) -> None:
         """An epoch's row. scores [groups, size] by reward, their weighted mean `reward`, each optimizer step's metrics,
-        seconds by phase, which add up to the epoch, and the seconds that each reward was at work meanwhile.
+        seconds by phase, which add up to the epoch, the seconds that each reward was at work meanwhile, and what those
+        that learn have found. There are no steps where the generator rests for them.
         """
         flat = {name: zero_spread(r.astype(np.float64)) for name, r in scores.items()}
         std = {name: r.std(axis=1).mean() for name, r in scores.items()}
@@ -179,10 +182,12 @@ class RunLog:
         row["zero_spread"] = np.logical_and.reduce(list(flat.values())).mean()  # groups that teach nothing
         if min(std.values()) > 0:
             row["std_ratio"] = max(std.values()) / min(std.values())
-        for name in steps[0]:
+        for name in steps[0] if steps else ():
             values = [float(step[name]) for step in steps]
             row[name] = max(values) if name == "ratio_deviation" else np.mean(values)
-        row["first_ratio_deviation"] = float(steps[0]["ratio_deviation"])  # before any weight moved: rounding alone
+        if steps:  # before any weight moved: rounding alone
+            row["first_ratio_deviation"] = float(steps[0]["ratio_deviation"])
+        row |= learnt
         row |= {f"seconds/{name}": s for name, s in {**seconds, **scoring}.items()}
         row |= {f"memory/{where}": used for where, used in memory().items()}
         row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
@@ -190,7 +195,11 @@ class RunLog:
         self.metrics("train", epoch, row)
         figures = {"reward": f"{row['reward']:.3f}"}
         figures |= {short_name(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1}
-        figures |= {"|ratio-1|": f"{row['first_ratio_deviation']:.0e}", "img/s": f"{row['images_per_second']:.1f}"}
+        figures |= {
+            short_name(key.removeprefix("learning/")): f"{learnt[key]:.2f}" for key in learnt if "accuracy" in key
+        }
+        figures |= {"|ratio-1|": f"{row['first_ratio_deviation']:.0e}"} if steps else {}
+        figures["img/s"] = f"{row['images_per_second']:.1f}"
         if self._held_out:
             shown = ", ".join(f"{short_name(name)} {value:.3f}" for name, value in self._held_out.items())
             figures |= {"| last evaluation:": shown}

@@ -6,7 +6,8 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +18,20 @@ class Reward(Protocol):
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """uint8 [n, 3, h, w] and n prompts -> float32 [n]."""
+
+
+@runtime_checkable
+class TrainableReward(Reward, Protocol):
+    """A reward that learns from what it scored (reward_bridge/adversary.py). A frozen one has none of this."""
+
+    def draw(self, prompts: Sequence[str], seed: int, height: int, width: int) -> torch.Tensor:
+        """Reference pictures for generated ones of this size: uint8 [n, 3, s, s]."""
+
+    def observe(self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]) -> None:
+        """Keep n pairs until the next update."""
+
+    def update(self, seed: int) -> dict[str, float]:
+        """Learn from what was observed since the last one; its metrics."""
 
 
 class RewardError(RuntimeError):
@@ -62,8 +77,12 @@ class RewardBridge:
         images: "torch.Tensor | jax.Array",  # noqa: F821
         prompts: Sequence[str],
         only: Sequence[str] | None = None,
+        observe: int | None = None,
     ) -> "PendingScores":
         """Queue uint8 images [n, 3, h, w]; `only` names the rewards to run (default: all). Returns at once.
+
+        `observe`: have rewards that learn observe the batch, beside references drawn with this seed, which they score
+        too, as "NAME/references".
 
         The images may still be computed, and may be spread over several devices. Of an array that is spread over
         several processes, this one's images are scored, and theirs are the prompts.
@@ -80,8 +99,19 @@ class RewardBridge:
         for lane in self._lanes.values():
             if wanted := [name for name in lane.names if name in names]:
                 answers[lane] = _Answer(done)
-                lane.queue.put((shared, list(prompts), wanted, answers[lane]))
+                lane.queue.put((partial(lane.score, shared, list(prompts), wanted, observe), answers[lane]))
+        if observe is not None:
+            names += [f"{name}/references" for name in names if isinstance(self.rewards[name], TrainableReward)]
         return PendingScores(answers, done, names)
+
+    def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> "PendingScores":
+        """Have rewards update themselves, each with its seed, after what is queued; the result is their metrics."""
+        answers, done = {}, queue.SimpleQueue()
+        for lane in self._lanes.values():
+            if wanted := {name: seeds[name] for name in lane.names if name in seeds}:
+                answers[lane] = _Answer(done)
+                lane.queue.put((partial(lane.learn, wanted, deadlines), answers[lane]))
+        return PendingScores(answers, done, list(seeds))
 
     def stuck(self) -> list[str]:
         """Rewards that are past their deadline and still have not answered: their device scores nothing more."""
@@ -99,7 +129,7 @@ class RewardBridge:
 
 
 class _Answer:
-    """What a lane finds of one batch: {reward: scores}, the error instead, or None for as long as neither is there.
+    """What a lane finds: {reward: scores or metrics}, the error instead, or None for as long as neither is there.
 
     No Future: an interrupt can leave its lock held, and whoever asks for it next then waits for ever. Here the caller's
     thread takes no lock but those inside SimpleQueue, which no interrupt divides.
@@ -176,7 +206,9 @@ class _Lane:
     def __init__(self, bridge: RewardBridge, names: Sequence[str]):
         self.bridge, self.names = bridge, names
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._running: tuple[str, float] | None = None  # the reward at work and when its deadline passes
+        self._running: tuple[str, float, str] | None = (
+            None  # the reward at work, when its deadline passes, the complaint
+        )
         # a daemon: a reward that hangs must not keep the process from ending
         self.thread = threading.Thread(target=self._work, name=f"reward-bridge {', '.join(names)}", daemon=True)
         self.thread.start()
@@ -187,10 +219,10 @@ class _Lane:
         return running[0] if running is not None and time.monotonic() > running[1] else None
 
     def check_deadline(self) -> None:
-        if name := self.overdue():
+        running = self._running
+        if running is not None and self.overdue():
             raise RewardError(
-                f"reward {name!r} has not answered for {self.bridge.deadline:g} s (config.reward.deadline); "
-                "is its device busy, or the deadline too short for this batch?"
+                f"reward {running[0]!r} {running[2]}; is its device busy, or the deadline too short for this batch?"
             )
 
     def stop(self) -> None:
@@ -203,20 +235,44 @@ class _Lane:
 
     def _work(self) -> None:
         while (work := self.queue.get()) is not None:
-            images, prompts, names, answer = work
+            job, answer = work
             if answer.found is not None:  # nobody waits for it any more
                 continue
             try:
-                images.wait()  # a reward's deadline does not count the rollout
-                answer.set({name: self._score(name, images, prompts) for name in names})
+                answer.set(job())
             except BaseException as error:  # handed to whoever waits for the scores
                 answer.set(error)
             self._running = None
-            del work, images, answer  # a waiting thread must not hold a batch's memory
+            del work, job, answer  # a waiting thread must not hold a batch's memory
+
+    def score(self, images: _Images, prompts: list[str], names: Sequence[str], observe: int | None) -> dict:
+        """{reward: float32 [n]}, those of references too where rewards that learn are to observe the batch."""
+        images.wait()  # a reward's deadline does not count the rollout
+        scores = {name: self._score(name, images, prompts) for name in names}
+        for name in names if observe is not None else ():
+            reward, generated = self.bridge.rewards[name], images.on(self.bridge.devices[name])
+            if isinstance(reward, TrainableReward):
+                real = reward.draw(prompts, observe, *generated.shape[2:])
+                scores[f"{name}/references"] = self._score(name, _Images(real), prompts)
+                reward.observe(real, generated, prompts)
+        return scores
+
+    def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """{reward: metrics of its update}. No second try: the first one has changed it already."""
+        found = {}
+        for name, seed in seeds.items():
+            late = f"has not finished learning for {deadlines[name]:g} s (config.reward.adversarial.{name}.deadline)"
+            self._running = (name, time.monotonic() + deadlines[name], late)
+            try:
+                found[name] = self.bridge.rewards[name].update(seed)
+            except Exception as error:
+                raise RewardError(f"reward {name!r} failed to learn: {error!r}") from error
+        return found
 
     def _score(self, name: str, images: _Images, prompts: list[str]) -> np.ndarray:
         """One reward's scores of a batch: retried, and checked."""
-        self._running = (name, time.monotonic() + self.bridge.deadline)
+        late = f"has not answered for {self.bridge.deadline:g} s (config.reward.deadline)"
+        self._running = (name, time.monotonic() + self.bridge.deadline, late)
         for attempt in range(self.bridge.retries + 1):
             start = time.monotonic()
             try:

@@ -28,8 +28,10 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class EmbeddedFrechet:
     """Distance to 2,048 fresh crops of the training squares, in the classifier's features. Lower is better."""
 
+    REAL = "real_features"
+
     def __init__(self, device: str):
-        reference = load_file(FOLDER / "real_features.safetensors")
+        reference = load_file(FOLDER / f"{self.REAL}.safetensors")
         self.mean, self.cov = reference["mean"], reference["cov"]
         self.model, self.device = load_classifier(device), device
 
@@ -42,7 +44,28 @@ class EmbeddedFrechet:
         return frechet_distance(*statistics(self.features(images)), self.mean, self.cov)
 
 
-METRICS = {"embedded_frechet": EmbeddedFrechet}
+class EmbeddedFrechetHeldOut(EmbeddedFrechet):
+    """The same to crops of the held-out squares, of which nothing was ever trained on."""
+
+    REAL = "held_out_features"
+
+
+class EmbeddedSharpness:
+    """The mean difference between neighbouring pixels, in shares of 255."""
+
+    def __init__(self, device: str):
+        pass
+
+    def __call__(self, images: np.ndarray) -> float:
+        x = images.astype(np.float32) / 255
+        return float((np.abs(np.diff(x, axis=2)).mean() + np.abs(np.diff(x, axis=3)).mean()) / 2)
+
+
+METRICS = {
+    "embedded_frechet": EmbeddedFrechet,
+    "embedded_frechet_held_out": EmbeddedFrechetHeldOut,
+    "embedded_sharpness": EmbeddedSharpness,
+}
 
 
 def make_metric(name: str, device: str, options: Mapping[str, Any]):

@@ -84,6 +84,11 @@ def verdict(m: Metrics, config: dict) -> str:
             f"In {t.where}, epochs {t.epochs}: {t.slope:+.2g} an epoch (standard error {t.error:.1g}), {t.rise:+.2g} "
             f"in all, {abs(t.effect):.2g} of the spread within a group."
         )
+    if learning := config["reward"].get("adversarial"):  # runs from before there were such have no key
+        text.append(
+            f"{', '.join(learning)} learnt meanwhile, so that the level of this reward says little; what is held out "
+            "says more."
+        )
     if len(names := config["reward"]["fn"]) > 1:
         each = (f"{n} {m.trend(f'reward/{n}', m.recent(f'reward_std/{n}')).word}" for n in names)
         text.append(f"One by one, in training: {', '.join(each)}.")

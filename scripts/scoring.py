@@ -12,10 +12,16 @@ from reward_bridge.bridge import PendingScores, RewardError
 Pending = tuple[PendingScores, np.ndarray]  # a batch's scores, and which rows of it this process scores
 
 
-def submit(run: Run, images: jax.Array, texts: Sequence[str], only: Sequence[str] | None = None) -> Pending:
-    """Have this process's rows of a batch scored; texts has one for every row."""
+def submit(
+    run: Run,
+    images: jax.Array,
+    texts: Sequence[str],
+    only: Sequence[str] | None = None,
+    observe: int | None = None,
+) -> Pending:
+    """Have this process's rows of a batch scored; texts has one for every row. `observe`: as the bridge's."""
     rows = own_rows(images)
-    return run.bridge.submit(images, [texts[i] for i in rows], only), rows
+    return run.bridge.submit(images, [texts[i] for i in rows], only, observe), rows
 
 
 def scores_of_all(pending: Sequence[Pending], images: int) -> dict[str, np.ndarray]:

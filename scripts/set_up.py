@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from adversaries import make_adversaries
 from encode_prompts import ensure_encoded
 from ml_collections import ConfigDict
 from programs import Recipe, abstract_state, check_mesh, make_recipe
@@ -25,8 +26,10 @@ from realgen_jax.hosts import process_count, put
 from realgen_jax.rollout import Plan
 from realgen_jax.run_log import changed_keys
 from realgen_jax.sharding import batch_devices, make_mesh
+from reward_bridge.adversary import Adversary
 from reward_bridge.bridge import RewardBridge, resolve
 from reward_bridge.dlpack import check_room, reserve
+from reward_bridge.learners import LEARNERS
 from reward_bridge.metrics import METRICS, make_metric
 from reward_bridge.rewards import REWARDS, make_reward
 
@@ -47,6 +50,7 @@ class Run:
     prompts: list[str]
     test_prompts: list[str]
     bridge: RewardBridge
+    adversaries: dict[str, Adversary]  # those of the bridge's rewards that learn
     metrics: dict[str, Callable[[np.ndarray], float]]
     checkpoints: Checkpoints
 
@@ -72,7 +76,11 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     texts = [*prompts, *test_prompts, *(prompt for one in sets for prompt in one.prompts)]
     cache = ensure_encoded(texts, config.pretrained.model, config.prompts)
     options = config.reward.options.to_dict()
-    rewards = {name: make_reward(name, devices[name], options.get(name, {})) for name in devices}
+    adversaries = make_adversaries(config, devices, prompts)
+    frozen = {
+        name: make_reward(name, devices[name], options.get(name, {})) for name in devices if name not in adversaries
+    }
+    rewards = {name: adversaries.get(name) or frozen[name] for name in devices}
     metrics = {name: make_metric(name, metrics_device, options.get(name, {})) for name in config.reward.metrics}
     for device in shared:
         check_room(device)
@@ -102,6 +110,7 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
             retries=config.reward.retries,
             batch_size=config.reward.batch_size,
         ),
+        adversaries=adversaries,
         metrics=metrics,
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
     )
@@ -146,6 +155,11 @@ def check(config: ConfigDict) -> None:
     names = [*reward.fn, *reward.held_out]
     if twice := {name for name in names if names.count(name) > 1}:
         missing.append(f"{', '.join(sorted(twice))}: trained on and held out at once, in config.reward; choose one")
+    for name in reward.adversarial:
+        if name not in reward.fn:
+            missing.append(f"config.reward.adversarial has {name}, which config.reward.fn does not train on")
+        if "servers" in reward.options.get(name, {}):
+            missing.append(f"{name} is behind servers and cannot learn; take it out of config.reward.adversarial")
     missing += missing_rewards(reward, names + (list(config.evaluate.scores) if reports(config) else []))
     if unknown := [name for name in reward.metrics if name not in METRICS]:
         missing.append(f"there is no metric {', '.join(unknown)}; choose from {', '.join(sorted(METRICS))}")
@@ -178,8 +192,12 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
                     f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
                     "README.md, Rewards, says where the weights come from"
                 )
-    if unknown := [name for name in local if name not in REWARDS]:
-        missing.append(f"there is no reward {', '.join(unknown)}; choose from {', '.join(sorted(REWARDS))}")
+    for kind, wanted, known in (
+        ("reward", [name for name in local if name not in reward.adversarial], REWARDS),
+        ("reward that learns", [name for name in local if name in reward.adversarial], LEARNERS),
+    ):
+        if unknown := [name for name in wanted if name not in known]:
+            missing.append(f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
     return missing
 
 

@@ -21,7 +21,7 @@ SCOPES = (
     "prefix", "window", "suffix", "evaluate", "decode", "recompute", "update", "reference", "policy", "backward",
     "optimizer", "modulation", "double", "single", "attention",
 )  # fmt: skip
-PHASES = ("evaluate", "sample", "reward_wait", "update", "checkpoint")
+PHASES = ("evaluate", "sample", "reward_wait", "update", "reward_learning", "checkpoint")
 
 
 class Operation(NamedTuple):

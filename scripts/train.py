@@ -6,6 +6,8 @@
     python scripts/launch.py --processes 2 scripts/train.py --config ...      several processes (docs/clusters.md)
 
 prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> update -> checkpoint
+                                                    `-> rewards that learn -'
+
 At the end, where config.evaluate.after_training says so, RealBench's report on the run (scripts/evaluate.py).
 """
 
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from adversaries import begin_learning, draw_seeds, files, restore
 from clu import parameter_overview
 from cluster import Preemption, connect_by_flags
 from command_line import parse_flags
@@ -51,11 +54,12 @@ TRAIN = 1  # a stream of the run's root key, beside evaluation.EVAL and set_up.I
 
 
 def sample_epoch(
-    run: Run, programs: Programs, trainable: Any, epoch: int, rows: np.ndarray
+    run: Run, programs: Programs, trainable: Any, epoch: int, rows: np.ndarray, seeds: Sequence[int]
 ) -> tuple[list[tuple], list[Pending], list[jax.Array]]:
     """Sample every call of an epoch and hand its pictures to the rewards, which score while the next call runs.
 
-    rows int [groups]: the epoch's prompts. Returns the calls' (trajectory, cond), their pending scores and flags.
+    rows int [groups]: the epoch's prompts; seeds: one a call, for the reference pictures that go with its own. Returns
+    the calls' (trajectory, cond), their pending scores and flags.
     """
     sample, layout = run.config.sample, run.recipe.layout
     epoch_key = jax.random.fold_in(run.key(TRAIN), epoch)
@@ -71,7 +75,7 @@ def sample_epoch(
             run.pipe.params, run.pipe.vae_params, trainable, cond, (latent_key, noise_key), run.plan.draw(start_key)
         )
         texts = [prompt for prompt in prompts for _ in range(layout.branches)]
-        pending.append(submit(run, images, texts, [*run.config.reward.fn]))
+        pending.append(submit(run, images, texts, [*run.config.reward.fn], seeds[call]))
         calls.append((trajectory, cond))
         finite.append(ok)
     return calls, pending, finite
@@ -134,6 +138,8 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
         describe = parameter_overview.get_parameter_overview(dict(leaves(state.trainable)), include_stats=False)
         (folder / "trainable.txt").write_text(describe + "\n")
         log = RunLog(folder, config.to_dict(), first, config.num_epochs, config.wandb_project)
+    if resumed is not None:
+        restore(run, resumed, log)
 
     def remembered() -> dict[str, Any]:
         """All of the run but its arrays, as it is now; the config has the seed, the root of all keys."""
@@ -155,7 +161,8 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                     break
             seconds, scored = {}, dict(run.bridge.seconds)
             with phase("sample", seconds):
-                calls, pending, finite = sample_epoch(run, programs, state.trainable, epoch, next(data))
+                seeds = draw_seeds(run, epoch, run.recipe.layout.calls + len(run.adversaries))
+                calls, pending, finite = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
                 for ok, (one, _) in zip(finite, pending, strict=True):
                     ok.block_until_ready()
                     if process_count() == 1:  # rather now than when all calls are through; several must agree
@@ -168,22 +175,32 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
 
             with phase("reward_wait", seconds):
                 found = scores_of_all(pending, run.recipe.layout.images)
-                groups = {name: scores.reshape(-1, run.recipe.layout.group) for name, scores in found.items()}
+                groups = {name: found[name].reshape(-1, run.recipe.layout.group) for name in config.reward.fn}
+                means = {name: float(scores.mean()) for name, scores in found.items()}
+                learning, rest = begin_learning(run, epoch, means, seeds[run.recipe.layout.calls :])
                 advantages = group_advantages(groups, config.reward.fn, global_std=config.sample.global_std)
 
             with phase("update", seconds):
-                state, steps = improve(run, programs, state, calls, advantages.reshape(run.recipe.layout.calls, -1))
+                steps = []
+                if not rest:
+                    advantages = advantages.reshape(run.recipe.layout.calls, -1)
+                    state, steps = improve(run, programs, state, calls, advantages)
                 for step in steps:
                     stop_if_not_finite(step, epoch, "update", run)
 
-            deviation = float(steps[0]["ratio_deviation"])
+            with phase("reward_learning", seconds):
+                learnt = learning.result()
+            learnt = {f"learning/{name}/{key}": v for name, values in learnt.items() for key, v in values.items()}
+            learnt |= {f"reward/{name}": mean for name, mean in means.items() if name not in groups}
+
+            deviation = float(steps[0]["ratio_deviation"]) if steps else 0.0
             if epoch == first and deviation > 0.1 * config.train.clip_range:
                 log.say(
                     f"[bold red]warning[/bold red] on unchanged weights a ratio is {deviation:.1e} away from 1, over a "
                     f"tenth of the clip range {config.train.clip_range:g}: set --config.train.recompute_old=True"
                 )
             scoring = {f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups}
-            log.train(epoch + 1, groups, weighted_mean(groups, config.reward.fn), steps, seconds, scoring)
+            log.train(epoch + 1, groups, weighted_mean(groups, config.reward.fn), steps, seconds, scoring, learnt)
             if (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:
                 save(run, log, epoch + 1, state, remembered())
             tolerate(run, log, run.checkpoints.raise_if_failed)
@@ -207,7 +224,7 @@ def tolerate(run: Run, log: RunLog, action: Callable[[], None]) -> None:
 def save(run: Run, log: RunLog, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Begin a checkpoint, once the one before is written."""
     tolerate(run, log, run.checkpoints.wait)
-    tolerate(run, log, lambda: run.checkpoints.save(epoch, state, meta))
+    tolerate(run, log, lambda: run.checkpoints.save(epoch, state, meta, files(run)))
 
 
 def end_early(run: Run, log: RunLog, stop: Preemption, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:

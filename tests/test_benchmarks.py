@@ -52,6 +52,7 @@ def numbers(found):
     return [found] if isinstance(found, int | float) else []
 
 
+@pytest.mark.slow
 def test_flux_gpu(tmp_path):
     """Every part, on a CPU, without what a bare GPU machine lacks."""
     printed, found = run("flux_gpu.py", tmp_path)

@@ -212,6 +212,18 @@ def test_a_healthy_run_is_called_healthy(tmp_path, capsys, monkeypatch):
     assert "ratio deviation: largest |ratio - 1| before any step 0 (<= 1.0e-04)" in shown
 
 
+def test_a_reward_that_learns_is_told(tmp_path):
+    def learns(run, value):
+        run["config"]["reward"]["adversarial"] = {"embedded_detector": {}}
+        for row in of(run, "train")[::3]:  # epochs in which the generator rested
+            row.pop("ratio_deviation"), row.pop("first_ratio_deviation")
+
+    answer = answer_of(tmp_path, learns)
+    assert "embedded_detector learnt meanwhile, so that the level of this reward says little" in answer.verdict
+    assert "learnt meanwhile" not in answer_of(tmp_path).verdict
+    assert names(answer.findings) == NAMES
+
+
 @pytest.mark.parametrize(("ill", "value", "sound", "name", "severity", "words"), ILLS)
 def test_an_ill_is_found_and_nothing_else(tmp_path, ill, value, sound, name, severity, words):
     answer = answer_of(tmp_path, ill, value)

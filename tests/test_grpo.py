@@ -219,9 +219,9 @@ SIZES = {
 @pytest.mark.parametrize(
     ("size", "branches", "dtype", "remat"),
     [
-        ("mid", 2, jnp.bfloat16, "full"),
+        ("tiny", 2, jnp.bfloat16, "full"),
         pytest.param("tiny", 1, jnp.float32, "full", marks=pytest.mark.slow),
-        pytest.param("tiny", 1, jnp.bfloat16, "full", marks=pytest.mark.slow),
+        pytest.param("mid", 2, jnp.bfloat16, "full", marks=pytest.mark.slow),
         pytest.param("mid", 2, jnp.float32, "full", marks=pytest.mark.slow),
         pytest.param("mid", 2, jnp.bfloat16, "attention", marks=pytest.mark.slow),
         pytest.param("mid", 2, jnp.bfloat16, "dots", marks=pytest.mark.slow),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from running import QUICK, ROOT, assert_close, begin, call, command, epochs_done, until
+from safetensors.numpy import load_file
 
 from realgen_jax.checkpoint import newest_good
 from realgen_jax.hosts import connect, fetch, own_rows, put, sum_over_processes
@@ -58,16 +59,33 @@ def free_job():
     raise AssertionError("no port is free")
 
 
-def test_two_processes_one_killed_do_what_one_does(cache, tmp_path):
-    """Found by Slurm's variables; one is killed in the middle of an epoch, the other notices; started again by the
-    launcher, they end where a single process with a single device does.
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "killed"])
+def test_two_processes_do_what_one_does(cache, tmp_path, killed):
+    """They end where a single process with a single device does. Or, found by Slurm's variables, one is killed in the
+    middle of an epoch, the other notices, and the launcher starts them again.
     """
     pytest.importorskip("torch")
     words = [f"--config.run_root={tmp_path}", "--config.num_epochs=3", "--config.save_freq=1", "--config.eval_freq=3"]
     done = call("train.py", cache, *words, "--config.run_name=one")
     assert done.returncode == 0, done.stderr
     words += ["--config.run_name=two", "--auto_resume"]
-    folder, job, environment = tmp_path / "two", free_job(), {"JAX_NUM_CPU_DEVICES": "2"}
+    folder, environment = tmp_path / "two", {"JAX_NUM_CPU_DEVICES": "2"}
+    if killed:
+        kill_one_of_two(cache, words, folder, environment)
+    program = command("train.py", cache, *words)
+    launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--processes", "2", *program[1:]]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, timeout=300, env={**os.environ, **QUICK, **environment}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if killed:
+        assert re.search("resumed from epoch [12], with another config", done.stdout), done.stdout
+    assert_close(tmp_path / "one", folder)
+
+
+def kill_one_of_two(cache, words, folder, environment):
+    """Leaves what a run of two processes has saved after one or two epochs."""
+    job, tmp_path = free_job(), folder.parent
     outputs = [tmp_path / f"{i}.txt" for i in range(2)]
     program = command("train.py", cache, *words, "--distributed", "--config.num_epochs=100000")
     processes = [begin(program, output, **environment, **slurm(job, i)) for i, output in enumerate(outputs)]
@@ -82,18 +100,6 @@ def test_two_processes_one_killed_do_what_one_does(cache, tmp_path):
     while newest_good(folder / "checkpoints")[0] > 2:  # the kill came late: go on from where three epochs lie ahead
         epoch = newest_good(folder / "checkpoints")[0]
         subprocess.run(["rm", "-r", folder / "checkpoints" / str(epoch)], check=True)
-    program = command("train.py", cache, *words)
-    launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--processes", "2", *program[1:]]
-    again = subprocess.run(
-        launch,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **QUICK, **environment},
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert re.search("resumed from epoch [12], with another config", again.stdout), again.stdout
-    assert_close(tmp_path / "one", folder)
 
 
 @pytest.mark.slow
@@ -156,3 +162,27 @@ def test_the_launcher_names_the_process_that_ended(tmp_path, end, message, statu
     assert (done.returncode, done.stderr) == (status, f"error: {message}; the others are stopped\n")
     assert "hello from 0\n" in done.stdout
     assert "[1] hello from 1\n" in done.stdout
+
+
+@pytest.mark.slow
+def test_rewards_that_learn_are_the_same_in_every_process(cache, tmp_path):
+    """Two processes that each show their detector half of the pictures; the checkpoint has what either has learnt."""
+    pytest.importorskip("torch")
+    config = ROOT / "tests" / "adversarial_config.py"
+    words = [f"--config.run_root={tmp_path}", "--config.run_name=two", "--config.save_freq=1", "--config.eval_freq=9"]
+    program = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--processes", "2"]
+    environment = {**os.environ, **QUICK, "JAX_NUM_CPU_DEVICES": "2"}
+    for epochs in (2, 3):  # the second call goes on
+        more = [f"--config.num_epochs={epochs}", "--auto_resume"]
+        run = [*program, *command("train.py", cache, *words, *more, config=config)[1:]]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (
+        load_file(tmp_path / "two" / "checkpoints" / "3" / "rewards" / f"embedded_detector-{i}.safetensors")
+        for i in (0, 1)
+    )
+    learnt = [key for key in first if key.split("/")[0] in ("model", "average", "optimizer")]
+    assert len(learnt) > 20
+    for key in learnt:
+        np.testing.assert_array_equal(first[key], second[key])
+    assert (first["history/generated"] != second["history/generated"]).any()

@@ -98,3 +98,19 @@ def test_nothing_of_torch_is_loaded():
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        # 504 pairs in steps of 16, at most 20 times over; 1000 pairs of 518 x 518 x 3 bytes
+        ("flux_adv_8xh200", ["omniaid learns: up to 640 steps", "omniaid_dino learns", "16 + 16 pairs", "1.5 GiB"]),
+        ("flux_dino_adv", ["up to 1 steps in such an epoch, of 672 + 0 pairs", "rests in 9 of 10 epochs"]),
+    ],
+)
+def test_rewards_that_learn_are_counted(preset, said):
+    done = preflight("--config.pretrained.model=models/none", "--nocompile", preset=preset)
+    assert done.returncode == 0, done.stderr
+    for text in said:
+        assert text in done.stdout

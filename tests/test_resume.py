@@ -10,21 +10,25 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from running import QUICK, ROOT, assert_close, begin, call, command, epochs_done, rows, until
+from running import GOLDEN, QUICK, ROOT, assert_close, begin, call, command, epochs_done, rows, until
 
 from realgen_jax.checkpoint import SUMS, newest_good
 
 pytest.importorskip("torch")
 
+ADVERSARIAL = ROOT / "tests" / "adversarial_config.py"
+
 
 def state(folder):
-    """All arrays of a run's newest checkpoint."""
+    """All arrays of a run's newest checkpoint, and the files of its rewards that learn."""
     epoch, _ = newest_good(folder / "checkpoints")
-    return ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(epoch) / "state")
+    newest = folder / "checkpoints" / str(epoch)
+    rewards = {file.name: np.frombuffer(file.read_bytes(), np.uint8) for file in newest.glob("rewards/*")}
+    return ocp.StandardCheckpointer().restore(newest / "state"), rewards
 
 
 def assert_same_run(one, other):
-    """Parameters, optimizer, metrics and pictures, to the last bit."""
+    """Parameters, optimizers, detectors and their history, metrics and pictures, to the last bit."""
     assert rows(one) == rows(other)
     jax.tree.map(np.testing.assert_array_equal, state(one), state(other))
     names = [f.relative_to(other) for part in ("lora", "best", "samples") for f in sorted((other / part).glob("*.*"))]
@@ -41,16 +45,23 @@ def unfinished(checkpoints):
 
 
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(3, 8), pytest.param(20, 60, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+    ("kills", "epochs", "config"),
+    [
+        (2, 8, ADVERSARIAL),
+        pytest.param(20, 60, GOLDEN, marks=pytest.mark.slow),
+        pytest.param(5, 12, f"{ROOT}/configs/flux_grpo.py:tiny_adversarial", marks=pytest.mark.slow),
+    ],
+    ids=["2 kills, a reward that learns", "20 kills", "5 kills, tiny_adversarial"],
 )
-def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs):
+def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs, config):
     """By turns: right when a save begins, some time after an epoch, and some time after the start; and one SIGTERM."""
     words = [f"--config.run_root={tmp_path}", f"--config.num_epochs={epochs}", "--config.save_freq=1"]
-    words += ["--config.eval_freq=4"]
-    done = call("train.py", cache, *words, "--config.run_name=whole")
+    words += ["--config.eval_freq=4", "--config.evaluate.after_training=False"]
+    done = call("train.py", cache, *words, "--config.run_name=whole", config=config)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "whole" / "checkpoints" / str(epochs) / "rewards").exists() == (config != GOLDEN)
     folder, output, rng = tmp_path / "killed", tmp_path / "killed.txt", np.random.default_rng(kills)
-    program = command("train.py", cache, *words, "--config.run_name=killed", "--auto_resume")
+    program = command("train.py", cache, *words, "--config.run_name=killed", "--auto_resume", config=config)
     cut_off = 0
     for kill in range(kills):
         before, process = epochs_done(folder), begin(program, output)

@@ -27,7 +27,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
         log.evaluation(2, start, now, ["clip"], {"a": 0.125}, ["a 0.500 -> 0.250"])
         steps, seconds = [STEP, {**STEP, "loss": 3.0}], {"sample": 0.75, "reward_wait": 0.5, "update": 0.75}
         reward = (scores["clip"] + scores["embedded_detector"]) / 2
-        log.train(1, scores, reward, steps, seconds, {"scoring/clip": 0.25})
+        log.train(1, scores, reward, steps, seconds, {"scoring/clip": 0.25}, {})
         tiles = np.full((3, 3, 64, 64), 200, np.uint8)
         file = log.pictures("grid", 1, (tiles, tiles // 2), (["one\n0.5"] * 3, ["two"] * 3), columns=2)
     (row,) = rows(tmp_path)

@@ -54,6 +54,7 @@ def test_an_interrupted_encoding_goes_on(tmp_path):
     np.testing.assert_array_equal(TextCache(tmp_path, ["a", "b", "c"]).read(["c", "a"])[0], rows[[2, 0]])
 
 
+@pytest.mark.slow
 def test_two_processes_that_fill_one_cache_do_not_mix(tmp_path):
     prompts = [f"a prompt about number {i}" for i in range(48)]
     file = tmp_path / "prompts.txt"

@@ -262,7 +262,7 @@ def test_the_big_preset_says_what_is_missing():
     assert "config.prompts.train is 'dataset/realgen/train.txt'" in done.stderr
     assert "config.reward.options.forensic_chat.path is 'models/forensic_chat', which does not exist" in done.stderr
     unknown = subprocess.run([*command[:-1], f"{ROOT}/configs/flux_grpo.py:flux"], capture_output=True, text=True)
-    assert "has no preset 'flux'; choose from tiny, flux_dev_8xh200" in unknown.stderr
+    assert "has no preset 'flux'; choose from tiny, tiny_adversarial" in unknown.stderr
 
 
 def config_with(tmp_path, *lines):
@@ -361,6 +361,7 @@ def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
     assert typo.stderr.startswith("error: the config has no key 'resolutoin'")
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_pictures(whole, cache, tmp_path):
     """The exported LoRA in diffusers' own pipeline, from the same noise, against ours."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")

@@ -26,8 +26,11 @@ class MoELinear(nn.Module):
     """y = W x + b + sum_e g_e U_e (S_e * V_e x), with all experts in two thin products.
 
     x [n, t, D]; W = weight_main [D, D]; U_e [D, r], S_e [r], V_e [r, D]; gates g [n, E] or [1, E], see `set_gates`.
-    The parameters keep their published names. LoRA's B_e (A_e x) is the same with S_e = 1.
+    The parameters keep their published names. LoRA's B_e (A_e x) is the same with S_e = 1. In train mode a share
+    `dropout` of what the experts see of x is dropped.
     """
+
+    dropout = 0.0
 
     def __init__(self, width: int, experts: int, rank: int, bias: bool):
         super().__init__()
@@ -41,7 +44,8 @@ class MoELinear(nn.Module):
         up, scale, down = torch.cat([*self.U_experts], 1), torch.cat([*self.S_experts]), torch.cat([*self.V_experts])
         rank = len(scale) // len(self.S_experts)
         scale = (self.gates.repeat_interleave(rank, 1) * scale).to(x.dtype)
-        return F.linear(x, self.weight_main, self.bias) + F.linear(F.linear(x, down) * scale[:, None], up)
+        seen = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return F.linear(x, self.weight_main, self.bias) + F.linear(F.linear(seen, down) * scale[:, None], up)
 
 
 def use_experts(tower: nn.Module, experts: int, rank: int) -> nn.Module:
@@ -110,8 +114,19 @@ class MixtureDetector(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised [n, 3, h, w] -> logits [n, 2], of real and of fake."""
-        set_gates(self.tower, self.gates(self.routing_features(pixels)))
+        return self.classify(pixels, self.routing_features(pixels))
+
+    def classify(self, pixels: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """`forward` with the pictures' routing features."""
+        set_gates(self.tower, self.gates(features))
         return self.head(self.tower(pixels).pooler_output.float())
+
+    def train(self, mode: bool = True) -> "MixtureDetector":
+        """The extractor stays in eval mode: a picture is routed in training as it is in scoring."""
+        super().train(mode)
+        if self.feature_extractor is not None:
+            self.feature_extractor.eval()
+        return self
 
 
 class MixtureReward:
@@ -133,11 +148,15 @@ class MixtureReward:
                 parameter.data = parameter.data.to(self.dtype)
         self.model = model.to(device)
 
-    def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, h, w] -> what the towers take."""
+    def resized(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] -> uint8 [n, 3, size, size]."""
         for side in self.sides:
             images = resize(images, (side, side), "bilinear")
-        return normalize(images, *self.statistics, self.dtype)
+        return images
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] -> what the towers take."""
+        return normalize(self.resized(images), *self.statistics, self.dtype)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return self.model(self.pixels(images)).softmax(-1)[:, 0]
@@ -169,6 +188,7 @@ class OmniAID(MixtureReward):
         with no_init_weights():  # all of them are about to be loaded
             extractor = CLIPVisionModel(config) if routing == "feature_extractor" else None
             model = MixtureDetector(CLIPVisionModel(config), extractor, sizes)
+        self.file = file
         load_strict(model, state, file)
         super().__init__(device, model, config.image_size, resize_first, (CLIP_MEAN, CLIP_STD), dtype)
 

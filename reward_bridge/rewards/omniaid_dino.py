@@ -53,6 +53,7 @@ class OmniAIDDino(MixtureReward):
         sizes = read_sizes(state, top_k, "omniaid_dino", file)
         with no_init_weights():  # all of them are about to be loaded
             model = MixtureDetector(DINOv3ViTModel(config), DINOv3ViTModel(config), sizes)
+        self.file = file
         load_strict(model, state, file)
         super().__init__(device, model, size, resize_first, (IMAGENET_MEAN, IMAGENET_STD), dtype)
 

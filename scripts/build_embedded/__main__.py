@@ -15,6 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import detectors  # noqa: E402
 import flux  # noqa: E402
+import references  # noqa: E402
 import text  # noqa: E402
 import torch  # noqa: E402
 import vae as autoencoder  # noqa: E402
@@ -24,6 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="checkpoints and intermediate files")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; another number gives other last bits")
+    parser.add_argument(
+        "--references", action="store_true", help="only the reference pictures, by the model that ships"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
@@ -33,10 +37,12 @@ def main() -> None:
     for folder in (work, pipeline, rewards):
         folder.mkdir(parents=True, exist_ok=True)
     vae = autoencoder.build(work, pipeline)
-    text.build(work, pipeline, rewards)
-    flux.build(work, pipeline, vae)
-    detectors.write_prompts(embedded)
-    detectors.build(work, pipeline, rewards, vae)
+    if not args.references:
+        text.build(work, pipeline, rewards)
+        flux.build(work, pipeline, vae)
+        detectors.write_prompts(embedded)
+        detectors.build(work, pipeline, rewards, vae)
+    references.build(vae, rewards)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ ACCELERATORS = {
     "TPU v6e": (918, 31.2),
 }
 USABLE = 0.95  # of that memory: the rest goes to the driver's context, the kernels' workspaces, and holes
+KEPT_SIDE = 518  # the most pixels a side that a reward that learns keeps of a picture
 DEFAULT_FRACTION = 0.75  # of a GPU that JAX claims at its start
 
 WORDS = {
@@ -176,6 +177,7 @@ def advice(report: Any, rows: list[dict], changes: Callable[[float], tuple[list,
         "less; not yet compared with a GPU or TPU.",
         f"fraction: start with this XLA_CLIENT_MEM_FRACTION where it is above {DEFAULT_FRACTION} (what JAX claims of a "
         "GPU unless told otherwise), or where rewards share the GPU; they have the rest.",
+        *learners(report.recipe),
     ]
     for row in rows:
         if row["fits"]:
@@ -187,6 +189,22 @@ def advice(report: Any, rows: list[dict], changes: Callable[[float], tuple[list,
             best = min((one.peak for _, one in tried), default=report.peak)
             lines.append(f"  No change that was tried fits; the best needs {best / GIB:.1f} GiB.{other_counts(report)}")
         lines += [f"  fits with {describe(report, change, one)}" for change, one in fitting[:3]]
+    return lines
+
+
+def learners(recipe: Any) -> list[str]:
+    """What rewards that learn do in an epoch, and what their history takes."""
+    lines, pairs = [], recipe.layout.calls * recipe.layout.images
+    side = min(recipe.config.sample.resolution, KEPT_SIDE)
+    for name, a in recipe.config.reward.adversarial.items():
+        steps = a.max_passes * -(-pairs // (a.batch_size or pairs))
+        history = 2 * 3 * side**2 * a.history_size / GIB
+        rest = f" The generator rests in {a.learn_epochs} of {a.cycle} epochs." if a.skip_generator else ""
+        lines.append(
+            f"{name} learns: up to {steps:,} steps in such an epoch, of {a.batch_size or pairs} + "
+            f"{a.history_batch_size} pairs, all processes together. Its history takes up to {history:.2g} GiB in host "
+            f"memory, and in every checkpoint, for every process.{rest}"
+        )
     return lines
 
 
