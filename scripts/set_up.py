@@ -165,6 +165,11 @@ def check(config: ConfigDict) -> None:
         missing.append(f"there is no metric {', '.join(unknown)}; choose from {', '.join(sorted(METRICS))}")
     if config.pretrained.lora and not config.train.lora:
         missing.append("config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters")
+    if reports(config) and config.evaluate.arena.protocol == "realgen":
+        missing.append(
+            "config.evaluate.arena.protocol is 'realgen', which compares with photographs, and a run's own report has "
+            "none; set config.evaluate.after_training=False, and call scripts/evaluate.py --photographs afterwards"
+        )
     if config.save_failure not in ("stop", "continue"):
         missing.append(f"config.save_failure is {config.save_failure!r}; choose stop or continue")
     if config.eval_freq < 1 or config.save_freq < 1:

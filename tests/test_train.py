@@ -157,9 +157,11 @@ def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
         (["--config.reward.device=cuda:7"], ["there is no device 'cuda:7': torch sees 0 CUDA devices"]),
         (
             ["--config.prompts.train=nowhere.txt", "--config.pretrained.model=nowhere", "--config.pretrained.lora=x",
-             "--config.train.lora=False", "--config.eval_freq=0"],
+             "--config.train.lora=False", "--config.eval_freq=0", "--config.evaluate.after_training=True",
+             "--config.evaluate.arena.protocol=realgen"],
             ["config.prompts.train is 'nowhere.txt', which does not exist", "which holds no model_index.json",
-             "config.train.lora=False trains all weights", "eval_freq 0 and save_freq 2 must be 1 or more epochs"],
+             "config.train.lora=False trains all weights", "eval_freq 0 and save_freq 2 must be 1 or more epochs",
+             "config.evaluate.arena.protocol is 'realgen', which compares with photographs"],
         ),
     ],
 )  # fmt: skip
