@@ -4,7 +4,7 @@
 
 Runs configs/flux_grpo.py:tiny_adversarial twice a seed, with its detector learning and with it frozen, and tabulates
 the evaluations on fixed noise, first and last: the Fréchet distance to fresh crops of the photographs and to crops of
-squares that nothing has seen, prompt accuracy, and a detector that neither run trains. 10 minutes a seed on 2 cores.
+squares that nothing has seen, prompt accuracy, and a detector that neither run trains. 7 minutes a seed on 2 cores.
 """
 
 import argparse
