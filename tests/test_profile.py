@@ -19,13 +19,14 @@ def scripts(monkeypatch):
 
 
 def tables(lines):
-    """{heading: {row: (ms, %)}} of a printed summary."""
+    """{heading: {row: (ms, %)}} of a printed summary; two programs may each have an operation of one name."""
     found, table = {}, {}
     for line in lines:
         if heading := re.match(r"  (\S.*?) +ms +%", line):
             table = found[heading[1]] = {}
         elif row := re.match(r"  ( *\S.*?) +(-?[\d.]+) +(-?[\d.]+)", line):
-            table[row[1]] = float(row[2]), float(row[3])
+            ms, share = table.get(row[1], (0.0, 0.0))
+            table[row[1]] = ms + float(row[2]), share + float(row[3])
     return found
 
 
