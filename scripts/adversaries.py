@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from realgen_jax.checkpoint import RestoreError
 from realgen_jax.hosts import coordinator_host, process_count, process_index, tell
 from realgen_jax.run_log import RunLog
 from reward_bridge.adversary import Adversary, Settings, join
@@ -66,13 +67,21 @@ def files(run: "Run") -> dict[str, bytes]:
 
 
 def restore(run: "Run", epoch: int, log: RunLog) -> None:
-    """Be as when the checkpoint was taken. A process that there was not then begins with an empty history."""
+    """Be as when the checkpoint was taken. A process that there was not then begins with an empty history.
+
+    Raises RestoreError where the checkpoint does not hold what this run's rewards have learnt.
+    """
     for name, one in run.adversaries.items():
         own = run.checkpoints.read(epoch, _file(name, process_index()))
         first = own if own is not None else run.checkpoints.read(epoch, _file(name, 0))
         if first is None:
-            raise ValueError(f"checkpoint {epoch} holds no state of the reward {name!r}: it did not learn in that run")
-        one.restore(first, with_history=own is not None)
+            raise RestoreError(
+                f"checkpoint {epoch} holds no state of the reward {name!r}: it did not learn in that run"
+            )
+        try:
+            one.restore(first, with_history=own is not None)
+        except ValueError as error:
+            raise RestoreError(f"checkpoint {epoch}: {error}") from error
         if own is None:
             log.say(f"[bold red]warning[/bold red] {name} had fewer replicas before: a new one starts without history")
 

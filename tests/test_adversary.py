@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from reward_bridge.learners import make_learner  # noqa: E402
 from reward_bridge.references import References, load, recode  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
 SETTINGS = {
     "options": {},
     "schedule": "threshold", "threshold": 0.6, "margin": 0.1, "learn_epochs": 2, "cycle": 3, "patience": 2,
@@ -139,6 +141,31 @@ def test_restored_it_goes_on_to_the_last_bit(folder):
     wrong = Adversary("bright", other.learner, other.settings, other.references, "cpu", None)
     with pytest.raises(ValueError, match=r"'bright' learnt other weights than this config's, such as 3\.(bias|weight)"):
         wrong.restore(state)
+
+
+def test_a_checkpoint_without_what_was_learnt_is_an_error(folder):
+    from adversaries import restore
+
+    from realgen_jax.checkpoint import RestoreError
+
+    one, said = adversary(folder), []
+    saved = {}
+    checkpoints = SimpleNamespace(read=lambda epoch, name: saved.get(name))
+    run = SimpleNamespace(adversaries={"bright": one}, checkpoints=checkpoints)
+    with pytest.raises(RestoreError, match="checkpoint 4 holds no state of the reward 'bright'"):
+        restore(run, 4, SimpleNamespace(say=said.append))
+    other = adversary(folder)
+    other.learner.model[3].requires_grad_(True)
+    wider = Adversary("bright", other.learner, other.settings, other.references, "cpu", None)
+    saved["rewards/bright-0.safetensors"] = wider.state()
+    with pytest.raises(RestoreError, match="checkpoint 4: the checkpoint's 'bright' learnt other weights"):
+        restore(run, 4, SimpleNamespace(say=said.append))
+    epoch(one, 0)
+    saved["rewards/bright-0.safetensors"] = state = one.state()
+    epoch(one, 1)
+    restore(run, 4, SimpleNamespace(say=said.append))
+    assert one.state() == state
+    assert not said
 
 
 def test_history_is_bounded_and_replaces_at_random():

@@ -247,8 +247,9 @@ def test_dino_head_matches_the_golden():
     for name, want in named("grad").items():
         np.testing.assert_allclose(head.get_parameter(name).grad, want, rtol=1e-3, atol=1e-7, err_msg=name)
     optimizer.step()
-    for name, want in named("head_after").items():
-        np.testing.assert_allclose(head.get_parameter(name).detach(), want, atol=2.5e-5, rtol=0, err_msg=name)
+    for name, want in named("head_after").items():  # of the largest array the first rows are kept
+        found = head.get_parameter(name).detach()[: len(want)]
+        np.testing.assert_allclose(found, want, atol=2.5e-5, rtol=0, err_msg=name)
 
 
 def test_dino_features_are_the_models_and_normalised_for_both(tmp_path):
