@@ -22,9 +22,8 @@ from reward_bridge.learners import Learner
 from reward_bridge.references import References, recode
 from reward_bridge.references import load as load_picture
 
-_GLOBAL_GENERATOR = (
-    threading.Lock()
-)  # torch's, which dropout and augmentation draw from; one learner at a time seeds it
+# torch's, which dropout and augmentation draw from; one learner at a time seeds it
+_GLOBAL_GENERATOR = threading.Lock()
 
 
 @dataclass(frozen=True)

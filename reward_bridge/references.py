@@ -60,8 +60,8 @@ class References:
             key = prompt if self._files else ""
             if not pools.get(key):
                 files = self._files[prompt] if self._files else self._unpaired
-                pools[key] = list(random.permutation(len(files)))
-            drawn.append((self._files[prompt] if self._files else self._unpaired)[pools[key].pop()])
+                pools[key] = [files[i] for i in random.permutation(len(files))]
+            drawn.append(pools[key].pop())
         return drawn
 
 
@@ -100,8 +100,9 @@ def _check(files: Sequence[Path]) -> None:
             return f"{file} is no whole picture ({error})"
         return ""
 
+    files = list(dict.fromkeys(files))  # prompts may share them
     with ThreadPoolExecutor() as pool:
-        bad = [text for text in pool.map(wrong, dict.fromkeys(files)) if text]
+        bad = [text for text in pool.map(wrong, files) if text]
     if bad:
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ValueError(
