@@ -23,6 +23,7 @@ from realbench.benchmark import build_report, evaluate
 from realbench.entries import read_entries
 from realbench.prompts import read_sets
 from rich.console import Console
+from set_up import keep_compiled
 
 from realgen_jax.hosts import process_count, process_index, wait_for_all
 from realgen_jax.run_log import run_lock
@@ -57,9 +58,7 @@ def main(_: Sequence[str]) -> None:
             if process_index() == 0:
                 print(f"preset {config.preset} -> {folder}")
                 leave.enter_context(run_lock(folder))
-            if config.compilation_cache:
-                jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            keep_compiled(config.compilation_cache)
             options = {"seed": FLAGS.seed, "console": console}
             evaluated = evaluate(config, entries, sets, folder, remake=FLAGS.remake, **options)
             if process_index() == 0:

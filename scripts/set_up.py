@@ -117,6 +117,13 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     return run, state
 
 
+def keep_compiled(folder: str) -> None:
+    """Take compiled programs from this folder, and add to it; empty: compile anew."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | None:
     """The epoch of the checkpoint to go on from, None where the run ended before its first one; says what is new.
 

@@ -37,7 +37,7 @@ from realbench.entries import BASE, TAKEN, read_entries
 from realbench.prompts import SAFE, read_sets
 from rich.console import Console
 from scoring import Pending, scores_of_all, submit, weighted_mean
-from set_up import Run, reports, resume_from, set_up
+from set_up import Run, keep_compiled, reports, resume_from, set_up
 from step_traces import StepTraces, phase
 
 from realgen_jax.checkpoint import RestoreError, SaveError, read_meta
@@ -252,9 +252,7 @@ def main(_: Sequence[str]) -> None:
             connect_by_flags()
             stop = Preemption(config.preemption_grace)
             folder, epoch = open_run(config, leave)
-            if config.compilation_cache:
-                jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            keep_compiled(config.compilation_cache)
             run, state = set_up(config, folder)
             leave.callback(run.bridge.close)
         except (ValueError, OSError) as error:  # what a person can mend: paths, sizes, names
