@@ -143,16 +143,17 @@ def test_a_detector_that_learns_is_not_fooled(tmp_path):
     """
     found = {}
     for name, words in (("learning", []), ("frozen", ["--config.reward.adversarial={}"])):
-        words += ["--config.num_epochs=90", "--config.evaluate.after_training=False"]
+        words += ["--config.evaluate.after_training=False"]
         (tmp_path / name).mkdir()
         evals, _ = demo(tmp_path / name, *words, preset="tiny_adversarial")
-        found[name] = evals[90]
+        found[name] = evals[max(evals)]
         start = evals[0]
     print({name: {check: end[check] for check in CHECKS} for name, end in found.items()})
     learning, frozen = found["learning"], found["frozen"]
     assert learning["embedded_frechet"] < start["embedded_frechet"]
     assert learning["embedded_frechet"] < frozen["embedded_frechet"] / 2
-    assert learning["embedded_prompt_accuracy"] >= max(0.95, frozen["embedded_prompt_accuracy"])
+    assert learning["embedded_prompt_accuracy"] >= max(0.99, frozen["embedded_prompt_accuracy"])
+    assert learning["clip_score"] > max(start["clip_score"], frozen["clip_score"])
     assert learning["embedded_held_out"] > start["embedded_held_out"] + 0.05  # neither run trains this one
 
 
