@@ -1,7 +1,7 @@
 """Ours against PyTorch, side by side on a CPU: the same weights, the same work, the same two threads.
 
     python benchmarks/peers.py                     both sizes, about a quarter of an hour on 2 cores
-    python benchmarks/peers.py --sizes tiny        the embedded model alone, 3 minutes
+    python benchmarks/peers.py --sizes tiny        the embedded model alone, 5 minutes
 
 Prints a table and writes benchmarks/results/peers_<machine>.json. PyTorch is diffusers and peft used as RealGen's code
 uses them (torch_peer.py), eager and under torch.compile where that runs; ours are the very programs of
