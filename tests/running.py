@@ -61,7 +61,9 @@ def epochs_done(folder):
 
 
 def assert_close(one, other, tolerance=1e-5, rate=1e-3):
-    """Two runs' rows, but for numbers of clipped samples and of bytes, and their LoRA, to a tenth of the step size."""
+    """Two runs' rows, but for numbers of clipped samples and of bytes, and their LoRA: 99 % of it to a hundredth of the
+    step size, all to half of it, as Adam makes a large step of a gradient that is nothing but rounding.
+    """
     rounding = {"ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}
     a, b = rows(one), rows(other)
     assert [(row["kind"], row["epoch"]) for row in a] == [(row["kind"], row["epoch"]) for row in b]
@@ -71,4 +73,6 @@ def assert_close(one, other, tolerance=1e-5, rate=1e-3):
                 assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (x["epoch"], key)
         assert x.get("first_ratio_deviation", 0) == y.get("first_ratio_deviation", 0) == 0
     lora = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (one, other)]
-    assert max(np.abs(lora[0][key] - lora[1][key]).max() for key in lora[0]) < rate / 10
+    apart = np.concatenate([np.abs(lora[0][key] - lora[1][key]).ravel() for key in lora[0]])
+    assert np.quantile(apart, 0.99) < rate / 100
+    assert apart.max() < rate / 2
