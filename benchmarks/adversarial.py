@@ -48,10 +48,12 @@ def main() -> None:
     kinds = {"learning": [], "frozen": ["--config.reward.adversarial={}"]}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         for seed in words.seeds:
-            call = lambda kind, seed=seed: run(  # noqa: E731
-                Path(folder), f"{kind}-{seed}", f"--config.seed={seed}", *more, *kinds[kind]
-            )
-            for kind, evals in zip(kinds, pool.map(call, kinds), strict=True):
+            started = {}
+            for kind, own in kinds.items():
+                changes = [f"--config.seed={seed}", *more, *own]
+                started[kind] = pool.submit(run, Path(folder), f"{kind}-{seed}", *changes)
+            for kind, one in started.items():
+                evals = one.result()
                 found[f"{kind}-{seed}"] = [{key: row[key] for key in ("epoch", *CHECKS)} for row in evals]
                 rows.append([f"seed {seed}, {kind}", *(f"{evals[0][c]:.3f} -> {evals[-1][c]:.3f}" for c in CHECKS)])
                 print("  ".join(rows[-1]), flush=True)

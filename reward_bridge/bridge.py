@@ -206,9 +206,8 @@ class _Lane:
     def __init__(self, bridge: RewardBridge, names: Sequence[str]):
         self.bridge, self.names = bridge, names
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._running: tuple[str, float, str] | None = (
-            None  # the reward at work, when its deadline passes, the complaint
-        )
+        # the reward at work, when its deadline passes, the complaint
+        self._running: tuple[str, float, str] | None = None
         # a daemon: a reward that hangs must not keep the process from ending
         self.thread = threading.Thread(target=self._work, name=f"reward-bridge {', '.join(names)}", daemon=True)
         self.thread.start()
