@@ -36,8 +36,8 @@ from jax.sharding import PartitionSpec as P
 from measure import median_seconds, save
 from PIL import Image
 
-from realgen_jax.flux.pipeline import load_pipeline
-from realgen_jax.flux.transformer import Cond
+from realgen_jax.models.flux.family import load_pipeline
+from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.rollout import draw_noise, make_plan, rollout
 from realgen_jax.sharding import make_mesh
 from reward_bridge.bridge import RewardBridge

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -36,16 +34,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch_peer  # noqa: E402
 from measure import alternate, print_table, save  # noqa: E402
-from programs import make_programs, make_recipe  # noqa: E402
-from set_up import first_state  # noqa: E402
 
 from configs.flux_grpo import get_config  # noqa: E402
-from realgen_jax.flux.lora import lora_tensors  # noqa: E402
-from realgen_jax.flux.pipeline import load_pipeline  # noqa: E402
-from realgen_jax.flux.transformer import Cond  # noqa: E402
-from realgen_jax.grpo import Batch, group_advantages  # noqa: E402
+from realgen_jax.models.flux.family import load_pipeline  # noqa: E402
+from realgen_jax.models.flux.transformer import Cond  # noqa: E402
+from realgen_jax.nn.lora import lora_tensors  # noqa: E402
+from realgen_jax.objectives.grpo import Batch, group_advantages  # noqa: E402
 from realgen_jax.rollout import draw_noise  # noqa: E402
 from realgen_jax.sharding import make_mesh  # noqa: E402
+from realgen_jax.training.programs import make_programs, make_recipe  # noqa: E402
+from realgen_jax.training.run import first_state  # noqa: E402
 from reward_bridge.bridge import RewardBridge  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 

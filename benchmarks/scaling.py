@@ -23,8 +23,8 @@ import workload
 from measure import RESULTS, alternate, print_table, save
 from workload import Size, fill, rollouts, sampling, start, tiny, updating
 
-from realgen_jax.flux.transformer import FluxConfig
-from realgen_jax.grpo import Batch
+from realgen_jax.models.flux.transformer import FluxConfig
+from realgen_jax.objectives.grpo import Batch
 
 DEPTHS = (2, 2), (3, 5), (6, 13), (19, 38)  # 4, 8, 19 and FLUX.1-dev's 57; one block of a kind would not be a loop
 FLAT = 1.2

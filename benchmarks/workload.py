@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from realgen_jax.flux import cost
-from realgen_jax.flux.convert import abstract
-from realgen_jax.flux.lora import LoraConfig, init_lora, make_velocity
-from realgen_jax.flux.transformer import Cond, FluxConfig, FluxTransformer
-from realgen_jax.flux.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.grpo import Batch, EmaConfig, LossConfig, TrainState, make_optimizer, update
+from realgen_jax.models.flux import cost
+from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.lora import LoraConfig, init_lora, make_velocity
+from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
+from realgen_jax.objectives.grpo import Batch, EmaConfig, LossConfig, TrainState, make_optimizer, update
 from realgen_jax.rollout import Plan, Trajectory, draw_noise, make_plan, rollout, sample
 from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps
 

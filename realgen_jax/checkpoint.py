@@ -16,8 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from realgen_jax.grpo import TrainState
 from realgen_jax.hosts import process_index, wait_for_all
+from realgen_jax.objectives.grpo import TrainState
 
 SUMS, META = "SHA256SUMS", "meta.json"
 BARRIER_SECONDS = 300  # that hosts wait for one another while saving

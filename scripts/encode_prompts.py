@@ -8,38 +8,15 @@ An interrupted call goes on where it stopped; the folder it prints is named afte
 
 import argparse
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from realgen_jax.data import read_prompts
-from realgen_jax.flux.text import TextCache, cache_folder
+from realgen_jax.text_cache import TextCache, ensure_encoded
 
 BATCH = 16  # prompts of one forward pass
-
-
-def ensure_encoded(prompts: Sequence[str], model: str, settings: Any) -> TextCache:
-    """The finished cache of these prompts, encoding what is missing in a subprocess.
-
-    settings: `config.prompts`, or anything with its cache, max_tokens, dtype and device.
-    """
-    prompts = list(dict.fromkeys(prompts))
-    folder = cache_folder(settings.cache, model, prompts, settings.max_tokens, settings.dtype)
-    found = TextCache(folder, prompts)
-    if not found.complete:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prompts.json").write_text(json.dumps(prompts))
-        options = {"model": model, "folder": folder}
-        options |= {name: getattr(settings, name) for name in ("max_tokens", "dtype", "device")}
-        arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        if subprocess.run([sys.executable, __file__, *arguments], check=False).returncode:
-            raise ChildProcessError(f"the text encoders failed (see above); what they finished is kept in {folder}")
-    return found
 
 
 def encode(cache: TextCache, model: Path, max_tokens: int, dtype: str, device: str) -> None:

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from cluster import connect_by_flags
-from command_line import parse_flags
 from ml_collections import ConfigDict, config_flags
-from realbench.benchmark import build_report, evaluate
-from realbench.entries import read_entries
-from realbench.prompts import read_sets
 from rich.console import Console
-from set_up import keep_compiled
 
+from realgen_jax.config import parse_flags
 from realgen_jax.hosts import process_count, process_index, wait_for_all
-from realgen_jax.run_log import run_lock
+from realgen_jax.realbench.benchmark import build_report, evaluate
+from realgen_jax.realbench.entries import read_entries
+from realgen_jax.realbench.prompts import read_sets
+from realgen_jax.training.log import run_lock
+from realgen_jax.training.preemption import connect_by_flags
+from realgen_jax.training.run import keep_compiled
 from reward_bridge.bridge import RewardError
 
 FLAGS = flags.FLAGS
@@ -51,7 +51,7 @@ def main(_: Sequence[str]) -> None:
             named = (FLAGS.lora, FLAGS.model, FLAGS.pictures, FLAGS.photographs, FLAGS.base)
             entries = read_entries(config.pretrained, *named)
             if FLAGS.judge != "none":
-                from realbench.arena import check_arena
+                from realgen_jax.realbench.arena import check_arena
 
                 check_arena(entries, config.evaluate.arena, FLAGS.judge)
             folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])

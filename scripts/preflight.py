@@ -15,13 +15,13 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from command_line import parse_flags
-from estimate.advice import changes
-from estimate.report import build, make_report
-from estimate.tables import show
 from ml_collections import ConfigDict, config_flags
 
-from realgen_jax.flux.pipeline import described
+from realgen_jax.config import parse_flags
+from realgen_jax.models.flux.family import described
+from realgen_jax.preflight.advice import changes
+from realgen_jax.preflight.report import build, make_report
+from realgen_jax.preflight.tables import show
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET")

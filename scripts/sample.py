@@ -14,16 +14,16 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
-from command_line import parse_flags
-from encode_prompts import ensure_encoded
 from ml_collections import config_flags
 from PIL import Image
 from rich.progress import track
 
+from realgen_jax.config import parse_flags
 from realgen_jax.data import read_prompts
-from realgen_jax.flux.lora import load_lora
-from realgen_jax.flux.pipeline import load_pipeline
+from realgen_jax.models.flux.family import load_pipeline
+from realgen_jax.nn.lora import load_lora
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
+from realgen_jax.text_cache import ensure_encoded
 
 FLAGS = flags.FLAGS
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "flux_grpo.py"

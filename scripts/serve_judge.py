@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from reward_bridge.judge_server import MARGIN, serving
+from reward_bridge.judges.stand_in import MARGIN, serving
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("reward", "embedded_held_out", "whose higher score wins; a name of reward_bridge/rewards")

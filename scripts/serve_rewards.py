@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from absl import app, flags
-from command_line import parse_flags
 from ml_collections import config_flags
 
+from realgen_jax.config import parse_flags
 from reward_bridge.bridge import RewardBridge, resolve
 from reward_bridge.rewards import make_reward
 from reward_bridge.server import TOKEN_ENV, Limits, bind, serve

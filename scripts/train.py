@@ -24,30 +24,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from adversaries import begin_learning, draw_seeds, files, restore
 from clu import parameter_overview
-from cluster import Preemption, connect_by_flags
-from command_line import parse_flags
-from evaluation import export, report
 from ml_collections import ConfigDict, config_flags
-from programs import Programs, make_programs
-from realbench.benchmark import build_report
-from realbench.benchmark import evaluate as benchmark
-from realbench.entries import BASE, TAKEN, read_entries
-from realbench.prompts import SAFE, read_sets
 from rich.console import Console
-from scoring import Pending, scores_of_all, submit, weighted_mean
-from set_up import Run, keep_compiled, reports, resume_from, set_up
-from step_traces import StepTraces, phase
 
 from realgen_jax.checkpoint import RestoreError, SaveError, read_meta
+from realgen_jax.config import parse_flags
 from realgen_jax.data import prompt_batches
-from realgen_jax.flux.convert import leaves
-from realgen_jax.flux.text import TextCache
-from realgen_jax.grpo import Batch, TrainState, group_advantages
 from realgen_jax.hosts import process_count, process_index, put, sum_over_processes
-from realgen_jax.run_log import NoLog, RunLog, run_folder, run_lock
+from realgen_jax.nn.convert import leaves
+from realgen_jax.objectives.grpo import Batch, TrainState, group_advantages
+from realgen_jax.profiling.step_traces import StepTraces, phase
+from realgen_jax.realbench.benchmark import build_report
+from realgen_jax.realbench.benchmark import evaluate as benchmark
+from realgen_jax.realbench.entries import BASE, TAKEN, read_entries
+from realgen_jax.realbench.prompts import SAFE, read_sets
 from realgen_jax.sharding import batch_sharding
+from realgen_jax.text_cache import TextCache
+from realgen_jax.training.evaluation import export, report
+from realgen_jax.training.learning import begin_learning, draw_seeds, files, restore
+from realgen_jax.training.log import NoLog, RunLog, run_folder, run_lock
+from realgen_jax.training.preemption import Preemption, connect_by_flags
+from realgen_jax.training.programs import Programs, make_programs
+from realgen_jax.training.run import Run, keep_compiled, reports, resume_from, set_up
+from realgen_jax.training.scoring import Pending, scores_of_all, submit, weighted_mean
 from reward_bridge.bridge import RewardError
 
 TRAIN = 1  # a stream of the run's root key, beside evaluation.EVAL and set_up.INIT

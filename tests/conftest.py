@@ -1,23 +1,23 @@
-"""Shared by the tests: golden arrays, and the tiny pipeline that several of them were made with."""
+"""Shared by the tests: the platform, the tiny golden pipeline, the cache of compiled programs."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # torch too, and the programs that tests start
+# Programs that tests start find tests.helpers
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")))
+)
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from realgen_jax.flux.convert import load_transformer, load_vae
-from realgen_jax.flux.lora import make_velocity
-
-GOLDENS = Path(__file__).parent / "goldens"
-PIPELINE = GOLDENS / "08_pipeline" / "pipeline"
+from realgen_jax.nn.convert import load_transformer, load_vae
+from realgen_jax.nn.lora import make_velocity
+from tests.helpers.goldens import PIPELINE
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -29,11 +29,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDENS / name, allow_pickle=False) as arrays:
-        return dict(arrays)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from encode_prompts import ensure_encoded
 from fit import fit, kept, rng
 from ml_collections import ConfigDict
 from photos import PHOTOS, SIZE, TEMPLATES, TEST_TEMPLATES, crops, prompts
@@ -25,9 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 from vae import decode, encode
 
-from realgen_jax.flux.lora import load_lora
-from realgen_jax.flux.pipeline import load_pipeline
+from realgen_jax.models.flux.family import load_pipeline
+from realgen_jax.nn.lora import load_lora
 from realgen_jax.sharding import make_mesh
+from realgen_jax.text_cache import ensure_encoded
 from reward_bridge.metrics import statistics
 from reward_bridge.rewards.embedded import Classifier, ConvDetector, PoolDetector, to_input
 

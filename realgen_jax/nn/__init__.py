@@ -1,0 +1,1 @@
+"""Layers, attention, autoencoder, LoRA and checkpoint conversion: what model families share."""

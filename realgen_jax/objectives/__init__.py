@@ -1,0 +1,1 @@
+"""What is optimised: losses and their records of a rollout."""

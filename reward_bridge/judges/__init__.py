@@ -1,0 +1,1 @@
+"""Who compares two pictures in the arena: an endpoint, a person, a reward."""

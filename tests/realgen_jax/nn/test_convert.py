@@ -1,0 +1,262 @@
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from realgen_jax.models.flux.transformer import FluxConfig
+from realgen_jax.nn.convert import Tensors, leaves, load_transformer, load_vae, save_transformer, to_torch
+from tests.helpers.goldens import GOLDENS, PIPELINE
+
+F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+NAME = "diffusion_pytorch_model.safetensors"
+MODEL = PIPELINE / "transformer"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    copy = tmp_path / "transformer"
+    shutil.copytree(MODEL, copy)
+    return copy
+
+
+def assert_same(got, want):
+    got, want = leaves(got), leaves(want)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_reads_any_float_sharded_or_not(folder, dtype):
+    weights = {k: v.astype(jnp.dtype(dtype)) for k, v in load_file(MODEL / NAME).items()}
+    save_file(weights, folder / NAME)
+    _, single = load_transformer(folder, **F32)
+    for got, key in ((leaves(single)["img_in.kernel"].T, "x_embedder.weight"),):
+        np.testing.assert_array_equal(got, weights[key].astype(np.float32))
+    (folder / NAME).unlink()
+    shards = [dict(list(weights.items())[i::3]) for i in range(3)]
+    for i, shard in enumerate(shards):
+        save_file(shard, folder / f"part{i}.safetensors")
+    weight_map = {key: f"part{i}.safetensors" for i, shard in enumerate(shards) for key in shard}
+    (folder / f"{NAME}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _, sharded = load_transformer(folder, **F32)
+    assert_same(sharded, single)
+    (folder / "part1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"part1\.safetensors is missing"):
+        load_transformer(folder, **F32)
+
+
+def test_exports_what_diffusers_reads(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    config, params = load_transformer(MODEL, **F32)
+    save_transformer(tmp_path / "one", config, params)
+    save_transformer(tmp_path / "many", config, params, shard_bytes=300_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    want = load_file(MODEL / NAME)
+    for export in ("one", "many"):
+        theirs = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / export)
+        state = {key: value.numpy() for key, value in theirs.state_dict().items()}
+        assert state.keys() == want.keys()
+        for key in want:
+            np.testing.assert_array_equal(state[key], want[key], err_msg=key)
+        again, loaded = load_transformer(tmp_path / export, **F32)
+        assert again == config
+        assert_same(loaded, params)
+
+
+def bfl_transformer(weights, config):
+    """BFL's names, written out by hand from diffusers' tensors."""
+    out = {}
+
+    def put(theirs, *ours):
+        for kind in (".weight", ".bias"):
+            out[theirs + kind] = np.concatenate([weights[name + kind] for name in ours])
+
+    for ours, theirs in (("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")):
+        put(theirs, ours)
+    for ours, theirs in (("timestep", "time"), ("guidance", "guidance"), ("text", "vector")):
+        put(f"{theirs}_in.in_layer", f"time_text_embed.{ours}_embedder.linear_1")
+        put(f"{theirs}_in.out_layer", f"time_text_embed.{ours}_embedder.linear_2")
+    for kind in (".weight", ".bias"):
+        scale, shift = np.split(weights["norm_out.linear" + kind], 2)
+        out["final_layer.adaLN_modulation.1" + kind] = np.concatenate([shift, scale])
+    for i in range(config.num_layers):
+        d, b = f"transformer_blocks.{i}.", f"double_blocks.{i}."
+        put(b + "img_mod.lin", d + "norm1.linear")
+        put(b + "txt_mod.lin", d + "norm1_context.linear")
+        put(b + "img_attn.qkv", d + "attn.to_q", d + "attn.to_k", d + "attn.to_v")
+        put(b + "txt_attn.qkv", d + "attn.add_q_proj", d + "attn.add_k_proj", d + "attn.add_v_proj")
+        put(b + "img_attn.proj", d + "attn.to_out.0")
+        put(b + "txt_attn.proj", d + "attn.to_add_out")
+        for mine, stream in (("ff", "img"), ("ff_context", "txt")):
+            put(b + f"{stream}_mlp.0", d + f"{mine}.net.0.proj")
+            put(b + f"{stream}_mlp.2", d + f"{mine}.net.2")
+        for stream, infix in (("img", ""), ("txt", "added_")):
+            for norm, letter in (("query", "q"), ("key", "k")):
+                out[b + f"{stream}_attn.norm.{norm}_norm.scale"] = weights[d + f"attn.norm_{infix}{letter}.weight"]
+    for i in range(config.num_single_layers):
+        d, b = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
+        put(b + "modulation.lin", d + "norm.linear")
+        put(b + "linear1", d + "attn.to_q", d + "attn.to_k", d + "attn.to_v", d + "proj_mlp")
+        put(b + "linear2", d + "proj_out")
+        out[b + "norm.query_norm.scale"] = weights[d + "attn.norm_q.weight"]
+        out[b + "norm.key_norm.scale"] = weights[d + "attn.norm_k.weight"]
+    return out
+
+
+def test_reads_bfls_single_file(tmp_path):
+    config, want = load_transformer(MODEL, **F32)
+    save_file(bfl_transformer(load_file(MODEL / NAME), config), tmp_path / "flux1-dev.safetensors")
+    found, got = load_transformer(tmp_path / "flux1-dev.safetensors", **F32)
+    assert found == config
+    assert_same(got, want)
+
+
+def test_reads_bfls_autoencoder(tmp_path):
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    widths = (8, 8, 16, 16)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, latent_channels=4, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    sizes = {"block_out_channels": widths, "latent_channels": 4, "norm_num_groups": 4}
+    config, want = load_vae(tmp_path / "vae")
+    bfl = {}
+    for key, value in vae.state_dict().items():
+        part, *rest = key.split(".")
+        name = ".".join(rest)
+        if rest[0] == "mid_block":
+            where = {"resnets": f"block_{int(rest[2]) + 1}", "attentions": "attn_1"}[rest[1]]
+            name = ".".join(["mid", where, *rest[3:]])
+        elif rest[0] in ("up_blocks", "down_blocks"):
+            level = 3 - int(rest[1]) if rest[0] == "up_blocks" else int(rest[1])
+            tail = rest[2:]
+            if tail[0] == "resnets":
+                tail = ["block", *tail[1:]]
+            else:
+                tail = [
+                    tail[0].removesuffix("rs") and {"upsamplers": "upsample", "downsamplers": "downsample"}[tail[0]],
+                    *tail[2:],
+                ]
+            name = ".".join([rest[0].removesuffix("_blocks"), str(level), *tail])
+        for ours, theirs in (
+            ("group_norm", "norm"),
+            ("to_out.0", "proj_out"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+        ):
+            name = name.replace(f"attn_1.{ours}", f"attn_1.{theirs}")
+        name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        square = "attn_1" in name and value.ndim == 2
+        bfl[f"{part}.{name}"] = np.ascontiguousarray(value[:, :, None, None] if square else value)
+    save_file(bfl, tmp_path / "ae.safetensors")
+    _, got = load_vae(tmp_path / "ae.safetensors", **sizes)
+    assert_same(got, want)
+    assert config.scaling_factor == 0.3611
+
+
+def edit(folder, change):
+    weights = load_file(folder / NAME)
+    change(weights)
+    save_file(weights, folder / NAME)
+
+
+def test_wrong_checkpoints_are_named(folder):
+    key = "transformer_blocks.0.attn.to_k.weight"
+    edit(folder, lambda w: w.pop(key))
+    with pytest.raises(ValueError, match=rf"lacks {key}; it is not a complete checkpoint"):
+        load_transformer(folder)
+    edit(folder, lambda w: w.update({key: np.zeros((64, 63), np.float32)}))
+    with pytest.raises(ValueError, match=rf"{key} .* has shape \(64, 63\), which does not fit double.img.qkv.kernel"):
+        load_transformer(folder)
+    edit(folder, lambda w: w.update({key: np.zeros((63, 64), np.float32)}))
+    with pytest.raises(ValueError, match=r"needs more outputs"):
+        load_transformer(folder)
+    edit(folder, lambda w: w.update({key: np.zeros((64, 64), np.float32), "pos_embed": np.zeros(3, np.float32)}))
+    with pytest.raises(ValueError, match="holds pos_embed, which this model has no use for"):
+        load_transformer(folder)
+
+
+def test_wrong_files_are_named(folder, tmp_path):
+    whole = (folder / NAME).read_bytes()
+    (folder / NAME).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        load_transformer(folder)
+    (folder / NAME).unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds neither .*\.safetensors nor .*index\.json"):
+        load_transformer(folder)
+    with pytest.raises(ValueError, match="describes a AutoencoderKL; expected a FluxTransformer2DModel"):
+        load_transformer(PIPELINE / "vae")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing; expected a FluxTransformer2DModel"):
+        load_transformer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"expected BFL.s FLUX\.1 file"):
+        load_transformer(PIPELINE / "text_encoder" / "model.safetensors")
+    vae = json.loads((GOLDENS / "02_vae" / "c8_16_l1" / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**vae, "use_quant_conv": True}))
+    with pytest.raises(ValueError, match="has use_quant_conv; FLUX's autoencoder has no such convolution"):
+        load_vae(tmp_path)
+
+
+def test_places_arrays_where_they_are_wanted():
+    devices = jax.devices()
+    assert len(devices) > 1
+    from jax.sharding import SingleDeviceSharding
+
+    _, params = load_transformer(MODEL, lambda leaf, shape: SingleDeviceSharding(devices["qkv" in leaf]), **F32)
+    for name, value in leaves(params).items():
+        assert value.devices() == {devices["qkv" in name]}
+
+
+@pytest.mark.slow
+def test_loading_streams(tmp_path):
+    """Host memory beyond the placed arrays stays under twice the largest stacked array (+ 64 MB of allocator noise)."""
+    config = FluxConfig(
+        num_layers=12, num_single_layers=12, attention_head_dim=64, num_attention_heads=16, joint_attention_dim=64,
+        pooled_projection_dim=64, axes_dims_rope=(16, 24, 24), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16,
+    )  # fmt: skip
+    from realgen_jax.models.flux.transformer import FluxTransformer
+    from realgen_jax.nn.convert import abstract
+
+    state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract(FluxTransformer, config)[1])
+    save_transformer(tmp_path, config, state, shard_bytes=10**8)
+    sizes = [a.nbytes for a in leaves(state).values()]
+    program = f"""
+        import threading, time
+        from realgen_jax.nn.convert import load_transformer
+        def anonymous():
+            return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
+        import jax; jax.devices()
+        load_transformer({str(MODEL)!r})
+        before, peak, stop = anonymous(), [0], threading.Event()
+        def watch():
+            while not stop.is_set():
+                peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
+        thread = threading.Thread(target=watch); thread.start()
+        _, params = load_transformer({str(tmp_path)!r})
+        stop.set(); thread.join()
+        print(peak[0] - before)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    beyond = int(out.stdout) - sum(sizes)
+    assert sum(sizes) > 4 * max(sizes)  # so that holding the whole model twice would fail
+    assert beyond < 2 * max(sizes) + 2**26
+
+
+def test_to_torch_is_the_inverse_of_load():
+    _, params = load_transformer(MODEL, **F32)
+    want = load_file(MODEL / NAME)
+    got = dict(to_torch(params))
+    assert got.keys() == want.keys() == Tensors(MODEL).keys()
+    for key in want:
+        np.testing.assert_array_equal(got[key], want[key])

@@ -1,0 +1,207 @@
+"""Traces of epochs, and what profile_summary makes of them."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from realgen_jax.training.log import NoLog
+from tests.helpers import golden_config
+from tests.helpers.running import ROOT, call
+
+
+def tables(lines):
+    """{heading: {row: (ms, %)}} of a printed summary; two programs may each have an operation of one name."""
+    found, table = {}, {}
+    for line in lines:
+        if heading := re.match(r"  (\S.*?) +ms +%", line):
+            table = found[heading[1]] = {}
+        elif row := re.match(r"  ( *\S.*?) +(-?[\d.]+) +(-?[\d.]+)", line):
+            ms, share = table.get(row[1], (0.0, 0.0))
+            table[row[1]] = ms + float(row[2]), share + float(row[3])
+    return found
+
+
+def test_a_run_leaves_traces_that_read_as_the_walk(cache, tmp_path):
+    from realgen_jax.profiling.summary import summary, trace_files
+
+    pytest.importorskip("torch")
+    words = ("--config.num_epochs=2", "--config.run_name=traced", "--config.profile.steps=1,2")
+    done = call("train.py", cache, f"--config.run_root={tmp_path}", *words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "traced"
+    assert f"trace: python scripts/profile_summary.py {run}/profile/step_2" in done.stdout
+    lines = summary(trace_files(run), 8, 2)  # of the last one
+    assert f"{run}/profile/step_2/" in lines[0]
+    assert max(map(len, lines[1:])) <= 100
+    phases, scopes, operations = tables(lines).values()
+
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    (row,) = (row for row in rows if row["kind"] == "train" and row["epoch"] == 2)
+    for name in ("sample", "reward_wait", "update"):
+        assert phases[name][0] == pytest.approx(1e3 * row[f"seconds/{name}"], rel=0.05, abs=5)
+    assert phases["checkpoint"][0] > 0
+    wall, top = phases["wall-clock"], {name: row for name, row in scopes.items() if name[0] != " "}
+    for table in (phases, top, operations):
+        assert table.pop("wall-clock") == wall
+        assert sum(share for _, share in table.values()) == pytest.approx(100, abs=0.06 * len(table))
+    assert top.keys() >= {"prefix", "window", "suffix", "decode", "update"}
+    assert scopes.keys() >= {f"  {name}" for name in ("double", "single", "policy", "reference", "backward")}
+    assert top["no scope"][0] < 0.1 * wall[0]
+    sampled = sum(top[name][0] for name in ("prefix", "window", "suffix", "decode"))
+    assert 0.3 * phases["sample"][0] < sampled <= phases["sample"][0]
+    assert 0.3 * phases["update"][0] < top["update"][0] <= phases["update"][0]
+    first = tables(summary(trace_files(run / "profile" / "step_1"), 8, 2))
+    assert first["scope on the device"]["  decode"][0] > 0  # of the evaluation before it
+    assert first["phase of the program"]["evaluate"][0] > 0
+
+
+def test_an_error_closes_the_trace(tmp_path):
+    from realgen_jax.profiling.step_traces import StepTraces, phase
+    from realgen_jax.profiling.trace_reading import read_trace
+
+    seconds = {}
+
+    def run(traces):
+        for step in (1, 2):
+            traces.begin(step)
+            with phase("sample", seconds):
+                jax.jit(lambda x: x @ x)(jnp.ones((64, 64))).block_until_ready()
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"), StepTraces(tmp_path, (2,), NoLog()) as traces:
+        run(traces)
+    (file,) = tmp_path.rglob("*.xplane.pb")
+    assert file.relative_to(tmp_path).parts[:2] == ("profile", "step_2")
+    trace = read_trace(file)
+    assert trace.phases["sample"] == pytest.approx(1e9 * seconds["sample"], rel=0.1)
+    assert trace.start < min(event.start for events in trace.devices.values() for event in events)
+    jax.profiler.start_trace(tmp_path / "next")  # which it could not where one was still open
+    jax.profiler.stop_trace()
+
+
+def test_a_moment_is_counted_once():
+    from realgen_jax.profiling.trace_reading import Event, Operation, self_times
+
+    def times(*events, start=0, end=100):
+        events = [Event(Operation(name, (), ""), a, b) for name, a, b in events]
+        return {operation.name: ns for operation, ns in self_times(events, start, end).items()}
+
+    loop = ("while", 10, 90), ("dot", 20, 40), ("add", 40, 50), ("dot", 50, 80), ("inner", 55, 60)
+    assert times(*loop) == {"while": 20, "dot": 45, "add": 10, "inner": 5}
+    assert times(*reversed(loop)) == times(*loop)
+    assert sum(times(("while", 10, 90), ("dot", 10, 90)).values()) == 80
+    assert times(("while", 10, 90), ("dot", 10, 30)) == {"while": 60, "dot": 20}
+    assert times(("all-reduce", 0, 60), ("dot", 10, 70)) == {"all-reduce": 10, "dot": 60}  # two streams
+    assert times(*loop, start=45, end=58) == {"add": 5, "dot": 5, "inner": 3}
+    assert times() == {}
+
+
+def test_an_operation_knows_its_scope():
+    from realgen_jax.profiling.trace_reading import operations, scope_of
+
+    assert scope_of("jit(update)/update/while/body/closed_call/jvp(policy)/double/dot") == (
+        "update",
+        "policy",
+        "double",
+    )
+    backward = "jit(update)/update/transpose(jvp(policy))/checkpoint/rematted_computation/single/attention/vmap()/dot"
+    assert scope_of(backward) == ("update", "backward", "single", "attention")
+    merged = "jit(update)/update/while/body/(transpose(jvp(policy))/double/dot:transpose(jvp(policy))/double/add)"
+    assert scope_of(merged) == ("update", "backward", "double")
+    assert scope_of("params['double']['img'].value") == scope_of("jit(update)/add") == scope_of("") == ()
+
+    @jax.jit
+    def program(x):
+        with jax.named_scope("window"):
+            x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), x[0]), x, length=3)[0]
+        with jax.named_scope("decode"):
+            return jnp.sort(x)
+
+    (module,) = program.lower(jnp.ones((8, 8))).compile().runtime_executable().hlo_modules()
+    found = operations(module.as_serialized_hlo_module_proto())
+    assert {op.scope for op in found if op.does == "dot_general"} == {("window",)}
+    assert {op.scope for op in found if op.does == "sort"} == {("decode",)}
+    bare = [op.scope for op in found if not op.does]  # the compiler's own, as the loop's counter is
+    assert ("window",) in bare
+
+
+def test_every_scope_has_its_place_in_the_summary():
+    from realgen_jax.profiling.trace_reading import SCOPES
+
+    source = "".join(file.read_text() for file in (ROOT / "realgen_jax").rglob("*.py"))
+    assert sorted({*re.findall(r'named_scope\("(\w+)"\)', source), "backward"}) == sorted(SCOPES)
+
+
+def plane(name, **lines):
+    """A plane as ProfileData gives it; lines: events (name, start, end, stats) by the line's name."""
+
+    def event(name, start, end, stats):
+        return SimpleNamespace(name=name, start_ns=start, end_ns=end, duration_ns=end - start, stats=[*stats.items()])
+
+    lines = {key: [event(*words) for words in events] for key, events in lines.items()}
+    return SimpleNamespace(name=name, lines=[SimpleNamespace(name=key, events=events) for key, events in lines.items()])
+
+
+def test_operations_of_a_gpu_lie_in_its_streams():
+    from realgen_jax.profiling.trace_reading import Operation, device_events
+
+    dot = Operation("fusion.1", ("window",), "dot_general")
+    stats = {"hlo_op": "fusion.1", "hlo_module": "jit_f", "program_id": 7}
+    path = {"hlo_op": "gemm", "hlo_module": "jit_g", "name": "jit(g)/decode/conv"}
+    gpu = plane(
+        "/device:GPU:0",
+        **{
+            "Stream #14(Compute)": [("kernel", 0, 5, stats), ("kernel", 5, 9, path), ("MemcpyD2D", 9, 10, {})],
+            "XLA Modules": [("jit_f", 0, 10, {})],
+            "XLA Ops": [("fusion.1", 0, 9, stats)],
+        },
+    )
+    host = plane("/host:CPU", python=[("fusion.1", 0, 1, stats)])  # its launch
+    found = device_events([host, gpu], {7: {"fusion.1": dot}})
+    events = [(dot, 0, 5), (Operation("gemm", ("decode",), "conv"), 5, 9), (Operation("MemcpyD2D", (), ""), 9, 10)]
+    assert found == {"GPU:0": events}
+    assert found != device_events([host], {7: {"fusion.1": dot}}) == {"CPU 0": [(dot, 0, 1)]}
+
+
+def test_an_operation_of_a_cpu_may_end_in_another_thread():
+    from realgen_jax.profiling.trace_reading import Operation, device_events
+
+    stats = {"hlo_op": "dot", "hlo_module": "jit_f", "program_id": 1, "_pt": 0, "_p": 5}
+    host = plane("/host:CPU", a=[("dot", 0, 2, stats)], b=[("end: dot", 9, 10, {"_ct": 0, "_c": 5})])
+    assert device_events([host], {}) == {"CPU 0": [(Operation("dot", (), ""), 0, 10)]}
+
+
+def test_what_is_no_trace_is_told_in_one_line(monkeypatch, capsys, tmp_path):
+    from realgen_jax.profiling import summary as profile_summary
+
+    def told(path):
+        monkeypatch.setattr("sys.argv", ["profile_summary.py", str(path)])
+        assert profile_summary.main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "missing does not exist; expected a run's folder" in told(tmp_path / "missing")
+    assert "holds no trace, an .xplane.pb file; --config.profile.steps=3 has train.py write one" in told(tmp_path)
+    (tmp_path / "profile" / "step_3").mkdir(parents=True)
+    assert "profile/step_3 holds no trace" in told(tmp_path)
+    (tmp_path / "x.xplane.pb").write_text("nothing of the kind")
+    assert "x.xplane.pb is no trace (" in told(tmp_path / "x.xplane.pb")
+    (tmp_path / "x.xplane.pb").write_text("")
+    assert "holds no operations of a device; expected the trace of an epoch" in told(tmp_path / "x.xplane.pb")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 5, 2.5, "x", "", True])
+def test_steps_that_a_run_has_not_are_told(wrong):
+    from realgen_jax.training.run import check
+
+    config = golden_config.get_config()
+    config.profile.steps = (1, 4)
+    check(config)
+    config.profile.steps = (1, wrong)
+    expected = rf"config.profile.steps has {wrong!r}; expected epochs of this run, 1 to 4 \(config.num_epochs\): --conf"
+    with pytest.raises(ValueError, match=expected):
+        check(config)

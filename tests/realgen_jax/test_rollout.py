@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from realgen_jax.models.flux.transformer import Cond, unpack
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.vae import Autoencoder
+from realgen_jax.rollout import draw_noise, make_plan, rollout, sample
+from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps, sde_steps
+from tests.helpers.goldens import golden
+
+SIGMAS = flux_sigmas(8, 16, SchedulerConfig())
+
+
+def cond_of(case):
+    n = len(case["prompt_embeds"])
+    return Cond(jnp.asarray(case["prompt_embeds"]), jnp.asarray(case["pooled_prompt_embeds"]), jnp.full(n, 3.5))
+
+
+def pictures(tiny, latents):
+    vae = nnx.merge(abstract(Autoencoder, tiny.vae_config)[0], tiny.vae_params)
+    return np.clip(np.asarray(vae.decode(unpack(latents, 4, 4))) / 2 + 0.5, 0, 1).transpose(0, 3, 1, 2)
+
+
+def test_ode_sampling_matches_the_golden(tiny):
+    case = golden("05_rollout/ode.npz")
+    got = sample(tiny.velocity, tiny.params, None, cond_of(case), case["init_latents"], ode_steps(SIGMAS))
+    np.testing.assert_allclose(pictures(tiny, got), case["image"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "start", "window", "branches", "noise_level"),
+    [
+        ("realgen_v1_start2_len3", "sde", 2, 3, 3, 0.9),
+        ("realgen_v1_start0_len2", "sde", 0, 2, 2, 0.7),
+        ("realgen_v2_sde_start1_len3", "sde", 1, 3, 1, 0.9),
+        ("realgen_v2_cps_start0_len3", "cps", 0, 3, 1, 0.7),
+    ],
+)
+def test_windowed_rollouts_match_the_goldens(tiny, name, kind, start, window, branches, noise_level):
+    case = golden(f"05_rollout/{name}.npz")
+    bounds = (start, start + window)
+    plan = make_plan(SIGMAS, kind=kind, noise_level=noise_level, window=window, bounds=bounds, branches=branches)
+    run = jax.jit(lambda *args: rollout(tiny.velocity, *args))
+    latents, t = run(tiny.params, None, cond_of(case), case["init_latents"], case["window_noise"], plan)
+    np.testing.assert_allclose(t.latents.swapaxes(0, 1), case["latents"], atol=1e-4)
+    np.testing.assert_allclose(t.mean.swapaxes(0, 1), case["prev_sample_mean"], atol=1e-4)
+    logp = t.logp.T
+    if kind == "cps":  # the reference leaves the variance out
+        logp = -np.mean((t.latents[1:] - t.mean) ** 2, axis=(2, 3)).T
+    np.testing.assert_allclose(logp, case["log_probs"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(1000 * t.steps.sigma, case["timesteps"].reshape(-1, window)[0], rtol=1e-5)
+    np.testing.assert_allclose(pictures(tiny, latents), case["image"], atol=1e-4)
+
+
+def toy_velocity(params, trainable, x, sigma, cond):
+    return params * x * sigma[:, None, None] + cond[:, None, None]
+
+
+def test_one_program_serves_every_start():
+    traces = []
+
+    @jax.jit
+    def run(cond, latents, noise, plan):
+        traces.append(1)
+        return rollout(toy_velocity, 0.5, None, cond, latents, noise, plan)
+
+    cond, seen = jnp.arange(2.0), set()
+    base = make_plan(SIGMAS, kind="sde", noise_level=0.9, window=3, bounds=(0, 7), branches=2)
+    for i in range(40):
+        plan = base.draw(jax.random.key(i))
+        latents, noise = draw_noise(jax.random.key(i), jax.random.key(-i), plan, 2, 2, (4, 8))
+        x, t = run(cond, latents, noise, plan)
+        seen.add(int(plan.start))
+        by_hand = latents
+        noisy, ode = sde_steps(SIGMAS, 0.9), ode_steps(SIGMAS)
+        for j in range(8):
+            if j == plan.start:
+                by_hand, c = jnp.repeat(by_hand, 2, axis=0), jnp.repeat(cond, 2)
+                np.testing.assert_allclose(t.latents[0], by_hand, rtol=1e-5, atol=1e-5)
+            c = c if j >= plan.start else cond
+            inside = plan.start <= j < plan.start + 3
+            step = jax.tree.map(lambda a, j=j: a[j], noisy if inside else ode)
+            v = toy_velocity(0.5, None, by_hand, jnp.full(len(by_hand), step.sigma), c)
+            by_hand = step.mean(by_hand, v) + (step.std * noise[j - plan.start] if inside else 0)
+        np.testing.assert_allclose(x, by_hand, rtol=1e-4, atol=1e-5)
+    assert len(traces) == 1
+    assert seen == {0, 1, 2, 3, 4}  # [lo, hi - window], both ends
+
+
+def test_same_latent_shares_the_start_and_nothing_else():
+    plan = make_plan(SIGMAS, kind="sde", noise_level=0.9, window=2, bounds=(0, 8), branches=3)
+    latents, noise = draw_noise(jax.random.key(0), jax.random.key(1), plan, 6, 2, (4, 8))
+    assert len({a.tobytes() for a in np.asarray(latents)}) == 2
+    np.testing.assert_array_equal(latents[0], latents[2])
+    assert noise.shape == (2, 18, 4, 8)
+    assert len({a.tobytes() for a in np.asarray(noise).reshape(36, -1)}) == 36
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 9}, r"a window of 9 steps does not fit sde_window_range \(0, 8\)"),
+        ({"bounds": (0, 9)}, r"hi <= 8 \(8 steps\)"),
+        ({"kind": "cps"}, "the last of which has no noise"),
+        ({"kind": "dance"}, "sde_type is 'dance'; choose one of sde, cps"),
+        ({"noise_level": 0.0}, "noise_level is 0.0"),
+    ],
+)
+def test_bad_windows_are_named(change, message):
+    good = {"kind": "sde", "noise_level": 0.9, "window": 3, "bounds": (0, 8), "branches": 1}
+    with pytest.raises(ValueError, match=message):
+        make_plan(SIGMAS, **{**good, **change})
