@@ -7,6 +7,10 @@ realgen_scripts and realgen_configs, since the bare names would collide with oth
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["realgen_jax*", "reward_bridge*"]), "realgen_scripts", "realgen_configs"],
+    packages=[
+        *find_packages(include=["realgen_jax*", "reward_bridge*"]),
+        "realgen_scripts",
+        "realgen_configs",
+    ],
     package_dir={"realgen_scripts": "scripts", "realgen_configs": "configs"},
 )

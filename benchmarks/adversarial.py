@@ -32,14 +32,20 @@ def run(folder: Path, name: str, *words: str) -> list[dict[str, float]]:
     """A run's evaluations, first to last."""
     config = f"{ROOT}/configs/flux_grpo.py:tiny_adversarial"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", config]
-    command += [f"--config.run_root={folder}", f"--config.run_name={name}", "--config.evaluate.after_training=False"]
+    command += [
+        f"--config.run_root={folder}",
+        f"--config.run_name={name}",
+        "--config.evaluate.after_training=False",
+    ]
     subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
     rows = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if row["kind"] == "eval"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: the preset's")
     words = parser.parse_args()
@@ -54,8 +60,15 @@ def main() -> None:
                 started[kind] = pool.submit(run, Path(folder), f"{kind}-{seed}", *changes)
             for kind, one in started.items():
                 evals = one.result()
-                found[f"{kind}-{seed}"] = [{key: row[key] for key in ("epoch", *CHECKS)} for row in evals]
-                rows.append([f"seed {seed}, {kind}", *(f"{evals[0][c]:.3f} -> {evals[-1][c]:.3f}" for c in CHECKS)])
+                found[f"{kind}-{seed}"] = [
+                    {key: row[key] for key in ("epoch", *CHECKS)} for row in evals
+                ]
+                rows.append(
+                    [
+                        f"seed {seed}, {kind}",
+                        *(f"{evals[0][c]:.3f} -> {evals[-1][c]:.3f}" for c in CHECKS),
+                    ]
+                )
                 print("  ".join(rows[-1]), flush=True)
     measure.print_table(("", *CHECKS), rows)
     print(measure.save("adversarial", {"evaluations": found}))

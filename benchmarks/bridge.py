@@ -24,7 +24,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or the detectors would find three quarters taken
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # or the detectors would find three quarters taken
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,9 @@ class Reference(BaseHTTPRequestHandler):
     """RealGen's reward server without a reward: unpickles PIL pictures, answers with a pickled list of floats."""
 
     def do_POST(self) -> None:
-        pictures = pickle.loads(self.rfile.read(int(self.headers["Content-Length"])))  # our own, over loopback
+        pictures = pickle.loads(
+            self.rfile.read(int(self.headers["Content-Length"]))
+        )  # our own, over loopback
         answer = pickle.dumps([0.0] * len(pictures))
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
@@ -80,7 +84,9 @@ def by_http(images: jax.Array, port: int) -> None:
 
 def transfer(device: str) -> dict:
     """Seconds from the sampler's pictures to a reward that has them, and the bytes written on the way."""
-    images = jax.jit(lambda: jax.random.bits(jax.random.key(0), (IMAGES, 3, SIDE, SIDE), jnp.uint8))()
+    images = jax.jit(
+        lambda: jax.random.bits(jax.random.key(0), (IMAGES, 3, SIDE, SIDE), jnp.uint8)
+    )()
     parts = 3 if len(jax.devices()) >= 3 else 1
     mesh = jax.make_mesh((parts,), ("data",), devices=jax.devices()[:parts])
     sharded = jax.block_until_ready(jax.device_put(images, NamedSharding(mesh, P("data"))))
@@ -106,12 +112,18 @@ def transfer(device: str) -> dict:
     process.kill()
     return {
         "images": [IMAGES, 3, SIDE, SIDE],
-        "dlpack": {"seconds": whole, "bytes_copied": 0 if shared else images.nbytes, "bytes_through_host": 0},
+        "dlpack": {
+            "seconds": whole,
+            "bytes_copied": 0 if shared else images.nbytes,
+            "bytes_through_host": 0,
+        },
         "dlpack_sharded": {
             "devices": parts,
             "seconds": pieces,
             "bytes_copied": sharded_copied,
-            "bytes_through_host": 0 if device != "cpu" or jax.default_backend() == "cpu" else images.nbytes,
+            "bytes_through_host": 0
+            if device != "cpu" or jax.default_backend() == "cpu"
+            else images.nbytes,
         },
         # transposed, into PIL, into the pickle, into the socket, out of it, out of the pickle
         "pil_pickle_http": {
@@ -127,10 +139,17 @@ def transfer(device: str) -> dict:
 def overlap() -> dict:
     """How much of the scoring disappears behind the next call's rollout."""
     folder = ROOT / "realgen_jax" / "embedded" / "flux_tiny"
-    settings = {"dtype": "float32", "param_dtype": "float32", "vae_dtype": "float32", "remat": "full"}
+    settings = {
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "vae_dtype": "float32",
+        "remat": "full",
+    }
     pretrained = Settings(model=str(folder), transformer="", **settings)
     pipe = load_pipeline(pretrained, 64, None, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    plan = make_plan(pipe.sigmas(10), kind="sde", noise_level=0.9, window=3, bounds=(0, 8), branches=1)
+    plan = make_plan(
+        pipe.sigmas(10), kind="sde", noise_level=0.9, window=3, bounds=(0, 8), branches=1
+    )
     keys = jax.random.split(jax.random.key(0), CALLS)
     cond = Cond(
         jnp.zeros((CALL_IMAGES, 16, pipe.model.joint_attention_dim)),

@@ -51,11 +51,19 @@ def forensic_chat(device: str) -> Reward:
         folder = Path(name)
         words = (*FAKE, *REAL)
         merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
-        pieces = dict.fromkeys(["<|endoftext|>", *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)])
+        pieces = dict.fromkeys(
+            ["<|endoftext|>", *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+        )
         tokenizer = Qwen2Tokenizer(
             vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(dict.fromkeys(merges))
         )
-        special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+        special = [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+        ]
         tokenizer.add_special_tokens({"additional_special_tokens": special})
         tokenizer.save_pretrained(folder)
         ids = {
@@ -67,7 +75,9 @@ def forensic_chat(device: str) -> Reward:
         (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
         reward = object.__new__(ForensicChat)
         reward.inputs = QwenInputs(str(folder), "forensic_chat.path")
-        reward.fake, reward.real = (token_ids(reward.inputs, words, device) for words in (FAKE, REAL))
+        reward.fake, reward.real = (
+            token_ids(reward.inputs, words, device) for words in (FAKE, REAL)
+        )
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
@@ -80,11 +90,18 @@ def omniaid(device: str) -> Reward:
     """The published sizes: 6 experts of rank 8, two of them and the one for artefacts at work."""
     config = CLIPVisionConfig(**CLIP_L_336)
     with torch.device(device):
-        model = MixtureDetector(CLIPVisionModel(config), CLIPVisionModel(config), Sizes(1024, 6, 8, 256, 5, 2))
+        model = MixtureDetector(
+            CLIPVisionModel(config), CLIPVisionModel(config), Sizes(1024, 6, 8, 256, 5, 2)
+        )
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
     return MixtureReward(
-        device, model.eval().requires_grad_(False), config.image_size, 512, (CLIP_MEAN, CLIP_STD), "bfloat16"
+        device,
+        model.eval().requires_grad_(False),
+        config.image_size,
+        512,
+        (CLIP_MEAN, CLIP_STD),
+        "bfloat16",
     )
 
 
@@ -107,7 +124,9 @@ def detectors(device: str, images: int, side: int) -> dict:
             bridge.submit(pixels, [""] * images).result()
         seconds = (time.perf_counter() - start) / repeats
         found[" + ".join(names)] = {
-            "parameters": sum(p.numel() for reward in rewards.values() for p in reward.model.parameters()),
+            "parameters": sum(
+                p.numel() for reward in rewards.values() for p in reward.model.parameters()
+            ),
             "seconds": seconds,
             "images_per_second": images / seconds,
             "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,

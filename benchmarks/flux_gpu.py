@@ -34,7 +34,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.93")  # of the GPU for JAX; the rest is the CUDA libraries'
+os.environ.setdefault(
+    "XLA_CLIENT_MEM_FRACTION", "0.93"
+)  # of the GPU for JAX; the rest is the CUDA libraries'
 
 import jax
 import jax.numpy as jnp
@@ -101,11 +103,17 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def compiled_cold(program: Program, arguments: tuple, again: bool) -> tuple[dict[str, Any], Callable]:
+def compiled_cold(
+    program: Program, arguments: tuple, again: bool
+) -> tuple[dict[str, Any], Callable]:
     """The compiled call, its seconds and its memory; `again`: once more, out of the persistent cache."""
     lower, lowered = timed(lambda: program.call.lower(*arguments))
     compile, compiled = timed(lowered.compile)
-    found = {"lower_seconds": lower, "compile_seconds": compile, "planned_bytes": planned_bytes(compiled)}
+    found = {
+        "lower_seconds": lower,
+        "compile_seconds": compile,
+        "planned_bytes": planned_bytes(compiled),
+    }
     if again:
         jax.clear_caches()
         lowered = program.call.lower(*arguments)
@@ -122,15 +130,21 @@ def run(program: Program, params: Any, suite: Suite, again: bool = False) -> dic
     found, compiled = compiled_cold(program, arguments, again)
     limit = device_memory("bytes_limit")
     if limit and found["planned_bytes"] > limit:
-        raise MemoryError(f"XLA plans {found['planned_bytes'] / 1e9:.0f} GB, JAX has {limit / 1e9:.0f} GB")
+        raise MemoryError(
+            f"XLA plans {found['planned_bytes'] / 1e9:.0f} GB, JAX has {limit / 1e9:.0f} GB"
+        )
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < 3 and sum(seconds) < suite.enough):
         once, result = timed(partial(compiled, *arguments))
         seconds.append(once)
         arguments = program.after(arguments, result)
-    told = result[1] if program.feeds_back else result  # an update's metrics hold the norms of all that it changed
+    told = (
+        result[1] if program.feeds_back else result
+    )  # an update's metrics hold the norms of all that it changed
     if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(told)):
-        raise FloatingPointError("a result is not finite; how long such numbers take says nothing, look at the weights")
+        raise FloatingPointError(
+            "a result is not finite; how long such numbers take says nothing, look at the weights"
+        )
     found |= {"seconds": statistics.median(seconds), "runs": seconds, "flops": program.flops}
     if peak := device_memory("peak_bytes_in_use"):
         found["peak_bytes_so_far"] = peak
@@ -154,7 +168,10 @@ def attempt(label: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]
         else:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {reason}"}
-    print(f"{label}: {found.get('failed', 'measured')} ({time.perf_counter() - begin:.0f} s)", flush=True)
+    print(
+        f"{label}: {found.get('failed', 'measured')} ({time.perf_counter() - begin:.0f} s)",
+        flush=True,
+    )
     return found
 
 
@@ -191,7 +208,9 @@ def update_needs(suite: Suite, label: str) -> float:
     return held + cost.update_bytes(size.work(1), int(n))
 
 
-def measure_part(suite: Suite, part: str, params: Callable[[], Any], keep: Callable[[str, dict], None]) -> None:
+def measure_part(
+    suite: Suite, part: str, params: Callable[[], Any], keep: Callable[[str, dict], None]
+) -> None:
     """Measure a part's programs one by one and hand each one's figures on."""
     limit = device_memory("bytes_limit")
     for label, (make, again) in programs(suite)[part].items():
@@ -213,7 +232,9 @@ def torch_part(suite: Suite) -> dict[str, Any]:
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         return {"skipped": "torch or diffusers is not installed"}
     size = suite.size
-    model = {k: v for k, v in asdict(size.model).items() if k not in ("dtype", "param_dtype", "remat")}
+    model = {
+        k: v for k, v in asdict(size.model).items() if k not in ("dtype", "param_dtype", "remat")
+    }
     sizes = {"tokens": size.side**2, "text": size.text, "model": model}
     program = [sys.executable, str(Path(__file__).parent / "torch_flux.py"), json.dumps(sizes)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
@@ -226,7 +247,9 @@ def iteration(suite: Suite, found: dict[str, Any]) -> dict[str, Any]:
     """RealGen's iteration out of the parts, with the policy that is fastest for the rollout's batch."""
     branches = suite.size.branches
     updates = {label: one for label, one in found["update"].items() if "seconds" in one}
-    updates = {label.split()[0]: one for label, one in updates.items() if label.split()[1] == str(branches)}
+    updates = {
+        label.split()[0]: one for label, one in updates.items() if label.split()[1] == str(branches)
+    }
     if not updates:
         raise ValueError(f"no update with {branches} images fits; expected one to reckon with")
     policy = min(updates, key=lambda name: updates[name]["seconds"])
@@ -240,14 +263,28 @@ def iteration(suite: Suite, found: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{' and '.join(failed)} failed; expected figures of all parts to add up")
     parts = {name: times * of["seconds"] for name, (times, of) in one.items()}
     flops = sum(times * of["flops"] for times, of in one.values())
-    return {"remat": policy, "parts": parts, "seconds": sum(parts.values()), **rates(flops, sum(parts.values()))}
+    return {
+        "remat": policy,
+        "parts": parts,
+        "seconds": sum(parts.values()),
+        **rates(flops, sum(parts.values())),
+    }
 
 
 def row(label: str, found: dict[str, Any], images: int, goal: str, best: float | None) -> list[str]:
     """A line of the table; images share the seconds."""
-    gb = [f"{found[key] / 1e9:.1f}" if key in found else "" for key in ("planned_bytes", "peak_bytes_so_far")]
-    compile = [f"{found[key]:.1f}" if key in found else "" for key in ("compile_seconds", "cached_compile_seconds")]
-    share = [f"{found['mfu']:.1%}" if "mfu" in found else "", f"{found['tflops'] / best:.1%}" if best else ""]
+    gb = [
+        f"{found[key] / 1e9:.1f}" if key in found else ""
+        for key in ("planned_bytes", "peak_bytes_so_far")
+    ]
+    compile = [
+        f"{found[key]:.1f}" if key in found else ""
+        for key in ("compile_seconds", "cached_compile_seconds")
+    ]
+    share = [
+        f"{found['mfu']:.1%}" if "mfu" in found else "",
+        f"{found['tflops'] / best:.1%}" if best else "",
+    ]
     return [label, f"{found['seconds'] / images:.3g}", goal, *share, *gb, *compile]
 
 
@@ -259,7 +296,9 @@ def named(suite: Suite, found: dict[str, Any]) -> list[tuple[str, dict[str, Any]
     for label, one in found.get("sampling", {}).items():
         n = 1 if label == "decode" else int(label)
         goal = f"{GOAL_SECONDS[n]} s" if full and label in map(str, GOAL_SECONDS) else ""
-        rows.append(("decoding alone" if label == "decode" else f"sampling, batch {n}", one, n, goal))
+        rows.append(
+            ("decoding alone" if label == "decode" else f"sampling, batch {n}", one, n, goal)
+        )
         if label != "decode" and "seconds" in one and "seconds" in decode:
             seconds = one["seconds"] + n * decode["seconds"]
             both = {"seconds": seconds, **rates(one["flops"] + n * decode["flops"], seconds)}
@@ -268,13 +307,25 @@ def named(suite: Suite, found: dict[str, Any]) -> list[tuple[str, dict[str, Any]
         rows.append((f"rollout, 1 slot x {label}", one, int(label), ""))
     for label, one in found.get("update", {}).items():
         policy, n = label.split()
-        rows.append((f"update, {policy}, batch {n}", one, int(n), f"{GOAL_MFU:.0%} MFU" if full else ""))
+        rows.append(
+            (f"update, {policy}, batch {n}", one, int(n), f"{GOAL_MFU:.0%} MFU" if full else "")
+        )
     return rows
 
 
 def show(suite: Suite, found: dict[str, Any]) -> None:
     """The table, what failed, the iteration, and torch's figures."""
-    header = "program", "s/image", "goal", "MFU", "of product", "plan, GB", "peak, GB", "compile, s", "cached, s"
+    header = (
+        "program",
+        "s/image",
+        "goal",
+        "MFU",
+        "of product",
+        "plan, GB",
+        "peak, GB",
+        "compile, s",
+        "cached, s",
+    )
     best = found.get("product", {}).get("tflops")
     rows, failed = [], []
     for label, one, images, goal in named(suite, found):
@@ -282,12 +333,20 @@ def show(suite: Suite, found: dict[str, Any]) -> None:
             rows.append(row(label, one, images, goal, best))
         else:
             failed.append(f"{label}: {one['failed']}")
-    print(f"\n{machine()}. An update's seconds: all {suite.size.window} window steps; peak: the process's so far.")
-    print("Goals are for one H200." if suite is SUITES["full"] else "A toy: its figures mean nothing.")
+    print(
+        f"\n{machine()}. An update's seconds: all {suite.size.window} window steps; peak: the process's so far."
+    )
+    print(
+        "Goals are for one H200." if suite is SUITES["full"] else "A toy: its figures mean nothing."
+    )
     print_table(header, rows)
     print(*failed, sep="\n", end="\n" if failed else "")
     if best:
-        of = f", {found['product']['mfu']:.0%} of the data sheet's" if "mfu" in found["product"] else ""
+        of = (
+            f", {found['product']['mfu']:.0%} of the data sheet's"
+            if "mfu" in found["product"]
+            else ""
+        )
         print(f"a bfloat16 product of side {suite.product}: {best:.3g} TFLOP/s{of}")
     if "seconds" in found.get("iteration", {}):
         it = found["iteration"]
@@ -296,20 +355,26 @@ def show(suite: Suite, found: dict[str, Any]) -> None:
         what = f"{IMAGES} images on {GPUS} GPUs, remat {it['remat']}"
         print(f"RealGen's iteration, {what}: {it['seconds']:.1f} s ({parts}){mfu}")
     if "torch" in found:
-        steps = found.get("sampling", {}).get("1", {}).get("seconds", float("nan")) / suite.size.steps
+        steps = (
+            found.get("sampling", {}).get("1", {}).get("seconds", float("nan")) / suite.size.steps
+        )
         told = ", ".join(f"{k} {v:.3g}" for k, v in found["torch"].items() if isinstance(v, float))
         print(f"torch: {told or found['torch']}; a step of sampling at batch 1 here: {steps:.3g} s")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SUITES), default="full")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(PARTS):
-        parser.error(f"--only names {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+        parser.error(
+            f"--only names {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}"
+        )
     suite, found = SUITES[options.size], {"size": options.size}
     params = cache(lambda: jax.block_until_ready(fill(workload.weights(suite.size))))
 

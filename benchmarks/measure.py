@@ -18,7 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> str:
     """The accelerator's name, or the CPU's architecture and number of cores."""
     kind = jax.devices()[0].device_kind
-    return kind if jax.default_backend() != "cpu" else f"cpu-{platform.machine()}-{os.cpu_count()}-cores"
+    return (
+        kind
+        if jax.default_backend() != "cpu"
+        else f"cpu-{platform.machine()}-{os.cpu_count()}-cores"
+    )
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

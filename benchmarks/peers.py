@@ -48,7 +48,12 @@ from reward_bridge.bridge import RewardBridge  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 
 THREADS = 2
-GOALS = {"sampling": (2.0, 1.7), "rollout": (2.0, 1.7), "update": (1.5, 1.5), "iteration": (1.6, 1.6)}
+GOALS = {
+    "sampling": (2.0, 1.7),
+    "rollout": (2.0, 1.7),
+    "update": (1.5, 1.5),
+    "iteration": (1.6, 1.6),
+}
 REWARDS = {"tiny": "embedded_detector", "mid": "jpeg_compressibility"}
 PEERS = ("eager", "compiled")
 
@@ -137,13 +142,17 @@ def make_case(name: str, folder: Path) -> Case:
     layout, plan = recipe.layout, recipe.plan(pipe).draw(jax.random.key(2))
     state = first_state(recipe, pipe, jax.random.key(0))
     # B starts at zero: move it, so that the adapters count in what is compared
-    moved = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(1), p.shape), state.trainable)
+    moved = jax.tree.map(
+        lambda p: p + 0.02 * jax.random.normal(jax.random.key(1), p.shape), state.trainable
+    )
     keys = tuple(jax.random.split(jax.random.key(3)))
     latents, noise = draw_noise(*keys, plan, layout.slots, layout.slots, pipe.token_shape)
     rng = np.random.default_rng(0)
     m = pipe.model
     cond = Cond(
-        jnp.float32(rng.standard_normal((layout.slots, config.prompts.max_tokens, m.joint_attention_dim))),
+        jnp.float32(
+            rng.standard_normal((layout.slots, config.prompts.max_tokens, m.joint_attention_dim))
+        ),
         jnp.float32(rng.standard_normal((layout.slots, m.pooled_projection_dim))),
         jnp.full(layout.slots, config.sample.guidance_scale),
     )
@@ -172,16 +181,25 @@ class Ours:
     def sampling(self) -> Any:
         n = self.case.config.sample.train_batch_size
         cond = jax.tree.map(lambda a: jnp.repeat(a, n // len(a), axis=0), self.case.cond)
-        return self.case.programs.evaluate(self.state.trainable, cond, self.case.keys[0], np.arange(n, dtype=np.int32))
+        return self.case.programs.evaluate(
+            self.state.trainable, cond, self.case.keys[0], np.arange(n, dtype=np.int32)
+        )
 
     def rollout(self) -> Any:
         case = self.case
         return case.programs.sample(
-            case.pipe.params, case.pipe.vae_params, self.state.trainable, case.cond, case.keys, case.plan
+            case.pipe.params,
+            case.pipe.vae_params,
+            self.state.trainable,
+            case.cond,
+            case.keys,
+            case.plan,
         )
 
     def update(self, record: Any, advantages: np.ndarray) -> Any:
-        batch = jax.tree.map(lambda a: a[None], Batch(record, self.case.cond, jnp.asarray(advantages)))
+        batch = jax.tree.map(
+            lambda a: a[None], Batch(record, self.case.cond, jnp.asarray(advantages))
+        )
         self.state, metrics = self.case.programs.update(self.case.pipe.params, self.state, batch)
         return metrics
 
@@ -198,15 +216,28 @@ class Theirs:
         self.case, config = case, case.config
         adapters, t = lora_tensors(case.state.trainable), config.train
         self.model = torch_peer.load(
-            Path(config.pretrained.model), adapters, t.lora_rank, t.lora_alpha, case.pipe.height, compiled
+            Path(config.pretrained.model),
+            adapters,
+            t.lora_rank,
+            t.lora_alpha,
+            case.pipe.height,
+            compiled,
         )
         self.sigmas = torch.from_numpy(case.pipe.sigmas(config.sample.num_steps))
         self.optimizer = torch_peer.make_optimizer(self.model, t)
         self.ema = [p.detach().clone() for p in torch_peer.trained(self.model)]
-        self.cond = tuple(torch.from_numpy(np.array(a)) for a in (case.cond.t5, case.cond.clip, case.cond.guidance))
-        self.latents, self.noise = torch.from_numpy(case.latents.copy()), torch.from_numpy(case.noise.copy())
+        self.cond = tuple(
+            torch.from_numpy(np.array(a))
+            for a in (case.cond.t5, case.cond.clip, case.cond.guidance)
+        )
+        self.latents, self.noise = (
+            torch.from_numpy(case.latents.copy()),
+            torch.from_numpy(case.noise.copy()),
+        )
         self.start = int(case.plan.start)
-        draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(case.keys[0], i), case.pipe.token_shape))
+        draw = jax.vmap(
+            lambda i: jax.random.normal(jax.random.fold_in(case.keys[0], i), case.pipe.token_shape)
+        )
         images = np.arange(config.sample.train_batch_size, dtype=np.int32)
         self.sampling_latents = torch.from_numpy(np.array(draw(images)))  # those of our sampler
 
@@ -218,7 +249,14 @@ class Theirs:
     def rollout(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s = self.case.config.sample
         return torch_peer.rollout(
-            self.model, self.latents, self.noise, self.sigmas, self.cond, self.start, s.branches, s.noise_level
+            self.model,
+            self.latents,
+            self.noise,
+            self.sigmas,
+            self.cond,
+            self.start,
+            s.branches,
+            s.noise_level,
         )
 
     def update(self, record: dict, advantages: np.ndarray) -> dict[str, float]:
@@ -256,28 +294,56 @@ def compare(ours: Ours, theirs: Theirs, advantages: np.ndarray) -> dict[str, flo
         "mean": float(np.abs(record.mean - their_record["mean"].numpy()).max()),
         "logp": float(np.abs(record.logp - their_record["logp"].numpy()).max()),
     }
-    trajectory = {"x": record.latents[:-1], "x_next": record.latents[1:], "mean": record.mean, "logp": record.logp}
+    trajectory = {
+        "x": record.latents[:-1],
+        "x_next": record.latents[1:],
+        "mean": record.mean,
+        "logp": record.logp,
+    }
     same = {name: torch.from_numpy(np.array(a)) for name, a in trajectory.items()}
     metrics, their_metrics = ours.update(record, advantages), theirs.update(same, advantages)
-    for name, value in their_metrics.items():  # the policy's loss itself cancels to nearly nothing at ratio 1
+    for (
+        name,
+        value,
+    ) in their_metrics.items():  # the policy's loss itself cancels to nearly nothing at ratio 1
         found[name] = abs(float(metrics[name]) - value) / (1.0 if name == "policy_loss" else value)
-    adapters = [torch_peer.peft.get_peft_model_state_dict(theirs.model.transformer), lora_tensors(ours.state.trainable)]
+    adapters = [
+        torch_peer.peft.get_peft_model_state_dict(theirs.model.transformer),
+        lora_tensors(ours.state.trainable),
+    ]
     found["adapters"] = max(
-        float(np.abs(a.numpy() - adapters[1][name.removeprefix("base_model.model.").removesuffix(".weight")]).max())
+        float(
+            np.abs(
+                a.numpy()
+                - adapters[1][name.removeprefix("base_model.model.").removesuffix(".weight")]
+            ).max()
+        )
         for name, a in adapters[0].items()
     )
-    limits = {"sampling_levels": 2, "rollout_levels": 2, "mean": 1e-3, "logp": 1e-3, "adapters": 1e-3}
+    limits = {
+        "sampling_levels": 2,
+        "rollout_levels": 2,
+        "mean": 1e-3,
+        "logp": 1e-3,
+        "adapters": 1e-3,
+    }
     if wrong := [name for name, value in found.items() if not value <= limits.get(name, 1e-2)]:
-        raise ValueError(f"both sides should agree, but differ in {', '.join(wrong)}: {json.dumps(found)}")
+        raise ValueError(
+            f"both sides should agree, but differ in {', '.join(wrong)}: {json.dumps(found)}"
+        )
     return found
 
 
 def measure_size(name: str, repeats: int, peers: tuple[str, ...]) -> dict[str, Any]:
     torch._dynamo.reset()  # its limit of recompilations counts for both sizes together,
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and beyond it torch.compile would go on uncompiled
+    torch._dynamo.config.fail_on_recompile_limit_hit = (
+        True  # and beyond it torch.compile would go on uncompiled
+    )
     with tempfile.TemporaryDirectory() as folder:
         case = make_case(name, Path(folder))
-        advantages = advantages_of(case, np.random.default_rng(1).standard_normal(case.config.sample.train_batch_size))
+        advantages = advantages_of(
+            case, np.random.default_rng(1).standard_normal(case.config.sample.train_batch_size)
+        )
         sides: dict[str, Any] = {"ours": Ours(case)}
         differences, failed = {}, {}
         for peer in peers:
@@ -297,7 +363,10 @@ def measure_size(name: str, repeats: int, peers: tuple[str, ...]) -> dict[str, A
                     for side, call in calls.items()
                 }
             seconds[part] = alternate(calls, repeats)
-            medians = {side: round(1000 * statistics.median(taken)) for side, taken in seconds[part].items()}
+            medians = {
+                side: round(1000 * statistics.median(taken))
+                for side, taken in seconds[part].items()
+            }
             print(f"  {name} {part}: {medians} ms", flush=True)
         case.bridge.close()
     return {"differences": differences, "failed": failed, "seconds": seconds}
@@ -308,7 +377,11 @@ def table_rows(name: str, found: dict[str, Any]) -> list[list[str]]:
     for part, goals in GOALS.items():
         medians = {side: statistics.median(taken) for side, taken in found["seconds"][part].items()}
         ours = medians["ours"]
-        cells = [name, part, *(f"{1000 * medians[s]:.0f}" if s in medians else "-" for s in ("ours", *PEERS))]
+        cells = [
+            name,
+            part,
+            *(f"{1000 * medians[s]:.0f}" if s in medians else "-" for s in ("ours", *PEERS)),
+        ]
         cells += [f"{medians[peer] / ours:.2f}" if peer in medians else "-" for peer in PEERS]
         cells.append(f"{goals[name == 'mid']:.1f}")
         table.append(cells)
@@ -316,23 +389,40 @@ def table_rows(name: str, found: dict[str, Any]) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="tiny,mid", help="which of tiny and mid, by comma")
-    parser.add_argument("--peers", default="eager,compiled", help="which of eager and compiled, by comma")
+    parser.add_argument(
+        "--peers", default="eager,compiled", help="which of eager and compiled, by comma"
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no_save", action="store_true", help="print only")
     args = parser.parse_args()
     for name, known in (("sizes", tuple(SIZES)), ("peers", PEERS)):
         setattr(args, name, tuple(filter(None, getattr(args, name).split(","))))
         if unknown := set(getattr(args, name)) - set(known):
-            parser.error(f"--{name} names {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
-    if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as it finds cores, when it first computes
+            parser.error(
+                f"--{name} names {', '.join(sorted(unknown))}; expected some of {', '.join(known)}"
+            )
+    if hasattr(
+        os, "sched_setaffinity"
+    ):  # XLA takes as many threads as it finds cores, when it first computes
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     torch.set_num_threads(THREADS)
     found = {}
     for name in args.sizes:
         found[name] = measure_size(name, args.repeats, args.peers)
-    header = ["size", "part", "ours ms", "eager ms", "compiled ms", "x eager", "x compiled", "goal (eager)"]
+    header = [
+        "size",
+        "part",
+        "ours ms",
+        "eager ms",
+        "compiled ms",
+        "x eager",
+        "x compiled",
+        "goal (eager)",
+    ]
     print_table(header, [row for name, one in found.items() for row in table_rows(name, one)])
     if not args.no_save:
         print(f"written to {save('peers', found)}")

@@ -26,7 +26,12 @@ from workload import Size, fill, rollouts, sampling, start, tiny, updating
 from realgen_jax.models.flux.transformer import FluxConfig
 from realgen_jax.objectives.grpo import Batch
 
-DEPTHS = (2, 2), (3, 5), (6, 13), (19, 38)  # 4, 8, 19 and FLUX.1-dev's 57; one block of a kind would not be a loop
+DEPTHS = (
+    (2, 2),
+    (3, 5),
+    (6, 13),
+    (19, 38),
+)  # 4, 8, 19 and FLUX.1-dev's 57; one block of a kind would not be a loop
 FLAT = 1.2
 ITERATIONS = 20
 EVENTS = {
@@ -49,9 +54,16 @@ class Suite:
 def _medium(heads: int, head_dim: int, dtype: type, **kw: int) -> Size:
     """12 blocks, one branch."""
     axes = {64: (8, 28, 28), 128: (16, 56, 56)}[head_dim]
-    names = {"num_layers": 4, "num_single_layers": 8, "joint_attention_dim": 256, "pooled_projection_dim": 64}
+    names = {
+        "num_layers": 4,
+        "num_single_layers": 8,
+        "joint_attention_dim": 256,
+        "pooled_projection_dim": 64,
+    }
     widths = {"num_attention_heads": heads, "attention_head_dim": head_dim, "axes_dims_rope": axes}
-    return replace(tiny(branches=1), model=FluxConfig(**names, **widths, dtype=dtype, param_dtype=dtype), **kw)
+    return replace(
+        tiny(branches=1), model=FluxConfig(**names, **widths, dtype=dtype, param_dtype=dtype), **kw
+    )
 
 
 def suites() -> dict[str, Suite]:
@@ -61,12 +73,24 @@ def suites() -> dict[str, Suite]:
         "cpu": Suite(
             _medium(2, 64, jnp.float32, side=16, text=32, rank=8),
             2,
-            {"depth": blocks, "tokens": (8, 16, 32), "batch": (1, 2, 4), "window": (1, 2, 4), "group": (3, 6, 12)},
+            {
+                "depth": blocks,
+                "tokens": (8, 16, 32),
+                "batch": (1, 2, 4),
+                "window": (1, 2, 4),
+                "group": (3, 6, 12),
+            },
         ),
         "gpu": Suite(
             _medium(8, 128, jnp.bfloat16, side=32, text=128, rank=32),
             4,
-            {"depth": blocks, "tokens": (16, 32, 64), "batch": (1, 4, 16), "window": (1, 2, 4), "group": (3, 12, 48)},
+            {
+                "depth": blocks,
+                "tokens": (16, 32, 64),
+                "batch": (1, 4, 16),
+                "window": (1, 2, 4),
+                "group": (3, 12, 48),
+            },
         ),
     }
 
@@ -89,7 +113,11 @@ def point(suite: Suite, sweep: str, value) -> tuple[str, Size, int]:
 
 def sweeps(suite: Suite) -> dict[str, list[dict]]:
     """Every point's seconds and GFLOP/s; points take turns, and one that several sweeps share runs once."""
-    where = {(sweep, value): point(suite, sweep, value) for sweep, values in suite.values.items() for value in values}
+    where = {
+        (sweep, value): point(suite, sweep, value)
+        for sweep, values in suite.values.items()
+        for value in values
+    }
     programs, calls = {}, {}
     for _, size, slots in where.values():
         if (size, slots, "update") in calls:
@@ -98,13 +126,18 @@ def sweeps(suite: Suite) -> dict[str, list[dict]]:
         made = sampling(size, slots * size.branches), rollouts(size, slots), updating(size, slots)
         for part, program in zip(("sampling", "rollout", "update"), made, strict=True):
             programs[size, slots, part], calls[size, slots, part] = program, start(program, params)
-    seconds = {key: statistics.median(taken) for key, taken in alternate(calls, suite.repeats).items()}
+    seconds = {
+        key: statistics.median(taken) for key, taken in alternate(calls, suite.repeats).items()
+    }
     found = {sweep: [] for sweep in suite.values}
     for (sweep, _), (label, size, slots) in where.items():
         row: dict = {sweep: int(label)}
         for part in ("sampling", "rollout", "update"):
             key = size, slots, part
-            row[part] = {"seconds": seconds[key], "gflops": programs[key].flops / seconds[key] / 1e9}
+            row[part] = {
+                "seconds": seconds[key],
+                "gflops": programs[key].flops / seconds[key] / 1e9,
+            }
         found[sweep].append(row)
     return found
 
@@ -136,10 +169,16 @@ def compiling(depths: tuple[tuple[int, int], ...], repeats: int) -> dict:
     found = {}
     for name, of in rows.items():
         table = [
-            {"blocks": blocks, **{key: statistics.median(one[key] for one in runs) for key in runs[0]}}
+            {
+                "blocks": blocks,
+                **{key: statistics.median(one[key] for one in runs) for key in runs[0]},
+            }
             for blocks, runs in of.items()
         ]
-        ratios = {f"{key}_ratio": table[-1][key] / table[0][key] for key in ("lower_seconds", "compile_seconds")}
+        ratios = {
+            f"{key}_ratio": table[-1][key] / table[0][key]
+            for key in ("lower_seconds", "compile_seconds")
+        }
         found[name] = {"depths": table, **ratios}
     return found
 
@@ -156,7 +195,9 @@ def whole_run() -> dict[str, int]:
     state, batch = fill(learn.arguments[1:])
     advantages, first, starts = batch.advantages, {}, set()
     for i in range(ITERATIONS):
-        latent_key, noise_key, window_key = jax.random.split(jax.random.fold_in(jax.random.key(0), i), 3)
+        latent_key, noise_key, window_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(0), i), 3
+        )
         plan = size.plan.draw(window_key)
         _, trajectory = sample.call(params, state.trainable, cond, (latent_key, noise_key), plan)
         trajectory, conds = jax.tree.map(lambda a: jnp.asarray(a)[None], (trajectory, cond))
@@ -174,7 +215,10 @@ def show_sweeps(found: dict[str, list[dict]]) -> None:
     for sweep, rows in found.items():
         header = [sweep, *(column for part in parts for column in (f"{part}, ms", "GFLOP/s"))]
         cells = [
-            [str(row[sweep]), *(f"{x:.0f}" for p in parts for x in (1e3 * row[p]["seconds"], row[p]["gflops"]))]
+            [
+                str(row[sweep]),
+                *(f"{x:.0f}" for p in parts for x in (1e3 * row[p]["seconds"], row[p]["gflops"])),
+            ]
             for row in rows
         ]
         print()
@@ -211,9 +255,13 @@ def show_run(found: dict[str, int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     size = "cpu" if jax.default_backend() == "cpu" else "gpu"
-    parser.add_argument("--size", choices=list(suites()), default=size, help=f"default here: {size}")
+    parser.add_argument(
+        "--size", choices=list(suites()), default=size, help=f"default here: {size}"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     suite = suites()[options.size]

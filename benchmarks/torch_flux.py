@@ -12,7 +12,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 
-def seconds(model: torch.nn.Module, inputs: dict[str, torch.Tensor], repeats: int) -> tuple[float, float]:
+def seconds(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], repeats: int
+) -> tuple[float, float]:
     """(of the first call, the median of the next ones)."""
     taken = []
     with torch.inference_mode():

@@ -28,17 +28,29 @@ class TorchModel:
 
 
 def load(
-    folder: Path, adapters: dict[str, np.ndarray], rank: int, alpha: float, side: int, compiled: bool
+    folder: Path,
+    adapters: dict[str, np.ndarray],
+    rank: int,
+    alpha: float,
+    side: int,
+    compiled: bool,
 ) -> TorchModel:
     """A FluxPipeline folder with LoRA factors under peft's names, `side` tokens down and across."""
-    transformer = diffusers.FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(
+        folder / "transformer", torch_dtype=torch.float32
+    )
     modules = sorted({name.removesuffix(".lora_A").removesuffix(".lora_B") for name in adapters})
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
     transformer = peft.get_peft_model(transformer.requires_grad_(False), config)
-    state = {f"base_model.model.{name}.weight": torch.from_numpy(array.copy()) for name, array in adapters.items()}
+    state = {
+        f"base_model.model.{name}.weight": torch.from_numpy(array.copy())
+        for name, array in adapters.items()
+    }
     if left := peft.set_peft_model_state_dict(transformer, state).unexpected_keys:
         raise ValueError(f"peft does not know {left[0]}")
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False)
+    vae = diffusers.AutoencoderKL.from_pretrained(
+        folder / "vae", torch_dtype=torch.float32
+    ).requires_grad_(False)
     if compiled:
         transformer.base_model.model.compile()
         vae.decoder.compile()
@@ -47,7 +59,9 @@ def load(
     return TorchModel(transformer.train(), vae.eval(), side, positions)
 
 
-def velocity(model: TorchModel, x: Tensor, sigma: Tensor, cond: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def velocity(
+    model: TorchModel, x: Tensor, sigma: Tensor, cond: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     t5, clip, guidance = cond
     return model.transformer(
         hidden_states=x,
@@ -67,11 +81,21 @@ def decode(model: TorchModel, tokens: Tensor) -> Tensor:
     latents = tokens.reshape(n, model.side, model.side, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     latents = latents.reshape(n, c // 4, 2 * model.side, 2 * model.side)
     config = model.vae.config
-    images = model.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+    images = model.vae.decode(
+        latents / config.scaling_factor + config.shift_factor, return_dict=False
+    )[0]
     return (255 * (images / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
 
 
-def sde_step(v: Tensor, x: Tensor, sigmas: Tensor, i: int, noise_level: float, z: Tensor | None, x_next: Tensor | None):
+def sde_step(
+    v: Tensor,
+    x: Tensor,
+    sigmas: Tensor,
+    i: int,
+    noise_level: float,
+    z: Tensor | None,
+    x_next: Tensor | None,
+):
     """(x_next, log-prob, mean, std, sqrt(dt)) as Flow-GRPO's sde_step_with_logprob; x_next is drawn where not given."""
     sigma, after = sigmas[i], sigmas[i + 1]
     dt = after - sigma
@@ -80,7 +104,9 @@ def sde_step(v: Tensor, x: Tensor, sigmas: Tensor, i: int, noise_level: float, z
     std = s * torch.sqrt(-dt)
     if x_next is None:
         x_next = mean + std * z
-    logp = -((x_next.detach() - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
+    logp = (
+        -((x_next.detach() - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
+    )
     return x_next, logp.mean(dim=(1, 2)), mean, s, torch.sqrt(-dt)
 
 
@@ -109,7 +135,9 @@ def rollout(
             x, *cond = (a.repeat_interleave(branches, dim=0) for a in (x, *cond))
         v = velocity(model, x, sigmas[i], cond)
         if start <= i < start + len(noise):
-            x_next, logp, mean, _, _ = sde_step(v, x, sigmas, i, noise_level, noise[i - start], None)
+            x_next, logp, mean, _, _ = sde_step(
+                v, x, sigmas, i, noise_level, noise[i - start], None
+            )
             for name, value in zip(record, (x, x_next, mean, logp), strict=True):
                 record[name].append(value)
             x = x_next
@@ -125,7 +153,11 @@ def trained(model: TorchModel) -> list[torch.nn.Parameter]:
 def make_optimizer(model: TorchModel, train: Any) -> torch.optim.Optimizer:
     betas = (train.adam_beta1, train.adam_beta2)
     return torch.optim.AdamW(
-        trained(model), train.learning_rate, betas, eps=train.adam_epsilon, weight_decay=train.adam_weight_decay
+        trained(model),
+        train.learning_rate,
+        betas,
+        eps=train.adam_epsilon,
+        weight_decay=train.adam_weight_decay,
     )
 
 
@@ -148,7 +180,9 @@ def update(
     for j in range(window):
         i, x = start + j, record["x"][j]
         v = velocity(model, x, sigmas[i], cond)
-        _, logp, mean, s, root_dt = sde_step(v, x, sigmas, i, noise_level, None, record["x_next"][j])
+        _, logp, mean, s, root_dt = sde_step(
+            v, x, sigmas, i, noise_level, None, record["x_next"][j]
+        )
         scale = s * root_dt
         bias = ((mean - record["mean"][j]) ** 2).mean(dim=(1, 2)) / (2 * scale**2)
         ratio = torch.exp(scale * (logp - record["logp"][j] + bias))
@@ -161,7 +195,9 @@ def update(
         ((policy_loss + train.beta * kl_loss) / window).backward()
         metrics["policy_loss"] += float(policy_loss.detach()) / window
         metrics["kl_loss"] += float(kl_loss.detach()) / window
-    metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained(model), train.max_grad_norm))
+    metrics["grad_norm"] = float(
+        torch.nn.utils.clip_grad_norm_(trained(model), train.max_grad_norm)
+    )
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():

@@ -19,7 +19,14 @@ from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransforme
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.lora import LoraConfig, init_lora, make_velocity
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.objectives.grpo import Batch, EmaConfig, LossConfig, TrainState, make_optimizer, update
+from realgen_jax.objectives.grpo import (
+    Batch,
+    EmaConfig,
+    LossConfig,
+    TrainState,
+    make_optimizer,
+    update,
+)
 from realgen_jax.rollout import Plan, Trajectory, draw_noise, make_plan, rollout, sample
 from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps
 
@@ -47,7 +54,9 @@ class Size:
     def plan(self) -> Plan:
         sigmas = flux_sigmas(self.steps, self.side**2, SchedulerConfig())
         window = {"window": self.window, "bounds": self.bounds, "branches": self.branches}
-        return replace(make_plan(sigmas, kind="sde", noise_level=0.9, **window), start=jnp.int32(self.start))
+        return replace(
+            make_plan(sigmas, kind="sde", noise_level=0.9, **window), start=jnp.int32(self.start)
+        )
 
     def work(self, slots: int) -> cost.Work:
         """One rollout call and its update, for the formulas. On a CPU attention writes its scores out."""
@@ -102,7 +111,9 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 def _cond(size: Size, *rows: int) -> Cond:
     m = size.model
     t5 = jax.ShapeDtypeStruct((*rows, size.text, m.joint_attention_dim), m.dtype)
-    return Cond(t5, jax.ShapeDtypeStruct((*rows, m.pooled_projection_dim), m.dtype), _float32(*rows))
+    return Cond(
+        t5, jax.ShapeDtypeStruct((*rows, m.pooled_projection_dim), m.dtype), _float32(*rows)
+    )
 
 
 def sampling(size: Size, images: int) -> Program:
@@ -112,14 +123,22 @@ def sampling(size: Size, images: int) -> Program:
     call = jax.jit(lambda params, latents, cond: sample(velocity, params, None, cond, latents, ode))
     flops = images * size.steps * sum(cost.forward_flops(replace(size.work(1), rank=0)).values())
     return Program(
-        call, (weights(size), _float32(images, size.side**2, size.model.in_channels), _cond(size, images)), flops
+        call,
+        (
+            weights(size),
+            _float32(images, size.side**2, size.model.in_channels),
+            _cond(size, images),
+        ),
+        flops,
     )
 
 
 def decoding(size: Size, images: int) -> Program:
     """(the autoencoder's weights, latents [n, s, c]) -> uint8 pictures [n, 3, H, W]."""
     graph, params = abstract(Autoencoder, size.vae)
-    call = jax.jit(lambda params, tokens: decode_tokens(nnx.merge(graph, params), tokens, size.side, size.side))
+    call = jax.jit(
+        lambda params, tokens: decode_tokens(nnx.merge(graph, params), tokens, size.side, size.side)
+    )
     tokens = _float32(images, size.side**2, size.model.in_channels)
     return Program(call, (params, tokens), images * cost.decode_flops(size.work(1)))
 
@@ -136,7 +155,9 @@ def rollouts(size: Size, slots: int) -> Program:
 
     keys = jax.random.key(0), jax.random.key(1)
     flops = cost.epoch_flops(size.work(slots))["rollout"]
-    return Program(call, (weights(size), adapters(size), _cond(size, slots), keys, size.plan), flops)
+    return Program(
+        call, (weights(size), adapters(size), _cond(size, slots), keys, size.plan), flops
+    )
 
 
 def updating(size: Size, slots: int) -> Program:
@@ -148,7 +169,10 @@ def updating(size: Size, slots: int) -> Program:
     call = jax.jit(partial(update, velocity, optimizer, loss, EmaConfig(0.9, 8)), donate_argnums=1)
     trainable = adapters(size)
     state = TrainState(
-        trainable, trainable, jax.eval_shape(optimizer.init, trainable), jax.ShapeDtypeStruct((), jnp.int32)
+        trainable,
+        trainable,
+        jax.eval_shape(optimizer.init, trainable),
+        jax.ShapeDtypeStruct((), jnp.int32),
     )
     images, latent = slots * size.branches, (size.side**2, size.model.in_channels)
     steps = jax.tree.map(lambda a: a[None, size.start : size.start + size.window], size.plan.noisy)
@@ -182,7 +206,9 @@ def fill(tree: Any, seed: int = 0) -> Any:
         name = jax.tree_util.keystr(path)
         if re.search(r"\b(query|key|scale)\b", name) and ".opt_state" not in name:
             return jnp.ones(leaf.shape, leaf.dtype)
-        if re.search(r"\.(mu|nu|count)\b|\bbias\b", name) or jnp.issubdtype(leaf.dtype, jnp.integer):
+        if re.search(r"\.(mu|nu|count)\b|\bbias\b", name) or jnp.issubdtype(
+            leaf.dtype, jnp.integer
+        ):
             return jnp.zeros(leaf.shape, leaf.dtype)
         return _normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
 
@@ -219,5 +245,15 @@ def tiny(double: int = 2, single: int = 2, **kw: Any) -> Size:
     )
     vae = VaeConfig((8, 8), layers_per_block=1, norm_num_groups=4)
     return Size(
-        **{"model": model, "vae": vae, "side": 4, "text": 8, "steps": 4, "window": 2, "bounds": (0, 4), "rank": 4, **kw}
+        **{
+            "model": model,
+            "vae": vae,
+            "side": 4,
+            "text": 8,
+            "steps": 4,
+            "window": 2,
+            "bounds": (0, 4),
+            "rank": 4,
+            **kw,
+        }
     )

@@ -32,11 +32,15 @@ def tiny() -> ConfigDict:
     c.save_freq = 15  # epochs between checkpoints
     c.num_checkpoint_limit = 3
     c.save_failure = "stop"  # stop, continue: what the run does when a checkpoint cannot be written (a full disk)
-    c.preemption_grace = 25.0  # seconds after SIGTERM in which the run must have begun its last save
+    c.preemption_grace = (
+        25.0  # seconds after SIGTERM in which the run must have begun its last save
+    )
     c.eval_freq = 15  # epochs between evaluations; one at epoch 0 and one at the end in any case
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # empty: none
-    c.profile = ConfigDict({"steps": ()})  # epochs of which a trace is written, from 1; 3 or later: the first compiles
+    c.profile = ConfigDict(
+        {"steps": ()}
+    )  # epochs of which a trace is written, from 1; 3 or later: the first compiles
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the rest
 
@@ -86,7 +90,9 @@ def tiny() -> ConfigDict:
     c.train.lora_alpha = 32.0
     c.train.lora_init = "gaussian"  # gaussian, kaiming
     c.train.loss = "guard"  # grpo, guard
-    c.train.guard_bias = "sample"  # batch: RealGen's code, which averages the bias over the batch too
+    c.train.guard_bias = (
+        "sample"  # batch: RealGen's code, which averages the bias over the batch too
+    )
     c.train.kl = "velocity"  # velocity, mean, mean_reference
     c.train.beta = 0.01
     c.train.clip_range = 1e-3
@@ -101,49 +107,87 @@ def tiny() -> ConfigDict:
     c.train.num_inner_epochs = 1
     c.train.ema_decay = 0.9
     c.train.ema_update_interval = 1
-    c.train.recompute_old = False  # True: the update's own program recomputes the sampled means first
+    c.train.recompute_old = (
+        False  # True: the update's own program recomputes the sampled means first
+    )
 
     c.reward = ConfigDict()
-    c.reward.fn = ConfigDict({"embedded_detector": 1.0, "clip_score": 0.5})  # what is trained on, and its weights
-    c.reward.held_out = ("embedded_held_out", "embedded_prompt_accuracy")  # looked at in evaluations, never trained on
+    c.reward.fn = ConfigDict(
+        {"embedded_detector": 1.0, "clip_score": 0.5}
+    )  # what is trained on, and its weights
+    c.reward.held_out = (
+        "embedded_held_out",
+        "embedded_prompt_accuracy",
+    )  # looked at in evaluations, never trained on
     c.reward.metrics = ("embedded_frechet",)  # checks on a whole set; lower is better
     c.reward.options = ConfigDict({"clip_score": ConfigDict({"path": str(REWARDS / "clip")})})
     c.reward.device = "auto"  # the last GPU, kept from JAX where there are others; without a GPU the CPU. cpu, cuda:N
     c.reward.share_gpu = False  # True: JAX computes on the rewards' GPUs too
-    c.reward.devices = ConfigDict()  # rewards that have a device of their own, {"omniaid": "cuda:6"}
-    c.reward.batch_size = 0  # most images a reward sees at once; 0: all of a call. Halved where memory runs out
+    c.reward.devices = (
+        ConfigDict()
+    )  # rewards that have a device of their own, {"omniaid": "cuda:6"}
+    c.reward.batch_size = (
+        0  # most images a reward sees at once; 0: all of a call. Halved where memory runs out
+    )
     c.reward.deadline = 120.0  # seconds for one reward and one call, retries included
     c.reward.retries = 1
     c.reward.stop_drop = 0.05  # end the run where a held-out reward lies so far below its best, while the reward rises,
     c.reward.stop_patience = 0  # for so many evaluations in a row; 0: never
-    c.reward.adversarial = ConfigDict()  # rewards of fn that learn, and how: adversary() has the keys
+    c.reward.adversarial = (
+        ConfigDict()
+    )  # rewards of fn that learn, and how: adversary() has the keys
     # What those take for real: .jsonl ("prompt", "image" or "images"), .json ({prompt: [images]}), or a folder of
     # photographs that stand for every prompt. Files lie relative to root, or to where path is if that is empty.
-    c.reward.references = ConfigDict({"path": str(REWARDS / "references" / "photographs.json"), "root": ""})
+    c.reward.references = ConfigDict(
+        {"path": str(REWARDS / "references" / "photographs.json"), "root": ""}
+    )
 
     # RealBench: what scripts/evaluate.py compares models on, after the run
     c.evaluate = ConfigDict()
-    c.evaluate.prompts = ConfigDict(  # .txt or .jsonl ("prompt", "category"); line i of each set is the same scene
-        {"short": str(EMBEDDED / "realbench_short.jsonl"), "long": str(EMBEDDED / "realbench_long.jsonl")}
+    c.evaluate.prompts = (
+        ConfigDict(  # .txt or .jsonl ("prompt", "category"); line i of each set is the same scene
+            {
+                "short": str(EMBEDDED / "realbench_short.jsonl"),
+                "long": str(EMBEDDED / "realbench_long.jsonl"),
+            }
+        )
     )
     c.evaluate.images_per_prompt = 4  # RealBench: 1
     c.evaluate.batch_size = 64  # images of one call, made and scored
-    c.evaluate.scores = ("embedded_detector", "embedded_held_out", "embedded_prompt_accuracy", "clip_score")
-    c.evaluate.detectors = ("embedded_detector", "embedded_held_out")  # P(real): the share above 0.5 is told as well
+    c.evaluate.scores = (
+        "embedded_detector",
+        "embedded_held_out",
+        "embedded_prompt_accuracy",
+        "clip_score",
+    )
+    c.evaluate.detectors = (
+        "embedded_detector",
+        "embedded_held_out",
+    )  # P(real): the share above 0.5 is told as well
     c.evaluate.confidence = 0.95  # of all intervals
     c.evaluate.resamples = 2000  # of the bootstrap, over prompts
-    c.evaluate.report_prompts = 100  # whose pictures are inside the report; all others are in its tables
+    c.evaluate.report_prompts = (
+        100  # whose pictures are inside the report; all others are in its tables
+    )
     c.evaluate.after_training = True  # train.py ends with the report
 
     c.evaluate.arena = ConfigDict()
-    c.evaluate.arena.protocol = "balanced"  # balanced: both orders, ties kept apart; realgen: the paper's
-    c.evaluate.arena.pairs = "all"  # which entries meet: all; photographs: each with these; first: each with the first
+    c.evaluate.arena.protocol = (
+        "balanced"  # balanced: both orders, ties kept apart; realgen: the paper's
+    )
+    c.evaluate.arena.pairs = (
+        "all"  # which entries meet: all; photographs: each with these; first: each with the first
+    )
     c.evaluate.arena.prompts = 0  # most prompts of a set that are judged, spread evenly; 0: all
     c.evaluate.arena.concurrency = 8  # questions asked at a time
     c.evaluate.arena.requests_per_minute = 0.0  # most of them; 0: as many as the judge takes
     c.evaluate.arena.timeout = 120.0  # seconds for an answer
-    c.evaluate.arena.attempts = 5  # for one question: rate limits, time-outs, answers that cannot be read
-    c.evaluate.arena.max_failures = 10  # questions in a row that came to nothing, after which the judge is left alone
+    c.evaluate.arena.attempts = (
+        5  # for one question: rate limits, time-outs, answers that cannot be read
+    )
+    c.evaluate.arena.max_failures = (
+        10  # questions in a row that came to nothing, after which the judge is left alone
+    )
     c.evaluate.arena.port = 0  # of the page where a person judges; 0: a free one
     return c
 
@@ -153,7 +197,9 @@ def adversary() -> ConfigDict:
     and a generated picture, on one replica.
     """
     a = ConfigDict()
-    a.options = ConfigDict()  # of the learner (reward_bridge/learners/), beside config.reward.options of the same name
+    a.options = (
+        ConfigDict()
+    )  # of the learner (reward_bridge/learners/), beside config.reward.options of the same name
     # threshold: in epochs whose mean reward is above it; margin: while references lie less than it above what is
     # generated; every: in the first learn_epochs of each cycle; plateau: once the reward rose by less than min_rise in
     # patience epochs
@@ -170,7 +216,9 @@ def adversary() -> ConfigDict:
     a.weight_decay = 0.01
     a.batch_size = 16  # of this epoch, in one step; 0: all of it
     a.history_batch_size = 16  # of earlier epochs, beside them
-    a.history_size = 1000  # kept of earlier epochs in which this learnt; in host memory and in checkpoints
+    a.history_size = (
+        1000  # kept of earlier epochs in which this learnt; in host memory and in checkpoints
+    )
     a.max_passes = 20  # over the epoch,
     a.target_accuracy = 0.9  # until the mean of one pass reaches it
     a.ema_decay = 0.99  # of the weights that give the reward: min((1 + steps) / (10 + steps), this)
@@ -188,13 +236,17 @@ def tiny_adversarial() -> ConfigDict:
     it ends above its start (README has the figures).
     """
     c = tiny()
-    c.sample.test_images_per_prompt = 16  # 512 pictures: a picture in two hundred that is no longer its subject shows
+    c.sample.test_images_per_prompt = (
+        16  # 512 pictures: a picture in two hundred that is no longer its subject shows
+    )
     c.train.beta = 0.0
     c.reward.fn = ConfigDict({"embedded_detector": 1.0})
     c.reward.held_out = ("embedded_held_out", "embedded_prompt_accuracy", "clip_score")
     c.reward.metrics = ("embedded_frechet", "embedded_frechet_held_out")
     a = adversary()
-    a.options = ConfigDict({"init": "shipped"})  # shipped: the demo's detector learns on; fresh: from nothing
+    a.options = ConfigDict(
+        {"init": "shipped"}
+    )  # shipped: the demo's detector learns on; fresh: from nothing
     a.schedule = "every"
     a.learning_rate = 1e-3
     a.batch_size, a.history_batch_size = 32, 32
@@ -234,7 +286,9 @@ def flux_dev_8xh200() -> ConfigDict:
     c.pretrained.model = "models/FLUX.1-dev"
     c.pretrained.dtype = "bfloat16"
     c.pretrained.param_dtype = "bfloat16"
-    c.pretrained.remat = "dots"  # 38 GiB for a sixth of the update's time; 80 GB GPUs are better off with "full"
+    c.pretrained.remat = (
+        "dots"  # 38 GiB for a sixth of the update's time; 80 GB GPUs are better off with "full"
+    )
 
     c.prompts.train = "dataset/realgen/train.txt"
     c.prompts.test = "dataset/realgen/test.txt"
@@ -270,7 +324,10 @@ def flux_dev_8xh200() -> ConfigDict:
     c.reward.fn = ConfigDict({"forensic_chat": 1.0, "omniaid": 1.0, "longclip": 1.0})
     c.reward.held_out = ()  # ("effort",) where its weights are at hand: it tells when the others are being fooled
     c.reward.metrics = ()
-    omniaid = {"path": "models/omniaid", "routing": "patch_mean"}  # RealGen's weights; OmniAID's: "feature_extractor"
+    omniaid = {
+        "path": "models/omniaid",
+        "routing": "patch_mean",
+    }  # RealGen's weights; OmniAID's: "feature_extractor"
     c.reward.options = ConfigDict(
         {
             "forensic_chat": ConfigDict({"path": "models/forensic_chat", "dtype": "bfloat16"}),
@@ -282,11 +339,18 @@ def flux_dev_8xh200() -> ConfigDict:
     c.reward.retries = 3
 
     c.evaluate.prompts = ConfigDict(
-        {"short": "dataset/realbench/short_prompts.txt", "long": "dataset/realbench/long_prompts.txt"}
+        {
+            "short": "dataset/realbench/short_prompts.txt",
+            "long": "dataset/realbench/long_prompts.txt",
+        }
     )
     c.evaluate.images_per_prompt = 1
     c.evaluate.batch_size = 28
-    c.evaluate.scores = ("forensic_chat", "omniaid", "longclip")  # RealBench: effort, pickscore, hpsv2, hpsv3 as well
+    c.evaluate.scores = (
+        "forensic_chat",
+        "omniaid",
+        "longclip",
+    )  # RealBench: effort, pickscore, hpsv2, hpsv3 as well
     c.evaluate.detectors = ("forensic_chat", "omniaid")
     c.evaluate.resamples = 10000
     c.evaluate.after_training = False
@@ -384,7 +448,9 @@ def flux_adv_8xh200() -> ConfigDict:
         }
     )
     c.reward.adversarial = ConfigDict({"omniaid": adversary(), "omniaid_dino": adversary()})
-    c.reward.references = ConfigDict({"path": "dataset/realgen/train.jsonl", "root": "dataset/realgen"})
+    c.reward.references = ConfigDict(
+        {"path": "dataset/realgen/train.jsonl", "root": "dataset/realgen"}
+    )
     c.evaluate.scores = ("omniaid", "omniaid_dino", "longclip")
     c.evaluate.detectors = ("omniaid", "omniaid_dino")
     return c
@@ -425,7 +491,9 @@ def flux_dino_adv() -> ConfigDict:
         }
     )
     a = adversary()
-    a.options = ConfigDict({"seed": c.get_ref("seed")})  # of the head's first weights and of the patches
+    a.options = ConfigDict(
+        {"seed": c.get_ref("seed")}
+    )  # of the head's first weights and of the patches
     a.schedule = "every"
     a.learn_epochs, a.cycle = 9, 10
     a.skip_generator = True
@@ -437,7 +505,9 @@ def flux_dino_adv() -> ConfigDict:
     a.max_passes = 1
     a.ema_decay = 0.0
     c.reward.adversarial = ConfigDict({"dino_discriminator": a})
-    c.reward.references = ConfigDict({"path": "dataset/references.json", "root": "dataset/references"})
+    c.reward.references = ConfigDict(
+        {"path": "dataset/references.json", "root": "dataset/references"}
+    )
     c.evaluate.scores = ("longclip",)
     c.evaluate.detectors = ()
     return c
@@ -464,7 +534,9 @@ PRESETS = {
 def get_config(preset: str = "tiny") -> ConfigDict:
     """The preset's config; `preset` is what follows the colon of --config."""
     if preset not in PRESETS:
-        raise ValueError(f"configs/flux_grpo.py has no preset {preset!r}; choose from {', '.join(PRESETS)}")
+        raise ValueError(
+            f"configs/flux_grpo.py has no preset {preset!r}; choose from {', '.join(PRESETS)}"
+        )
     config = PRESETS[preset]()
     config.preset = preset
     return config.lock()

@@ -17,14 +17,20 @@ ROOT = Path(__file__).resolve().parent.parent
 def tiny() -> ConfigDict:
     """The rewards that ship with the package: nothing to download, any machine."""
     c = ConfigDict()
-    c.host = "127.0.0.1"  # this machine only; any other address needs the token in REALGEN_REWARD_TOKEN
+    c.host = (
+        "127.0.0.1"  # this machine only; any other address needs the token in REALGEN_REWARD_TOKEN
+    )
     c.port = 8017  # 0: a free one
 
     c.rewards = ("embedded_detector", "embedded_held_out", "embedded_prompt_accuracy", "clip_score")
-    c.options = ConfigDict({"clip_score": ConfigDict({"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})})
+    c.options = ConfigDict(
+        {"clip_score": ConfigDict({"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})}
+    )
     c.device = "auto"  # the GPUs in turn, without one the CPU; cpu, cuda:N
     c.devices = ConfigDict()  # rewards that have a device of their own, {"omniaid": "cuda:1"}
-    c.batch_size = 0  # most images a reward sees at once; 0: all of a batch. Halved where memory runs out
+    c.batch_size = (
+        0  # most images a reward sees at once; 0: all of a batch. Halved where memory runs out
+    )
     c.deadline = 120.0  # seconds for one reward and one batch
     c.retries = 1
 
@@ -60,5 +66,7 @@ PRESETS = {"tiny": tiny, "realgen": realgen}
 def get_config(preset: str = "tiny") -> ConfigDict:
     """The preset's config; `preset` is what follows the colon of --config."""
     if preset not in PRESETS:
-        raise ValueError(f"configs/serve_rewards.py has no preset {preset!r}; choose from {', '.join(PRESETS)}")
+        raise ValueError(
+            f"configs/serve_rewards.py has no preset {preset!r}; choose from {', '.join(PRESETS)}"
+        )
     return PRESETS[preset]().lock()

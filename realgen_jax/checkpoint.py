@@ -33,7 +33,9 @@ class RestoreError(ValueError):
 
 def _epochs(folder: Path) -> list[int]:
     """Epochs of the committed checkpoints, complete or not, oldest first."""
-    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.is_dir() else []
+    return (
+        sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.is_dir() else []
+    )
 
 
 def _sums(checkpoint: Path) -> dict[str, str]:
@@ -45,7 +47,13 @@ def _sums(checkpoint: Path) -> dict[str, str]:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     with ThreadPoolExecutor() as pool:  # hashing runs beside Python
-        return dict(zip((f.relative_to(checkpoint).as_posix() for f in files), pool.map(digest, files), strict=True))
+        return dict(
+            zip(
+                (f.relative_to(checkpoint).as_posix() for f in files),
+                pool.map(digest, files),
+                strict=True,
+            )
+        )
 
 
 def _text(sums: dict[str, str]) -> str:
@@ -70,8 +78,14 @@ def damage(checkpoint: Path) -> str:
     for line in written.decode(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         before[name] = digest
-    lost, changed = sorted(before.keys() - now.keys()), sorted(n for n in now if before.get(n) != now[n])
-    return ", ".join([f"{name} has changed" for name in changed] + [f"{name} is missing" for name in lost] or [SUMS])
+    lost, changed = (
+        sorted(before.keys() - now.keys()),
+        sorted(n for n in now if before.get(n) != now[n]),
+    )
+    return ", ".join(
+        [f"{name} has changed" for name in changed] + [f"{name} is missing" for name in lost]
+        or [SUMS]
+    )
 
 
 def newest_good(folder: Path) -> tuple[int | None, list[str]]:
@@ -97,7 +111,11 @@ def newest_good(folder: Path) -> tuple[int | None, list[str]]:
         else:
             return epoch, found
     if bad:
-        raise ValueError("\n".join([*found, f"no good checkpoint is left in {folder}; start again with another name"]))
+        raise ValueError(
+            "\n".join(
+                [*found, f"no good checkpoint is left in {folder}; start again with another name"]
+            )
+        )
     return None, found
 
 
@@ -121,7 +139,9 @@ class Checkpoints:
         handler = ocp.CompositeCheckpointHandler(
             state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler(filename=META)
         )
-        self._orbax = ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(timeout_secs=BARRIER_SECONDS))
+        self._orbax = ocp.AsyncCheckpointer(
+            handler, async_options=ocp.AsyncOptions(timeout_secs=BARRIER_SECONDS)
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self.begun: int | None = None  # the epoch of the newest save or restore
@@ -131,10 +151,18 @@ class Checkpoints:
         return next(self._complete(), None)
 
     def _complete(self) -> Iterator[int]:
-        return (epoch for epoch in reversed(_epochs(self.folder)) if (self.folder / str(epoch) / SUMS).exists())
+        return (
+            epoch
+            for epoch in reversed(_epochs(self.folder))
+            if (self.folder / str(epoch) / SUMS).exists()
+        )
 
     def save(
-        self, epoch: int, state: TrainState, meta: dict[str, Any], files: Mapping[str, bytes] | None = None
+        self,
+        epoch: int,
+        state: TrainState,
+        meta: dict[str, Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Save after `epoch` epochs; meta is JSON, files (by their names in the checkpoint) are this process's own.
         Returns once the arrays are copied, the rest is done beside.
@@ -142,7 +170,9 @@ class Checkpoints:
         Raises SaveError where this save could not begin, or the one before it failed.
         """
         self.wait()
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta)
+        )
         try:
             self._orbax.save(self.folder / str(epoch), args=args)
         except Exception as error:
@@ -170,11 +200,18 @@ class Checkpoints:
     def _failed(self, epoch: int, error: Exception) -> SaveError:
         """Free what the failed save has taken, and say what happened."""
         if process_index() == 0:
-            for part in (self.folder / str(epoch), *self.folder.glob(f"{epoch}.orbax-checkpoint-tmp*")):
+            for part in (
+                self.folder / str(epoch),
+                *self.folder.glob(f"{epoch}.orbax-checkpoint-tmp*"),
+            ):
                 if not (part / SUMS).exists():
                     shutil.rmtree(part, ignore_errors=True)
         self.begun, newest = None, self.newest()
-        kept = "there is no older one" if newest is None else f"the newest is still that of epoch {newest}"
+        kept = (
+            "there is no older one"
+            if newest is None
+            else f"the newest is still that of epoch {newest}"
+        )
         lines = str(error).strip().splitlines()
         return SaveError(
             f"checkpoint {epoch} could not be saved in {self.folder}; {kept}. {lines[0] if lines else error!r}"
@@ -204,7 +241,8 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
         try:
             found = self._orbax.restore(
-                self.folder / str(epoch), args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                self.folder / str(epoch),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
             )
         except ValueError as error:
             raise RestoreError(
@@ -212,7 +250,10 @@ class Checkpoints:
                 f"({str(error).strip().splitlines()[0]}); train.lora, train.lora_rank and pretrained.model must stay"
             ) from error
         tree = found["state"]
-        trainable, ema = jax.tree.map(lambda a: a, like.trainable), jax.tree.map(lambda a: a, like.ema)
+        trainable, ema = (
+            jax.tree.map(lambda a: a, like.trainable),
+            jax.tree.map(lambda a: a, like.ema),
+        )
         nnx.replace_by_pure_dict(trainable, tree["trainable"])
         nnx.replace_by_pure_dict(ema, tree["ema"])
         self.begun = epoch

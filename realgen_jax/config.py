@@ -9,7 +9,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     """What is left of argv after the flags; exits where they, or the config they name, are wrong."""
     try:
         rest = flags.FLAGS(argv)
-    except flags.Error as error:  # an error inside the config's file comes with its traceback; its last line says it
+    except (
+        flags.Error
+    ) as error:  # an error inside the config's file comes with its traceback; its last line says it
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):  # ml_collections wraps its own message

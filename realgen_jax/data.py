@@ -20,9 +20,13 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
     """As `read_prompts`, each with its "category"; "" where the line names none."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a prompt file (.txt, one a line, or .jsonl)")
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a prompt file (.txt, one a line, or .jsonl)"
+        )
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl")
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl"
+        )
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         where, category = f"{path}, line {number}", ""
@@ -32,10 +36,14 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f'{where} is not JSON ({error}); expected {{"prompt": ...}}') from error
+                raise ValueError(
+                    f'{where} is not JSON ({error}); expected {{"prompt": ...}}'
+                ) from error
             line = record.get("prompt") if isinstance(record, dict) else None
             if not isinstance(line, str) or not line.strip():
-                raise ValueError(f'{where} has no "prompt"; expected a JSON object with a text under "prompt"')
+                raise ValueError(
+                    f'{where} has no "prompt"; expected a JSON object with a text under "prompt"'
+                )
             category = record.get("category") or ""
             if not isinstance(category, str):
                 raise ValueError(f'{where} has {category!r} under "category"; expected a text')
@@ -69,7 +77,9 @@ class Layout:
 
     def check(self, parts: int) -> None:
         """Raise ValueError for sizes that do not fall together; a call's slots are spread over `parts` devices."""
-        if self.calls * self.images % self.group or (self.images % self.group and self.group % self.images):
+        if self.calls * self.images % self.group or (
+            self.images % self.group and self.group % self.images
+        ):
             raise ValueError(
                 f"num_batches_per_epoch {self.calls} x train_batch_size {self.images} does not fall into groups of "
                 f"num_image_per_prompt {self.group}: a call must hold whole groups, or a group whole calls"

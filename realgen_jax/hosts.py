@@ -18,13 +18,23 @@ def connect(coordinator: str, processes: int, process: int, detect: bool) -> Non
     Either `coordinator` (host:port of process 0), the number of processes and this one's number are given, or `detect`
     has jax find all of it in the environment (Slurm, Open MPI, Kubernetes, Cloud TPU). None of it: a single process.
     """
-    given = {"--coordinator": bool(coordinator), "--num_processes": processes > 0, "--process_id": process >= 0}
+    given = {
+        "--coordinator": bool(coordinator),
+        "--num_processes": processes > 0,
+        "--process_id": process >= 0,
+    }
     if not any(given.values()) and not detect:
         return
     if any(given.values()) and not all(given.values()):
         missing = ", ".join(flag for flag, there in given.items() if not there)
-        raise ValueError(f"{missing} missing: a process of several needs {', '.join(given)}, or --distributed alone")
-    explicit = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        raise ValueError(
+            f"{missing} missing: a process of several needs {', '.join(given)}, or --distributed alone"
+        )
+    explicit = {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process,
+    }
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(
@@ -63,7 +73,11 @@ def coordinator_host() -> str:
 
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
     """The sum of every process's float32 or int32 array; all must call it, with the same shape."""
-    return values if process_count() == 1 else np.asarray(multihost_utils.process_allgather(values)).sum(0)
+    return (
+        values
+        if process_count() == 1
+        else np.asarray(multihost_utils.process_allgather(values)).sum(0)
+    )
 
 
 def wait_for_all(name: str, seconds: int = 7 * 24 * 3600) -> None:

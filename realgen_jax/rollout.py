@@ -61,7 +61,13 @@ class Trajectory:
 
 
 def make_plan(
-    sigmas: np.ndarray, *, kind: str, noise_level: float, window: int, bounds: tuple[int, int], branches: int
+    sigmas: np.ndarray,
+    *,
+    kind: str,
+    noise_level: float,
+    window: int,
+    bounds: tuple[int, int],
+    branches: int,
 ) -> Plan:
     """A plan that starts at the lower bound. Raises ValueError for a window that the bounds or steps cannot hold."""
     steps = len(sigmas) - 1
@@ -75,17 +81,31 @@ def make_plan(
             f"and hi <= {last} ({steps} steps{', the last of which has no noise' if kind == 'cps' else ''})"
         )
     if noise_level <= 0:
-        raise ValueError(f"noise_level is {noise_level}; a window needs noise to learn from, expected a value above 0")
+        raise ValueError(
+            f"noise_level is {noise_level}; a window needs noise to learn from, expected a value above 0"
+        )
     return Plan(
-        ode_steps(sigmas), STOCHASTIC_STEPS[kind](sigmas, noise_level), jnp.int32(low), window, bounds, branches
+        ode_steps(sigmas),
+        STOCHASTIC_STEPS[kind](sigmas, noise_level),
+        jnp.int32(low),
+        window,
+        bounds,
+        branches,
     )
 
 
 def draw_noise(
-    latent_key: Array, noise_key: Array, plan: Plan, slots: int, distinct: int, shape: tuple[int, int]
+    latent_key: Array,
+    noise_key: Array,
+    plan: Plan,
+    slots: int,
+    distinct: int,
+    shape: tuple[int, int],
 ) -> tuple[Array, Array]:
     """Starting latents [slots, s, c], of which `distinct` differ, and the window's noise [w, n, s, c]."""
-    latents = jnp.repeat(jax.random.normal(latent_key, (distinct, *shape)), slots // distinct, axis=0)
+    latents = jnp.repeat(
+        jax.random.normal(latent_key, (distinct, *shape)), slots // distinct, axis=0
+    )
     return latents, jax.random.normal(noise_key, (plan.window, slots * plan.branches, *shape))
 
 
@@ -100,7 +120,16 @@ def policy_step(
     return jax.lax.optimization_barrier(step.mean(x, v)), v
 
 
-def _integrate(velocity: Velocity, params: Any, trainable: Any, x: Array, cond: Any, ode: Steps, first: Any, stop: Any):
+def _integrate(
+    velocity: Velocity,
+    params: Any,
+    trainable: Any,
+    x: Array,
+    cond: Any,
+    ode: Steps,
+    first: Any,
+    stop: Any,
+):
     """Euler steps first, ..., stop - 1; both may be traced."""
 
     def body(i: Array, x: Array) -> Array:
@@ -110,13 +139,21 @@ def _integrate(velocity: Velocity, params: Any, trainable: Any, x: Array, cond: 
     return jax.lax.fori_loop(first, stop, body, x)
 
 
-def sample(velocity: Velocity, params: Any, trainable: Any, cond: Any, latents: Array, ode: Steps) -> Array:
+def sample(
+    velocity: Velocity, params: Any, trainable: Any, cond: Any, latents: Array, ode: Steps
+) -> Array:
     """Integrate the ODE from noise to data: latents float32 [n, s, c] -> [n, s, c]."""
     return _integrate(velocity, params, trainable, latents, cond, ode, 0, ode.sigma.shape[0])
 
 
 def rollout(
-    velocity: Velocity, params: Any, trainable: Any, cond: Any, latents: Array, noise: Array, plan: Plan
+    velocity: Velocity,
+    params: Any,
+    trainable: Any,
+    cond: Any,
+    latents: Array,
+    noise: Array,
+    plan: Plan,
 ) -> tuple[Array, Trajectory]:
     """Sample p slots, each of which splits into k branches where the window starts: n = p k images, slot-major.
 
@@ -126,9 +163,13 @@ def rollout(
     with jax.named_scope("prefix"):
         x = _integrate(velocity, params, trainable, latents, cond, plan.ode, 0, plan.start)
     x, cond = jax.tree.map(lambda a: jnp.repeat(a, plan.branches, axis=0), (x, cond))
-    steps = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), plan.start, plan.window), plan.noisy)
+    steps = jax.tree.map(
+        lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), plan.start, plan.window), plan.noisy
+    )
 
-    def body(x: Array, step_and_noise: tuple[Steps, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
+    def body(
+        x: Array, step_and_noise: tuple[Steps, Array]
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
         step, z = step_and_noise
         mean, _ = policy_step(velocity, params, trainable, x, step, cond)
         x_next = mean + step.std * z
@@ -140,5 +181,7 @@ def rollout(
     trajectory = Trajectory(jnp.concatenate([first[None], after]), mean, logp, steps)
     stop = plan.ode.sigma.shape[0]
     with jax.named_scope("suffix"):
-        x = _integrate(velocity, params, trainable, x, cond, plan.ode, plan.start + plan.window, stop)
+        x = _integrate(
+            velocity, params, trainable, x, cond, plan.ode, plan.start + plan.window, stop
+        )
     return x, trajectory

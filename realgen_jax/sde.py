@@ -33,7 +33,9 @@ def flux_sigmas(num_steps: int, image_tokens: int, config: SchedulerConfig) -> n
     FLUX.1-dev shifts by e^mu with mu linear in the number of image tokens; schnell (no dynamic shifting) by `shift`.
     """
     grid = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32).astype(np.float64)
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    slope = (config.max_shift - config.base_shift) / (
+        config.max_image_seq_len - config.base_image_seq_len
+    )
     mu = config.base_shift + slope * (image_tokens - config.base_image_seq_len)
     shift = np.exp(mu) if config.use_dynamic_shifting else config.shift
     return np.append(shift / (shift + 1.0 / grid - 1.0), 0.0).astype(np.float32)
@@ -93,10 +95,15 @@ def cps_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
     return _steps(sigmas, (1.0 - after) + kept, kept * (1.0 - sigma) - (1.0 - after) * sigma, std)
 
 
-STOCHASTIC_STEPS: dict[str, Callable[[np.ndarray, float], Steps]] = {"sde": sde_steps, "cps": cps_steps}
+STOCHASTIC_STEPS: dict[str, Callable[[np.ndarray, float], Steps]] = {
+    "sde": sde_steps,
+    "cps": cps_steps,
+}
 
 
 def log_prob(x_next: Array, mean: Array, std: Array) -> Array:
     """Gaussian log-density of x_next, as the mean (not the sum) over a sample's elements: [n, ...] -> float32 [n]."""
     z = (x_next - mean) / std
-    return jnp.mean(-0.5 * z * z - jnp.log(std) - 0.5 * np.log(2.0 * np.pi), axis=tuple(range(1, z.ndim)))
+    return jnp.mean(
+        -0.5 * z * z - jnp.log(std) - 0.5 * np.log(2.0 * np.pi), axis=tuple(range(1, z.ndim))
+    )

@@ -44,14 +44,22 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device]) 
     """A mesh of `devices`; one of the sizes may be -1 and takes what is left. Three sizes take the first."""
     sizes = [data, fsdp, tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) > 1 or known < 1 or known > len(devices) or (-1 in sizes and len(devices) % known):
+    if (
+        sizes.count(-1) > 1
+        or known < 1
+        or known > len(devices)
+        or (-1 in sizes and len(devices) % known)
+    ):
         raise ValueError(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices; "
             "they must multiply to at most that number; one of them may be -1 (the rest) if the others divide it"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     return jax.make_mesh(
-        sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[: np.prod(sizes)]
+        sizes,
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices[: np.prod(sizes)],
     )
 
 
@@ -87,12 +95,18 @@ def param_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding
     def sharding(leaf: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next((spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, leaf)), None)
         if spec is None:
-            raise ValueError(f"no rule of PARAM_RULES (realgen_jax/sharding.py) matches the parameter {leaf}; add one")
+            raise ValueError(
+                f"no rule of PARAM_RULES (realgen_jax/sharding.py) matches the parameter {leaf}; add one"
+            )
         for size, axes in zip(shape, spec, strict=False):
-            sizes = {axis: mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())}
+            sizes = {
+                axis: mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())
+            }
             if size % math.prod(sizes.values()):
                 split = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
-                raise ValueError(f"{leaf} {shape} cannot be split: {size} does not divide by mesh axis {split}")
+                raise ValueError(
+                    f"{leaf} {shape} cannot be split: {size} does not divide by mesh axis {split}"
+                )
         return NamedSharding(mesh, spec)
 
     return sharding

@@ -34,7 +34,9 @@ def sampled_digest(file: Path) -> bytes:
     return digest.digest()
 
 
-def cache_folder(root: str | Path, model: str | Path, prompts: Sequence[str], max_tokens: int, dtype: str) -> Path:
+def cache_folder(
+    root: str | Path, model: str | Path, prompts: Sequence[str], max_tokens: int, dtype: str
+) -> Path:
     """Where these prompts' embeddings by this model's encoders live: the name is a fingerprint of all of them."""
     model = Path(model)
     for name in _ENCODERS:
@@ -42,7 +44,9 @@ def cache_folder(root: str | Path, model: str | Path, prompts: Sequence[str], ma
             raise FileNotFoundError(
                 f"{model / name} is missing; expected a FluxPipeline folder of diffusers with {name}/"
             )
-    files = sorted(file for name in _ENCODERS for file in (model / name).iterdir() if file.is_file())
+    files = sorted(
+        file for name in _ENCODERS for file in (model / name).iterdir() if file.is_file()
+    )
     digest = hashlib.sha256(json.dumps([list(prompts), max_tokens, dtype]).encode())
     for file in files:
         digest.update(sampled_digest(file))
@@ -68,12 +72,21 @@ class TextCache:
 
     def _open(self, name: str, like: np.ndarray | None = None) -> ts.TensorStore:
         if name not in self._arrays:
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(self.folder / f"{name}.zarr")}}
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": str(self.folder / f"{name}.zarr")},
+            }
             create = {}
             if like is not None:
                 chunk = ts.ChunkLayout(chunk_shape=[1, *like.shape[1:]])
                 shape = [len(self.prompts), *like.shape[1:]]
-                create = {"create": True, "open": True, "dtype": like.dtype.name, "shape": shape, "chunk_layout": chunk}
+                create = {
+                    "create": True,
+                    "open": True,
+                    "dtype": like.dtype.name,
+                    "shape": shape,
+                    "chunk_layout": chunk,
+                }
             self._arrays[name] = ts.open(spec, **create).result()
         return self._arrays[name]
 
@@ -100,7 +113,9 @@ class TextCache:
         """(t5 [n, l, joint_dim], clip [n, pooled_dim]) of these prompts, in this order."""
         if not self.complete:
             done = f"{self.rows_done} of {len(self.prompts)}"
-            raise ValueError(f"{self.folder} holds {done} prompts; run scripts/encode_prompts.py to the end")
+            raise ValueError(
+                f"{self.folder} holds {done} prompts; run scripts/encode_prompts.py to the end"
+            )
         index = np.array([self._row[prompt] for prompt in prompts])
         t5, clip = (self._open(name)[index].read() for name in ("t5", "clip"))
         return t5.result(), clip.result()
@@ -121,5 +136,7 @@ def ensure_encoded(prompts: Sequence[str], model: str, settings: Any) -> TextCac
         options |= {name: getattr(settings, name) for name in ("max_tokens", "dtype", "device")}
         arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
         if subprocess.run([sys.executable, ENCODE, *arguments], check=False).returncode:
-            raise ChildProcessError(f"the text encoders failed (see above); what they finished is kept in {folder}")
+            raise ChildProcessError(
+                f"the text encoders failed (see above); what they finished is kept in {folder}"
+            )
     return found

@@ -61,14 +61,30 @@ class Settings:
         if given.keys() != known:
             wrong = [f"lacks {key}" for key in sorted(known - given.keys())]
             wrong += [f"has {key}, which there is not" for key in sorted(given.keys() - known)]
-            raise ValueError(f"{where} {', '.join(wrong)}; configs/flux_grpo.py, adversary(), has all keys")
+            raise ValueError(
+                f"{where} {', '.join(wrong)}; configs/flux_grpo.py, adversary(), has all keys"
+            )
         settings = cls(**{**given, "betas": tuple(given["betas"])})
-        for key, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("codec", ("none", "jpeg"))):
+        for key, choices in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("codec", ("none", "jpeg")),
+        ):
             if getattr(settings, key) not in choices:
-                raise ValueError(f"{where}.{key} is {getattr(settings, key)!r}; choose from {', '.join(choices)}")
-        for key, least in (("max_passes", 1), ("cycle", 1), ("patience", 1), ("batch_size", 0), ("history_size", 0)):
+                raise ValueError(
+                    f"{where}.{key} is {getattr(settings, key)!r}; choose from {', '.join(choices)}"
+                )
+        for key, least in (
+            ("max_passes", 1),
+            ("cycle", 1),
+            ("patience", 1),
+            ("batch_size", 0),
+            ("history_size", 0),
+        ):
             if getattr(settings, key) < least:
-                raise ValueError(f"{where}.{key} is {getattr(settings, key)}; expected {least} or more")
+                raise ValueError(
+                    f"{where}.{key} is {getattr(settings, key)}; expected {least} or more"
+                )
         if not 0 <= settings.ema_decay < 1:
             raise ValueError(
                 f"{where}.ema_decay is {settings.ema_decay}; expected 0 (the weights themselves) to below 1"
@@ -79,7 +95,9 @@ class Settings:
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def _plateau(s: Settings, epoch: int, generated: float, references: float, memory: dict[str, float]) -> bool:
+def _plateau(
+    s: Settings, epoch: int, generated: float, references: float, memory: dict[str, float]
+) -> bool:
     best = memory.get("best", -math.inf)
     memory["waited"] = 0 if generated > best + s.min_rise else memory.get("waited", 0) + 1
     memory["best"] = max(best, generated)
@@ -125,14 +143,35 @@ class Adversary:
     """
 
     def __init__(
-        self, name: str, learner: Learner, settings: Settings, references: References, device: str, group: Any
+        self,
+        name: str,
+        learner: Learner,
+        settings: Settings,
+        references: References,
+        device: str,
+        group: Any,
     ):
-        self.name, self.learner, self.settings, self.references = name, learner, settings, references
+        self.name, self.learner, self.settings, self.references = (
+            name,
+            learner,
+            settings,
+            references,
+        )
         self.device, self.group = device, group
-        frozen = {id(p): p for p in [*learner.model.parameters(), *learner.model.buffers()] if not p.requires_grad}
-        self.average = copy.deepcopy(learner.model, frozen).requires_grad_(False)  # shares what does not learn
+        frozen = {
+            id(p): p
+            for p in [*learner.model.parameters(), *learner.model.buffers()]
+            if not p.requires_grad
+        }
+        self.average = copy.deepcopy(learner.model, frozen).requires_grad_(
+            False
+        )  # shares what does not learn
         self.learning = {n: p for n, p in learner.model.named_parameters() if p.requires_grad}
-        options = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+        options = {
+            "lr": settings.learning_rate,
+            "betas": settings.betas,
+            "weight_decay": settings.weight_decay,
+        }
         self.optimizer = OPTIMIZERS[settings.optimizer](self.learning.values(), **options)
         self.history, self.memory, self.steps = History(settings.history_size), {}, 0
         self._seen: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []
@@ -146,16 +185,23 @@ class Adversary:
     def draw(self, prompts: Sequence[str], seed: int, height: int, width: int) -> torch.Tensor:
         """Reference pictures of these prompts: uint8 [n, 3, s, s], of the generated ones' aspect before they shrink."""
         files = self.references.draw(prompts, seed)
-        one = {file: self.learner.prepare(load_picture(file, height, width)[None].to(self.device)) for file in {*files}}
+        one = {
+            file: self.learner.prepare(load_picture(file, height, width)[None].to(self.device))
+            for file in {*files}
+        }
         return torch.cat([one[file] for file in files])
 
     def observe(self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]) -> None:
         """Keep n pairs for this epoch's update."""
-        self._seen.append((self._kept(real).cpu().numpy(), self._kept(generated).cpu().numpy(), list(prompts)))
+        self._seen.append(
+            (self._kept(real).cpu().numpy(), self._kept(generated).cpu().numpy(), list(prompts))
+        )
 
     def due(self, epoch: int, generated: float, references: float) -> bool:
         """Whether to learn from this epoch (from 0), given the mean rewards over all replicas. Call once an epoch."""
-        due = SCHEDULES[self.settings.schedule](self.settings, epoch, generated, references, self.memory)
+        due = SCHEDULES[self.settings.schedule](
+            self.settings, epoch, generated, references, self.memory
+        )
         return due or (epoch == 0 and self.settings.always_first)
 
     def forget(self) -> None:
@@ -184,7 +230,9 @@ class Adversary:
                             [*(prompts[row] for row in rows.tolist()), *old[2]],
                         )
                     )
-                means = torch.tensor([[step[key] for key in found[0]] for step in found], dtype=torch.float64).mean(0)
+                means = torch.tensor(
+                    [[step[key] for key in found[0]] for step in found], dtype=torch.float64
+                ).mean(0)
                 self._mean_over_replicas([means])
                 metrics = dict(zip(found[0], means.tolist(), strict=True)) | {"passes": passes}
                 if metrics["accuracy"] >= s.target_accuracy:
@@ -197,15 +245,23 @@ class Adversary:
 
     def _epoch(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         real, generated, prompts = zip(*self._seen, strict=True)
-        return np.concatenate(real), np.concatenate(generated), [prompt for part in prompts for prompt in part]
+        return (
+            np.concatenate(real),
+            np.concatenate(generated),
+            [prompt for part in prompts for prompt in part],
+        )
 
     def _tensor(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(pictures)).to(self.device)
 
-    def _step(self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    def _step(
+        self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
+    ) -> dict[str, float]:
         loss, metrics = self.learner.loss(self.learner.model, real, generated, prompts)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of {self.name!r} is {loss.item()} after {self.steps} steps of learning")
+            raise FloatingPointError(
+                f"the loss of {self.name!r} is {loss.item()} after {self.steps} steps of learning"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         self._mean_over_replicas([p.grad for p in self.learning.values() if p.grad is not None])
@@ -234,7 +290,9 @@ class Adversary:
         everyone = [torch.empty_like(own) for _ in range(distributed.get_world_size(self.group))]
         distributed.all_gather(everyone, own, group=self.group)
         if different := [i for i, other in enumerate(everyone) if not torch.equal(other, own)]:
-            raise RuntimeError(f"the replicas of {self.name!r} differ: processes {different} from this one")
+            raise RuntimeError(
+                f"the replicas of {self.name!r} differ: processes {different} from this one"
+            )
 
     def state(self) -> bytes:
         """Everything that learning has changed, as safetensors."""
@@ -247,7 +305,11 @@ class Adversary:
             real, generated, _ = zip(*self.history.pairs, strict=True)
             tensors |= {"history/real": torch.from_numpy(np.stack(real))}
             tensors |= {"history/generated": torch.from_numpy(np.stack(generated))}
-        meta = {"steps": self.steps, "memory": self.memory, "prompts": [prompt for _, _, prompt in self.history.pairs]}
+        meta = {
+            "steps": self.steps,
+            "memory": self.memory,
+            "prompts": [prompt for _, _, prompt in self.history.pairs],
+        }
         tensors["meta"] = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
         return save({key: value.contiguous() for key, value in tensors.items()})
 
@@ -277,11 +339,17 @@ class Adversary:
         self.steps, self.memory = meta["steps"], meta["memory"]
         if with_history and "history/real" in tensors:
             pictures = (tensors[f"history/{part}"].numpy() for part in ("real", "generated"))
-            self.history.pairs = list(zip(*pictures, meta["prompts"], strict=True))[: self.settings.history_size]
+            self.history.pairs = list(zip(*pictures, meta["prompts"], strict=True))[
+                : self.settings.history_size
+            ]
 
 
 def join(
-    tell: Callable[[str, str | None], str], host: str, process: int, processes: int, names: Sequence[str]
+    tell: Callable[[str, str | None], str],
+    host: str,
+    process: int,
+    processes: int,
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """A torch.distributed group of all processes for each name, over gloo. All of them must call it.
 
@@ -289,12 +357,18 @@ def join(
     """
     store = None
     if process == 0:
-        store = distributed.TCPStore("0.0.0.0", 0, processes, is_master=True, wait_for_workers=False)
+        store = distributed.TCPStore(
+            "0.0.0.0", 0, processes, is_master=True, wait_for_workers=False
+        )
         tell("rewards/port", str(store.port))
     else:
-        store = distributed.TCPStore(host, int(tell("rewards/port", None)), processes, is_master=False)
+        store = distributed.TCPStore(
+            host, int(tell("rewards/port", None)), processes, is_master=False
+        )
     distributed.init_process_group("gloo", store=store, rank=process, world_size=processes)
-    return {name: distributed.new_group() for name in names}  # one each: they learn in threads of their own
+    return {
+        name: distributed.new_group() for name in names
+    }  # one each: they learn in threads of their own
 
 
 def _gpus(device: str) -> list[str]:

@@ -67,9 +67,13 @@ class RewardBridge:
         self.batch_sizes = dict.fromkeys(rewards, batch_size)  # halved where memory runs out
         self.seconds = dict.fromkeys(rewards, 0.0)  # of scoring, so far
         self._closed = False
-        lane = {name: device if device.startswith("cuda") else name for name, device in self.devices.items()}
+        lane = {
+            name: device if device.startswith("cuda") else name
+            for name, device in self.devices.items()
+        }
         self._lanes = {
-            key: _Lane(self, [name for name in rewards if lane[name] == key]) for key in dict.fromkeys(lane.values())
+            key: _Lane(self, [name for name in rewards if lane[name] == key])
+            for key in dict.fromkeys(lane.values())
         }
 
     def submit(
@@ -89,9 +93,13 @@ class RewardBridge:
         """
         count = images.shape[0]
         if not isinstance(images, torch.Tensor) and not images.is_fully_addressable:
-            count = sum(len(shard.data) for shard in images.addressable_shards if shard.replica_id == 0)
+            count = sum(
+                len(shard.data) for shard in images.addressable_shards if shard.replica_id == 0
+            )
         if len(prompts) != count:
-            raise ValueError(f"got {count} images and {len(prompts)} prompts; expected as many of each")
+            raise ValueError(
+                f"got {count} images and {len(prompts)} prompts; expected as many of each"
+            )
         if self._closed:
             raise RuntimeError("the bridge was closed; it scores nothing more")
         names, shared = list(self.rewards) if only is None else list(only), _Images(images)
@@ -99,9 +107,15 @@ class RewardBridge:
         for lane in self._lanes.values():
             if wanted := [name for name in lane.names if name in names]:
                 answers[lane] = _Answer(done)
-                lane.queue.put((partial(lane.score, shared, list(prompts), wanted, observe), answers[lane]))
+                lane.queue.put(
+                    (partial(lane.score, shared, list(prompts), wanted, observe), answers[lane])
+                )
         if observe is not None:
-            names += [f"{name}/references" for name in names if isinstance(self.rewards[name], TrainableReward)]
+            names += [
+                f"{name}/references"
+                for name in names
+                if isinstance(self.rewards[name], TrainableReward)
+            ]
         return PendingScores(answers, done, names)
 
     def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> "PendingScores":
@@ -147,7 +161,9 @@ class _Answer:
 class PendingScores:
     """The scores of one submitted batch, once they are there. `done` wakes who waits, once for each answer."""
 
-    def __init__(self, answers: Mapping["_Lane", _Answer], done: queue.SimpleQueue, names: Sequence[str]):
+    def __init__(
+        self, answers: Mapping["_Lane", _Answer], done: queue.SimpleQueue, names: Sequence[str]
+    ):
         self._answers, self._done, self._names = answers, done, names
 
     def result(self) -> dict[str, np.ndarray]:
@@ -163,9 +179,13 @@ class PendingScores:
         except BaseException:
             for answer in self._answers.values():
                 if answer.found is None:
-                    answer.set(RewardError("this batch was dropped: waiting for its scores was given up"))
+                    answer.set(
+                        RewardError("this batch was dropped: waiting for its scores was given up")
+                    )
             raise
-        scores = {name: score for answer in self._answers.values() for name, score in answer.found.items()}
+        scores = {
+            name: score for answer in self._answers.values() for name, score in answer.found.items()
+        }
         return {name: scores[name] for name in self._names}
 
     def raise_if_failed(self) -> None:
@@ -194,7 +214,9 @@ class _Images:
                 if isinstance(self._images, torch.Tensor):
                     self._on[device] = self._images.to(device)
                 else:
-                    from reward_bridge.dlpack import gather  # here, so that a server of rewards runs without jax
+                    from reward_bridge.dlpack import (
+                        gather,
+                    )  # here, so that a server of rewards runs without jax
 
                     self._on[device] = gather(self._images, device)
             return self._on[device]
@@ -209,7 +231,9 @@ class _Lane:
         # the reward at work, when its deadline passes, the complaint
         self._running: tuple[str, float, str] | None = None
         # a daemon: a reward that hangs must not keep the process from ending
-        self.thread = threading.Thread(target=self._work, name=f"reward-bridge {', '.join(names)}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._work, name=f"reward-bridge {', '.join(names)}", daemon=True
+        )
         self.thread.start()
 
     def overdue(self) -> str | None:
@@ -244,7 +268,9 @@ class _Lane:
             self._running = None
             del work, job, answer  # a waiting thread must not hold a batch's memory
 
-    def score(self, images: _Images, prompts: list[str], names: Sequence[str], observe: int | None) -> dict:
+    def score(
+        self, images: _Images, prompts: list[str], names: Sequence[str], observe: int | None
+    ) -> dict:
         """{reward: float32 [n]}, those of references too where rewards that learn are to observe the batch."""
         images.wait()  # a reward's deadline does not count the rollout
         scores = {name: self._score(name, images, prompts) for name in names}
@@ -256,7 +282,9 @@ class _Lane:
                 reward.observe(real, generated, prompts)
         return scores
 
-    def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    def learn(
+        self, seeds: Mapping[str, int], deadlines: Mapping[str, float]
+    ) -> dict[str, dict[str, float]]:
         """{reward: metrics of its update}. No second try: the first one has changed it already."""
         found = {}
         for name, seed in seeds.items():
@@ -288,7 +316,9 @@ class _Lane:
                 self.bridge.seconds[name] += time.monotonic() - start
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            error = RewardError(f"reward {name!r} returned {scores[bad]} for image {bad} ({prompts[bad]!r})")
+            error = RewardError(
+                f"reward {name!r} returned {scores[bad]} for image {bad} ({prompts[bad]!r})"
+            )
             error.image = bad
             raise error
         return scores
@@ -303,7 +333,9 @@ class _Lane:
             try:
                 with torch.inference_mode():
                     found = self.bridge.rewards[name](pixels[rows], chunk)
-                found = torch.as_tensor(found).to("cpu", torch.float32).numpy()  # a GPU's errors surface here
+                found = (
+                    torch.as_tensor(found).to("cpu", torch.float32).numpy()
+                )  # a GPU's errors surface here
             except Exception as error:
                 if not _out_of_memory(error) or len(chunk) == 1:
                     raise
@@ -330,7 +362,9 @@ class _Lane:
 def _out_of_memory(error: Exception) -> bool:
     """torch has a class for a full GPU only; the CPU's allocator and cuBLAS tell it in words."""
     words = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        word in str(error) for word in words
+    )
 
 
 def resolve(device: str) -> str:
@@ -344,7 +378,9 @@ def resolve(device: str) -> str:
     kind, _, index = device.partition(":")
     if kind == "cuda":
         if int(index or 0) >= count:
-            raise ValueError(f"there is no device {device!r}: torch sees {count} CUDA devices on this machine")
+            raise ValueError(
+                f"there is no device {device!r}: torch sees {count} CUDA devices on this machine"
+            )
         return f"cuda:{int(index or 0)}"
     if device != "cpu":
         raise ValueError(f"got device {device!r}; expected auto, cpu, or a GPU such as cuda:0")

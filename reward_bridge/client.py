@@ -13,14 +13,26 @@ from urllib.parse import quote
 import httpx2
 import torch
 from safetensors.torch import save
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
 
 from reward_bridge.bridge import RewardError
 
 CONNECT = 5.0  # seconds after which a machine that does not react at all is given up
 CHUNK = 2**18  # bytes
 REST = 30.0  # seconds for which a server that failed is left alone while others work
-TRY_AGAIN = (408, 429, 500, 502, 503, 504)  # the server's trouble; any other status is the request's own
+TRY_AGAIN = (
+    408,
+    429,
+    500,
+    502,
+    503,
+    504,
+)  # the server's trouble; any other status is the request's own
 
 
 class _Trouble(RewardError):
@@ -52,10 +64,18 @@ class RemoteReward:
         attempts: int = 8,
         token_env: str = "REALGEN_REWARD_TOKEN",
     ):
-        if isinstance(servers, str) or not servers or not all(_is_address(server) for server in servers):
-            raise ValueError(f"reward {name!r}: got servers {servers!r}; expected a list such as ['http://host:8017']")
+        if (
+            isinstance(servers, str)
+            or not servers
+            or not all(_is_address(server) for server in servers)
+        ):
+            raise ValueError(
+                f"reward {name!r}: got servers {servers!r}; expected a list such as ['http://host:8017']"
+            )
         if deadline <= 0 or attempts < 1:
-            raise ValueError(f"reward {name!r}: got deadline {deadline}, attempts {attempts}; expected more than 0")
+            raise ValueError(
+                f"reward {name!r}: got deadline {deadline}, attempts {attempts}; expected more than 0"
+            )
         self.name, self.servers = name, [server.rstrip("/") for server in servers]
         self.deadline, self.attempts = deadline, attempts
         token = os.environ.get(token_env, "").strip()
@@ -71,12 +91,22 @@ class RemoteReward:
         bounds = [n * part // parts for part in range(parts + 1)]
         trouble: dict[int, str] = {}  # the latest of each slice
         async with httpx2.AsyncClient(
-            headers=self._headers, timeout=httpx2.Timeout(None, connect=CONNECT), verify=self._tls, trust_env=False
+            headers=self._headers,
+            timeout=httpx2.Timeout(None, connect=CONNECT),
+            verify=self._tls,
+            trust_env=False,
         ) as http:
             try:
                 async with asyncio.timeout(self.deadline) as limit:
                     slices = [
-                        self._slice(http, images[start:stop], prompts[start:stop], first + k, limit.when(), trouble)
+                        self._slice(
+                            http,
+                            images[start:stop],
+                            prompts[start:stop],
+                            first + k,
+                            limit.when(),
+                            trouble,
+                        )
                         for k, (start, stop) in enumerate(itertools.pairwise(bounds))
                         if start < stop
                     ]
@@ -114,7 +144,11 @@ class RemoteReward:
                     left = end - asyncio.get_running_loop().time()
                     try:
                         return await self._ask(
-                            http, server, body, len(prompts), left / max(1, len(self.servers) - done)
+                            http,
+                            server,
+                            body,
+                            len(prompts),
+                            left / max(1, len(self.servers) - done),
                         )
                     except _Trouble as error:
                         trouble[turn] = str(error)
@@ -149,7 +183,9 @@ class RemoteReward:
         try:
             scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise _Trouble(f"{where}: the answer holds no list of scores ({type(error).__name__}: {error})") from error
+            raise _Trouble(
+                f"{where}: the answer holds no list of scores ({type(error).__name__}: {error})"
+            ) from error
         if scores.shape != (count,) or not scores.isfinite().all():
             raise _Trouble(
                 f"{where} answered {list(scores.shape)} scores, {int((~scores.isfinite()).sum())} of them not finite; "

@@ -20,7 +20,9 @@ def to_torch(array: jax.Array) -> torch.Tensor:
     """
     _check(array)
     if len(array.devices()) > 1:
-        raise ValueError(f"the array lies on {len(array.devices())} devices; expected one, or use shards_to_torch")
+        raise ValueError(
+            f"the array lies on {len(array.devices())} devices; expected one, or use shards_to_torch"
+        )
     if next(iter(array.devices())).platform not in ("cpu", "gpu"):
         return torch.from_numpy(np.array(array))
     return torch.from_dlpack(array)
@@ -88,13 +90,19 @@ def check_room(device: str) -> None:
 
 def _on_gpu() -> bool:
     """Whether JAX may start on GPUs, where there are any."""
-    return not jax.config.jax_platforms or bool({"cuda", "gpu"} & set(jax.config.jax_platforms.split(",")))
+    return not jax.config.jax_platforms or bool(
+        {"cuda", "gpu"} & set(jax.config.jax_platforms.split(","))
+    )
 
 
 def _check(array: jax.Array) -> None:
     if isinstance(array, jax.core.Tracer):
-        raise TypeError("the array is a tracer: call this outside of jit, on the values a jitted function returned")
+        raise TypeError(
+            "the array is a tracer: call this outside of jit, on the values a jitted function returned"
+        )
     if not isinstance(array, jax.Array):
         raise TypeError(f"got a {type(array).__name__}; expected a jax.Array")
     if array.is_deleted():
-        raise ValueError("the array's memory was donated to a jitted function; hand it over before that call")
+        raise ValueError(
+            "the array's memory was donated to a jitted function; hand it over before that call"
+        )

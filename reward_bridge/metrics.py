@@ -10,13 +10,17 @@ from safetensors.numpy import load_file
 from reward_bridge.rewards.embedded import FOLDER, load_classifier, to_input
 
 
-def frechet_distance(mean: np.ndarray, cov: np.ndarray, mean_ref: np.ndarray, cov_ref: np.ndarray) -> float:
+def frechet_distance(
+    mean: np.ndarray, cov: np.ndarray, mean_ref: np.ndarray, cov_ref: np.ndarray
+) -> float:
     """Fréchet distance of two Gaussians (FID, arXiv 1706.08500): |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)).
 
     The eigenvalues of C C_r are those of a positive semi-definite matrix; rounding's negatives count as zero.
     """
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov @ cov_ref).real, 0, None))
-    return float(np.sum((mean - mean_ref) ** 2) + np.trace(cov) + np.trace(cov_ref) - 2 * roots.sum())
+    return float(
+        np.sum((mean - mean_ref) ** 2) + np.trace(cov) + np.trace(cov_ref) - 2 * roots.sum()
+    )
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +42,11 @@ class EmbeddedFrechet:
     def features(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, 3, h, w] -> float32 [n, 64]."""
         with torch.inference_mode():
-            return self.model.features(to_input(torch.from_numpy(images).to(self.device))).cpu().numpy()
+            return (
+                self.model.features(to_input(torch.from_numpy(images).to(self.device)))
+                .cpu()
+                .numpy()
+            )
 
     def __call__(self, images: np.ndarray) -> float:
         return frechet_distance(*statistics(self.features(images)), self.mean, self.cov)

@@ -45,7 +45,9 @@ def _pil_weights(m: int, n: int, mode: str, device: torch.device) -> torch.Tenso
     if mode == "bilinear":
         weights = (1 - t).clamp(min=0)
     else:
-        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, -0.5 * (((t - 5) * t + 8) * t - 4))
+        weights = torch.where(
+            t < 1, (1.5 * t - 2.5) * t * t + 1, -0.5 * (((t - 5) * t + 8) * t - 4)
+        )
     inside = (source >= (centre - reach + 0.5).trunc()) & (source < (centre + reach + 0.5).trunc())
     weights = torch.where(inside & (t < 2), weights, 0.0)
     weights = weights / weights.sum(0)
@@ -65,8 +67,13 @@ def resize_and_crop(images: torch.Tensor, side: int, mode: str = "bicubic") -> t
 
 
 def normalize(
-    images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
+    images: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """uint8 [n, 3, h, w] -> (x / 255 - mean) / std, per channel, computed in float32 and returned in `dtype`."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std)
+    )
     return ((images.float() / 255 - mean) / std).to(dtype)

@@ -37,16 +37,24 @@ class References:
             )
         base = Path(root).expanduser() if root else place if place.is_dir() else place.parent
         if place.is_dir():
-            everything = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES)
+            everything = sorted(
+                file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES
+            )
             self._files: Mapping[str, list[Path]] = {}
             self._unpaired = everything
             if not everything:
-                raise ValueError(f"{place} holds no pictures ({', '.join(SUFFIXES)}); config.reward.references.path")
+                raise ValueError(
+                    f"{place} holds no pictures ({', '.join(SUFFIXES)}); config.reward.references.path"
+                )
         else:
             table = _read_json(place) if place.suffix == ".json" else _read_jsonl(place)
-            self._files = {prompt: [base / file for file in files] for prompt, files in table.items()}
+            self._files = {
+                prompt: [base / file for file in files] for prompt, files in table.items()
+            }
             self._unpaired = []
-            if lacking := [prompt for prompt in dict.fromkeys(prompts) if not self._files.get(prompt)]:
+            if lacking := [
+                prompt for prompt in dict.fromkeys(prompts) if not self._files.get(prompt)
+            ]:
                 raise ValueError(
                     f"{place} has no picture for {len(lacking)} prompts of this run, such as {lacking[0]!r}; add them, "
                     "or give a folder, whose pictures stand for every prompt"
@@ -71,7 +79,11 @@ def load(file: Path, height: int, width: int) -> torch.Tensor:
     scale = min(image.height / height, image.width / width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     top, left = (image.height - h) // 2, (image.width - w) // 2
-    return torch.from_numpy(np.array(image.crop((left, top, left + w, top + h)))).permute(2, 0, 1).contiguous()
+    return (
+        torch.from_numpy(np.array(image.crop((left, top, left + w, top + h))))
+        .permute(2, 0, 1)
+        .contiguous()
+    )
 
 
 def recode(images: torch.Tensor, codec: str, quality: int) -> torch.Tensor:
@@ -106,7 +118,9 @@ def _check(files: Sequence[Path]) -> None:
     if bad:
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ValueError(
-            f"{len(bad)} of {len(files)} reference pictures cannot be used:\n  " + "\n  ".join(bad[:10]) + more
+            f"{len(bad)} of {len(files)} reference pictures cannot be used:\n  "
+            + "\n  ".join(bad[:10])
+            + more
         )
 
 
@@ -122,14 +136,18 @@ def _read_json(file: Path) -> dict[str, list[str]]:
 
 def _read_jsonl(file: Path) -> dict[str, list[str]]:
     if file.suffix != ".jsonl":
-        raise ValueError(f"{file} ends in {file.suffix!r}; expected .jsonl, .json or a folder of photographs")
+        raise ValueError(
+            f"{file} ends in {file.suffix!r}; expected .jsonl, .json or a folder of photographs"
+        )
     table: dict[str, list[str]] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         where = f"{file}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f'{where} is not JSON ({error}); expected {{"prompt": ..., "image": ...}}') from error
+            raise ValueError(
+                f'{where} is not JSON ({error}); expected {{"prompt": ..., "image": ...}}'
+            ) from error
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f'{where} has no "prompt"; expected {{"prompt": ..., "image": ...}}')
@@ -141,5 +159,7 @@ def _read_jsonl(file: Path) -> dict[str, list[str]]:
 def _files(found: object, where: str) -> list[str]:
     found = [found] if isinstance(found, str) else found
     if not isinstance(found, list) or not found or not all(isinstance(file, str) for file in found):
-        raise ValueError(f'{where}: got images {found!r}; expected a file under "image", or a list of them')
+        raise ValueError(
+            f'{where}: got images {found!r}; expected a file under "image", or a list of them'
+        )
     return found

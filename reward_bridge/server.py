@@ -68,10 +68,15 @@ def make_app(
     async def score(request: Request) -> Response:
         given = request.headers.get("authorization", "").encode("latin-1")
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise HTTPException(401, f"wrong or missing bearer token; it is the server's {TOKEN_ENV}", CHALLENGE)
+            raise HTTPException(
+                401, f"wrong or missing bearer token; it is the server's {TOKEN_ENV}", CHALLENGE
+            )
         name = request.path_params["reward"]
         if name not in batchers:
-            raise HTTPException(404, f"there is no reward {name!r} here; this server has {', '.join(sorted(batchers))}")
+            raise HTTPException(
+                404,
+                f"there is no reward {name!r} here; this server has {', '.join(sorted(batchers))}",
+            )
         batchers[name].check_room(1)
         size, limit = int(request.headers.get("content-length", 0)), int(limits.body_mib * MIB)
         with memory.hold(_within(size, limit) or limit):
@@ -83,11 +88,17 @@ def make_app(
 
     async def healthz(_: Request) -> Response:
         rewards = {
-            name: {"device": bridge.devices[name], "waiting": batcher.images_waiting, "scored": batcher.scored}
+            name: {
+                "device": bridge.devices[name],
+                "waiting": batcher.images_waiting,
+                "scored": batcher.scored,
+            }
             for name, batcher in batchers.items()
         }
         stuck = bridge.stuck()
-        status = "stopping" if closing() else f"no answer from {', '.join(stuck)}" if stuck else "ok"
+        status = (
+            "stopping" if closing() else f"no answer from {', '.join(stuck)}" if stuck else "ok"
+        )
         return JSONResponse({"status": status, "rewards": rewards}, 503 if stuck else 200)
 
     @contextlib.asynccontextmanager
@@ -123,7 +134,9 @@ def bind(host: str, port: int, token: str) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+        raise OSError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another port"
+        ) from error
     return listener
 
 
@@ -149,13 +162,17 @@ def serve(bridge: RewardBridge, listener: socket.socket, limits: Limits, token: 
 class _Request:
     images: torch.Tensor
     prompts: list[str]
-    scores: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    scores: asyncio.Future = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class _Batcher:
     """One reward's queue. What arrives while a batch is scored makes up the next one."""
 
-    def __init__(self, name: str, bridge: RewardBridge, limits: Limits, closing: Callable[[], bool]):
+    def __init__(
+        self, name: str, bridge: RewardBridge, limits: Limits, closing: Callable[[], bool]
+    ):
         self.name, self.bridge, self.limits, self.closing = name, bridge, limits, closing
         self.scored = 0
         self._waiting: deque[_Request] = deque()
@@ -169,7 +186,9 @@ class _Batcher:
         if self.closing():
             raise _busy("the server is stopping")
         if self.images_waiting + n > self.limits.waiting:
-            raise _busy(f"{self.images_waiting} images wait for {self.name}, of at most {self.limits.waiting}")
+            raise _busy(
+                f"{self.images_waiting} images wait for {self.name}, of at most {self.limits.waiting}"
+            )
 
     def add(self, images: torch.Tensor, prompts: list[str]) -> asyncio.Future:
         self.check_room(len(prompts))
@@ -228,7 +247,9 @@ class _Batcher:
         self.scored += len(scores)
 
     def _submit(self, batch: Sequence[_Request]) -> np.ndarray:
-        images = batch[0].images if len(batch) == 1 else torch.cat([request.images for request in batch])
+        images = (
+            batch[0].images if len(batch) == 1 else torch.cat([request.images for request in batch])
+        )
         prompts = [prompt for request in batch for prompt in request.prompts]
         return self.bridge.submit(images, prompts, only=[self.name]).result()[self.name]
 
@@ -242,7 +263,9 @@ class _Memory:
     @contextlib.contextmanager
     def hold(self, size: int):
         if self.held + size > self.limit:
-            raise _busy(f"requests of {self.held / MIB:.0f} MiB are at work, of at most {self.limit / MIB:.0f} MiB")
+            raise _busy(
+                f"requests of {self.held / MIB:.0f} MiB are at work, of at most {self.limit / MIB:.0f} MiB"
+            )
         self.held += size
         try:
             yield
@@ -276,7 +299,9 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
                 _within(len(body) + len(chunk), limit)
                 body += chunk
     except TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {seconds:g} s (limits.upload)") from None
+        raise HTTPException(
+            408, f"the body did not arrive within {seconds:g} s (limits.upload)"
+        ) from None
     return bytes(body)
 
 
@@ -285,18 +310,38 @@ def _decode(body: bytes, max_images: int) -> tuple[torch.Tensor, list[str]]:
         tensors = load(body)
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
         prompts = json.loads(header["__metadata__"]["prompts"])
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
         raise HTTPException(
             400,
             f'the body is not safetensors with metadata "prompts", a JSON list ({type(error).__name__}: {error}); '
             "nothing else is read, pickle least of all",
         ) from None
     images = tensors.get("images")
-    if len(tensors) != 1 or images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        found = ", ".join(f"{key!r} {value.dtype} {list(value.shape)}" for key, value in list(tensors.items())[:3])
-        raise HTTPException(400, f"got {found or 'no tensor'}; expected one tensor, 'images', torch.uint8 [n, 3, h, w]")
+    if (
+        len(tensors) != 1
+        or images is None
+        or images.dtype != torch.uint8
+        or images.ndim != 4
+        or images.shape[1] != 3
+    ):
+        found = ", ".join(
+            f"{key!r} {value.dtype} {list(value.shape)}" for key, value in list(tensors.items())[:3]
+        )
+        raise HTTPException(
+            400,
+            f"got {found or 'no tensor'}; expected one tensor, 'images', torch.uint8 [n, 3, h, w]",
+        )
     if not images.numel():
-        raise HTTPException(400, f"got images of shape {list(images.shape)}: there is nothing to score")
+        raise HTTPException(
+            400, f"got images of shape {list(images.shape)}: there is nothing to score"
+        )
     if len(images) > max_images:
         raise HTTPException(
             413,
@@ -306,13 +351,17 @@ def _decode(body: bytes, max_images: int) -> tuple[torch.Tensor, list[str]]:
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise HTTPException(400, 'metadata "prompts" is no JSON list of strings')
     if len(prompts) != len(images):
-        raise HTTPException(400, f"got {len(images)} images and {len(prompts)} prompts; expected as many of each")
+        raise HTTPException(
+            400, f"got {len(images)} images and {len(prompts)} prompts; expected as many of each"
+        )
     return images, prompts
 
 
 async def _unless_gone(request: Request, scores: asyncio.Future) -> np.ndarray:
     """The scores. Nobody is to wait for those of a client that went away or gave up."""
-    gone = asyncio.ensure_future(request.receive())  # after the body, only the end of the connection is left to receive
+    gone = asyncio.ensure_future(
+        request.receive()
+    )  # after the body, only the end of the connection is left to receive
     try:
         await asyncio.wait({scores, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not scores.done():

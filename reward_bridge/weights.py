@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Table = Sequence[tuple[str, str | None]]  # (regex of a whole key, its replacement; None: not needed, left out)
+Table = Sequence[
+    tuple[str, str | None]
+]  # (regex of a whole key, its replacement; None: not needed, left out)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -51,7 +53,9 @@ def read(file: Path) -> dict[str, torch.Tensor]:
         # trainers keep their arguments in the file too, and a Namespace holds no code; a file from before torch 1.6 is
         # no archive and cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            state = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )
     except (
         pickle.UnpicklingError,
         SafetensorError,
@@ -72,14 +76,20 @@ def read(file: Path) -> dict[str, torch.Tensor]:
     wrong = (
         state
         if not isinstance(state, Mapping)
-        else next((key for key, value in state.items() if not isinstance(value, torch.Tensor)), None)
+        else next(
+            (key for key, value in state.items() if not isinstance(value, torch.Tensor)), None
+        )
     )
     if wrong is not None:
-        raise ValueError(f"{file} does not hold a table of tensors (see {wrong!r}); expected a state dict")
+        raise ValueError(
+            f"{file} does not hold a table of tensors (see {wrong!r}); expected a state dict"
+        )
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def rename(state: Mapping[str, torch.Tensor], table: Table, source: str | Path) -> dict[str, torch.Tensor]:
+def rename(
+    state: Mapping[str, torch.Tensor], table: Table, source: str | Path
+) -> dict[str, torch.Tensor]:
     """Every key by the first rule whose regex matches it whole. Raises ValueError naming keys that no rule knows."""
     renamed: dict[str, torch.Tensor] = {}
     unknown = []
@@ -92,11 +102,15 @@ def rename(state: Mapping[str, torch.Tensor], table: Table, source: str | Path) 
         else:
             unknown.append(key)
     if unknown:
-        raise ValueError(f"{source}: {len(unknown)} keys that are not of this model, such as {unknown[0]!r}")
+        raise ValueError(
+            f"{source}: {len(unknown)} keys that are not of this model, such as {unknown[0]!r}"
+        )
     return renamed
 
 
-def load_strict(module: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> nn.Module:
+def load_strict(
+    module: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path
+) -> nn.Module:
     """Fill every parameter and buffer once, shapes equal; ready to score: eval mode, no gradients.
 
     Raises ValueError naming what is missing, what is over, and shapes that differ.

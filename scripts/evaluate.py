@@ -30,15 +30,29 @@ from realgen_jax.training.run import keep_compiled
 from reward_bridge.bridge import RewardError
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET")
-flags.DEFINE_multi_string("lora", [], "[NAME=]PATH of a LoRA: a run's lora/ or best/, a peft folder, diffusers' file")
-flags.DEFINE_multi_string("model", [], "[NAME=]FOLDER of another FluxPipeline, or of a run's exported transformer")
-flags.DEFINE_multi_string("pictures", [], "[NAME=]FOLDER of pictures made by something else: 00000.png, 00001.png, ...")
-flags.DEFINE_string("photographs", None, "[NAME=]FOLDER of photographs: 00000.jpg belongs to line 0 of the prompts")
+config_flags.DEFINE_config_file(
+    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
+)
+flags.DEFINE_multi_string(
+    "lora", [], "[NAME=]PATH of a LoRA: a run's lora/ or best/, a peft folder, diffusers' file"
+)
+flags.DEFINE_multi_string(
+    "model", [], "[NAME=]FOLDER of another FluxPipeline, or of a run's exported transformer"
+)
+flags.DEFINE_multi_string(
+    "pictures", [], "[NAME=]FOLDER of pictures made by something else: 00000.png, 00001.png, ..."
+)
+flags.DEFINE_string(
+    "photographs", None, "[NAME=]FOLDER of photographs: 00000.jpg belongs to line 0 of the prompts"
+)
 flags.DEFINE_bool("base", True, "the config's own model is an entry too; --nobase leaves it out")
-flags.DEFINE_integer("seed", 0, "root of the pictures' noise, of the intervals and of the arena's order")
+flags.DEFINE_integer(
+    "seed", 0, "root of the pictures' noise, of the intervals and of the arena's order"
+)
 flags.DEFINE_bool("remake", False, "make pictures again that were made with something else")
-flags.DEFINE_enum("judge", "none", ["none", "embedded", "api", "human"], "who compares pictures in the arena")
+flags.DEFINE_enum(
+    "judge", "none", ["none", "embedded", "api", "human"], "who compares pictures in the arena"
+)
 
 
 def main(_: Sequence[str]) -> None:
@@ -70,9 +84,13 @@ def main(_: Sequence[str]) -> None:
         except jax.errors.JaxRuntimeError as error:
             if process_count() == 1:
                 raise
-            sys.exit(f"error: the connection to another process broke ({str(error).splitlines()[0]})")
+            sys.exit(
+                f"error: the connection to another process broke ({str(error).splitlines()[0]})"
+            )
         except KeyboardInterrupt:
-            sys.exit(f"stopped; to go on: the same command with --config.run_name={folder.name if folder else 'NAME'}")
+            sys.exit(
+                f"stopped; to go on: the same command with --config.run_name={folder.name if folder else 'NAME'}"
+            )
 
 
 def evaluation_folder(config: ConfigDict, words: Sequence[str]) -> Path:

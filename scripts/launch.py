@@ -23,7 +23,11 @@ def start(words: Sequence[str], processes: int) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     running = []
     for i in range(processes):
-        flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+        flags = [
+            f"--coordinator=127.0.0.1:{port}",
+            f"--num_processes={processes}",
+            f"--process_id={i}",
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if i else {}
         running.append(subprocess.Popen([sys.executable, *words, *flags], **pipes))
         if i:
@@ -42,8 +46,15 @@ def wait(running: Sequence[subprocess.Popen]) -> int:
         codes = [process.poll() for process in running]
         if bad := [(i, code) for i, code in enumerate(codes) if code]:
             number, code = bad[0]
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            print(f"error: process {number} of {len(running)} {how}; the others are stopped", file=sys.stderr)
+            how = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with status {code}"
+            )
+            print(
+                f"error: process {number} of {len(running)} {how}; the others are stopped",
+                file=sys.stderr,
+            )
             for process in running:
                 process.kill()
             return code if code > 0 else 128 - code
@@ -53,9 +64,13 @@ def wait(running: Sequence[subprocess.Popen]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("program", nargs=argparse.REMAINDER, help="a Python program and its arguments")
+    parser.add_argument(
+        "program", nargs=argparse.REMAINDER, help="a Python program and its arguments"
+    )
     args = parser.parse_args()
     if args.processes < 1 or not args.program:
         parser.error("name the number of processes, 1 or more, and a program")

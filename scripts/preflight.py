@@ -24,10 +24,18 @@ from realgen_jax.preflight.report import build, make_report
 from realgen_jax.preflight.tables import show
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET")
-flags.DEFINE_integer("devices", 0, "devices that train; 0: config.mesh's, or config.preflight.devices", lower_bound=0)
-flags.DEFINE_float("mfu", 0.0, "share of the peak that is reached; 0: config.preflight.mfu", 0.0, 1.0)
-flags.DEFINE_bool("compile", True, "compile the programs, and compare their arguments' bytes with the shardings'")
+config_flags.DEFINE_config_file(
+    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
+)
+flags.DEFINE_integer(
+    "devices", 0, "devices that train; 0: config.mesh's, or config.preflight.devices", lower_bound=0
+)
+flags.DEFINE_float(
+    "mfu", 0.0, "share of the peak that is reached; 0: config.preflight.mfu", 0.0, 1.0
+)
+flags.DEFINE_bool(
+    "compile", True, "compile the programs, and compare their arguments' bytes with the shardings'"
+)
 flags.DEFINE_string("json", None, "write all figures to this file")
 
 
@@ -47,7 +55,11 @@ def main(_: Sequence[str]) -> None:
         report = make_report(config, devices)
         found = build(report, FLAGS.compile)
         figures = show(
-            report, found, mfu, described(config.pretrained), lambda need: changes(report, need, make_report)
+            report,
+            found,
+            mfu,
+            described(config.pretrained),
+            lambda need: changes(report, need, make_report),
         )
         if FLAGS.json:
             Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")

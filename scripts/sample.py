@@ -28,12 +28,18 @@ from realgen_jax.text_cache import ensure_encoded
 FLAGS = flags.FLAGS
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "flux_grpo.py"
 config_flags.DEFINE_config_file("config", str(CONFIG), "a config of configs/")
-flags.DEFINE_string("prompts", None, "a prompt file (.txt, .jsonl) instead of prompts on the command line")
-flags.DEFINE_string("lora", None, "a peft folder, or a LoRA file or folder of diffusers (config.pretrained.lora)")
+flags.DEFINE_string(
+    "prompts", None, "a prompt file (.txt, .jsonl) instead of prompts on the command line"
+)
+flags.DEFINE_string(
+    "lora", None, "a peft folder, or a LoRA file or folder of diffusers (config.pretrained.lora)"
+)
 flags.DEFINE_string("out", "pictures", "folder for the PNG files")
 flags.DEFINE_integer("seed", 0, "root of the pictures' noise")
 flags.DEFINE_integer("per_prompt", 1, "pictures of each prompt", lower_bound=1)
-flags.DEFINE_integer("batch", 8, "pictures of one call, rounded up to the number of devices", lower_bound=1)
+flags.DEFINE_integer(
+    "batch", 8, "pictures of one call, rounded up to the number of devices", lower_bound=1
+)
 
 
 def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
@@ -53,9 +59,13 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for start in track(range(0, len(texts), batch), description="sampling", transient=True):
-        ids = np.arange(start, start + batch, dtype=np.int32)  # the last call is filled up, what is over is dropped
+        ids = np.arange(
+            start, start + batch, dtype=np.int32
+        )  # the last call is filled up, what is over is dropped
         cond = pipe.cond(cache, [texts[i % len(texts)] for i in ids], config.sample.guidance_scale)
-        images = run(adapters, cond, jax.random.key(FLAGS.seed), jax.device_put(ids, batch_sharding(mesh)))
+        images = run(
+            adapters, cond, jax.random.key(FLAGS.seed), jax.device_put(ids, batch_sharding(mesh))
+        )
         for i, pixels in zip(ids[: len(texts) - start], np.asarray(images), strict=False):
             files.append(out / f"{i:05}.png")
             Image.fromarray(pixels.transpose(1, 2, 0)).save(files[-1])

@@ -16,7 +16,9 @@ from absl import app, flags
 from reward_bridge.judges.stand_in import MARGIN, serving
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("reward", "embedded_held_out", "whose higher score wins; a name of reward_bridge/rewards")
+flags.DEFINE_string(
+    "reward", "embedded_held_out", "whose higher score wins; a name of reward_bridge/rewards"
+)
 flags.DEFINE_string("device", "cpu", "the reward's torch device")
 flags.DEFINE_integer("port", 8018, "0 takes a free one")
 flags.DEFINE_float("margin", MARGIN, "scores closer than this are a tie")

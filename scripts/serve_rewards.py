@@ -32,10 +32,15 @@ config_flags.DEFINE_config_file("config", str(CONFIG), "a config such as configs
 def place(rewards: Sequence[str], device: str, own: Mapping[str, str]) -> dict[str, str]:
     """The torch device of every reward; "auto" takes the GPUs in turn. Raises ValueError for one that is not there."""
     if unknown := own.keys() - set(rewards):
-        raise ValueError(f"config.devices names {', '.join(sorted(unknown))}, not in config.rewards")
+        raise ValueError(
+            f"config.devices names {', '.join(sorted(unknown))}, not in config.rewards"
+        )
     turns = itertools.cycle([f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"])
     wanted = {name: own.get(name, device) for name in rewards}
-    return {name: next(turns) if device == "auto" else resolve(device) for name, device in wanted.items()}
+    return {
+        name: next(turns) if device == "auto" else resolve(device)
+        for name, device in wanted.items()
+    }
 
 
 def describe(address: str, devices: Mapping[str, str], token: str) -> str:
@@ -43,9 +48,7 @@ def describe(address: str, devices: Mapping[str, str], token: str) -> str:
     if token:
         access = f"the one in {TOKEN_ENV}; the trainer needs it there too"
     else:
-        access = (
-            f"none, everyone on this machine may ask; to set one, put it into {TOKEN_ENV}, here and for the trainer"
-        )
+        access = f"none, everyone on this machine may ask; to set one, put it into {TOKEN_ENV}, here and for the trainer"
     return "\n".join(
         [
             f"serving {len(devices)} rewards at {address}",
@@ -62,7 +65,9 @@ def describe(address: str, devices: Mapping[str, str], token: str) -> str:
 def address_of(listener: socket.socket) -> str:
     """Where others find it: this machine's name, where it listens on all its addresses."""
     host, port = listener.getsockname()[:2]
-    host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    host = (
+        socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    )
     return f"http://{host}:{port}"
 
 
@@ -76,11 +81,18 @@ def main(_: Sequence[str]) -> None:
         listener = bind(config.host, config.port, token)
         print(f"loading {', '.join(devices)} ...", flush=True)
         options = config.options.to_dict()
-        rewards = {name: make_reward(name, device, options.get(name, {})) for name, device in devices.items()}
+        rewards = {
+            name: make_reward(name, device, options.get(name, {}))
+            for name, device in devices.items()
+        }
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     bridge = RewardBridge(
-        rewards, devices, deadline=config.deadline, retries=config.retries, batch_size=config.batch_size
+        rewards,
+        devices,
+        deadline=config.deadline,
+        retries=config.retries,
+        batch_size=config.batch_size,
     )
     print(describe(address_of(listener), devices, token), flush=True)
     try:

@@ -69,10 +69,17 @@ def sample_epoch(
         prompts = [run.prompts[rows[group]] for group in groups]
         cond = run.cond(prompts)
         start_key, noise_key, latent_key = jax.random.split(jax.random.fold_in(epoch_key, call), 3)
-        if sample.same_latent:  # one latent for a group, also where the group goes on in the next call
+        if (
+            sample.same_latent
+        ):  # one latent for a group, also where the group goes on in the next call
             latent_key = jax.random.fold_in(epoch_key, layout.calls + int(groups[0]))
         images, trajectory, ok = programs.sample(
-            run.pipe.params, run.pipe.vae_params, trainable, cond, (latent_key, noise_key), run.plan.draw(start_key)
+            run.pipe.params,
+            run.pipe.vae_params,
+            trainable,
+            cond,
+            (latent_key, noise_key),
+            run.plan.draw(start_key),
         )
         texts = [prompt for prompt in prompts for _ in range(layout.branches)]
         pending.append(submit(run, images, texts, [*run.config.reward.fn], seeds[call]))
@@ -91,7 +98,9 @@ def improve(
     t, metrics = run.config.train, []
     advantages = put(advantages, batch_sharding(run.pipe.mesh, axis=1))
     batches = [
-        _stack(*(Batch(*calls[c], advantages[c]) for c in range(i, i + t.gradient_accumulation_steps)))
+        _stack(
+            *(Batch(*calls[c], advantages[c]) for c in range(i, i + t.gradient_accumulation_steps))
+        )
         for i in range(0, len(calls), t.gradient_accumulation_steps)
     ]
     if t.recompute_old:
@@ -128,14 +137,23 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
     data = prompt_batches(len(run.prompts), run.recipe.layout.groups, config.seed)
     first, history = 0, {}
     if resumed is not None:
-        state, meta = run.checkpoints.restore(resumed, state), read_meta(run.checkpoints.folder, resumed)
+        state, meta = (
+            run.checkpoints.restore(resumed, state),
+            read_meta(run.checkpoints.folder, resumed),
+        )
         first, history = resumed, meta["history"]
-        for name, size in meta["batch_sizes"].items():  # what memory allowed; other batches round otherwise
-            run.bridge.batch_sizes[name] = min(filter(None, (size, run.bridge.batch_sizes[name])), default=0)
+        for name, size in meta[
+            "batch_sizes"
+        ].items():  # what memory allowed; other batches round otherwise
+            run.bridge.batch_sizes[name] = min(
+                filter(None, (size, run.bridge.batch_sizes[name])), default=0
+            )
         data.set_state(meta["data"])
     log = NoLog()
     if process_index() == 0:
-        describe = parameter_overview.get_parameter_overview(dict(leaves(state.trainable)), include_stats=False)
+        describe = parameter_overview.get_parameter_overview(
+            dict(leaves(state.trainable)), include_stats=False
+        )
         (folder / "trainable.txt").write_text(describe + "\n")
         log = RunLog(folder, config.to_dict(), first, config.num_epochs, config.wandb_project)
     if resumed is not None:
@@ -143,7 +161,11 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
 
     def remembered() -> dict[str, Any]:
         """All of the run but its arrays, as it is now; the config has the seed, the root of all keys."""
-        kept = {"data": data.get_state(), "history": copy.deepcopy(history), "config": config.to_dict()}
+        kept = {
+            "data": data.get_state(),
+            "history": copy.deepcopy(history),
+            "config": config.to_dict(),
+        }
         return kept | {"batch_sizes": dict(run.bridge.batch_sizes)}
 
     with log, StepTraces(folder, config.profile.steps, log) as traces:
@@ -155,17 +177,23 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                 return False
             if epoch % config.eval_freq == 0 or epoch == config.num_epochs:
                 if reasons := report(run, programs, log, epoch, state.ema, history):
-                    log.say(f"[bold red]stopped[/bold red] after {epoch} epochs: {'; '.join(reasons)}")
+                    log.say(
+                        f"[bold red]stopped[/bold red] after {epoch} epochs: {'; '.join(reasons)}"
+                    )
                     break
                 if epoch == config.num_epochs:
                     break
             seconds, scored = {}, dict(run.bridge.seconds)
             with phase("sample", seconds):
                 seeds = draw_seeds(run, epoch, run.recipe.layout.calls + len(run.adversaries))
-                calls, pending, finite = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
+                calls, pending, finite = sample_epoch(
+                    run, programs, state.trainable, epoch, next(data), seeds
+                )
                 for ok, (one, _) in zip(finite, pending, strict=True):
                     ok.block_until_ready()
-                    if process_count() == 1:  # rather now than when all calls are through; several must agree
+                    if (
+                        process_count() == 1
+                    ):  # rather now than when all calls are through; several must agree
                         one.raise_if_failed()
                         if stop.wanted():
                             end_early(run, log, stop, epoch, state, meta)
@@ -175,10 +203,15 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
 
             with phase("reward_wait", seconds):
                 found = scores_of_all(pending, run.recipe.layout.images)
-                groups = {name: found[name].reshape(-1, run.recipe.layout.group) for name in config.reward.fn}
+                groups = {
+                    name: found[name].reshape(-1, run.recipe.layout.group)
+                    for name in config.reward.fn
+                }
                 means = {name: float(scores.mean()) for name, scores in found.items()}
                 learning, rest = begin_learning(run, epoch, means, seeds[run.recipe.layout.calls :])
-                advantages = group_advantages(groups, config.reward.fn, global_std=config.sample.global_std)
+                advantages = group_advantages(
+                    groups, config.reward.fn, global_std=config.sample.global_std
+                )
 
             with phase("update", seconds):
                 steps = []
@@ -190,7 +223,11 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
 
             with phase("reward_learning", seconds):
                 learnt = learning.result()
-            learnt = {f"learning/{name}/{key}": v for name, values in learnt.items() for key, v in values.items()}
+            learnt = {
+                f"learning/{name}/{key}": v
+                for name, values in learnt.items()
+                for key, v in values.items()
+            }
             learnt |= {f"reward/{name}": mean for name, mean in means.items() if name not in groups}
 
             deviation = float(steps[0]["ratio_deviation"]) if steps else 0.0
@@ -199,8 +236,18 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                     f"[bold red]warning[/bold red] on unchanged weights a ratio is {deviation:.1e} away from 1, over a "
                     f"tenth of the clip range {config.train.clip_range:g}: set --config.train.recompute_old=True"
                 )
-            scoring = {f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups}
-            log.train(epoch + 1, groups, weighted_mean(groups, config.reward.fn), steps, seconds, scoring, learnt)
+            scoring = {
+                f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups
+            }
+            log.train(
+                epoch + 1,
+                groups,
+                weighted_mean(groups, config.reward.fn),
+                steps,
+                seconds,
+                scoring,
+                learnt,
+            )
             if (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:
                 save(run, log, epoch + 1, state, remembered())
             tolerate(run, log, run.checkpoints.raise_if_failed)
@@ -227,25 +274,37 @@ def save(run: Run, log: RunLog, epoch: int, state: TrainState, meta: dict[str, A
     tolerate(run, log, lambda: run.checkpoints.save(epoch, state, meta, files(run)))
 
 
-def end_early(run: Run, log: RunLog, stop: Preemption, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
+def end_early(
+    run: Run, log: RunLog, stop: Preemption, epoch: int, state: TrainState, meta: dict[str, Any]
+) -> None:
     """Save what there was when the epoch began, where that is not saved yet."""
     stop.reached()
     if run.checkpoints.begun != epoch:
         save(run, log, epoch, state, meta)
     run.checkpoints.wait()
-    log.say(f"stopped by SIGTERM, saved after {epoch} epochs; to go on: --config.run_name={run.folder.name} --resume")
+    log.say(
+        f"stopped by SIGTERM, saved after {epoch} epochs; to go on: --config.run_name={run.folder.name} --resume"
+    )
 
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET")
+config_flags.DEFINE_config_file(
+    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
+)
 flags.DEFINE_bool("resume", False, "go on with config.run_name, or with this preset's latest run")
-flags.DEFINE_bool("auto_resume", False, "as --resume where config.run_name exists, else start it: for schedulers")
-flags.DEFINE_bool("allow_config_change", False, "resume with a config that computes something else than before")
+flags.DEFINE_bool(
+    "auto_resume", False, "as --resume where config.run_name exists, else start it: for schedulers"
+)
+flags.DEFINE_bool(
+    "allow_config_change", False, "resume with a config that computes something else than before"
+)
 
 
 def main(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_logger().setLevel("CRITICAL")  # what Orbax logs with tracebacks comes as an error of ours
+    logging.get_absl_logger().setLevel(
+        "CRITICAL"
+    )  # what Orbax logs with tracebacks comes as an error of ours
     config, leave = FLAGS.config, contextlib.ExitStack()
     with leave:
         try:
@@ -259,14 +318,20 @@ def main(_: Sequence[str]) -> None:
             sys.exit(f"error: {error}")
         try:
             # which checkpoint it is the first process has found out
-            resumed = int(sum_over_processes(np.int32([0 if process_index() or epoch is None else epoch + 1]))[0])
+            resumed = int(
+                sum_over_processes(
+                    np.int32([0 if process_index() or epoch is None else epoch + 1])
+                )[0]
+            )
             over = train(run, state, stop, resumed - 1 if resumed else None)
         except (OSError, RewardError, FloatingPointError, SaveError, RestoreError) as error:
             sys.exit(f"error: {error}")
         except jax.errors.JaxRuntimeError as error:
             if process_count() == 1:
                 raise
-            sys.exit(f"error: the connection to another process broke ({str(error).splitlines()[0]})")
+            sys.exit(
+                f"error: the connection to another process broke ({str(error).splitlines()[0]})"
+            )
         except KeyboardInterrupt:
             sys.exit(f"stopped; to go on: --config.run_name={folder.name} --resume")
         finally:
@@ -294,7 +359,9 @@ def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
         evaluated = benchmark(config, entries, sets, folder, remake=True, cache=cache, **options)
         index = build_report(config, evaluated, folder, judge="embedded", **options)
     except (ValueError, OSError, RewardError) as error:
-        again = f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
+        again = (
+            f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
+        )
         sys.exit(f"error: the run is over, but not its report: {error}\nto make it: {again}")
     print(f"report: {index}")
 
@@ -305,12 +372,18 @@ def open_run(config: ConfigDict, leave: contextlib.ExitStack) -> tuple[Path, int
     """
     if process_count() > 1 and not config.run_name:
         raise ValueError("several processes need one name for their run: set --config.run_name")
-    if process_index():  # its folder may not exist yet, and what it goes on from the first process says
+    if (
+        process_index()
+    ):  # its folder may not exist yet, and what it goes on from the first process says
         return Path(config.run_root) / config.run_name, None
-    there = (Path(config.run_root) / config.run_name / "config.json").exists() and bool(config.run_name)
+    there = (Path(config.run_root) / config.run_name / "config.json").exists() and bool(
+        config.run_name
+    )
     resume = FLAGS.resume or (FLAGS.auto_resume and there)
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
-    print(f"preset {config.preset} -> {folder}   (another preset: --config configs/flux_grpo.py:flux_dev_8xh200)")
+    print(
+        f"preset {config.preset} -> {folder}   (another preset: --config configs/flux_grpo.py:flux_dev_8xh200)"
+    )
     leave.enter_context(run_lock(folder))
     return folder, resume_from(folder, config, FLAGS.allow_config_change) if resume else None
 

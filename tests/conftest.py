@@ -39,7 +39,11 @@ def tiny():
     vae_config, vae_params = load_vae(PIPELINE / "vae")
     velocity = make_velocity(config, None, 4, 4)
     return SimpleNamespace(
-        config=config, params=params, velocity=velocity, vae_config=vae_config, vae_params=vae_params
+        config=config,
+        params=params,
+        velocity=velocity,
+        vae_config=vae_config,
+        vae_params=vae_params,
     )
 
 

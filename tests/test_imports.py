@@ -20,7 +20,11 @@ def imports(file: Path) -> set[str]:
 
 
 def breaks(file: Path, forbidden: tuple[str, ...]) -> list[str]:
-    return [name for name in imports(file) if any(name == f or name.startswith(f + ".") for f in forbidden)]
+    return [
+        name
+        for name in imports(file)
+        if any(name == f or name.startswith(f + ".") for f in forbidden)
+    ]
 
 
 FORBIDDEN = {
@@ -71,7 +75,11 @@ def test_packages_do_not_reach_across(package):
 @pytest.mark.parametrize("name", list(ARROWS))
 def test_arrows_do_not_point_back(name):
     package = ROOT / "realgen_jax"
-    files = [package / f"{name}.py"] if (package / f"{name}.py").exists() else sorted((package / name).rglob("*.py"))
+    files = (
+        [package / f"{name}.py"]
+        if (package / f"{name}.py").exists()
+        else sorted((package / name).rglob("*.py"))
+    )
     assert files
     forbidden = tuple(f"realgen_jax.{other}".rstrip(".") for other in ARROWS[name])
     for file in files:

@@ -66,7 +66,9 @@ def no_cause(m: Metrics, config: dict) -> Finding:
     """For a reward that does not rise although no check finds a problem."""
     trend, s, t = m.trends[0], config["sample"], config["train"]
     most = max(0.0, trend.slope + trend.margin)
-    figures = [Figure("rise an epoch", trend.slope, f"> {trend.margin:.2g}, the noise", trend.epochs)]
+    figures = [
+        Figure("rise an epoch", trend.slope, f"> {trend.margin:.2g}, the noise", trend.epochs)
+    ]
     says = f"None of the checks says why. A rise of up to {most:.2g} an epoch could hide in the noise of training."
     remedy = (
         f"More pictures a step: --config.sample.num_batches_per_epoch={2 * s['num_batches_per_epoch']} "
@@ -79,13 +81,19 @@ def no_cause(m: Metrics, config: dict) -> Finding:
 
 def verdict(m: Metrics, config: dict) -> str:
     lead = f"The reward {m.word}" + ", by too little to see" * m.word.startswith("barely")
-    text = ["The reward does not rise: its trend is lost in the noise." if m.word == "flat" else f"{lead}."]
+    text = [
+        "The reward does not rise: its trend is lost in the noise."
+        if m.word == "flat"
+        else f"{lead}."
+    ]
     for t in m.trends:
         text.append(
             f"In {t.where}, epochs {t.epochs}: {t.slope:+.2g} an epoch (standard error {t.error:.1g}), {t.rise:+.2g} "
             f"in all, {abs(t.effect):.2g} of the spread within a group."
         )
-    if learning := config["reward"].get("adversarial"):  # runs from before there were such have no key
+    if learning := config["reward"].get(
+        "adversarial"
+    ):  # runs from before there were such have no key
         text.append(
             f"{', '.join(learning)} learnt meanwhile, so that the level of this reward says little; what is held out "
             "says more."
@@ -99,7 +107,11 @@ def verdict(m: Metrics, config: dict) -> str:
 def show(answer: Answer, console: Console) -> None:
     def say(text: str, style: str = "", indent: str = "") -> None:
         text = textwrap.fill(
-            text, console.width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+            text,
+            console.width,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
         )
         console.print(escape(text), style=style or None, soft_wrap=True)
 
@@ -115,7 +127,9 @@ def show(answer: Answer, console: Console) -> None:
         say("")
         say("fine:", STYLES[FINE])
     for finding in fine:
-        short = (f"{f.what} {f.value:.3g}" + f" ({f.healthy})" * bool(f.healthy) for f in finding.figures)
+        short = (
+            f"{f.what} {f.value:.3g}" + f" ({f.healthy})" * bool(f.healthy) for f in finding.figures
+        )
         say(f"{finding.name}: {'; '.join(short)}", indent="  ")
     if answer.not_recorded:
         say("")
@@ -123,7 +137,11 @@ def show(answer: Answer, console: Console) -> None:
 
 
 def in_words(f: Figure) -> str:
-    return f"{f.what}: {f.value:.3g}" + f", healthy {f.healthy}" * bool(f.healthy) + f" (epochs {f.epochs})"
+    return (
+        f"{f.what}: {f.value:.3g}"
+        + f", healthy {f.healthy}" * bool(f.healthy)
+        + f" (epochs {f.epochs})"
+    )
 
 
 def main() -> int:
@@ -134,7 +152,10 @@ def main() -> int:
     try:
         answer = diagnose(words.run)
     except NotRecorded as error:
-        print(f"error: {words.run} does not hold {error}; expected the metrics of train.py", file=sys.stderr)
+        print(
+            f"error: {words.run} does not hold {error}; expected the metrics of train.py",
+            file=sys.stderr,
+        )
         return 2
     except KeyError as error:
         print(

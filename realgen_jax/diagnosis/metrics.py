@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-MIN_EPOCHS = 4  # a line through two points has no uncertainty, one through three hardly any evidence
+MIN_EPOCHS = (
+    4  # a line through two points has no uncertainty, one through three hardly any evidence
+)
 QUANTILE = 0.975  # of Student's t: a slope counts when significant at 5 %, two-sided
-SMALL_EFFECT = 0.2  # of the spread within a group: Cohen's "small" effect; less cannot be seen in the pictures
+SMALL_EFFECT = (
+    0.2  # of the spread within a group: Cohen's "small" effect; less cannot be seen in the pictures
+)
 
 
 class NotRecorded(LookupError):
@@ -42,11 +46,15 @@ class Metrics:
     """The rows of metrics.jsonl. "Recent" is the median over the last third of the epochs."""
 
     def __init__(self, rows: list[dict[str, Any]]):
-        self.rows = {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")}
+        self.rows = {
+            kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")
+        }
 
     def series(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """(epochs, values) of the rows that hold a finite value. Raises NotRecorded where none does."""
-        found = [(row["epoch"], row[key]) for row in self.rows[kind] if np.isfinite(row.get(key, np.nan))]
+        found = [
+            (row["epoch"], row[key]) for row in self.rows[kind] if np.isfinite(row.get(key, np.nan))
+        ]
         if not found:
             raise NotRecorded(f"{kind} {key}")
         epochs, values = np.array(found, np.float64).T
@@ -74,7 +82,13 @@ class Metrics:
         rise = slope * float(np.ptp(epochs))
         where = "training" if kind == "train" else "evaluations"
         return Trend(
-            where, span(epochs), slope, error, float(stdtrit(free, QUANTILE)) * error, rise, rise / max(spread, 1e-12)
+            where,
+            span(epochs),
+            slope,
+            error,
+            float(stdtrit(free, QUANTILE)) * error,
+            rise,
+            rise / max(spread, 1e-12),
         )
 
     @cached_property
@@ -91,7 +105,9 @@ class Metrics:
     def word(self) -> str:
         """rises, falls, barely rises, barely falls or flat: what either trend shows, a fall first."""
         words = [trend.word for trend in self.trends]
-        return next((w for w in ("falls", "rises", "barely falls", "barely rises") if w in words), "flat")
+        return next(
+            (w for w in ("falls", "rises", "barely falls", "barely rises") if w in words), "flat"
+        )
 
     @property
     def rises(self) -> bool:
@@ -106,7 +122,9 @@ def read_run(run: Path) -> tuple[Metrics, dict]:
     """(metrics, config). Raises ValueError for what is no run folder, or too young a run."""
     for name in ("config.json", "metrics.jsonl"):
         if not (run / name).is_file():
-            raise ValueError(f"{run} is no run folder: it has no {name}; expected what train.py leaves, runs/NAME")
+            raise ValueError(
+                f"{run} is no run folder: it has no {name}; expected what train.py leaves, runs/NAME"
+            )
     rows = []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         try:

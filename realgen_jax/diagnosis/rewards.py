@@ -16,7 +16,9 @@ DROWNED, DROWNED_NOTE = 0.01, 0.1
 # of what is learnt from is noise; 0.8 is what test theory asks of a measurement that ranks.
 UNRELIABLE, UNRELIABLE_NOTE = 0.5, 0.8
 
-HELD_OUT_FALL = 0.2  # of the spread over pictures: a small effect again; evaluations share their noise
+HELD_OUT_FALL = (
+    0.2  # of the spread over pictures: a small effect again; evaluations share their noise
+)
 HELD_OUT_FALL_PLAIN = 0.02  # where no spread was recorded: train.py's
 # Lower is better here. Evaluations of a run that learns nothing lie within 5 % of each other, so 1.2 is real; against
 # the best, which is the luckiest of many, more is asked: the demo's Frechet distance ends at 1.19 of its best.
@@ -40,7 +42,9 @@ def zero_spread(m: Metrics, config: dict) -> Finding:
         f"--config.sample.num_image_per_prompt={2 * sample['num_image_per_prompt']}, or more noise: "
         f"--config.sample.noise_level={1.2 * sample['noise_level']:.2g}."
     )
-    return Finding("zero-spread groups", PROBLEM if share > NO_SPREAD else NOTE, figures, says, remedy)
+    return Finding(
+        "zero-spread groups", PROBLEM if share > NO_SPREAD else NOTE, figures, says, remedy
+    )
 
 
 def shares(m: Metrics, config: dict) -> dict[str, float]:
@@ -86,7 +90,13 @@ def drowned_reward(m: Metrics, config: dict) -> Finding | None:
             f"groups) vanishes beside the {ADVANTAGE_EPS:g} that is added to it before the division."
         )
         remedy = "Scale its scores up in the reward's own file, use a finer reward, or drop it."
-    return Finding("one reward drowning the others", PROBLEM if share < DROWNED else NOTE, figures, says, remedy)
+    return Finding(
+        "one reward drowning the others",
+        PROBLEM if share < DROWNED else NOTE,
+        figures,
+        says,
+        remedy,
+    )
 
 
 def reward_noise(m: Metrics, config: dict) -> Finding | None:
@@ -117,7 +127,9 @@ def reward_noise(m: Metrics, config: dict) -> Finding | None:
         f"average several scorings; until then give it less weight: --config.reward.fn.{name}="
         f"{config['reward']['fn'][name] / 4:g}."
     )
-    return Finding("reward noise", PROBLEM if reliability < UNRELIABLE else NOTE, figures, says, remedy)
+    return Finding(
+        "reward noise", PROBLEM if reliability < UNRELIABLE else NOTE, figures, says, remedy
+    )
 
 
 def fall_limit(m: Metrics, name: str) -> float:
@@ -167,12 +179,8 @@ def held_out_correlation(m: Metrics, config: dict) -> Finding | None:
             unrelated.append(name)
     if not unrelated:
         return Finding("correlation", FINE, figures) if figures else None
-    says = (
-        f"{', '.join(unrelated)} prefers other pictures than the trained reward: by that check a rise is no progress."
-    )
-    remedy = (
-        "Train on a reward of the check's kind as well (--config.reward.fn.NAME=1.0), or drop a check that is moot."
-    )
+    says = f"{', '.join(unrelated)} prefers other pictures than the trained reward: by that check a rise is no progress."
+    remedy = "Train on a reward of the check's kind as well (--config.reward.fn.NAME=1.0), or drop a check that is moot."
     return Finding("correlation", NOTE, figures, says, remedy)
 
 
@@ -182,15 +190,18 @@ def diversity(m: Metrics, config: dict) -> Finding:
     limit, figures = f">= {COLLAPSE:g}", []
     for what, first, last, when in (
         ("test prompts' spread, last over first", tests[0], tests[-1], evals),
-        ("groups' spread, recent over first", np.median(groups[: m.window]), m.recent("reward_std"), epochs),
+        (
+            "groups' spread, recent over first",
+            np.median(groups[: m.window]),
+            m.recent("reward_std"),
+            epochs,
+        ),
     ):
         if first > 0:  # a single picture a test prompt has no spread
             figures.append(Figure(what, float(last / first), limit, span(when)))
     if all(figure.value >= COLLAPSE for figure in figures):
         return Finding("diversity", FINE, figures)
-    says = (
-        "The pictures of a prompt score more and more alike: the reward is exhausted, or the model draws one picture."
-    )
+    says = "The pictures of a prompt score more and more alike: the reward is exhausted, or the model draws one picture."
     remedy = (
         "Look at RUN/samples. If they are alike, hold the model closer: "
         f"--config.train.beta={max(10 * config['train']['beta'], 1e-3):g}; if the reward is at its best, stop here."

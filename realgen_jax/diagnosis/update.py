@@ -5,7 +5,9 @@ import numpy as np
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import Metrics, span
 
-RATIO_SHARE = 0.1  # of the clip range: what rounding may take of it, the limit that train.py warns at
+RATIO_SHARE = (
+    0.1  # of the clip range: what rounding may take of it, the limit that train.py warns at
+)
 FLOAT32_STEP = 2.0**-23  # from 1 to the next float32; ratios are float32
 # Nine in ten ratios outside after one step is usual for ranges as narrow as RealGen's 2e-6, and costs no more than an
 # epoch's later steps (the embedded run with all of them clipped, two steps an epoch: half the rise). Ill is a step that
@@ -34,7 +36,9 @@ def ratio_deviation(m: Metrics, config: dict) -> Finding:
     epochs, values = m.series("first_ratio_deviation")
     t, worst = config["train"], float(values.max())
     limit = RATIO_SHARE * t["clip_range"]
-    figures = [Figure("largest |ratio - 1| before any step", worst, f"<= {limit:.1e}", span(epochs))]
+    figures = [
+        Figure("largest |ratio - 1| before any step", worst, f"<= {limit:.1e}", span(epochs))
+    ]
     if worst <= limit:
         return Finding("ratio deviation", FINE, figures)
     says = (
@@ -57,7 +61,9 @@ def clip_range(m: Metrics, config: dict) -> Finding:
         f"The clip range is {value / FLOAT32_STEP:.1g} float32 steps wide: what is clipped depends on how ratios are "
         "rounded."
     )
-    return Finding("clip range", PROBLEM, figures, says, "--config.train.clip_range=2e-6 (RealGen's), or wider")
+    return Finding(
+        "clip range", PROBLEM, figures, says, "--config.train.clip_range=2e-6 (RealGen's), or wider"
+    )
 
 
 def no_gradient(m: Metrics, config: dict) -> Finding:
@@ -100,13 +106,23 @@ def step_size(m: Metrics, config: dict) -> Finding:
             f"The weights hardly move: all steps of the planned {planned} epochs, end to end, come to {path:.1g} of "
             "their norm."
         )
-        remedy = f"{rate.format(lr * STEP_USUAL / max(recent, 1e-12))} (now {lr:g}), or more epochs."
+        remedy = (
+            f"{rate.format(lr * STEP_USUAL / max(recent, 1e-12))} (now {lr:g}), or more epochs."
+        )
         if no_gradient(m, config).severity == PROBLEM:
             remedy = "Nothing here: there is no gradient to follow."
         return Finding(name, PROBLEM, figures, says, remedy)
     if so_far < PATH_LOW and not m.rises:
-        says = f"It is too early to tell: the steps so far come to {so_far:.1g} of the weights' norm."
-        return Finding(name, NOTE, figures, says, f"Wait for epoch {PATH_LOW / so_far * len(epochs):.0f} or later.")
+        says = (
+            f"It is too early to tell: the steps so far come to {so_far:.1g} of the weights' norm."
+        )
+        return Finding(
+            name,
+            NOTE,
+            figures,
+            says,
+            f"Wait for epoch {PATH_LOW / so_far * len(epochs):.0f} or later.",
+        )
     return Finding(name, FINE, figures[:3])
 
 
@@ -118,7 +134,10 @@ def kl_penalty(m: Metrics, config: dict) -> Finding | None:
     t, beta = config["train"], config["train"]["beta"]
     if beta <= 0:
         return None
-    kl, pictures = m.recent("kl_loss"), config["sample"]["train_batch_size"] * t["gradient_accumulation_steps"]
+    kl, pictures = (
+        m.recent("kl_loss"),
+        config["sample"]["train_batch_size"] * t["gradient_accumulation_steps"],
+    )
     pull = 2.0 * beta * (kl * pictures) ** 0.5
     figures = [
         Figure("KL's pull over the rewards' push", pull, f"< {KL_PULL:g}", m.recently),
@@ -159,7 +178,9 @@ def clip_fraction(m: Metrics, config: dict) -> Finding | None:
     share = min(1.0, m.recent("clipfrac") * steps / (steps - 1))
     far = m.recent("ratio_deviation") / t["clip_range"]
     figures = [
-        Figure("clipped ratios after an epoch's first step", share, f"< {ALWAYS_CLIPPED:g}", m.recently),
+        Figure(
+            "clipped ratios after an epoch's first step", share, f"< {ALWAYS_CLIPPED:g}", m.recently
+        ),
         Figure("largest |ratio - 1| over the clip range", far, f"< {FAR:g}", m.recently),
     ]
     if share < ALWAYS_CLIPPED or m.rises:
@@ -178,7 +199,9 @@ def one_sided_clipping(m: Metrics, config: dict) -> Finding | None:
     """Ratios clipped on one side: over-confident updates on the other are not bounded."""
     above, below, t = m.recent("clipfrac_gt_one"), m.recent("clipfrac_lt_one"), config["train"]
     figures = [
-        Figure("ratios clipped above 1", above, f"within {ONE_SIDED:g}x of those below", m.recently),
+        Figure(
+            "ratios clipped above 1", above, f"within {ONE_SIDED:g}x of those below", m.recently
+        ),
         Figure("ratios clipped below 1", below, "", m.recently),
     ]
     if above + below < ONE_SIDED_FROM or max(above, below) < ONE_SIDED * min(above, below):

@@ -19,11 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from realgen_jax.hosts import fetch, process_index, put
-from realgen_jax.models.flux.tables import BFL, BFL_VAE_EDITS, DIFFUSERS, PARTS_AXIS, Part, Table, table
+from realgen_jax.models.flux.tables import (
+    BFL,
+    BFL_VAE_EDITS,
+    DIFFUSERS,
+    PARTS_AXIS,
+    Part,
+    Table,
+    table,
+)
 from realgen_jax.models.flux.transformer import FluxConfig, FluxTransformer
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 
-Sharding = Callable[[str, tuple[int, ...]], Any]  # (dotted path, shape) -> a jax sharding, a device or None
+Sharding = Callable[
+    [str, tuple[int, ...]], Any
+]  # (dotted path, shape) -> a jax sharding, a device or None
 _STEM = "diffusion_pytorch_model"
 _SUFFIXES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
 _BFL_SUFFIXES = {**_SUFFIXES, "scale": ".scale"}
@@ -68,8 +78,13 @@ def _files(path: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    raise FileNotFoundError(f"{path} holds neither {single.name} nor {index.name}; expected a folder of diffusers")
+        return [
+            path / name
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        ]
+    raise FileNotFoundError(
+        f"{path} holds neither {single.name} nor {index.name}; expected a folder of diffusers"
+    )
 
 
 def abstract(cls: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, nnx.State]:
@@ -79,7 +94,10 @@ def abstract(cls: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, nnx.Stat
 
 def leaves(state: nnx.State) -> dict[str, Any]:
     """{dotted path: array} of a state, in the state's own order."""
-    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(state)
+    }
 
 
 def vae_table(config: VaeConfig, layout: str) -> Table:
@@ -93,7 +111,9 @@ def vae_table(config: VaeConfig, layout: str) -> Table:
         return name
 
     modules = {path.rpartition(".")[0] for path in leaves(abstract(Autoencoder, config)[1])}
-    return table({module: module if layout == "diffusers" else bfl_name(module) for module in modules})
+    return table(
+        {module: module if layout == "diffusers" else bfl_name(module) for module in modules}
+    )
 
 
 @dataclass(frozen=True)
@@ -139,9 +159,13 @@ def load(
         for key, _ in source.keys(layer)
     }
     if missing := sorted(expected - tensors.keys()):
-        raise ValueError(f"{tensors.path} lacks {_some(missing)}; it is not a complete checkpoint of this model")
+        raise ValueError(
+            f"{tensors.path} lacks {_some(missing)}; it is not a complete checkpoint of this model"
+        )
     if extra := sorted(tensors.keys() - expected):
-        raise ValueError(f"{tensors.path} holds {_some(extra)}, which this model has no use for: another model's file?")
+        raise ValueError(
+            f"{tensors.path} holds {_some(extra)}, which this model has no use for: another model's file?"
+        )
     placed = []
     for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):
         host = _assemble(tensors, leaf, wanted[leaf], sources[leaf])
@@ -158,7 +182,9 @@ def _joined(leaf: str, array: np.ndarray) -> np.ndarray:
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def _assemble(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source) -> np.ndarray:
+def _assemble(
+    tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source
+) -> np.ndarray:
     """One array on the host, filled tensor by tensor."""
     host = np.empty(wanted.shape, wanted.dtype)
     joined = _joined(leaf, host)
@@ -170,10 +196,14 @@ def _assemble(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source:
             begin, end = end, end + stop - start
             weight = _ours(tensors.read(key, start, stop), target.ndim)
             if weight.shape != target[..., begin:end].shape:
-                raise ValueError(f"{key} in {tensors.path} has shape {shape}, which does not fit {leaf} {target.shape}")
+                raise ValueError(
+                    f"{key} in {tensors.path} has shape {shape}, which does not fit {leaf} {target.shape}"
+                )
             target[..., begin:end] = weight
         if end != target.shape[-1]:
-            raise ValueError(f"{key} in {tensors.path} has shape {shape}; {leaf} {target.shape} needs more outputs")
+            raise ValueError(
+                f"{key} in {tensors.path} has shape {shape}; {leaf} {target.shape} needs more outputs"
+            )
     return host
 
 
@@ -201,7 +231,9 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
 
 def _from_diffusers(cls: type, found: dict[str, Any], **overrides: Any) -> Any:
     names = {field.name for field in fields(cls)} & found.keys()
-    values = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in names}
+    values = {
+        name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in names
+    }
     return cls(**{**values, **overrides})
 
 
@@ -214,11 +246,16 @@ def _from_bfl(tensors: Tensors, **overrides: Any) -> FluxConfig:
     try:
         head_dim = tensors.shape("single_blocks.0.norm.query_norm.scale")[0]
         hidden, in_channels = tensors.shape("img_in.weight")
-        joint, pooled = tensors.shape("txt_in.weight")[1], tensors.shape("vector_in.in_layer.weight")[1]
+        joint, pooled = (
+            tensors.shape("txt_in.weight")[1],
+            tensors.shape("vector_in.in_layer.weight")[1],
+        )
     except KeyError as error:
         message = f"{tensors.path} has no key {error}; expected BFL's FLUX.1 file or a folder of diffusers"
         raise ValueError(message) from error
-    index_axis = head_dim // 16 * 2  # (16, 56, 56) of 128: an eighth for the index, the rest for row and column
+    index_axis = (
+        head_dim // 16 * 2
+    )  # (16, 56, 56) of 128: an eighth for the index, the rest for row and column
     return FluxConfig(
         in_channels=in_channels,
         num_layers=layers("double_blocks."),
@@ -243,7 +280,9 @@ def vae_config(folder: Path, **overrides: Any) -> VaeConfig:
     found = read_config(folder, "AutoencoderKL")
     for name in ("use_quant_conv", "use_post_quant_conv"):
         if found.get(name, True):
-            raise ValueError(f"{folder / 'config.json'} has {name}; FLUX's autoencoder has no such convolution")
+            raise ValueError(
+                f"{folder / 'config.json'} has {name}; FLUX's autoencoder has no such convolution"
+            )
     return _from_diffusers(VaeConfig, found, **overrides)
 
 
@@ -255,9 +294,13 @@ def load_transformer(
     if path.is_file():
         tensors = Tensors(path)
         config = _from_bfl(tensors, **overrides)
-        return config, load(tensors, abstract(FluxTransformer, config)[1], BFL, _BFL_SUFFIXES, sharding)
+        return config, load(
+            tensors, abstract(FluxTransformer, config)[1], BFL, _BFL_SUFFIXES, sharding
+        )
     config = transformer_config(path, **overrides)
-    return config, load(Tensors(path), abstract(FluxTransformer, config)[1], DIFFUSERS, _SUFFIXES, sharding)
+    return config, load(
+        Tensors(path), abstract(FluxTransformer, config)[1], DIFFUSERS, _SUFFIXES, sharding
+    )
 
 
 def load_vae(
@@ -281,11 +324,17 @@ def to_torch(state: nnx.State, rows: Table = DIFFUSERS) -> Iterator[tuple[str, n
         for layer, array in enumerate(host if source.stacked else host[None]):
             pieces = np.split(array, len(source.parts), axis=-1)
             for (key, _), piece in zip(source.keys(layer), pieces, strict=True):
-                order = (piece.ndim - 1, piece.ndim - 2, *range(piece.ndim - 2)) if piece.ndim > 1 else (0,)
+                order = (
+                    (piece.ndim - 1, piece.ndim - 2, *range(piece.ndim - 2))
+                    if piece.ndim > 1
+                    else (0,)
+                )
                 yield key, np.ascontiguousarray(piece.transpose(order))
 
 
-def save_transformer(folder: str | Path, config: FluxConfig, state: nnx.State, shard_bytes: int = 10**10) -> None:
+def save_transformer(
+    folder: str | Path, config: FluxConfig, state: nnx.State, shard_bytes: int = 10**10
+) -> None:
     """Write a `transformer/` folder that `diffusers.FluxTransformer2DModel.from_pretrained` reads.
 
     Every process must call it, since all hold a part of the weights; the first one writes.

@@ -96,7 +96,9 @@ def _lora_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Ar
     x, low, a, b = saved
     rows, part, last = [*range(x.ndim - 1)], [x.ndim - 1], [x.ndim]
     summed = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    g_low = jnp.moveaxis(jax.lax.dot_general(g, b.astype(g.dtype), ((last, [2]), (part, [0]))), 0, -2)
+    g_low = jnp.moveaxis(
+        jax.lax.dot_general(g, b.astype(g.dtype), ((last, [2]), (part, [0]))), 0, -2
+    )
     g_b = summed(low, g, ((rows, rows), (part, part)))
     g_a = jnp.moveaxis(summed(g_low, x, ((rows, rows), ([], []))), -1, 0)
     return jnp.tensordot(g_low, a.astype(g.dtype), axes=((-2, -1), (1, 2))), g_a, g_b
@@ -148,7 +150,9 @@ def sinusoidal_embedding(t: Array, dim: int = 256) -> Array:
 
     The exponents are rounded to float32 as PyTorch rounds them: at t = 1000 one last bit moves an angle by 6e-5.
     """
-    exponents = np.float32(-np.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
+    exponents = (
+        np.float32(-np.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
+    )
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -178,7 +182,11 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = cos[:, None], sin[:, None]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    return (
+        jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        .reshape(x.shape)
+        .astype(x.dtype)
+    )
 
 
 @jax.named_scope("attention")
@@ -193,7 +201,9 @@ def attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array:
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     elif q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
-        out = jax.lax.platform_dependent(q, k, v, tpu=partial(splash_attention, mesh=mesh), default=plain_attention)
+        out = jax.lax.platform_dependent(
+            q, k, v, tpu=partial(splash_attention, mesh=mesh), default=plain_attention
+        )
     else:
         out = plain_attention(q, k, v)
     return out.reshape(*out.shape[:2], -1)
@@ -208,11 +218,15 @@ def plain_attention(q: Array, k: Array, v: Array) -> Array:
     scaled, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
     scores = jnp.einsum("nhtd,nhsd->nhts", scaled, k, preferred_element_type=jnp.float32)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum("nhts,nhsd->nhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "nhts,nhsd->nhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
     return jnp.swapaxes((out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype), 1, 2)
 
 
-def splash_attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None, interpret: bool = False) -> Array:
+def splash_attention(
+    q: Array, k: Array, v: Array, mesh: Mesh | None = None, interpret: bool = False
+) -> Array:
     """Attention by Pallas' TPU kernel: [n, t, h, d] -> [n, t, h, d], t a multiple of LANES.
 
     The kernel is opaque to GSPMD, so each device is handed its own rows and heads. It does not scale q by d^-1/2.
@@ -221,7 +235,9 @@ def splash_attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None, int
     def local(q: Array, k: Array, v: Array) -> Array:
         tokens, heads, channels = q.shape[1:]
         block = next(size for size in (512, 256, LANES) if tokens % size == 0)
-        names = [field.name for field in fields(splash.BlockSizes) if field.name.startswith("block_")]
+        names = [
+            field.name for field in fields(splash.BlockSizes) if field.name.startswith("block_")
+        ]
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads),
             block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
@@ -235,4 +251,6 @@ def splash_attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None, int
     if mesh is None:
         return local(q, k, v)
     spec = P(BATCH_AXES, None, "tensor")
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
+    )(q, k, v)

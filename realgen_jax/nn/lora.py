@@ -61,7 +61,9 @@ def with_lora(model: FluxTransformer, config: LoraConfig, key: Array) -> FluxTra
         linear = _linear(model, path)
         layers, n_in, *parts, n_out = linear.kernel.shape
         parts = parts or [1]
-        a = INITS[config.init](jax.random.fold_in(key, i), (layers, n_in, *parts, config.rank), config.rank)
+        a = INITS[config.init](
+            jax.random.fold_in(key, i), (layers, n_in, *parts, config.rank), config.rank
+        )
         linear.lora_a = nnx.LoRAParam(a)
         linear.lora_b = nnx.LoRAParam(jnp.zeros((layers, *parts, config.rank, n_out)))
         linear.lora_scale = config.alpha / config.rank
@@ -87,7 +89,11 @@ def _modules(adapters: nnx.State) -> dict[str, tuple[nnx.Variable, int, int]]:
         *target, factor = map(str, path)
         for layer in range(variable.shape[0]):
             for group, part in enumerate(DIFFUSERS[".".join(target)]):
-                found[f"{part.module.format(layer)}.lora_{factor[-1].upper()}"] = (variable, layer, group)
+                found[f"{part.module.format(layer)}.lora_{factor[-1].upper()}"] = (
+                    variable,
+                    layer,
+                    group,
+                )
     return found
 
 
@@ -118,7 +124,9 @@ def save_lora(file: str | Path, adapters: nnx.State, config: LoraConfig) -> None
     save_file(
         {f"transformer.{name}.weight": array for name, array in tensors.items()},
         file,
-        metadata={"lora_adapter_metadata": json.dumps(metadata)},  # one entry: safetensors shuffles several
+        metadata={
+            "lora_adapter_metadata": json.dumps(metadata)
+        },  # one entry: safetensors shuffles several
     )
 
 
@@ -126,9 +134,14 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], float | None]:
     """{module.lora_A or .lora_B: array} of a peft folder or a diffusers file, and its alpha if it says one."""
     folder_config = None
     if path.is_dir():
-        peft, diffusers = path / "adapter_model.safetensors", path / "pytorch_lora_weights.safetensors"
+        peft, diffusers = (
+            path / "adapter_model.safetensors",
+            path / "pytorch_lora_weights.safetensors",
+        )
         if not peft.exists() and not diffusers.exists():
-            raise FileNotFoundError(f"{path} holds neither {peft.name} (peft) nor {diffusers.name} (diffusers)")
+            raise FileNotFoundError(
+                f"{path} holds neither {peft.name} (peft) nor {diffusers.name} (diffusers)"
+            )
         if peft.exists():
             folder_config = json.loads((path / "adapter_config.json").read_text())
         path = peft if peft.exists() else diffusers
@@ -148,7 +161,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], float | None]:
     elif metadata := tensors.metadata().get("lora_adapter_metadata"):
         alphas = {float(json.loads(metadata)["transformer.lora_alpha"])}
     if len(alphas) > 1:
-        raise ValueError(f"{path} has different alphas for different modules ({sorted(alphas)}); expected one")
+        raise ValueError(
+            f"{path} has different alphas for different modules ({sorted(alphas)}); expected one"
+        )
     return found, alphas.pop() if alphas else None
 
 
@@ -162,14 +177,21 @@ def load_lora(path: str | Path, model: FluxConfig) -> tuple[LoraConfig, nnx.Stat
     found, alpha = _read(path)
     first = next((v for k, v in found.items() if k.endswith(".lora_A")), None)
     if first is None:
-        raise ValueError(f"{path} holds no key that ends in .lora_A.weight; expected a LoRA for the FLUX transformer")
-    config = LoraConfig(rank=first.shape[0], alpha=float(first.shape[0]) if alpha is None else alpha)
+        raise ValueError(
+            f"{path} holds no key that ends in .lora_A.weight; expected a LoRA for the FLUX transformer"
+        )
+    config = LoraConfig(
+        rank=first.shape[0], alpha=float(first.shape[0]) if alpha is None else alpha
+    )
     adapters = jax.tree.map(
-        lambda x: np.empty(x.shape, np.float32), jax.eval_shape(lambda: init_lora(model, config, jax.random.key(0)))
+        lambda x: np.empty(x.shape, np.float32),
+        jax.eval_shape(lambda: init_lora(model, config, jax.random.key(0))),
     )
     modules = _modules(adapters)
     if missing := sorted(modules.keys() - found.keys()):
-        raise ValueError(f"{path} lacks {missing[0]} ({len(missing)} modules in all); a LoRA here covers every target")
+        raise ValueError(
+            f"{path} lacks {missing[0]} ({len(missing)} modules in all); a LoRA here covers every target"
+        )
     if unknown := sorted(found.keys() - modules.keys()):
         raise ValueError(
             f"{path} holds {unknown[0]} ({len(unknown)} in all), which is none of the targets of this model"
@@ -177,7 +199,9 @@ def load_lora(path: str | Path, model: FluxConfig) -> tuple[LoraConfig, nnx.Stat
     for name, (variable, layer, group) in modules.items():
         view = _pick(variable.get_value(), layer, group, name[-1])
         if found[name].T.shape != view.shape:
-            raise ValueError(f"{name} in {path} has shape {found[name].shape}; expected {view.T.shape}")
+            raise ValueError(
+                f"{name} in {path} has shape {found[name].shape}; expected {view.T.shape}"
+            )
         view[:] = found[name].T
     return config, jax.tree.map(jnp.asarray, adapters)
 
@@ -201,7 +225,9 @@ def make_velocity(
         build = lambda: with_lora(FluxTransformer(model, nnx.Rngs(0)), lora, jax.random.key(0))  # noqa: E731
         adapted = nnx.split(nnx.eval_shape(build))[0]
 
-    def velocity(params: nnx.State, trainable: nnx.State | None, x: Array, sigma: Array, cond: Cond) -> Array:
+    def velocity(
+        params: nnx.State, trainable: nnx.State | None, x: Array, sigma: Array, cond: Cond
+    ) -> Array:
         if trainable is None:
             return nnx.merge(base, params)(x, sigma, cond, height, width, mesh)
         states = (trainable,) if lora is None else (params, trainable)

@@ -49,29 +49,44 @@ class GroupNorm(nnx.GroupNorm):
 
         def group_mean(sums: Array) -> Array:
             """Sums over positions [n, c] -> means over positions and the channel's group, [n, 1, 1, c]."""
-            groups = sums.reshape(-1, self.num_groups, self.group_size).mean(axis=-1, keepdims=True) / (h * w)
-            return jnp.broadcast_to(groups, (*groups.shape[:2], self.group_size)).reshape(-1, 1, 1, c)
+            groups = sums.reshape(-1, self.num_groups, self.group_size).mean(
+                axis=-1, keepdims=True
+            ) / (h * w)
+            return jnp.broadcast_to(groups, (*groups.shape[:2], self.group_size)).reshape(
+                -1, 1, 1, c
+            )
 
         x32 = x.astype(jnp.float32)
         x32 = x32 - group_mean(x32.sum(axis=(1, 2)))
         variance = group_mean((x32 * x32).sum(axis=(1, 2)))
-        return (x32 * (jax.lax.rsqrt(variance + EPS) * self.scale[...]) + self.bias[...]).astype(x.dtype)
+        return (x32 * (jax.lax.rsqrt(variance + EPS) * self.scale[...]) + self.bias[...]).astype(
+            x.dtype
+        )
 
 
-def _conv(n_in: int, n_out: int, size: int, config: VaeConfig, rngs: nnx.Rngs, **kw: Any) -> nnx.Conv:
-    return nnx.Conv(n_in, n_out, (size, size), dtype=config.dtype, param_dtype=config.dtype, rngs=rngs, **kw)
+def _conv(
+    n_in: int, n_out: int, size: int, config: VaeConfig, rngs: nnx.Rngs, **kw: Any
+) -> nnx.Conv:
+    return nnx.Conv(
+        n_in, n_out, (size, size), dtype=config.dtype, param_dtype=config.dtype, rngs=rngs, **kw
+    )
 
 
 class ResnetBlock(nnx.Module):
     def __init__(self, n_in: int, n_out: int, config: VaeConfig, rngs: nnx.Rngs):
         self.norm1, self.conv1 = GroupNorm(n_in, config, rngs), _conv(n_in, n_out, 3, config, rngs)
-        self.norm2, self.conv2 = GroupNorm(n_out, config, rngs), _conv(n_out, n_out, 3, config, rngs)
+        self.norm2, self.conv2 = (
+            GroupNorm(n_out, config, rngs),
+            _conv(n_out, n_out, 3, config, rngs),
+        )
         self.conv_shortcut = _conv(n_in, n_out, 1, config, rngs) if n_in != n_out else None
 
     def __call__(self, x: Array) -> Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
         h = self.conv2(nnx.silu(self.norm2(h)))
-        if self.conv_shortcut is not None:  # as a product: a CPU takes four times as long for a convolution of size 1
+        if (
+            self.conv_shortcut is not None
+        ):  # as a product: a CPU takes four times as long for a convolution of size 1
             x = x @ self.conv_shortcut.kernel[0, 0] + self.conv_shortcut.bias[...]
         return h + x
 
@@ -87,7 +102,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         tokens = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
-        attended = jax.nn.dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        attended = jax.nn.dot_product_attention(
+            self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        )
         return x + self.to_out[0](attended).reshape(x.shape)
 
 
@@ -131,9 +148,14 @@ class Upsample(nnx.Module):
         # window (i, j) covers pixels (i - 1, j - 1) to (i, j): what even outputs of pixel (i, j) see, odd ones one on
         y = y.reshape(*y.shape[:3], 2, 2, -1)
         y = [
-            jnp.stack([y[:, row : row + h, column : column + w, row, column] for column in (0, 1)], 3) for row in (0, 1)
+            jnp.stack(
+                [y[:, row : row + h, column : column + w, row, column] for column in (0, 1)], 3
+            )
+            for row in (0, 1)
         ]
-        return rearrange(jnp.stack(y, 2), "n h dy w dx c -> n (h dy) (w dx) c") + self.conv.bias[...]
+        return (
+            rearrange(jnp.stack(y, 2), "n h dy w dx c -> n (h dy) (w dx) c") + self.conv.bias[...]
+        )
 
 
 def _fold(kernel: Array, odd: int, axis: int) -> Array:
@@ -145,9 +167,21 @@ def _fold(kernel: Array, odd: int, axis: int) -> Array:
 class Level(nnx.Module):
     """The residual blocks of one resolution, then a change of resolution (none on the last level)."""
 
-    def __init__(self, n_in: int, n_out: int, layers: int, resample: str | None, config: VaeConfig, rngs: nnx.Rngs):
-        self.resnets = nnx.List([ResnetBlock(n_in if i == 0 else n_out, n_out, config, rngs) for i in range(layers)])
-        self.downsamplers = nnx.List([Downsample(n_out, config, rngs)] if resample == "down" else [])
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        layers: int,
+        resample: str | None,
+        config: VaeConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = nnx.List(
+            [ResnetBlock(n_in if i == 0 else n_out, n_out, config, rngs) for i in range(layers)]
+        )
+        self.downsamplers = nnx.List(
+            [Downsample(n_out, config, rngs)] if resample == "down" else []
+        )
         self.upsamplers = nnx.List([Upsample(n_out, config, rngs)] if resample == "up" else [])
 
     def __call__(self, x: Array) -> Array:
@@ -186,7 +220,14 @@ class Decoder(nnx.Module):
         for i, width in enumerate(widths):
             resample = "up" if i < len(widths) - 1 else None
             self.up_blocks.append(
-                Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, resample, config, rngs)
+                Level(
+                    widths[max(i - 1, 0)],
+                    width,
+                    config.layers_per_block + 1,
+                    resample,
+                    config,
+                    rngs,
+                )
             )
         self.conv_norm_out = GroupNorm(widths[-1], config, rngs)
         self.conv_out = _conv(widths[-1], 3, 3, config, rngs)
@@ -235,10 +276,16 @@ def decoded_at_once(config: VaeConfig, image_tokens: int, images: int) -> int:
     widths = config.block_out_channels
     pixels = image_tokens * 4 ** len(widths)
     largest = pixels * widths[min(1, len(widths) - 1)] * jnp.dtype(config.dtype).itemsize
-    return max(k for k in range(1, images + 1) if images % k == 0 and (k == 1 or k * largest <= DECODE_BYTES))
+    return max(
+        k
+        for k in range(1, images + 1)
+        if images % k == 0 and (k == 1 or k * largest <= DECODE_BYTES)
+    )
 
 
-def decode_tokens(vae: Autoencoder, tokens: Array, height: int, width: int, mesh: Mesh | None = None) -> Array:
+def decode_tokens(
+    vae: Autoencoder, tokens: Array, height: int, width: int, mesh: Mesh | None = None
+) -> Array:
     """Packed latents [n, height width, 4c] in the transformer's scale -> uint8 [n, 3, 16 height, 16 width].
 
     Each device of `mesh` decodes its pictures a few at a time.
@@ -249,6 +296,8 @@ def decode_tokens(vae: Autoencoder, tokens: Array, height: int, width: int, mesh
     def decode(tokens: Array) -> Array:
         return to_uint8(vae.decode(unpack(tokens, height, width).astype(vae.config.dtype)))
 
-    rounds = rearrange(tokens, "(parts rounds k) s c -> rounds (parts k) s c", parts=parts, k=at_once)
+    rounds = rearrange(
+        tokens, "(parts rounds k) s c -> rounds (parts k) s c", parts=parts, k=at_once
+    )
     pictures = jax.lax.map(decode, constrain(rounds, mesh, None, BATCH_AXES))
     return rearrange(pictures, "rounds (parts k) c h w -> (parts rounds k) c h w", parts=parts)

@@ -21,7 +21,11 @@ Metrics = dict[str, Array]
 
 
 def group_advantages(
-    scores: Mapping[str, np.ndarray], weights: Mapping[str, float], *, global_std: bool, eps: float = 1e-4
+    scores: Mapping[str, np.ndarray],
+    weights: Mapping[str, float],
+    *,
+    global_std: bool,
+    eps: float = 1e-4,
 ) -> np.ndarray:
     """A_k = (r_k - mean of the group) / (std + eps) for each reward k, then sum w_k A_k / sum w_k.
 
@@ -34,7 +38,11 @@ def group_advantages(
         r = np.asarray(scores[name], np.float64)
         deviation = r - r.mean(axis=1, keepdims=True)
         std = r.std() if global_std else r.std(axis=1, keepdims=True)
-        total += weight * np.where(zero_spread(r)[:, None], 0.0, deviation) / np.maximum(std + eps, 1e-30)
+        total += (
+            weight
+            * np.where(zero_spread(r)[:, None], 0.0, deviation)
+            / np.maximum(std + eps, 1e-30)
+        )
     return (total / sum(weights.values())).astype(np.float32)
 
 
@@ -61,7 +69,9 @@ class LossConfig:
         choices = {"loss": LOSSES, "kl": KLS, "guard_bias": ("sample", "batch")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}; choose one of {', '.join(allowed)}"
+                )
 
 
 def _per_sample(x: Array) -> Array:
@@ -200,7 +210,9 @@ def accumulate(
 
     def window_step(grads, microbatch, cond, advantages):
         x, x_next, mean_old, step = microbatch
-        grad, (metrics, mean) = jax.grad(loss_fn, has_aux=True)(trainable, cond, x, x_next, mean_old, step, advantages)
+        grad, (metrics, mean) = jax.grad(loss_fn, has_aux=True)(
+            trainable, cond, x, x_next, mean_old, step, advantages
+        )
         return jax.tree.map(jnp.add, grads, grad), (metrics, mean)
 
     def call(grads, one: Batch):
@@ -214,7 +226,11 @@ def accumulate(
     grads, (metrics, means) = jax.lax.scan(call, zeros, batch)
     count = means.shape[0] * means.shape[1]
     reduce = {name: jnp.max if name == "ratio_deviation" else jnp.mean for name in metrics}
-    return jax.tree.map(lambda g: g / count, grads), {k: reduce[k](v) for k, v in metrics.items()}, means
+    return (
+        jax.tree.map(lambda g: g / count, grads),
+        {k: reduce[k](v) for k, v in metrics.items()},
+        means,
+    )
 
 
 @jax.named_scope("update")
@@ -234,14 +250,19 @@ def update(
     with jax.named_scope("optimizer"):
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        metrics |= {"update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(state.trainable)}
+        metrics |= {
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(state.trainable),
+        }
         trainable = optax.apply_updates(state.trainable, updates)
         averaged = ema_update(state.ema, trainable, state.step, ema)
     return TrainState(trainable, averaged, opt_state, state.step + 1), metrics
 
 
 @jax.named_scope("recompute")
-def recompute_means(velocity: Velocity, config: LossConfig, params: Any, trainable: Any, batch: Batch) -> Batch:
+def recompute_means(
+    velocity: Velocity, config: LossConfig, params: Any, trainable: Any, batch: Batch
+) -> Batch:
     """The batch with the means of the update's own program in place of the rollout's (`train.recompute_old`).
 
     For hardware that picks other kernels in the two programs. The gradient is computed as well: without it the
@@ -249,12 +270,22 @@ def recompute_means(velocity: Velocity, config: LossConfig, params: Any, trainab
     """
     grads, _, means = accumulate(velocity, params, trainable, batch, config)
     means, _ = jax.lax.optimization_barrier((means, grads))
-    trajectory = Trajectory(batch.trajectory.latents, means, batch.trajectory.logp, batch.trajectory.steps)
+    trajectory = Trajectory(
+        batch.trajectory.latents, means, batch.trajectory.logp, batch.trajectory.steps
+    )
     return Batch(trajectory, batch.cond, batch.advantages)
 
 
-def make_optimizer(learning_rate: float, b1: float, b2: float, eps: float, weight_decay: float, max_grad_norm: float):
+def make_optimizer(
+    learning_rate: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+):
     """Global-norm clipping, then AdamW with decoupled decay, as torch's AdamW."""
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm), optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
     )

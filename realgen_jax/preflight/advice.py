@@ -22,7 +22,9 @@ def candidates(report: Any) -> Iterator[Change]:
     for part in range(2, layout.images // report.parts + 1):
         if layout.images % part == 0:
             calls = {"sample.num_batches_per_epoch": layout.calls * part}
-            steps = {"train.gradient_accumulation_steps": config.train.gradient_accumulation_steps * part}
+            steps = {
+                "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps * part
+            }
             yield {"sample.train_batch_size": layout.images // part} | calls | steps
             if layout.branches > 1 and layout.branches % part == 0:
                 fewer = {"sample.branches": layout.branches // part}
@@ -35,7 +37,9 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
     return config.lock()
 
 
-def changes(report: Any, room: float, make_report: Callable[[ConfigDict, int], Any]) -> tuple[list, list]:
+def changes(
+    report: Any, room: float, make_report: Callable[[ConfigDict, int], Any]
+) -> tuple[list, list]:
     """([(change, its report), ...] that need at most `room` bytes a device, and all single changes that were tried).
 
     Where no single change fits, the first pair that does.

@@ -15,7 +15,14 @@ from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.objectives.grpo import Batch
 from realgen_jax.rollout import Trajectory
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
-from realgen_jax.training.programs import Programs, Recipe, abstract_state, check_mesh, make_programs, make_recipe
+from realgen_jax.training.programs import (
+    Programs,
+    Recipe,
+    abstract_state,
+    check_mesh,
+    make_programs,
+    make_recipe,
+)
 
 # the code is never run; what the compiler plans to hold is the same
 QUICK = {"xla_backend_optimization_level": 0}
@@ -42,7 +49,8 @@ class Report:
 def device_bytes(tree: Any) -> int:
     """Bytes of an abstract tree on one device."""
     return sum(
-        a.dtype.itemsize * int(np.prod(a.sharding.shard_shape(a.shape), dtype=np.int64)) for a in jax.tree.leaves(tree)
+        a.dtype.itemsize * int(np.prod(a.sharding.shard_shape(a.shape), dtype=np.int64))
+        for a in jax.tree.leaves(tree)
     )
 
 
@@ -95,7 +103,9 @@ def sample_arguments(recipe: Recipe, pipe: Pipeline) -> tuple:
     slots, model, config = recipe.layout.slots, pipe.model, recipe.config
     rows, dtype = batch_sharding(pipe.mesh), jnp.dtype(config.prompts.dtype)
     cond = Cond(
-        jax.ShapeDtypeStruct((slots, config.prompts.max_tokens, model.joint_attention_dim), dtype, sharding=rows),
+        jax.ShapeDtypeStruct(
+            (slots, config.prompts.max_tokens, model.joint_attention_dim), dtype, sharding=rows
+        ),
         jax.ShapeDtypeStruct((slots, model.pooled_projection_dim), dtype, sharding=rows),
         jax.ShapeDtypeStruct((slots,), jnp.float32, sharding=rows),
     )
@@ -116,7 +126,10 @@ def update_arguments(recipe: Recipe, pipe: Pipeline, programs: Programs) -> tupl
         return jax.ShapeDtypeStruct((calls, *a.shape), a.dtype, sharding=where)
 
     trajectory = Trajectory(
-        stack(t.latents, 2), stack(t.mean, 2), stack(t.logp, 2), jax.tree.map(lambda a: stack(a, None), t.steps)
+        stack(t.latents, 2),
+        stack(t.mean, 2),
+        stack(t.logp, 2),
+        jax.tree.map(lambda a: stack(a, None), t.steps),
     )
     cond = jax.tree.map(lambda a: stack(a, 1), arguments[3])
     advantages = stack(jax.ShapeDtypeStruct((recipe.layout.images,), jnp.float32), 1)

@@ -51,13 +51,21 @@ def show(
     console = Console(highlight=False, width=None)
     config = report.recipe.config
     if not described:
-        sizes = "no config.json beside its weights" if config.pretrained.transformer else "no such folder"
-        console.print(f"[yellow]{config.pretrained.model}[/yellow]: {sizes}; the sizes are those of FLUX.1-dev")
+        sizes = (
+            "no config.json beside its weights"
+            if config.pretrained.transformer
+            else "no such folder"
+        )
+        console.print(
+            f"[yellow]{config.pretrained.model}[/yellow]: {sizes}; the sizes are those of FLUX.1-dev"
+        )
     console.print(summary(report))
     console.print(bytes_table(report))
     if arguments:
         text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in arguments.items())
-        console.print(f"Both programs compile for this mesh. Arguments by XLA, GiB a device: {text}\n")
+        console.print(
+            f"Both programs compile for this mesh. Arguments by XLA, GiB a device: {text}\n"
+        )
     else:
         console.print("Both programs trace and lower for this mesh.\n")
     console.print(flops_table(report))
@@ -71,7 +79,11 @@ def show(
 def summary(report: Any) -> str:
     layout, config, mesh = report.recipe.layout, report.recipe.config, report.pipe.mesh.shape
     steps = layout.calls // config.train.gradient_accumulation_steps * config.train.num_inner_epochs
-    what = f"LoRA of rank {report.recipe.lora.rank}" if report.recipe.lora else "all weights, float32 masters"
+    what = (
+        f"LoRA of rank {report.recipe.lora.rank}"
+        if report.recipe.lora
+        else "all weights, float32 masters"
+    )
     side, each = config.sample.resolution, layout.images // report.parts
     where = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     return (
@@ -85,7 +97,9 @@ def summary(report: Any) -> str:
 
 def bytes_table(report: Any) -> Table:
     trained = "LoRA, float32" if report.recipe.lora else "trained weights, float32"
-    table = Table(title="Memory of one device, GiB", box=box.SIMPLE, title_justify="left", title_style="bold")
+    table = Table(
+        title="Memory of one device, GiB", box=box.SIMPLE, title_justify="left", title_style="bold"
+    )
     for name in ("", "sampling", "update"):
         table.add_column(name, justify="right" if name else "left")
     for name, size in report.held.items():
@@ -94,7 +108,9 @@ def bytes_table(report: Any) -> Table:
     for name in dict.fromkeys([*sample, *update]):
         twice = ", twice in the update" if name in ("trajectories", "embeddings") else ""
         label = WORDS[name].format(calls=report.work.calls, twice=twice)
-        table.add_row(label, *(f"{p[name] / GIB:.2f}" if name in p else "-" for p in (sample, update)))
+        table.add_row(
+            label, *(f"{p[name] / GIB:.2f}" if name in p else "-" for p in (sample, update))
+        )
     held = sum(report.held.values())
     totals = [f"{(held + sum(p.values())) / GIB:.1f}" for p in (sample, update)]
     table.add_section()
@@ -105,7 +121,12 @@ def bytes_table(report: Any) -> Table:
 def flops_table(report: Any) -> Table:
     work, forward = report.work, cost.forward_flops(report.work)
     per_image = sum(forward.values()) - forward["lora"]
-    table = Table(title="Operations of an iteration, PFLOP", box=box.SIMPLE, title_justify="left", title_style="bold")
+    table = Table(
+        title="Operations of an iteration, PFLOP",
+        box=box.SIMPLE,
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column("")
     table.add_column("all devices", justify="right")
     table.add_column("what it is")
@@ -126,7 +147,9 @@ def flops_table(report: Any) -> Table:
         "useful": "without what is computed a second time",
     }
     for name, text in rows.items():
-        table.add_row(name, f"{flops[name] / 1e15:,.1f}", text, style="bold" if name == "total" else None)
+        table.add_row(
+            name, f"{flops[name] / 1e15:,.1f}", text, style="bold" if name == "total" else None
+        )
     return table
 
 
@@ -137,7 +160,8 @@ def accelerator(report: Any, name: str, mfu: float) -> dict[str, Any]:
     return {
         "name": name,
         "seconds": report.flops["total"] / (report.devices * tflops * TERA * mfu),
-        "sample_seconds": (report.flops["rollout"] + report.flops["decode"]) / (report.devices * tflops * TERA * mfu),
+        "sample_seconds": (report.flops["rollout"] + report.flops["decode"])
+        / (report.devices * tflops * TERA * mfu),
         "fits": fraction <= USABLE,
         "share": fraction,
         "fraction": None if "TPU" in name else fraction_for(fraction),
@@ -154,7 +178,9 @@ def time_table(report: Any, rows: list[dict], mfu: float) -> Table:
         need = f"{report.peak / GIB:.1f} of {ACCELERATORS[row['name']][1]:.0f}"
         fits = "[green]yes[/green]" if row["fits"] else "[red]no[/red]"
         fraction = f"{row['fraction']:.2f}" if row["fits"] and row["fraction"] else "-"
-        table.add_row(row["name"], clock(sample), clock(both - sample), clock(both), need, fits, fraction)
+        table.add_row(
+            row["name"], clock(sample), clock(both - sample), clock(both), need, fits, fraction
+        )
     return table
 
 
@@ -169,7 +195,9 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def advice(report: Any, rows: list[dict], changes: Callable[[float], tuple[list, list]]) -> list[str]:
+def advice(
+    report: Any, rows: list[dict], changes: Callable[[float], tuple[list, list]]
+) -> list[str]:
     """What the tables mean, and for every accelerator that is too small what was tried and fits."""
     lines = [
         "Not counted: the rewards (they score beside the next call), evaluations, checkpoints, communication. "
@@ -184,10 +212,14 @@ def advice(report: Any, rows: list[dict], changes: Callable[[float], tuple[list,
             continue
         room = USABLE * ACCELERATORS[row["name"]][1] * GIB
         fitting, tried = changes(room)
-        lines.append(f"\n[bold]{row['name']}[/bold]: {report.peak / GIB:.1f} GiB of {room / GIB:.1f} that can be used")
+        lines.append(
+            f"\n[bold]{row['name']}[/bold]: {report.peak / GIB:.1f} GiB of {room / GIB:.1f} that can be used"
+        )
         if not fitting:
             best = min((one.peak for _, one in tried), default=report.peak)
-            lines.append(f"  No change that was tried fits; the best needs {best / GIB:.1f} GiB.{other_counts(report)}")
+            lines.append(
+                f"  No change that was tried fits; the best needs {best / GIB:.1f} GiB.{other_counts(report)}"
+            )
         lines += [f"  fits with {describe(report, change, one)}" for change, one in fitting[:3]]
     return lines
 
@@ -199,7 +231,11 @@ def learners(recipe: Any) -> list[str]:
     for name, a in recipe.config.reward.adversarial.items():
         steps = a.max_passes * -(-pairs // (a.batch_size or pairs))
         history = 2 * 3 * side**2 * a.history_size / GIB
-        rest = f" The generator rests in {a.learn_epochs} of {a.cycle} epochs." if a.skip_generator else ""
+        rest = (
+            f" The generator rests in {a.learn_epochs} of {a.cycle} epochs."
+            if a.skip_generator
+            else ""
+        )
         lines.append(
             f"{name} learns: up to {steps:,} steps in such an epoch, of {a.batch_size or pairs} + "
             f"{a.history_batch_size} pairs, all processes together. Its history takes up to {history:.2g} GiB in host "
@@ -217,7 +253,9 @@ def other_counts(report: Any) -> str:
     near = sorted({max((m for m in able if m < n), default=able[0]), min(m for m in able if m > n)})
     text = " or ".join(map(str, near))
     split = f"split the weights' width of {width} (mesh.fsdp)"
-    return f" {text} devices could {split}." if n == 1 else f" {n} devices cannot {split}, {text} can."
+    return (
+        f" {text} devices could {split}." if n == 1 else f" {n} devices cannot {split}, {text} can."
+    )
 
 
 def describe(report: Any, change: dict[str, Any], one: Any) -> str:
@@ -232,7 +270,9 @@ def describe(report: Any, change: dict[str, Any], one: Any) -> str:
 
 
 def sizes(report: Any) -> dict[str, float]:
-    phases = {f"{name} ({phase})": size for phase, p in report.phases.items() for name, size in p.items()}
+    phases = {
+        f"{name} ({phase})": size for phase, p in report.phases.items() for name, size in p.items()
+    }
     return {**report.held, **phases}
 
 
@@ -245,8 +285,19 @@ def figures(report: Any, arguments: dict[str, int], mfu: float, rows: list[dict]
         "images": layout.calls * layout.images,
         "prompts": layout.groups,
         "mean_prefix": work.prefix,
-        "bytes": {"held": report.held, **report.phases, "peak": report.peak, "arguments_by_xla": arguments},
-        "flops": {**report.flops, "forward": cost.forward_flops(work), "update_image_step": cost.update_flops(work)},
+        "bytes": {
+            "held": report.held,
+            **report.phases,
+            "peak": report.peak,
+            "arguments_by_xla": arguments,
+        },
+        "flops": {
+            **report.flops,
+            "forward": cost.forward_flops(work),
+            "update_image_step": cost.update_flops(work),
+        },
         "mfu": mfu,
-        "accelerators": {row["name"]: {k: v for k, v in row.items() if k != "name"} for row in rows},
+        "accelerators": {
+            row["name"]: {k: v for k, v in row.items() if k != "name"} for row in rows
+        },
     }

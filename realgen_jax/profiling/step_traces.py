@@ -35,8 +35,12 @@ class StepTraces:
         if step in self._steps:
             folder, options = self._folder / f"step_{step}", jax.profiler.ProfileOptions()
             folder.mkdir(parents=True, exist_ok=True)
-            options.python_tracer_level = 0  # it would record every call of a Python function, and slow them all
-            options.session_id = f"process_{process_index()}"  # a file is named by host, which processes may share
+            options.python_tracer_level = (
+                0  # it would record every call of a Python function, and slow them all
+            )
+            options.session_id = (
+                f"process_{process_index()}"  # a file is named by host, which processes may share
+            )
             self._open.callback(self._log.say, f"trace: python scripts/profile_summary.py {folder}")
             self._open.enter_context(jax.profiler.trace(folder, profiler_options=options))
             self._open.enter_context(jax.profiler.StepTraceAnnotation(STEP, step_num=step))

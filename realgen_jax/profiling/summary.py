@@ -13,7 +13,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from realgen_jax.profiling.trace_reading import PHASES, SCOPES, Operation, Trace, read_trace, self_times
+from realgen_jax.profiling.trace_reading import (
+    PHASES,
+    SCOPES,
+    Operation,
+    Trace,
+    read_trace,
+    self_times,
+)
 
 HOW = "--config.profile.steps=3 has train.py write one"
 NO_SCOPES = """Few operations have a scope. Programs that older code has left in the compilation cache have none: trace
@@ -26,7 +33,9 @@ def trace_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a run's folder, a step's, or an .xplane.pb file")
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a run's folder, a step's, or an .xplane.pb file"
+        )
     steps = [(int(f.name.removeprefix("step_")), f) for f in path.glob("profile/step_*")]
     folder = max(steps)[1] if steps else path
     if not (files := sorted(folder.rglob("*.xplane.pb"))):
@@ -54,15 +63,28 @@ def scope_rows(times: Counter[Operation], wall: float, depth: int) -> list[str]:
         row("  " * (len(scope) - 1) + scope[-1], ns[scope], wall)
         for scope in sorted(ns, key=lambda scope: [SCOPES.index(name) for name in scope])
     ]
-    busy, bare = sum(times.values()), sum(value for operation, value in times.items() if not operation.scope)
-    return [*rows, row("no scope", bare, wall), row("idle", wall - busy, wall), row("wall-clock", wall, wall)]
+    busy, bare = (
+        sum(times.values()),
+        sum(value for operation, value in times.items() if not operation.scope),
+    )
+    return [
+        *rows,
+        row("no scope", bare, wall),
+        row("idle", wall - busy, wall),
+        row("wall-clock", wall, wall),
+    ]
 
 
-def operation_rows(times: Counter[Operation], counts: Counter[Operation], wall: float, top: int) -> list[str]:
+def operation_rows(
+    times: Counter[Operation], counts: Counter[Operation], wall: float, top: int
+) -> list[str]:
     rows, shown = [], times.most_common(top)
     for operation, ns in shown:
         name, path = operation.name, "/".join((*operation.scope, operation.does))
-        name, path = name if len(name) < 31 else name[:27] + "...", path if len(path) < 42 else "..." + path[-38:]
+        name, path = (
+            name if len(name) < 31 else name[:27] + "...",
+            path if len(path) < 42 else "..." + path[-38:],
+        )
         rows.append(row(name, ns, wall, f"{counts[operation]:>7.0f}  {path}"))
     rest = sum(times.values()) - sum(ns for _, ns in shown)
     count = sum(counts.values()) - sum(counts[operation] for operation, _ in shown)
@@ -97,7 +119,9 @@ def summary(files: list[Path], top: int, depth: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("trace", type=Path, help="a run's folder, a step's (profile/step_3), or an .xplane.pb file")
+    parser.add_argument(
+        "trace", type=Path, help="a run's folder, a step's (profile/step_3), or an .xplane.pb file"
+    )
     parser.add_argument("--top", type=int, default=20, help="how many operations to show")
     parser.add_argument("--depth", type=int, default=2, help="how many levels of scopes to show")
     words = parser.parse_args()

@@ -41,7 +41,9 @@ class Event(NamedTuple):
     end: float
 
 
-Programs = dict[int | str, dict[str, Operation]]  # {program's number, or its name: {operation's name: operation}}
+Programs = dict[
+    int | str, dict[str, Operation]
+]  # {program's number, or its name: {operation's name: operation}}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def scope_of(op_name: str) -> tuple[str, ...]:
     """The scopes in the path that XLA keeps of an operation: jit(update)/update/while/body/jvp(policy)/.../dot."""
     parts = _parts(op_name)
     backward = "transpose(" in op_name
-    return tuple("backward" if backward and part == "policy" else part for part in parts if part in SCOPES)
+    return tuple(
+        "backward" if backward and part == "policy" else part for part in parts if part in SCOPES
+    )
 
 
 def read_trace(file: Path) -> Trace:
@@ -88,7 +92,9 @@ def read_trace(file: Path) -> Trace:
         planes = list(ProfileData.from_file(str(file)).planes)
         programs = read_programs(file.read_bytes())
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"{file} is no trace ({error}); expected an .xplane.pb file of JAX's profiler") from error
+        raise ValueError(
+            f"{file} is no trace ({error}); expected an .xplane.pb file of JAX's profiler"
+        ) from error
     devices = device_events(planes, programs)
     if not devices:
         raise ValueError(
@@ -97,7 +103,9 @@ def read_trace(file: Path) -> Trace:
     start = min(e.start for events in devices.values() for e in events)
     end = max(e.end for events in devices.values() for e in events)
     phases = Counter()
-    for line in (line for plane in planes if plane.name.startswith("/host:") for line in plane.lines):
+    for line in (
+        line for plane in planes if plane.name.startswith("/host:") for line in plane.lines
+    ):
         events = list(line.events)
         if steps := [e for e in events if e.name == STEP]:
             start, end = steps[0].start_ns, steps[0].end_ns
@@ -114,8 +122,15 @@ def device_events(planes: Iterable[Any], programs: Programs) -> dict[str, list[E
     """
     found: dict[str, list[Event]] = {}
     for plane in (plane for plane in planes if plane.name.startswith("/device:")):
-        streams = [line for line in plane.lines if line.name.startswith("Stream")]  # a GPU's; others sum them up
-        events = (e for line in streams or plane.lines if streams or line.name == "XLA Ops" for e in line.events)
+        streams = [
+            line for line in plane.lines if line.name.startswith("Stream")
+        ]  # a GPU's; others sum them up
+        events = (
+            e
+            for line in streams or plane.lines
+            if streams or line.name == "XLA Ops"
+            for e in line.events
+        )
         if events := [_event(e, dict(e.stats), programs, e.end_ns) for e in events]:
             found[plane.name.removeprefix("/device:")] = events
     if found:
@@ -139,7 +154,9 @@ def _event(event: Any, stats: Mapping[str, Any], programs: Programs, end: float)
     name = str(stats.get("hlo_op", event.name)).split("::")[-1]
     program = programs.get(stats.get("program_id"), programs.get(stats.get("hlo_module"), {}))
     path = next((path for key in ("tf_op", "name") if "/" in (path := str(stats.get(key, "")))), "")
-    return Event(program.get(name, Operation(name, scope_of(path), _does(path))), event.start_ns, end)
+    return Event(
+        program.get(name, Operation(name, scope_of(path), _does(path))), event.start_ns, end
+    )
 
 
 def read_programs(space: bytes) -> Programs:
@@ -147,7 +164,9 @@ def read_programs(space: bytes) -> Programs:
     programs = {}
     for plane in _all(space, 1):
         if _text(plane, 2) == "/host:metadata":
-            for entry in (value for pair in _all(plane, 4) for value in _all(pair, 2)):  # XEventMetadata "jit_f(7)"
+            for entry in (
+                value for pair in _all(plane, 4) for value in _all(pair, 2)
+            ):  # XEventMetadata "jit_f(7)"
                 name, _, number = _text(entry, 2).rstrip(")").partition("(")
                 for proto in (proto for stat in _all(entry, 5) for proto in _all(stat, 6)):
                     found = {op.name: op for module in _all(proto, 1) for op in operations(module)}
@@ -174,7 +193,11 @@ def operations(module: bytes) -> list[Operation]:
         caller, above = callers[computation]
         return scope(above, caller) + scope_of(path)
 
-    return [Operation(name, scope(path, c), _does(path)) for c, found in parts.items() for name, path in found]
+    return [
+        Operation(name, scope(path, c), _does(path))
+        for c, found in parts.items()
+        for name, path in found
+    ]
 
 
 def _does(op_name: str) -> str:
@@ -183,7 +206,9 @@ def _does(op_name: str) -> str:
 
 def _parts(op_name: str) -> list[str]:
     """A path's names, without the transformations around them. Of joined operations, a/(b/c:d/e), the first."""
-    return re.sub(r"\b(transpose|jvp|vmap)\(|(?<=/)\(|\)", "", re.split("[;:]", op_name)[0]).split("/")
+    return re.sub(r"\b(transpose|jvp|vmap)\(|(?<=/)\(|\)", "", re.split("[;:]", op_name)[0]).split(
+        "/"
+    )
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:

@@ -42,7 +42,9 @@ def leaderboard(evaluated: Evaluated, settings: ConfigDict, rng: np.random.Gener
     of a prompt, and its short and long variants, stay together. A row does not depend on which others there are.
     """
     measures = [(name, MEAN) for name in evaluated.rewards]
-    measures = [one for m in measures for one in ([m, (m[0], SHARE)] if m[0] in settings.detectors else [m])]
+    measures = [
+        one for m in measures for one in ([m, (m[0], SHARE)] if m[0] in settings.detectors else [m])
+    ]
     scores = np.array(
         [
             [p.scores[name] if kind == MEAN else p.scores[name] > 0.5 for name, kind in measures]
@@ -53,7 +55,9 @@ def leaderboard(evaluated: Evaluated, settings: ConfigDict, rng: np.random.Gener
     lines = max((len(one.prompts) for one in evaluated.sets), default=0)
     index = {one.name: i for i, one in enumerate(evaluated.sets)}
     entry = np.array([p.entry for p in evaluated.pictures])
-    unit = np.array([index[p.set] * lines + p.line for p in evaluated.pictures], np.int64)  # a prompt of a set
+    unit = np.array(
+        [index[p.set] * lines + p.line for p in evaluated.pictures], np.int64
+    )  # a prompt of a set
     sums, counts = {}, {}
     for one in evaluated.entries:
         own, size = entry == one.name, len(index) * lines
@@ -72,12 +76,18 @@ def leaderboard(evaluated: Evaluated, settings: ConfigDict, rng: np.random.Gener
             spread = np.zeros_like(total)
             spread[both] = gap
             difference = _estimate(spread, both.astype(np.int64), lines, settings, seed)
-            found[one] = value, difference if one != first else np.full_like(difference, np.nan), count
+            found[one] = (
+                value,
+                difference if one != first else np.full_like(difference, np.nan),
+                count,
+            )
         for m, (measure, kind) in enumerate(measures):
             for one, (value, difference, count) in found.items():
                 numbers = [float(v) for v in value[:, m]], [float(v) for v in difference[:, m]]
                 sizes = int(count.sum()), int((count > 0).sum())
-                rows.append(Row(one, name, category, measure, kind, *numbers[0], *sizes, *numbers[1]))
+                rows.append(
+                    Row(one, name, category, measure, kind, *numbers[0], *sizes, *numbers[1])
+                )
     return rows
 
 
@@ -94,7 +104,9 @@ def _slices(evaluated: Evaluated, lines: int) -> Iterator[tuple[str, str, np.nda
             yield name, one, (inside & ((category == one) | (one == ""))).ravel()
 
 
-def _estimate(sums: np.ndarray, counts: np.ndarray, lines: int, settings: ConfigDict, seed: int) -> np.ndarray:
+def _estimate(
+    sums: np.ndarray, counts: np.ndarray, lines: int, settings: ConfigDict, seed: int
+) -> np.ndarray:
     """[3, measures]: sum / count and its percentile interval. sums [units, measures], counts [units]; what is drawn is
     a line with all its units. Lines without any are left out, so that no resample is empty.
     """

@@ -93,9 +93,13 @@ def judge_and_protocol(judge: str, settings) -> tuple[str, str]:
     if judge == "human":
         return "human", "human"
     if settings.protocol not in ("realgen", "balanced"):
-        raise ValueError(f"config.evaluate.arena.protocol is {settings.protocol!r}; expected balanced or realgen")
+        raise ValueError(
+            f"config.evaluate.arena.protocol is {settings.protocol!r}; expected balanced or realgen"
+        )
     if min(settings.concurrency, settings.attempts, settings.max_failures) < 1:
-        raise ValueError("config.evaluate.arena: concurrency, attempts and max_failures are 1 or more")
+        raise ValueError(
+            "config.evaluate.arena: concurrency, attempts and max_failures are 1 or more"
+        )
     if judge not in ("embedded", "api"):
         raise ValueError(f"there is no judge {judge!r}; choose embedded, api or human")
     return STAND_IN if judge == "embedded" else endpoint_from_environment().model, settings.protocol
@@ -139,7 +143,9 @@ def judge_all(
                     known[question.key] = append(question, verdict, reply)
                     step(1)
 
-                outcome = asyncio.run(ask_all(endpoint, todo, _message_by(rules), rules["read"], settings, keep))
+                outcome = asyncio.run(
+                    ask_all(endpoint, todo, _message_by(rules), rules["read"], settings, keep)
+                )
             for reason, n in outcome.failures.most_common(5):
                 say(f"arena: {n} questions came to nothing: {reason}")
             if outcome.stopped:
@@ -156,14 +162,20 @@ def judge_all(
     return judgements
 
 
-def questions(evaluated: Evaluated, settings, protocol: str, seed: int) -> tuple[list[Question], Counter[str]]:
+def questions(
+    evaluated: Evaluated, settings, protocol: str, seed: int
+) -> tuple[list[Question], Counter[str]]:
     """What is to be asked, prompts in random order, and how many prompts of which sets and pairs lack a picture."""
     rules = PROTOCOLS[protocol]
     pairs = entry_pairs(evaluated.entries, rules["against"] or settings.pairs)
     pictures = {(p.entry, p.set, p.line): p for p in evaluated.pictures if p.copy == 0}
     rng = np.random.default_rng(seed)
     made, lacking = [], Counter()
-    lines = [(one.name, line) for one in evaluated.sets for line in spread(len(one.prompts), settings.prompts)]
+    lines = [
+        (one.name, line)
+        for one in evaluated.sets
+        for line in spread(len(one.prompts), settings.prompts)
+    ]
     for i in rng.permutation(len(lines)):
         name, line = lines[i]
         for pair in pairs:
@@ -176,7 +188,9 @@ def questions(evaluated: Evaluated, settings, protocol: str, seed: int) -> tuple
                 made.append(Question(second, first))
             elif protocol == "human" and rng.integers(2):
                 made[-1] = Question(second, first)
-    if protocol == "human":  # whoever sees a prompt's pairs one after the other can tell whose picture they share
+    if (
+        protocol == "human"
+    ):  # whoever sees a prompt's pairs one after the other can tell whose picture they share
         made = [made[i] for i in rng.permutation(len(made))]
     return made, lacking
 
@@ -194,11 +208,15 @@ def entry_pairs(entries: Sequence[Entry], which: str) -> list[tuple[str, str]]:
         )
     chosen = {
         "all": lambda: list(itertools.combinations(names, 2)),
-        "photographs": lambda: [(name, photo) for photo in real for name in names if name not in real],
+        "photographs": lambda: [
+            (name, photo) for photo in real for name in names if name not in real
+        ],
         "first": lambda: [(names[0], name) for name in names[1:]],
     }
     if which not in chosen:
-        raise ValueError(f"config.evaluate.arena.pairs is {which!r}; expected one of {', '.join(chosen)}")
+        raise ValueError(
+            f"config.evaluate.arena.pairs is {which!r}; expected one of {', '.join(chosen)}"
+        )
     return chosen[which]()
 
 
@@ -208,7 +226,9 @@ def spread(lines: int, most: int) -> list[int]:
     return [i * lines // n for i in range(n)]
 
 
-def judgement_of(question: Question, known: Mapping[tuple[str, str], Mapping], protocol: str) -> Judgement | None:
+def judgement_of(
+    question: Question, known: Mapping[tuple[str, str], Mapping], protocol: str
+) -> Judgement | None:
     """What the judge said, if it did. A person's verdict counts whichever of the two was shown first."""
     first, second = question.first, question.second
     found = known.get(question.key)
@@ -217,7 +237,9 @@ def judgement_of(question: Question, known: Mapping[tuple[str, str], Mapping], p
         found = known.get((first.sha256, second.sha256))
     if found is None:
         return None
-    return Judgement(first.set, first.line, first.entry, second.entry, found["verdict"], found["reply"])
+    return Judgement(
+        first.set, first.line, first.entry, second.entry, found["verdict"], found["reply"]
+    )
 
 
 def store_file(folder: Path, name: str, protocol: str) -> Path:
@@ -241,7 +263,9 @@ def load(file: Path) -> dict[tuple[str, str], Mapping]:
             key = record["first_sha256"], record["second_sha256"]
             verdict, _ = record["verdict"], record["reply"]
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}, is no judgement ({error!r}); remove that line") from None
+            raise ValueError(
+                f"{file}, line {number}, is no judgement ({error!r}); remove that line"
+            ) from None
         if verdict in VERDICTS:
             known[key] = record
         else:  # taken back
@@ -291,7 +315,10 @@ def encode(picture: Scored, format: str) -> bytes:
 def _message_by(rules: Mapping) -> Callable[[Question], Message]:
     def message(question: Question) -> Message:
         pictures = question.first, question.second
-        urls = [data_url(encode(picture, rules["format"]), rules["format"].lower()) for picture in pictures]
+        urls = [
+            data_url(encode(picture, rules["format"]), rules["format"].lower())
+            for picture in pictures
+        ]
         text = {"type": "text", "text": rules["question"]}
         return [text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
 

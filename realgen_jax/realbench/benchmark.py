@@ -55,7 +55,11 @@ def evaluate(
     first one writes and scores, and only its result has pictures. Raises ValueError and OSError for what is wrong with
     the input, before anything is computed, and RewardError, after which another call goes on.
     """
-    where = {(entry.name, one.name): folder / "evaluation" / entry.name / one.name for entry in entries for one in sets}
+    where = {
+        (entry.name, one.name): folder / "evaluation" / entry.name / one.name
+        for entry in entries
+        for one in sets
+    }
     made = [entry for entry in entries if entry.kind in MADE]
     weights = {entry.name: weights_of(entry, config.pretrained) for entry in made}
     settings, lines = config.evaluate, len(sets[0].prompts)
@@ -64,7 +68,9 @@ def evaluate(
     if settings.images_per_prompt < 1 or settings.batch_size < 1:
         raise ValueError("config.evaluate.images_per_prompt and batch_size must be 1 or more")
     if not 0 < settings.confidence < 1:
-        raise ValueError(f"config.evaluate.confidence is {settings.confidence}; expected a share such as 0.95")
+        raise ValueError(
+            f"config.evaluate.confidence is {settings.confidence}; expected a share such as 0.95"
+        )
     found, problems = {}, []
     for entry in entries:
         if entry.kind not in MADE:
@@ -87,12 +93,18 @@ def evaluate(
     prompts, caches = [prompt for one in sets for prompt in one.prompts], {}
     for entry in made:
         model = weights[entry.name].model
-        if model not in caches and (process_count() > 1 or any(holes[entry.name, one.name].any() for one in sets)):
+        if model not in caches and (
+            process_count() > 1 or any(holes[entry.name, one.name].any() for one in sets)
+        ):
             own = cache if model == config.pretrained.model else None
             caches[model] = own or ensure_encoded(prompts, model, config.prompts)
     options = evaluation_options(config)
     bridge = RewardBridge(
-        {name: make_reward(name, devices[name], options[name]) for name in devices if process_index() == 0},
+        {
+            name: make_reward(name, devices[name], options[name])
+            for name in devices
+            if process_index() == 0
+        },
         devices,
         deadline=config.reward.deadline,
         retries=config.reward.retries,
@@ -126,22 +138,31 @@ def evaluate(
                     continue
                 done = bar(f"{entry.name}, {one.name}", total, "pictures")
                 kept = Kept(where[at] / "scores.jsonl", keys)
-                scored, wrong = score(entry.name, one, batches, kept, bridge, config.sample.resolution, done)
+                scored, wrong = score(
+                    entry.name, one, batches, kept, bridge, config.sample.resolution, done
+                )
                 pictures += scored
                 problems += wrong
     return Evaluated(sets, entries, list(settings.scores), pictures, problems)
 
 
-def _samplers(config: ConfigDict, made: Sequence[Entry], weights: dict, mesh: Any) -> Callable[[Entry], tuple]:
+def _samplers(
+    config: ConfigDict, made: Sequence[Entry], weights: dict, mesh: Any
+) -> Callable[[Entry], tuple]:
     """entry -> (pipeline, program); entries of the same model after one another load it once."""
     loaded: list[Sampler] = []
 
     def sampler(entry: Entry) -> tuple:
         own = weights[entry.name]
-        if not loaded or (loaded[0].weights.model, loaded[0].weights.transformer) != (own.model, own.transformer):
+        if not loaded or (loaded[0].weights.model, loaded[0].weights.transformer) != (
+            own.model,
+            own.transformer,
+        ):
             loaded.clear()  # its memory goes before the next one comes
             others = [weights[other.name] for other in made]
-            same = [w.lora for w in others if (w.model, w.transformer) == (own.model, own.transformer)]
+            same = [
+                w.lora for w in others if (w.model, w.transformer) == (own.model, own.transformer)
+            ]
             loaded.append(Sampler(own, config, mesh, same))
         return loaded[0].program(own.lora)
 
@@ -171,7 +192,9 @@ def build_report(
 
         arena = config.evaluate.arena
         key_seed = int(generator(seed, ARENA).integers(2**31))
-        judgements = judge_all(evaluated, arena, judge, folder / "evaluation" / "arena", key_seed, say)
+        judgements = judge_all(
+            evaluated, arena, judge, folder / "evaluation" / "arena", key_seed, say
+        )
         names, rng = [entry.name for entry in evaluated.entries], generator(seed, STANDINGS)
         who, protocol = judge_and_protocol(judge, arena)
         table = standings(judgements, names, config.evaluate, rng, judge=who, protocol=protocol)
@@ -181,7 +204,9 @@ def build_report(
 
 def generator(seed: int, stream: int) -> np.random.Generator:
     """numpy's, seeded from a stream of the root key."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), stream))))
+    return np.random.default_rng(
+        np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), stream)))
+    )
 
 
 def show(rows: Sequence[Any], evaluated: Evaluated, console: Console) -> None:
@@ -191,12 +216,16 @@ def show(rows: Sequence[Any], evaluated: Evaluated, console: Console) -> None:
         table.add_column(name, justify="left" if name == "entry" else "right")
     overall = "all" if len(evaluated.sets) > 1 else evaluated.sets[0].name
     means = {
-        (row.entry, row.measure): row for row in rows if (row.set, row.category, row.kind) == (overall, "", "mean")
+        (row.entry, row.measure): row
+        for row in rows
+        if (row.set, row.category, row.kind) == (overall, "", "mean")
     }
     for entry in evaluated.entries:
         count = sum(one.entry == entry.name for one in evaluated.pictures)
         own = [means[entry.name, name] for name in evaluated.rewards]
-        table.add_row(entry.name, str(count), *(f"{r.value:.3f} ±{(r.high - r.low) / 2:.3f}" for r in own))
+        table.add_row(
+            entry.name, str(count), *(f"{r.value:.3f} ±{(r.high - r.low) / 2:.3f}" for r in own)
+        )
     console.print(table)
     counts = {}
     for one in evaluated.problems:
@@ -204,7 +233,8 @@ def show(rows: Sequence[Any], evaluated: Evaluated, console: Console) -> None:
     for (entry, name, what), found in counts.items():
         first = escape(f"{found[0].file} ({found[0].detail})")
         console.print(
-            f"[bold red]warning[/bold red] {entry}, {name}: {len(found)} {what}, the first is {first}", soft_wrap=True
+            f"[bold red]warning[/bold red] {entry}, {name}: {len(found)} {what}, the first is {first}",
+            soft_wrap=True,
         )
 
 

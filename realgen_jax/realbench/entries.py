@@ -32,10 +32,17 @@ def read_entries(
     Raises FileNotFoundError for what does not exist and ValueError for names that are taken or cannot be a folder's.
     """
     entries = [Entry(BASE, "model", pretrained.model)] if base else []
-    for kind, words in (("lora", loras), ("model", models), ("folder", pictures), ("photographs", [photographs])):
+    for kind, words in (
+        ("lora", loras),
+        ("model", models),
+        ("folder", pictures),
+        ("photographs", [photographs]),
+    ):
         entries += [_entry(kind, word) for word in words if word]
     if not entries:
-        raise ValueError("nothing to evaluate: --nobase leaves out the config's model and no other entry is named")
+        raise ValueError(
+            "nothing to evaluate: --nobase leaves out the config's model and no other entry is named"
+        )
     for entry in entries:
         if not SAFE.fullmatch(entry.name) or entry.name in TAKEN:
             raise ValueError(
@@ -43,10 +50,14 @@ def read_entries(
                 f"{', '.join(TAKEN)}; --lora NAME=PATH gives it another name"
             )
         if not Path(entry.source).expanduser().exists():
-            raise FileNotFoundError(f"{entry.source} does not exist; it was named as {entry.kind} {entry.name!r}")
+            raise FileNotFoundError(
+                f"{entry.source} does not exist; it was named as {entry.kind} {entry.name!r}"
+            )
     if twice := [name for name, n in Counter(entry.name for entry in entries).items() if n > 1]:
         paths = ", ".join(entry.source for entry in entries if entry.name == twice[0])
-        raise ValueError(f"{twice[0]!r} names several entries ({paths}); tell them apart with NAME=PATH")
+        raise ValueError(
+            f"{twice[0]!r} names several entries ({paths}); tell them apart with NAME=PATH"
+        )
     return entries
 
 
@@ -65,7 +76,9 @@ def default_name(path: str) -> str:
         where = where.parent if generic else where.with_suffix("")
     if where.name == "transformer":
         where = where.parent
-    name = {"lora": where.parent.name, "best": f"{where.parent.name}-best"}.get(where.name, where.name)
+    name = {"lora": where.parent.name, "best": f"{where.parent.name}-best"}.get(
+        where.name, where.name
+    )
     return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._+-]+", "-", name).strip("-")
 
 
@@ -96,7 +109,9 @@ def weights_of(entry: Entry, pretrained: ConfigDict) -> Weights:
     )
 
 
-def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, dict[Slot, Path]], list[Problem]]:
+def find_pictures(
+    entry: Entry, sets: Sequence[PromptSet]
+) -> tuple[dict[str, dict[Slot, Path]], list[Problem]]:
     """The pictures of a `folder` or `photographs` entry, {set: {(line, copy): file}}. A line without any is a Problem,
     and so is a picture that no line is called for.
 
@@ -105,7 +120,9 @@ def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, di
     """
     folder = Path(entry.source).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{entry.source} is no folder; {entry.name!r} needs one with 00000.png, 00001.png, ...")
+        raise ValueError(
+            f"{entry.source} is no folder; {entry.name!r} needs one with 00000.png, 00001.png, ..."
+        )
     split = any((folder / one.name).is_dir() for one in sets)
     found, problems = {}, []
     for one in sets:
@@ -119,7 +136,9 @@ def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, di
                 continue
             slot = int(match[1]), int(match[2] or 0)
             if slot in files:
-                raise ValueError(f"{files[slot]} and {file} are both picture {slot[1]} of line {slot[0]}; keep one")
+                raise ValueError(
+                    f"{files[slot]} and {file} are both picture {slot[1]} of line {slot[0]}; keep one"
+                )
             files[slot] = file
         if not files and place.is_dir():
             raise ValueError(
@@ -127,6 +146,10 @@ def find_pictures(entry: Entry, sets: Sequence[PromptSet]) -> tuple[dict[str, di
                 f"00000.png to {number - 1:05}.png"
             )
         for line in sorted(set(range(number)) - {line for line, _ in files}):
-            problems.append(Problem(entry.name, one.name, place / f"{line:05}.png", "missing", f"of line {line}"))
+            problems.append(
+                Problem(
+                    entry.name, one.name, place / f"{line:05}.png", "missing", f"of line {line}"
+                )
+            )
         found[one.name] = files
     return found, problems

@@ -95,10 +95,14 @@ def write_picture(slot: Slot, file: Path, pixels: np.ndarray) -> Picture:
     part = file.with_name(f".{file.name}.part")
     part.write_bytes(data.getvalue())
     part.replace(file)
-    return Picture(slot, file, hashlib.sha256(data.getvalue()).hexdigest(), np.ascontiguousarray(pixels))
+    return Picture(
+        slot, file, hashlib.sha256(data.getvalue()).hexdigest(), np.ascontiguousarray(pixels)
+    )
 
 
-def read_batches(files: Mapping[Slot, Path], lines: int, size: int, pool: ThreadPoolExecutor) -> Iterator[list]:
+def read_batches(
+    files: Mapping[Slot, Path], lines: int, size: int, pool: ThreadPoolExecutor
+) -> Iterator[list]:
     """Found pictures in batches of `size` places, a place for every line and copy whether its file is there or not, so
     that a picture is scored in the same company when others come and go. The next batch is read ahead.
     """
@@ -114,18 +118,32 @@ def read_batches(files: Mapping[Slot, Path], lines: int, size: int, pool: Thread
         yield [one.result() for one in batch]
 
 
-def manifest(weights: Weights, config: ConfigDict, seed: int, prompts: Sequence[str]) -> dict[str, Any]:
+def manifest(
+    weights: Weights, config: ConfigDict, seed: int, prompts: Sequence[str]
+) -> dict[str, Any]:
     """What decides the pixels of a set's pictures, but for their number; `PATHS` are told for people."""
     model, digest = Path(weights.model).expanduser(), hashlib.sha256()
     if not (model / "model_index.json").exists():
         raise FileNotFoundError(no_model(model))
-    transformer = Path(weights.transformer).expanduser() if weights.transformer else model / "transformer"
+    transformer = (
+        Path(weights.transformer).expanduser() if weights.transformer else model / "transformer"
+    )
     for place in (transformer, *(model / name for name in PARTS)):
-        for file in [place] if place.is_file() else sorted(f for f in place.iterdir() if f.is_file()):
+        for file in (
+            [place] if place.is_file() else sorted(f for f in place.iterdir() if f.is_file())
+        ):
             digest.update(sampled_digest(file))
     sample, pretrained = config.sample, config.pretrained
-    made = asdict(weights) | {"weights": digest.hexdigest(), "lora": lora_digest(weights.lora), "seed": seed}
-    made |= {"steps": sample.eval_num_steps, "guidance": sample.guidance_scale, "resolution": sample.resolution}
+    made = asdict(weights) | {
+        "weights": digest.hexdigest(),
+        "lora": lora_digest(weights.lora),
+        "seed": seed,
+    }
+    made |= {
+        "steps": sample.eval_num_steps,
+        "guidance": sample.guidance_scale,
+        "resolution": sample.resolution,
+    }
     made |= {name: pretrained[name] for name in ("dtype", "param_dtype", "vae_dtype")}
     made |= {"max_tokens": config.prompts.max_tokens, "text_dtype": config.prompts.dtype}
     return made | {"prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()}
@@ -136,7 +154,11 @@ def lora_digest(path: str) -> str:
     if not path:
         return ""
     where = Path(path).expanduser()
-    kept = sorted(f for f in where.iterdir() if f.suffix in (".safetensors", ".json")) if where.is_dir() else [where]
+    kept = (
+        sorted(f for f in where.iterdir() if f.suffix in (".safetensors", ".json"))
+        if where.is_dir()
+        else [where]
+    )
     digest = hashlib.sha256()
     for file in kept:
         digest.update(file.read_bytes())
@@ -169,7 +191,9 @@ def prepare(folder: Path, made: Mapping[str, Any], remake: bool) -> None:
 class Sampler:
     """A model in memory, and its programs: one for all LoRAs of a rank and an alpha."""
 
-    def __init__(self, weights: Weights, config: ConfigDict, mesh: jax.sharding.Mesh, loras: Sequence[str]):
+    def __init__(
+        self, weights: Weights, config: ConfigDict, mesh: jax.sharding.Mesh, loras: Sequence[str]
+    ):
         """`loras`: all that this model will be asked for, which are looked at now."""
         pretrained = ConfigDict(config.pretrained.to_dict())
         pretrained.model, pretrained.transformer = weights.model, weights.transformer
@@ -191,7 +215,9 @@ class Sampler:
             pipe = self.pipe if config is None else self.pipe.with_lora(config)
             self._programs[config] = pipe.sampler(self.steps)
         if adapters is not None:
-            adapters = jax.tree.map(lambda a: put(np.asarray(a), replicated(self.pipe.mesh)), adapters)
+            adapters = jax.tree.map(
+                lambda a: put(np.asarray(a), replicated(self.pipe.mesh)), adapters
+            )
         run = self._programs[config]
         return self.pipe, lambda cond, key, ids: run(adapters, cond, key, ids)
 
@@ -235,9 +261,13 @@ def make_batches(
         if missing[start : start + size].any():
             program = program or sampler()
             pipe, run = program
-            batch = [slots[i % len(slots)] for i in range(start, start + size)]  # the last one is filled up
+            batch = [
+                slots[i % len(slots)] for i in range(start, start + size)
+            ]  # the last one is filled up
             ids = np.array([copy * LINES + line for line, copy in batch], np.int32)
-            cond = pipe.cond(cache, [prompts.prompts[line] for line, _ in batch], config.sample.guidance_scale)
+            cond = pipe.cond(
+                cache, [prompts.prompts[line] for line, _ in batch], config.sample.guidance_scale
+            )
             images = run(cond, key, put(ids, batch_sharding(pipe.mesh)))
         ahead.append((start, images))
         if len(ahead) > 1:
@@ -248,4 +278,10 @@ def make_batches(
 
 def missing_pictures(folder: Path, lines: int, copies: int) -> np.ndarray:
     """bool [lines x copies]."""
-    return np.array([not (folder / file_name(line, copy)).exists() for line in range(lines) for copy in range(copies)])
+    return np.array(
+        [
+            not (folder / file_name(line, copy)).exists()
+            for line in range(lines)
+            for copy in range(copies)
+        ]
+    )

@@ -16,7 +16,16 @@ from realgen_jax.training.log import short_name
 
 # of entries, on white and on black; readable beside one another for colour-blind people too
 COLOURS = ["#6b7280", "#2563eb", "#c2570c", "#0f8a6a", "#8b44c9", "#b8257a", "#8a6d0b", "#0e7490"]
-DARK_COLOURS = ["#a3a9b5", "#6ea0ff", "#f2955a", "#45c9a3", "#bf93f0", "#ee7db8", "#d6b84a", "#4fc3dc"]
+DARK_COLOURS = [
+    "#a3a9b5",
+    "#6ea0ff",
+    "#f2955a",
+    "#45c9a3",
+    "#bf93f0",
+    "#ee7db8",
+    "#d6b84a",
+    "#4fc3dc",
+]
 BINS = 32
 HEIGHT = 232
 
@@ -44,14 +53,20 @@ def distributions(evaluated: Evaluated) -> dict[str, dict[str, dict]]:
         found[name] = {}
         for reward in evaluated.rewards:
             scores = {
-                one.name: [p.scores[reward] for p in evaluated.pictures if p.entry == one.name and name in (p.set, ALL)]
+                one.name: [
+                    p.scores[reward]
+                    for p in evaluated.pictures
+                    if p.entry == one.name and name in (p.set, ALL)
+                ]
                 for one in evaluated.entries
             }
             every = np.concatenate([np.float64(values) for values in scores.values()])
             if not len(every):
                 continue
             low, high = float(every.min()), float(every.max())
-            span = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)  # probabilities are shown as such
+            span = (
+                (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+            )  # probabilities are shown as such
             edges = np.histogram_bin_edges(every, BINS, span)
             figure = go.Figure(layout=_layout(HEIGHT, hovermode="x unified"))
             for place, (entry, values) in enumerate(scores.items()):
@@ -69,7 +84,9 @@ def distributions(evaluated: Evaluated) -> dict[str, dict[str, dict]]:
                     )
                     mean = float(np.mean(values))
                     line = {"color": colour(place), "width": 1.5, "dash": "dot"}
-                    figure.add_shape(type="line", x0=mean, x1=mean, y0=0, y1=1, yref="paper", line=line)
+                    figure.add_shape(
+                        type="line", x0=mean, x1=mean, y0=0, y1=1, yref="paper", line=line
+                    )
             figure.update_yaxes(ticksuffix=" %", rangemode="tozero", nticks=5)
             figure.update_xaxes(range=[float(edges[0]), float(edges[-1])], nticks=6)
             found[name][reward] = _plain(figure)
@@ -90,11 +107,15 @@ def categories(rows: Sequence[Row], entries: Sequence[str]) -> dict[str, dict[st
             cells.setdefault((row.set, row.measure), []).append(row)
     for (name, measure), own in cells.items():
         labels = sorted({row.category for row in own}, reverse=True)
-        figure = go.Figure(layout=_layout(70 + len(labels) * (14 + 13 * len(entries)), hovermode="closest"))
+        figure = go.Figure(
+            layout=_layout(70 + len(labels) * (14 + 13 * len(entries)), hovermode="closest")
+        )
         for place, entry in enumerate(entries):
             at = {row.category: row for row in own if row.entry == entry}
             shown = [label for label in labels if label in at]
-            value, low, high = (np.array([getattr(at[c], key) for c in shown]) for key in ("value", "low", "high"))
+            value, low, high = (
+                np.array([getattr(at[c], key) for c in shown]) for key in ("value", "low", "high")
+            )
             offset = (len(entries) - 1) / 2 - place
             figure.add_scatter(
                 x=value,
@@ -113,7 +134,10 @@ def categories(rows: Sequence[Row], entries: Sequence[str]) -> dict[str, dict[st
                 hovertemplate="%{customdata[0]}: %{x:.3f} (%{customdata[1]} pictures)",
             )
         figure.update_yaxes(
-            tickvals=list(range(len(labels))), ticktext=labels, range=[-0.6, len(labels) - 0.4], automargin=True
+            tickvals=list(range(len(labels))),
+            ticktext=labels,
+            range=[-0.6, len(labels) - 0.4],
+            automargin=True,
         )
         figure.update_xaxes(nticks=6)
         found.setdefault(name, {})[measure] = _plain(figure)
@@ -136,7 +160,10 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
     for name, role in roles:
         place = 1 if role == "trained on" else 2
         figure = go.Figure(layout=_layout(HEIGHT, hovermode="x unified"))
-        for key, kind, label in ((f"reward/{name}", "train", "while training"), (name, "eval", "test prompts")):
+        for key, kind, label in (
+            (f"reward/{name}", "train", "while training"),
+            (name, "eval", "test prompts"),
+        ):
             try:
                 epochs, values = metrics.series(key, kind)
             except NotRecorded:
@@ -153,12 +180,16 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
                 cliponaxis=False,
             )
         if figure.data:
-            figure.update_xaxes(title={"text": "epoch", "standoff": 4}, nticks=7, rangemode="tozero")
+            figure.update_xaxes(
+                title={"text": "epoch", "standoff": 4}, nticks=7, rangemode="tozero"
+            )
             if max(trace.x[-1] for trace in figure.data) < 8:
                 figure.update_xaxes(dtick=1)  # whole epochs
             figure.update_yaxes(nticks=5)
             every = np.concatenate([np.float64(trace.y) for trace in figure.data])
-            if np.ptp(every) < 1e-6:  # else plotly's axis would reach from nought to twice the value
+            if (
+                np.ptp(every) < 1e-6
+            ):  # else plotly's axis would reach from nought to twice the value
                 figure.update_yaxes(range=[every[0] - 0.05, every[0] + 0.05])
             found.append({"name": short_name(name), "role": role, "figure": _plain(figure)})
     return found
@@ -199,7 +230,9 @@ def arena_matrix(matches: Sequence[Any], entries: Sequence[str]) -> dict[str, An
 def arena_ratings(ratings: Sequence[Any], entries: Sequence[str]) -> dict[str, Any]:
     """Ratings with their intervals, the best one on top."""
     order = sorted(ratings, key=lambda one: one.rating)
-    value, low, high = (np.array([getattr(one, key) for one in order]) for key in ("rating", "low", "high"))
+    value, low, high = (
+        np.array([getattr(one, key) for one in order]) for key in ("rating", "low", "high")
+    )
     colours = [colour(entries.index(one.entry)) for one in order]
     figure = go.Figure(layout=_layout(max(HEIGHT, 60 + 56 * len(order)), hovermode="closest"))
     for i, one in enumerate(order):  # an error bar has one colour a trace

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from realgen_jax.data import read_categorised
 from realgen_jax.realbench.results import PromptSet
 
-SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # names of sets and entries, which are names of folders too
+SAFE = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._+-]*"
+)  # names of sets and entries, which are names of folders too
 
 
 def read_sets(files: Mapping[str, str]) -> list[PromptSet]:
@@ -18,7 +20,9 @@ def read_sets(files: Mapping[str, str]) -> list[PromptSet]:
     if not files:
         raise ValueError("config.evaluate.prompts is empty; expected {name of a set: prompt file}")
     if bad := [name for name in files if not SAFE.fullmatch(name)]:
-        raise ValueError(f"config.evaluate.prompts has a set {bad[0]!r}; expected letters, digits, '.', '_', '+', '-'")
+        raise ValueError(
+            f"config.evaluate.prompts has a set {bad[0]!r}; expected letters, digits, '.', '_', '+', '-'"
+        )
     sets = []
     for name in files:
         prompts, categories = zip(*read_categorised(files[name]), strict=True)

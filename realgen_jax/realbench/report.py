@@ -42,7 +42,9 @@ def write_report(
     without an arena. seed: the evaluation's. Where `folder` is a run's, its curves are in it.
     """
     if not evaluated.pictures:
-        raise ValueError(f"no picture of {', '.join(one.name for one in evaluated.entries)} was scored; expected some")
+        raise ValueError(
+            f"no picture of {', '.join(one.name for one in evaluated.entries)} was scored; expected some"
+        )
     out = folder / "report"
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "leaderboard.csv", [field.name for field in fields(Row)], map(astuple, rows))
@@ -50,7 +52,10 @@ def write_report(
     facts = _facts(config, evaluated, seed)
     write_whole(out / "report.md", _markdown(folder, facts, evaluated, rows, standings))
     data, images = page_data(folder, evaluated, config.evaluate, judgements)
-    names, sets = [one.name for one in evaluated.entries], list(dict.fromkeys(row.set for row in rows))
+    names, sets = (
+        [one.name for one in evaluated.entries],
+        list(dict.fromkeys(row.set for row in rows)),
+    )
     curves = plots.curves(folder, config)
     figures = {
         "distributions": plots.distributions(evaluated),
@@ -96,10 +101,28 @@ def write_report(
 
 def write_scores(file: Path, evaluated: Evaluated) -> None:
     """One row a picture. Files are named relative to the table's folder."""
-    head = ["entry", "set", "line", "copy", "category", "prompt", "file", "width", "height", *evaluated.rewards]
+    head = [
+        "entry",
+        "set",
+        "line",
+        "copy",
+        "category",
+        "prompt",
+        "file",
+        "width",
+        "height",
+        *evaluated.rewards,
+    ]
     sets = {one.name: one for one in evaluated.sets}
     lines = (
-        [p.entry, p.set, p.line, p.copy, sets[p.set].categories[p.line], sets[p.set].prompts[p.line]]
+        [
+            p.entry,
+            p.set,
+            p.line,
+            p.copy,
+            sets[p.set].categories[p.line],
+            sets[p.set].prompts[p.line],
+        ]
         + [os.path.relpath(p.file, file.parent), p.width, p.height]
         + [p.scores[name] for name in evaluated.rewards]
         for p in evaluated.pictures
@@ -160,7 +183,9 @@ def problem_counts(evaluated: Evaluated) -> list[dict[str, Any]]:
     """By entry and set: pictures scored, prompts that have one, and problems by kind."""
     kinds = Counter((one.entry, one.set, one.what) for one in evaluated.problems)
     pictures = Counter((p.entry, p.set) for p in evaluated.pictures)
-    prompts = Counter((entry, name) for entry, name, _ in {(p.entry, p.set, p.line) for p in evaluated.pictures})
+    prompts = Counter(
+        (entry, name) for entry, name, _ in {(p.entry, p.set, p.line) for p in evaluated.pictures}
+    )
     return [
         {"entry": entry.name, "set": one.name, "pictures": pictures[entry.name, one.name]}
         | {"prompts": prompts[entry.name, one.name], "of": len(one.prompts)}
@@ -191,11 +216,17 @@ def _facts(config: ConfigDict, evaluated: Evaluated, seed: int) -> list[tuple[st
     if made:
         facts += [
             ("Model", Path(config.pretrained.model).name),
-            ("Sampling", f"{sample.resolution} px, {sample.eval_num_steps} steps, guidance {sample.guidance_scale:g}"),
+            (
+                "Sampling",
+                f"{sample.resolution} px, {sample.eval_num_steps} steps, guidance {sample.guidance_scale:g}",
+            ),
             ("Pictures a prompt", f"{settings.images_per_prompt}"),
             ("Seed", f"{seed}"),
         ]
-    return [*facts, ("Intervals", f"{100 * settings.confidence:g} %, {settings.resamples:,} resamples")]
+    return [
+        *facts,
+        ("Intervals", f"{100 * settings.confidence:g} %, {settings.resamples:,} resamples"),
+    ]
 
 
 def _leads(evaluated: Evaluated, rows: Sequence[Row], settings: ConfigDict) -> list[dict[str, Any]]:
@@ -212,7 +243,9 @@ def _leads(evaluated: Evaluated, rows: Sequence[Row], settings: ConfigDict) -> l
             key: [short_name(row.measure) for row in own if certain(row) == sign]
             for key, sign in (("higher", 1), ("lower", -1), ("equal", 0))
         }
-        found.append({"entry": entry, "place": place, "main": main, "before": before[main.measure], **names})
+        found.append(
+            {"entry": entry, "place": place, "main": main, "before": before[main.measure], **names}
+        )
     return found
 
 
@@ -220,48 +253,80 @@ def _tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One for each set and category: its measures as lines, entries as columns, and how many pictures that is."""
     cells: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
-        cells.setdefault((row.set, row.category), {}).setdefault((row.measure, row.kind), []).append(row)
+        cells.setdefault((row.set, row.category), {}).setdefault(
+            (row.measure, row.kind), []
+        ).append(row)
     found = []
     for (name, category), measures in cells.items():
         lines = []
         for (measure, kind), own in measures.items():
             best = max((row.value for row in own if row.pictures), default=math.nan)
             alone = sum(row.value == best for row in own) == 1 < len(own)
-            columns = [{"row": row, "sure": certain(row), "best": alone and row.value == best} for row in own]
+            columns = [
+                {"row": row, "sure": certain(row), "best": alone and row.value == best}
+                for row in own
+            ]
             lines.append({"measure": measure, "kind": kind, "columns": columns})
-        found.append({"set": name, "category": category, "lines": lines, "entries": [c["row"] for c in columns]})
+        found.append(
+            {
+                "set": name,
+                "category": category,
+                "lines": lines,
+                "entries": [c["row"] for c in columns],
+            }
+        )
     return found
 
 
 def _markdown(
-    folder: Path, facts: Sequence[tuple[str, str]], evaluated: Evaluated, rows: Sequence[Row], standings: Any
+    folder: Path,
+    facts: Sequence[tuple[str, str]],
+    evaluated: Evaluated,
+    rows: Sequence[Row],
+    standings: Any,
 ) -> str:
     entries = [one.name for one in evaluated.entries]
     parts = [f"# RealBench: {_title(evaluated)}", ""]
     parts += [f"{folder.name}. Page: index.html; numbers: leaderboard.csv, scores.csv.", ""]
     parts += [f"- {name}: {value}" for name, value in facts]
     parts += [f"- Entry {one.name}: {one.kind}, {nearby(one.source)}" for one in evaluated.entries]
-    parts += ["", "## Leaderboard", "", "Means over pictures [interval]; then the difference from the first entry over"]
-    parts += ["the prompts that both have [interval], with a * where that interval leaves out 0.", ""]
+    parts += [
+        "",
+        "## Leaderboard",
+        "",
+        "Means over pictures [interval]; then the difference from the first entry over",
+    ]
+    parts += [
+        "the prompts that both have [interval], with a * where that interval leaves out 0.",
+        "",
+    ]
     for table in _tables(rows):
         lines = [[f"{line['measure']}, {line['kind']}", *_cells(line)] for line in table["lines"]]
-        lines.append(["pictures / prompts"] + [f"{row.pictures} / {row.prompts}" for row in table["entries"]])
+        lines.append(
+            ["pictures / prompts"] + [f"{row.pictures} / {row.prompts}" for row in table["entries"]]
+        )
         heading = f"### {table['set']}" + (f", {table['category']}" if table["category"] else "")
         parts += [heading, "", *_table(["measure", *entries], lines), ""]
     counts = problem_counts(evaluated)
     head = ["entry", "set", "pictures", "prompts", *KINDS]
     lines = [
-        [c["entry"], c["set"], c["pictures"], f"{c['prompts']} of {c['of']}"] + [c[k] for k in KINDS] for c in counts
+        [c["entry"], c["set"], c["pictures"], f"{c['prompts']} of {c['of']}"]
+        + [c[k] for k in KINDS]
+        for c in counts
     ]
     parts += ["## Pictures behind the numbers", "", *_table(head, lines)]
     parts += [""] if evaluated.problems else []
     for one in evaluated.problems:
         parts.append(
-            f"- {one.entry}, {one.set}: {one.file.name} {one.what}" + (f" ({one.detail})" if one.detail else "")
+            f"- {one.entry}, {one.set}: {one.file.name} {one.what}"
+            + (f" ({one.detail})" if one.detail else "")
         )
     if standings is not None:
         parts += ["", "## Arena", ""]
-        parts += [f"Judge {standings.judge}, protocol {standings.protocol}; a tie is half a win.", ""]
+        parts += [
+            f"Judge {standings.judge}, protocol {standings.protocol}; a tie is half a win.",
+            "",
+        ]
         counted = ("wins", "losses", "ties", "pairs", "refused", "unreadable", "incomplete")
         head = ["match", "win rate", *counted]
         lines = []
@@ -269,10 +334,15 @@ def _markdown(
             rate = f"{percent(m.win_rate)} [{percent(m.low)}, {percent(m.high)}]"
             lines.append([f"{m.a} against {m.b}", rate, *(getattr(m, name) for name in counted)])
         parts += [*_table(head, lines), ""]
-        lines = [[one.entry, f"{one.rating:.0f} [{one.low:.0f}, {one.high:.0f}]"] for one in standings.ratings]
+        lines = [
+            [one.entry, f"{one.rating:.0f} [{one.low:.0f}, {one.high:.0f}]"]
+            for one in standings.ratings
+        ]
         share, low, high = standings.first_share
         parts += [*_table(["entry", "rating"], lines), ""]
-        parts += [f"The picture shown first was chosen in {percent(share)} [{percent(low)}, {percent(high)}]."]
+        parts += [
+            f"The picture shown first was chosen in {percent(share)} [{percent(low)}, {percent(high)}]."
+        ]
         parts += ["", "Answers:", ""]
         parts += [f"- {name}: {value}" for name, value in standings.counts.items()]
     return "\n".join(parts).rstrip() + "\n"

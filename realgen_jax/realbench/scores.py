@@ -17,7 +17,11 @@ from realgen_jax.realbench.results import Problem, PromptSet, Scored
 from reward_bridge.bridge import RewardBridge, RewardError
 
 AHEAD = 2  # batches that wait for their scores
-NO_MATTER = ("deadline", "attempts", "token_env")  # options of a reward that do not change its scores
+NO_MATTER = (
+    "deadline",
+    "attempts",
+    "token_env",
+)  # options of a reward that do not change its scores
 
 
 def reward_keys(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
@@ -47,15 +51,24 @@ class Kept:
             self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
 
     def get(self, picture: Picture, prompt: str) -> dict[str, float]:
-        found = {name: self._scores.get((picture.sha256, _digest(prompt), key)) for name, key in self.keys.items()}
+        found = {
+            name: self._scores.get((picture.sha256, _digest(prompt), key))
+            for name, key in self.keys.items()
+        }
         return {name: score for name, score in found.items() if score is not None}
 
-    def add(self, pictures: Sequence[Picture], prompts: Sequence[str], scores: Mapping[str, np.ndarray]) -> None:
+    def add(
+        self, pictures: Sequence[Picture], prompts: Sequence[str], scores: Mapping[str, np.ndarray]
+    ) -> None:
         """Keep what is new."""
         lines = []
         for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             for name in scores.keys() - self.get(picture, prompt).keys():
-                row = {"file": picture.file.name, "sha256": picture.sha256, "prompt": _digest(prompt)}
+                row = {
+                    "file": picture.file.name,
+                    "sha256": picture.sha256,
+                    "prompt": _digest(prompt),
+                }
                 row |= {"reward": name, "key": self.keys[name], "score": float(scores[name][i])}
                 self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
                 lines.append(json.dumps(row) + "\n")
@@ -87,11 +100,21 @@ def score(
                     kept.add(group, texts, pending.result())
                 except RewardError as error:
                     about = group if error.image is None else [group[error.image]]
-                    files = " to ".join(dict.fromkeys(str(picture.file) for picture in (about[0], about[-1])))
+                    files = " to ".join(
+                        dict.fromkeys(str(picture.file) for picture in (about[0], about[-1]))
+                    )
                     raise RewardError(f"{error}; {entry}, {prompts.name}: {files}") from error
             for picture, text in zip(group, texts, strict=True):
                 height, width = picture.pixels.shape[1:]
-                where = (entry, prompts.name, *picture.slot, picture.file, picture.sha256, width, height)
+                where = (
+                    entry,
+                    prompts.name,
+                    *picture.slot,
+                    picture.file,
+                    picture.sha256,
+                    width,
+                    height,
+                )
                 found.append(Scored(*where, kept.get(picture, text)))
             done(len(group))
 
@@ -99,7 +122,9 @@ def score(
         groups, good = [], []
         for picture in batch:
             if picture.pixels is None:
-                problems.append(Problem(entry, prompts.name, picture.file, "unreadable", picture.detail))
+                problems.append(
+                    Problem(entry, prompts.name, picture.file, "unreadable", picture.detail)
+                )
                 done(1)
                 continue
             good.append(picture)
@@ -111,9 +136,15 @@ def score(
         for _, same in itertools.groupby(sorted(good, key=size), size):
             group = list(same)
             texts = [prompts.prompts[picture.slot[0]] for picture in group]
-            known = [kept.get(picture, text).keys() for picture, text in zip(group, texts, strict=True)]
+            known = [
+                kept.get(picture, text).keys() for picture, text in zip(group, texts, strict=True)
+            ]
             wanted = [name for name in kept.keys if any(name not in names for names in known)]
-            pixels = torch.from_numpy(np.stack([picture.pixels for picture in group])) if wanted else None
+            pixels = (
+                torch.from_numpy(np.stack([picture.pixels for picture in group]))
+                if wanted
+                else None
+            )
             groups.append((group, texts, bridge.submit(pixels, texts, wanted) if wanted else None))
         waiting.append(groups)
         if len(waiting) > AHEAD:

@@ -70,7 +70,9 @@ def standings(
     lines = sorted({judgement.line for judgement in judgements})
     draws = np.zeros((0, 0))
     if lines:  # how often each of them is in each resample
-        draws = rng.multinomial(len(lines), [1 / len(lines)] * len(lines), settings.resamples).astype(float)
+        draws = rng.multinomial(
+            len(lines), [1 / len(lines)] * len(lines), settings.resamples
+        ).astype(float)
     row = {line: i for i, line in enumerate(lines)}
 
     def interval(total: np.ndarray, count: np.ndarray) -> Interval:
@@ -88,7 +90,11 @@ def standings(
     for i, a in enumerate(entries):
         for b in entries[i + 1 :]:
             if found := [one for one in judgements if {one.first, one.second} == {a, b}]:
-                matches.append(_match(a, b, found, row, interval, 2 if PROTOCOLS[protocol]["both_orders"] else 1))
+                matches.append(
+                    _match(
+                        a, b, found, row, interval, 2 if PROTOCOLS[protocol]["both_orders"] else 1
+                    )
+                )
 
     decided = np.zeros((2, len(lines)))  # said first, said either
     for judgement in judgements:
@@ -105,14 +111,18 @@ def standings(
     )
 
 
-def _match(a: str, b: str, found: Sequence[Judgement], row: Mapping[int, int], interval, orders: int) -> Match:
+def _match(
+    a: str, b: str, found: Sequence[Judgement], row: Mapping[int, int], interval, orders: int
+) -> Match:
     """`found` are the judgements of these two, `orders` how many a pair needs."""
     pairs: dict[tuple[str, int], dict[str, float]] = {}  # {(set, line): {shown first: a's score}}
     for one in found:
         scores = pairs.setdefault((one.set, one.line), {})
         if one.verdict in SCORES:
             scores[one.first] = SCORES[one.verdict] if one.first == a else 1 - SCORES[one.verdict]
-    complete = {key: sum(scores.values()) / orders for key, scores in pairs.items() if len(scores) == orders}
+    complete = {
+        key: sum(scores.values()) / orders for key, scores in pairs.items() if len(scores) == orders
+    }
     total, count = np.zeros(len(row)), np.zeros(len(row))
     for (_, line), score in complete.items():
         total[row[line]] += score
@@ -140,14 +150,20 @@ def _ratings(judgements, entries, row, draws, confidence: float, protocol: str) 
     values, low, high = (dict.fromkeys(entries, np.nan) for _ in range(3))
     if rated:
         place = {name: i for i, name in enumerate(rated)}
-        score, count = np.zeros((2, len(row), len(rated), len(rated)))  # per line, shown first, shown second
+        score, count = np.zeros(
+            (2, len(row), len(rated), len(rated))
+        )  # per line, shown first, shown second
         for one in answers:
             at = row[one.line], place[one.first], place[one.second]
             score[at] += SCORES[one.verdict]
             count[at] += 1
-        position = protocol != "realgen"  # there the photograph is always second: its strength and the bias are one
+        position = (
+            protocol != "realgen"
+        )  # there the photograph is always second: its strength and the bias are one
         flat = [table.reshape(len(row), -1) for table in (score, count)]
-        strengths, _ = bradley_terry(*(table.sum(0).reshape(1, len(rated), -1) for table in flat), position)
+        strengths, _ = bradley_terry(
+            *(table.sum(0).reshape(1, len(rated), -1) for table in flat), position
+        )
         values |= dict(zip(rated, 1000 + ELO * strengths[0], strict=True))
         if len(row) > 1:
             resampled = [(draws @ table).reshape(-1, len(rated), len(rated)) for table in flat]
@@ -155,11 +171,15 @@ def _ratings(judgements, entries, row, draws, confidence: float, protocol: str) 
             ends = [_percentiles(1000 + ELO * column, confidence) for column in strengths.T]
             low |= dict(zip(rated, (one[0] for one in ends), strict=True))
             high |= dict(zip(rated, (one[1] for one in ends), strict=True))
-    ratings = [Rating(name, float(values[name]), float(low[name]), float(high[name])) for name in entries]
+    ratings = [
+        Rating(name, float(values[name]), float(low[name]), float(high[name])) for name in entries
+    ]
     return sorted(ratings, key=lambda one: (np.isnan(one.rating), -one.rating))
 
 
-def bradley_terry(score: np.ndarray, count: np.ndarray, position: bool) -> tuple[np.ndarray, np.ndarray]:
+def bradley_terry(
+    score: np.ndarray, count: np.ndarray, position: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Most likely strengths [r, k], of mean 0, and position terms [r], of r tables by themselves.
 
     P(i beats j | i shown first) = 1 / (1 + exp(-(s_i - s_j + gamma))); without `position` gamma is 0.
@@ -185,7 +205,9 @@ def bradley_terry(score: np.ndarray, count: np.ndarray, position: bool) -> tuple
         p = 1 / (1 + np.exp(-found @ design.T))
         gradient = (n * p - wins) @ design + found @ fixed
         hessian = (n * p * (1 - p)) @ squares
-        step = np.linalg.solve(hessian.reshape(r, k + 1, k + 1) + fixed, gradient[:, :, None])[:, :, 0]
+        step = np.linalg.solve(hessian.reshape(r, k + 1, k + 1) + fixed, gradient[:, :, None])[
+            :, :, 0
+        ]
         found -= step / np.maximum(np.abs(step).max(1, keepdims=True), 1)
         if np.abs(step).max() < 1e-10:
             break

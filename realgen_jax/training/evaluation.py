@@ -31,7 +31,9 @@ class Evaluation:
 
     prompts: list[str]
     pictures: np.ndarray  # uint8 [n, 3, H, W]
-    scores: dict[str, np.ndarray]  # float32 [n] by reward, held-out ones too; "reward" is the trained ones' mean
+    scores: dict[
+        str, np.ndarray
+    ]  # float32 [n] by reward, held-out ones too; "reward" is the trained ones' mean
     means: dict[str, float]  # of the scores, of their spread within a prompt, and the metrics
     correlation: dict[str, float]  # of each held-out reward with the trained one, over pictures
     details: dict[str, float]  # what metrics.jsonl has besides
@@ -51,7 +53,9 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
         pending.append(submit(run, images[-1], texts))
     pictures = [fetch(i) for i in images]
     rows = pending[-1][1]
-    rows = rows[: max(1, len(rows) // 2)]  # once more, in other company: a reward is to judge a picture by itself
+    rows = rows[
+        : max(1, len(rows) // 2)
+    ]  # once more, in other company: a reward is to judge a picture by itself
     second = run.bridge.submit(jnp.asarray(pictures[-1][rows]), [texts[i] for i in rows])
     scores, again = scores_of_all(pending, len(texts)), scores_of_all([(second, rows)], len(texts))
     twice = sum_over_processes(np.isin(np.arange(len(texts)), rows).astype(np.int32)) > 0
@@ -123,7 +127,9 @@ def export(folder: Path, pipe: Pipeline, trainable: Any) -> Path:
 
 
 @partial(jax.profiler.annotate_function, name="evaluate")
-def report(run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any, history: dict[str, Any]) -> list[str]:
+def report(
+    run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any, history: dict[str, Any]
+) -> list[str]:
     """Evaluate, and show it: figures, pictures, a warning where checks fall while the reward rises. Keep the best.
 
     Returns why the run must end here, if it must.
@@ -132,11 +138,18 @@ def report(run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any
     found = evaluate(run, programs, trainable)
     log.metrics("eval", epoch, found.means | found.details)
     reasons = fallen(history.setdefault("peaks", {}), found.means, reward)
-    shown = np.arange(0, len(found.prompts), config.sample.test_images_per_prompt)[:16]  # a prompt's first picture
+    shown = np.arange(0, len(found.prompts), config.sample.test_images_per_prompt)[
+        :16
+    ]  # a prompt's first picture
 
     def captions(of: Mapping[str, np.ndarray], label: str) -> list[str]:
-        figures = [", ".join(f"{short_name(n)} {of[n][k]:.2f}" for n in reward.fn) for k in range(len(shown))]
-        return [label.format(found.prompts[i]) + text for i, text in zip(shown, figures, strict=True)]
+        figures = [
+            ", ".join(f"{short_name(n)} {of[n][k]:.2f}" for n in reward.fn)
+            for k in range(len(shown))
+        ]
+        return [
+            label.format(found.prompts[i]) + text for i, text in zip(shown, figures, strict=True)
+        ]
 
     now, pictures = {name: found.scores[name][shown] for name in reward.fn}, found.pictures[shown]
     log.pictures(f"epoch_{epoch:06}", epoch, [pictures], [captions(now, "{}\n")])
@@ -147,11 +160,18 @@ def report(run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any
             np.savez(first, pictures=pictures, **now)
     elif epoch == config.num_epochs or reasons:
         with np.load(first) as start:
-            rows, texts = (start["pictures"], pictures), (captions(start, "{}\nbefore: "), captions(now, "after: "))
-            log.say(f"before and after, from the same noise: {log.pictures('before_after', epoch, rows, texts)}")
+            rows, texts = (
+                (start["pictures"], pictures),
+                (captions(start, "{}\nbefore: "), captions(now, "after: ")),
+            )
+            log.say(
+                f"before and after, from the same noise: {log.pictures('before_after', epoch, rows, texts)}"
+            )
     if epoch and ("best" not in history or found.means["reward"] > history["best"]["reward"]):
         history["best"] = {"epoch": epoch, **found.means}
         export(run.folder / "best", run.pipe, trainable)
     worse = drift(history["start"], found.means, reward)
-    log.evaluation(epoch, history["start"], found.means, ["reward", *reward.fn], found.correlation, worse)
+    log.evaluation(
+        epoch, history["start"], found.means, ["reward", *reward.fn], found.correlation, worse
+    )
     return reasons

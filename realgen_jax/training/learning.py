@@ -18,15 +18,21 @@ from reward_bridge.references import References
 if TYPE_CHECKING:
     from realgen_jax.training.run import Run
 
-ADVERSARIES = 3  # a stream of the run's root key, beside evaluation.EVAL, train.TRAIN and set_up.INIT
+ADVERSARIES = (
+    3  # a stream of the run's root key, beside evaluation.EVAL, train.TRAIN and set_up.INIT
+)
 
 
-def make_adversaries(config: ConfigDict, devices: Mapping[str, str], prompts: Sequence[str]) -> dict[str, Adversary]:
+def make_adversaries(
+    config: ConfigDict, devices: Mapping[str, str], prompts: Sequence[str]
+) -> dict[str, Adversary]:
     """The rewards that `config.reward.adversarial` names. Several processes meet, to average gradients."""
     reward, made = config.reward, {}
     if not reward.adversarial:
         return made
-    settings = {name: Settings.read(name, given) for name, given in reward.adversarial.to_dict().items()}
+    settings = {
+        name: Settings.read(name, given) for name, given in reward.adversarial.to_dict().items()
+    }
     references = References(reward.references.path, reward.references.root, prompts)
     groups = {}
     if process_count() > 1:
@@ -57,7 +63,9 @@ def begin_learning(
             chosen[name] = seed
         else:
             one.forget()
-    pending = run.bridge.learn(chosen, {name: run.adversaries[name].settings.deadline for name in chosen})
+    pending = run.bridge.learn(
+        chosen, {name: run.adversaries[name].settings.deadline for name in chosen}
+    )
     return pending, any(run.adversaries[name].settings.skip_generator for name in chosen)
 
 
@@ -83,7 +91,9 @@ def restore(run: "Run", epoch: int, log: RunLog) -> None:
         except ValueError as error:
             raise RestoreError(f"checkpoint {epoch}: {error}") from error
         if own is None:
-            log.say(f"[bold red]warning[/bold red] {name} had fewer replicas before: a new one starts without history")
+            log.say(
+                f"[bold red]warning[/bold red] {name} had fewer replicas before: a new one starts without history"
+            )
 
 
 def _file(name: str, process: int) -> str:

@@ -40,7 +40,9 @@ def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
     if resume and not name:
         runs = [file.parent for file in Path(root).glob(f"{preset}-*/config.json")]
         if not runs:
-            raise FileNotFoundError(f"{root}/ holds no run of preset {preset!r} to resume; name it: --config.run_name=")
+            raise FileNotFoundError(
+                f"{root}/ holds no run of preset {preset!r} to resume; name it: --config.run_name="
+            )
         return max(runs, key=lambda folder: folder.stat().st_mtime)
     folder = Path(root) / (name or f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
     if resume and not (folder / "config.json").exists():
@@ -95,26 +97,36 @@ def write_whole(file: Path, text: str) -> None:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
 class RunLog:
     """The files of one run folder and its progress bar. Rows of metrics.jsonl carry "epoch" and a "kind"."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str):
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str
+    ):
         self.folder, self.console = folder, Console(highlight=False)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
         self._file = _rows_before(folder / "metrics.jsonl", start).open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start + 1 if start else None
+        )
         self._held_out: dict[str, float] = {}
         self._wandb = None
         if wandb_project:
             import wandb
 
             self._wandb = wandb.init(
-                project=wandb_project, name=folder.name, id=folder.name, config=dict(config), resume="allow"
+                project=wandb_project,
+                name=folder.name,
+                id=folder.name,
+                config=dict(config),
+                resume="allow",
             )
         columns = (
             TextColumn("{task.description}"),
@@ -125,7 +137,9 @@ class RunLog:
         self._progress = Progress(*columns, TextColumn("left"), console=self.console)
         self._task = self._progress.add_task("epoch", total=epochs, completed=start)
         self._figures = ""  # of the last epoch, under the bar: beside it they would squeeze it off a narrow terminal
-        self._live = Live(get_renderable=lambda: Group(self._progress, self._figures), console=self.console)
+        self._live = Live(
+            get_renderable=lambda: Group(self._progress, self._figures), console=self.console
+        )
 
     def __enter__(self) -> "RunLog":
         if self.console.is_terminal:
@@ -157,7 +171,10 @@ class RunLog:
         self._figures = "  ".join(f"{name} {value}" for name, value in figures.items())
         self._progress.update(self._task, completed=epoch)
         if not self.console.is_terminal:
-            self.console.print(f"epoch {epoch}/{int(self._progress.tasks[0].total)}  {self._figures}", soft_wrap=True)
+            self.console.print(
+                f"epoch {epoch}/{int(self._progress.tasks[0].total)}  {self._figures}",
+                soft_wrap=True,
+            )
 
     def train(
         self,
@@ -178,8 +195,14 @@ class RunLog:
         row = {f"reward/{name}": r.mean() for name, r in scores.items()}
         row |= {f"reward_std/{name}": value for name, value in std.items()}
         row |= {f"zero_spread/{name}": groups.mean() for name, groups in flat.items()}
-        row |= {"reward": reward.mean(), "reward_std": reward.std(axis=1).mean(), "steps": len(steps)}
-        row["zero_spread"] = np.logical_and.reduce(list(flat.values())).mean()  # groups that teach nothing
+        row |= {
+            "reward": reward.mean(),
+            "reward_std": reward.std(axis=1).mean(),
+            "steps": len(steps),
+        }
+        row["zero_spread"] = np.logical_and.reduce(
+            list(flat.values())
+        ).mean()  # groups that teach nothing
         if min(std.values()) > 0:
             row["std_ratio"] = max(std.values()) / min(std.values())
         for name in steps[0] if steps else ():
@@ -194,14 +217,20 @@ class RunLog:
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
         figures = {"reward": f"{row['reward']:.3f}"}
-        figures |= {short_name(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1}
         figures |= {
-            short_name(key.removeprefix("learning/")): f"{learnt[key]:.2f}" for key in learnt if "accuracy" in key
+            short_name(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1
+        }
+        figures |= {
+            short_name(key.removeprefix("learning/")): f"{learnt[key]:.2f}"
+            for key in learnt
+            if "accuracy" in key
         }
         figures |= {"|ratio-1|": f"{row['first_ratio_deviation']:.0e}"} if steps else {}
         figures["img/s"] = f"{row['images_per_second']:.1f}"
         if self._held_out:
-            shown = ", ".join(f"{short_name(name)} {value:.3f}" for name, value in self._held_out.items())
+            shown = ", ".join(
+                f"{short_name(name)} {value:.3f}" for name, value in self._held_out.items()
+            )
             figures |= {"| last evaluation:": shown}
         self.progress(epoch, figures)
 
@@ -220,18 +249,33 @@ class RunLog:
         """
         self._held_out = {name: now[name] for name in correlation}
         self.say(f"[bold]evaluation, epoch {epoch}[/bold]")
-        for label, names in (("trained on", trained), ("checks", [name for name in now if name not in trained])):
+        for label, names in (
+            ("trained on", trained),
+            ("checks", [name for name in now if name not in trained]),
+        ):
             before = ["" if now is start else f"{start[name]:.3f} -> " for name in names]
-            after = [f" (r {correlation[name]:+.2f})" if name in correlation else "" for name in names]
-            shown = (f"{short_name(n)} {old}{now[n]:.3f}{r}" for n, old, r in zip(names, before, after, strict=True))
+            after = [
+                f" (r {correlation[name]:+.2f})" if name in correlation else "" for name in names
+            ]
+            shown = (
+                f"{short_name(n)} {old}{now[n]:.3f}{r}"
+                for n, old, r in zip(names, before, after, strict=True)
+            )
             self.say(f"  {label:<12}{'   '.join(shown)}")
         if correlation and now is start:
             self.say("  r: correlation with the reward, picture by picture")
         if drift:
-            self.say(f"[bold red]warning[/bold red] the reward rises while this gets worse: {', '.join(drift)}")
+            self.say(
+                f"[bold red]warning[/bold red] the reward rises while this gets worse: {', '.join(drift)}"
+            )
 
     def pictures(
-        self, name: str, epoch: int, rows: Sequence[np.ndarray], captions: Sequence[Sequence[str]], columns: int = 8
+        self,
+        name: str,
+        epoch: int,
+        rows: Sequence[np.ndarray],
+        captions: Sequence[Sequence[str]],
+        columns: int = 8,
     ) -> Path:
         """Save `samples/<name>.png`. rows: arrays uint8 [n, 3, h, w] that stand under one another, picture by picture;
         captions: one text a picture for each of them. Lines break after `columns` pictures.
@@ -269,8 +313,15 @@ def memory() -> dict[str, int]:
     if status.exists():
         used["host"] = 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])
     statistics = device.memory_stats()  # None on a CPU
-    arrays = (shard for array in jax.live_arrays() for shard in array.addressable_shards if shard.device == device)
-    used["device"] = statistics["bytes_in_use"] if statistics else sum(shard.data.nbytes for shard in arrays)
+    arrays = (
+        shard
+        for array in jax.live_arrays()
+        for shard in array.addressable_shards
+        if shard.device == device
+    )
+    used["device"] = (
+        statistics["bytes_in_use"] if statistics else sum(shard.data.nbytes for shard in arrays)
+    )
     return used
 
 

@@ -12,7 +12,11 @@ from realgen_jax.hosts import connect, sum_over_processes
 flags.DEFINE_string("coordinator", "", "of several processes: host:port of process 0")
 flags.DEFINE_integer("num_processes", 0, "of several processes: how many")
 flags.DEFINE_integer("process_id", -1, "of several processes: which one this is, from 0")
-flags.DEFINE_bool("distributed", False, "several processes, as the environment says: Slurm, Open MPI, Kubernetes, TPU")
+flags.DEFINE_bool(
+    "distributed",
+    False,
+    "several processes, as the environment says: Slurm, Open MPI, Kubernetes, TPU",
+)
 
 
 def connect_by_flags() -> None:
@@ -31,7 +35,9 @@ class Preemption:
         self._grace, self._asked, self._reached = grace, threading.Event(), threading.Event()
         read, write = os.pipe()
         os.set_blocking(write, False)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # the byte that Python's handler writes is what tells
+        signal.signal(
+            signal.SIGTERM, lambda *_: None
+        )  # the byte that Python's handler writes is what tells
         signal.set_wakeup_fd(write)
         threading.Thread(target=self._watch, args=(read,), name="preemption", daemon=True).start()
 

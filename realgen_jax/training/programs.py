@@ -15,7 +15,14 @@ from ml_collections import ConfigDict
 from realgen_jax.data import Layout
 from realgen_jax.models.flux.family import Pipeline
 from realgen_jax.nn.lora import LoraConfig, init_lora
-from realgen_jax.objectives.grpo import EmaConfig, LossConfig, TrainState, make_optimizer, recompute_means, update
+from realgen_jax.objectives.grpo import (
+    EmaConfig,
+    LossConfig,
+    TrainState,
+    make_optimizer,
+    recompute_means,
+    update,
+)
 from realgen_jax.rollout import Plan, draw_noise, make_plan, rollout
 from realgen_jax.sharding import batch_devices, batch_sharding, replicated
 
@@ -46,7 +53,12 @@ class Recipe:
 def make_recipe(config: ConfigDict) -> Recipe:
     """Raises ValueError for names that do not exist and numbers that do not fit together."""
     sample, t = config.sample, config.train
-    layout = Layout(sample.num_batches_per_epoch, sample.train_batch_size, sample.branches, sample.num_image_per_prompt)
+    layout = Layout(
+        sample.num_batches_per_epoch,
+        sample.train_batch_size,
+        sample.branches,
+        sample.num_image_per_prompt,
+    )
     if layout.calls % t.gradient_accumulation_steps:
         raise ValueError(
             f"num_batches_per_epoch {layout.calls} must be a multiple of gradient_accumulation_steps "
@@ -58,7 +70,12 @@ def make_recipe(config: ConfigDict) -> Recipe:
         lora=LoraConfig(t.lora_rank, t.lora_alpha, t.lora_init) if t.lora else None,
         loss=LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias),
         optimizer=make_optimizer(
-            t.learning_rate, t.adam_beta1, t.adam_beta2, t.adam_epsilon, t.adam_weight_decay, t.max_grad_norm
+            t.learning_rate,
+            t.adam_beta1,
+            t.adam_beta2,
+            t.adam_epsilon,
+            t.adam_weight_decay,
+            t.max_grad_norm,
         ),
         ema=EmaConfig(t.ema_decay, t.ema_update_interval),
     )
@@ -69,7 +86,9 @@ def check_mesh(recipe: Recipe, mesh: Mesh) -> None:
     parts, test = batch_devices(mesh), recipe.config.sample.test_batch_size
     recipe.layout.check(parts)
     if test % parts:
-        raise ValueError(f"test_batch_size {test} must be a multiple of {parts}, the mesh's data x fsdp")
+        raise ValueError(
+            f"test_batch_size {test} must be a multiple of {parts}, the mesh's data x fsdp"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,14 +115,26 @@ def make_programs(recipe: Recipe, pipe: Pipeline) -> Programs:
     )
 
 
-def sample_call(pipe: Pipeline, layout: Layout, same_latent: bool, params, vae_params, trainable, cond, keys, plan):
+def sample_call(
+    pipe: Pipeline,
+    layout: Layout,
+    same_latent: bool,
+    params,
+    vae_params,
+    trainable,
+    cond,
+    keys,
+    plan,
+):
     """One rollout call: (uint8 pictures, trajectory, whether all latents are finite)."""
     distinct = max(1, layout.images // layout.group) if same_latent else layout.slots
     latents, noise = draw_noise(*keys, plan, layout.slots, distinct, pipe.token_shape)
     latents = jax.lax.with_sharding_constraint(latents, batch_sharding(pipe.mesh))
     noise = jax.lax.with_sharding_constraint(noise, batch_sharding(pipe.mesh, axis=1))
     tokens, trajectory = rollout(pipe.velocity, params, trainable, cond, latents, noise, plan)
-    pictures = jax.lax.with_sharding_constraint(pipe.decode(vae_params, tokens), batch_sharding(pipe.mesh))
+    pictures = jax.lax.with_sharding_constraint(
+        pipe.decode(vae_params, tokens), batch_sharding(pipe.mesh)
+    )
     return pictures, trajectory, jnp.isfinite(tokens).all()
 
 
@@ -113,10 +144,14 @@ def abstract_state(recipe: Recipe, pipe: Pipeline) -> TrainState:
     """
     everywhere = replicated(pipe.mesh)
     if pipe.lora is None:
-        trainable = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), pipe.params)
+        trainable = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), pipe.params
+        )
     else:
         adapters = jax.eval_shape(lambda: init_lora(pipe.model, pipe.lora, jax.random.key(0)))
-        trainable = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), adapters)
+        trainable = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), adapters
+        )
     opt_state = optax.tree_map_params(
         recipe.optimizer,
         lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding),
@@ -124,4 +159,6 @@ def abstract_state(recipe: Recipe, pipe: Pipeline) -> TrainState:
         trainable,
         transform_non_params=lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
     )
-    return TrainState(trainable, trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+    return TrainState(
+        trainable, trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    )

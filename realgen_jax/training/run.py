@@ -77,10 +77,15 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     options = config.reward.options.to_dict()
     adversaries = make_adversaries(config, devices, prompts)
     frozen = {
-        name: make_reward(name, devices[name], options.get(name, {})) for name in devices if name not in adversaries
+        name: make_reward(name, devices[name], options.get(name, {}))
+        for name in devices
+        if name not in adversaries
     }
     rewards = {name: adversaries.get(name) or frozen[name] for name in devices}
-    metrics = {name: make_metric(name, metrics_device, options.get(name, {})) for name in config.reward.metrics}
+    metrics = {
+        name: make_metric(name, metrics_device, options.get(name, {}))
+        for name in config.reward.metrics
+    }
     for device in shared:
         check_room(device)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
@@ -139,11 +144,22 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
     if others and not allow_change:
         raise ValueError(
             "\n".join(
-                [f"{folder} computed with another config so far; --allow_config_change goes on all the same:", *others]
+                [
+                    f"{folder} computed with another config so far; --allow_config_change goes on all the same:",
+                    *others,
+                ]
             )
         )
     start = "its beginning: there is no checkpoint yet" if epoch is None else f"epoch {epoch}"
-    print("\n".join([f"resumed from {start}" + (", with another config:" if free or others else ""), *free, *others]))
+    print(
+        "\n".join(
+            [
+                f"resumed from {start}" + (", with another config:" if free or others else ""),
+                *free,
+                *others,
+            ]
+        )
+    )
     return epoch
 
 
@@ -160,17 +176,29 @@ def check(config: ConfigDict) -> None:
             )
     names = [*reward.fn, *reward.held_out]
     if twice := {name for name in names if names.count(name) > 1}:
-        missing.append(f"{', '.join(sorted(twice))}: trained on and held out at once, in config.reward; choose one")
+        missing.append(
+            f"{', '.join(sorted(twice))}: trained on and held out at once, in config.reward; choose one"
+        )
     for name in reward.adversarial:
         if name not in reward.fn:
-            missing.append(f"config.reward.adversarial has {name}, which config.reward.fn does not train on")
+            missing.append(
+                f"config.reward.adversarial has {name}, which config.reward.fn does not train on"
+            )
         if "servers" in reward.options.get(name, {}):
-            missing.append(f"{name} is behind servers and cannot learn; take it out of config.reward.adversarial")
-    missing += missing_rewards(reward, names + (list(config.evaluate.scores) if reports(config) else []))
+            missing.append(
+                f"{name} is behind servers and cannot learn; take it out of config.reward.adversarial"
+            )
+    missing += missing_rewards(
+        reward, names + (list(config.evaluate.scores) if reports(config) else [])
+    )
     if unknown := [name for name in reward.metrics if name not in METRICS]:
-        missing.append(f"there is no metric {', '.join(unknown)}; choose from {', '.join(sorted(METRICS))}")
+        missing.append(
+            f"there is no metric {', '.join(unknown)}; choose from {', '.join(sorted(METRICS))}"
+        )
     if config.pretrained.lora and not config.train.lora:
-        missing.append("config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters")
+        missing.append(
+            "config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters"
+        )
     if reports(config) and config.evaluate.arena.protocol == "realgen":
         missing.append(
             "config.evaluate.arena.protocol is 'realgen', which compares with photographs, and a run's own report has "
@@ -179,8 +207,14 @@ def check(config: ConfigDict) -> None:
     if config.save_failure not in ("stop", "continue"):
         missing.append(f"config.save_failure is {config.save_failure!r}; choose stop or continue")
     if config.eval_freq < 1 or config.save_freq < 1:
-        missing.append(f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 or more epochs")
-    wrong = [step for step in config.profile.steps if type(step) is not int or not 0 < step <= config.num_epochs]
+        missing.append(
+            f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 or more epochs"
+        )
+    wrong = [
+        step
+        for step in config.profile.steps
+        if type(step) is not int or not 0 < step <= config.num_epochs
+    ]
     if wrong:
         missing.append(
             f"config.profile.steps has {', '.join(map(repr, wrong))}; expected epochs of this run, 1 to "
@@ -195,7 +229,9 @@ def check(config: ConfigDict) -> None:
 def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
     """What these rewards lack: a line for each weights file that is not there, and for names that no reward has."""
     missing, options = [], reward.options.to_dict()
-    local = [name for name in dict.fromkeys(names) if "servers" not in options.get(name, {})]  # servers know their own
+    local = [
+        name for name in dict.fromkeys(names) if "servers" not in options.get(name, {})
+    ]  # servers know their own
     for name in local:
         for option, file in sorted(options.get(name, {}).items()):
             if option in FILES and file and not Path(file).expanduser().exists():
@@ -208,7 +244,9 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
         ("reward that learns", [name for name in local if name in reward.adversarial], LEARNERS),
     ):
         if unknown := [name for name in wanted if name not in known]:
-            missing.append(f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+            missing.append(
+                f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}"
+            )
     return missing
 
 
@@ -226,7 +264,9 @@ def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> di
     remote = {name: "cpu" for name in reward.options if "servers" in reward.options[name]}
     own = remote | reward.devices.to_dict()
     if unknown := set(reward.devices) - {*run, *names}:
-        raise ValueError(f"config.reward.devices names {', '.join(sorted(unknown))}, which is no reward of this run")
+        raise ValueError(
+            f"config.reward.devices names {', '.join(sorted(unknown))}, which is no reward of this run"
+        )
     return {name: resolve(own.get(name, reward.device)) for name in names}
 
 
@@ -245,6 +285,11 @@ def first_state(recipe: Recipe, pipe: Pipeline, key: jax.Array) -> TrainState:
                     f"{pipe.lora.rank} and lora_alpha {pipe.lora.alpha:g}; set those to the file's"
                 )
     if pipe.lora is not None:  # the same on every host
-        trainable = jax.tree.map(lambda a, sharding: put(np.asarray(a), sharding), trainable, where.trainable)
-    start = lambda p: TrainState(p, jax.tree.map(jnp.copy, p), recipe.optimizer.init(p), jnp.int32(0))  # noqa: E731
+        trainable = jax.tree.map(
+            lambda a, sharding: put(np.asarray(a), sharding), trainable, where.trainable
+        )
+
+    def start(p):
+        return TrainState(p, jax.tree.map(jnp.copy, p), recipe.optimizer.init(p), jnp.int32(0))
+
     return jax.jit(start, out_shardings=where)(trainable)

@@ -9,7 +9,9 @@ from realgen_jax.hosts import own_rows, sum_over_processes
 from realgen_jax.training.run import Run
 from reward_bridge.bridge import PendingScores, RewardError
 
-Pending = tuple[PendingScores, np.ndarray]  # a batch's scores, and which rows of it this process scores
+Pending = tuple[
+    PendingScores, np.ndarray
+]  # a batch's scores, and which rows of it this process scores
 
 
 def submit(
@@ -35,7 +37,9 @@ def scores_of_all(pending: Sequence[Pending], images: int) -> dict[str, np.ndarr
         failure = error
     failures = sum_over_processes(np.int32([failure is not None]))[0]
     if failures:
-        raise failure or RewardError(f"a reward failed in {failures} other processes; their output says which and why")
+        raise failure or RewardError(
+            f"a reward failed in {failures} other processes; their output says which and why"
+        )
     scores = {}
     for name in found[0]:
         whole = np.zeros((len(found), images), np.float32)

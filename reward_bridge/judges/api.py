@@ -18,7 +18,9 @@ import httpx2
 import tenacity
 
 URL_ENV, MODEL_ENV, KEY_ENV = "REALGEN_JUDGE_URL", "REALGEN_JUDGE_MODEL", "REALGEN_JUDGE_KEY"
-LONGEST_WAIT = 600.0  # seconds; an endpoint that asks for more (the day's quota is spent) is left alone
+LONGEST_WAIT = (
+    600.0  # seconds; an endpoint that asks for more (the day's quota is spent) is left alone
+)
 BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=20)
 NO_QUOTA = ("insufficient_quota", "insufficient_balance", "billing_hard_limit_reached")
 FILTERED = ("content_filter", "content_policy_violation", "responsible_ai_policy_violation")
@@ -80,9 +82,13 @@ def endpoint_from_environment() -> Endpoint:
     except httpx2.InvalidURL:
         parsed = httpx2.URL()
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{URL_ENV} holds no address; expected one such as https://api.example.com/v1")
+        raise ValueError(
+            f"{URL_ENV} holds no address; expected one such as https://api.example.com/v1"
+        )
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{KEY_ENV} holds characters that no HTTP header carries; copy the key once more")
+        raise ValueError(
+            f"{KEY_ENV} holds characters that no HTTP header carries; copy the key once more"
+        )
     return Endpoint(model, url.rstrip("/"), key)
 
 
@@ -111,7 +117,9 @@ async def ask_all(
     pace = _Pace(settings.requests_per_minute)
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(Passing),
-        stop=tenacity.stop_any(tenacity.stop_after_attempt(settings.attempts), lambda _: bool(outcome.stopped)),
+        stop=tenacity.stop_any(
+            tenacity.stop_after_attempt(settings.attempts), lambda _: bool(outcome.stopped)
+        ),
         wait=BACK_OFF,
         reraise=True,
     )
@@ -144,7 +152,9 @@ async def ask_all(
             in_a_row += 1
             outcome.failures[str(error)] += 1
             if in_a_row >= settings.max_failures and not outcome.stopped:
-                outcome.stopped = f"{in_a_row} questions in a row came to nothing, the last one: {error}"
+                outcome.stopped = (
+                    f"{in_a_row} questions in a row came to nothing, the last one: {error}"
+                )
             return
         in_a_row = 0
         keep(question, verdict, endpoint.scrub(reply))
@@ -155,12 +165,16 @@ async def ask_all(
 
     headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
     own = httpx2.URL(endpoint.url).host in ("127.0.0.1", "localhost")  # no proxy in between
-    async with httpx2.AsyncClient(headers=headers, timeout=settings.timeout, trust_env=not own) as http:
+    async with httpx2.AsyncClient(
+        headers=headers, timeout=settings.timeout, trust_env=not own
+    ) as http:
         await asyncio.gather(*(work(http) for _ in range(settings.concurrency)))
     return outcome
 
 
-def _judge_answer(endpoint: Endpoint, answer: httpx2.Response, read: Callable[[str], str | None]) -> tuple[str, str]:
+def _judge_answer(
+    endpoint: Endpoint, answer: httpx2.Response, read: Callable[[str], str | None]
+) -> tuple[str, str]:
     """(verdict, reply). Raises Unreadable for one without a verdict, Passing for what is no chat completion at all."""
     try:
         choice = answer.json()["choices"][0]
@@ -170,7 +184,9 @@ def _judge_answer(endpoint: Endpoint, answer: httpx2.Response, read: Callable[[s
         if not isinstance(reply, str) or not isinstance(refusal, str):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise Passing(f"what was answered is no chat completion: {endpoint.says(answer.text)!r}") from None
+        raise Passing(
+            f"what was answered is no chat completion: {endpoint.says(answer.text)!r}"
+        ) from None
     if refusal or filtered:
         return "refused", refusal or reply
     verdict = read(reply)

@@ -23,7 +23,12 @@ Append = Callable[[Question, str, str], Mapping]
 
 
 def judge_by_hand(
-    evaluated: Evaluated, left: Sequence[Question], total: int, append: Append, port: int, say: Callable[[str], None]
+    evaluated: Evaluated,
+    left: Sequence[Question],
+    total: int,
+    append: Append,
+    port: int,
+    say: Callable[[str], None],
 ) -> None:
     """Serve the page until the person ends it, there or with Ctrl-C. Every click is appended at once.
 
@@ -59,7 +64,9 @@ def make_app(
         return JSONResponse(
             {
                 "pair": n,
-                "prompt": evaluated.set(question.first.set).prompts[question.first.line] if question else "",
+                "prompt": evaluated.set(question.first.set).prompts[question.first.line]
+                if question
+                else "",
                 "next": waiting[1] if len(waiting) > 1 else None,
                 "done": total - len(waiting),
                 "total": total,
@@ -73,8 +80,14 @@ def make_app(
             f"default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{nonce}'; "
             f"script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
-        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce), headers=headers)
+        headers = {
+            "Content-Security-Policy": policy,
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+        return HTMLResponse(
+            PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce), headers=headers
+        )
 
     async def show(_: Request) -> Response:
         return state()
@@ -91,7 +104,9 @@ def make_app(
                 waiting.remove(n)
                 say(f"arena: {error}; its pair is left out")
             raise HTTPException(410) from None
-        return Response(content, media_type="image/png", headers={"Cache-Control": "private, max-age=600"})
+        return Response(
+            content, media_type="image/png", headers={"Cache-Control": "private, max-age=600"}
+        )
 
     async def verdict(request: Request) -> Response:
         given = await _json(request)
@@ -123,7 +138,9 @@ def make_app(
         Route("/undo", undo, methods=["POST"]),
         Route("/finish", end, methods=["POST"]),
     ]
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
+    hosts = Middleware(
+        TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False
+    )
     return Starlette(routes=[Mount(f"/{token}", routes=routes)], middleware=[hosts])
 
 

@@ -70,7 +70,9 @@ def make_app(name: str, reward: Reward, margin: float) -> Starlette:
             raise HTTPException(404, f"there is no model {model!r} here; this server has {name!r}")
         form = next((say for words, say in FORMS.items() if words in text.lower()), None)
         if form is None:
-            raise HTTPException(400, f"the text demands no form of answer that is known: {', '.join(FORMS)}")
+            raise HTTPException(
+                400, f"the text demands no form of answer that is known: {', '.join(FORMS)}"
+            )
         pictures = [_decode(url) for url in urls]
         try:
             scores = [score(picture) for picture in pictures]
@@ -84,7 +86,11 @@ def make_app(name: str, reward: Reward, margin: float) -> Starlette:
             "choices": [
                 {
                     "index": 0,
-                    "message": {"role": "assistant", "content": form(scores, margin), "refusal": None},
+                    "message": {
+                        "role": "assistant",
+                        "content": form(scores, margin),
+                        "refusal": None,
+                    },
                     "finish_reason": "stop",
                 }
             ],
@@ -100,7 +106,9 @@ def make_app(name: str, reward: Reward, margin: float) -> Starlette:
         return JSONResponse(await run_in_threadpool(answer, bytes(body)))
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "realgen_jax"}]})
+        return JSONResponse(
+            {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "realgen_jax"}]}
+        )
 
     return Starlette(
         routes=[
@@ -112,7 +120,9 @@ def make_app(name: str, reward: Reward, margin: float) -> Starlette:
 
 
 @contextlib.contextmanager
-def serving(reward: str, port: int = 0, device: str = "cpu", margin: float = MARGIN) -> Iterator[str]:
+def serving(
+    reward: str, port: int = 0, device: str = "cpu", margin: float = MARGIN
+) -> Iterator[str]:
     """The server in a thread, for this machine only; gives its address, up to and with /v1.
 
     Raises ValueError for a reward that cannot be made, OSError for a port that is taken; 0 takes a free one.
@@ -176,11 +186,21 @@ def _decode(url: str) -> np.ndarray:
         head, _, data = url.partition(",")
         if not (head.startswith("data:image/") and head.endswith(";base64")):
             raise ValueError("it begins otherwise")
-        with Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=FORMATS) as image:
+        with Image.open(
+            io.BytesIO(base64.b64decode(data, validate=True)), formats=FORMATS
+        ) as image:
             return np.array(image.convert("RGB"))
-    except (ValueError, OSError, AttributeError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+    except (
+        ValueError,
+        OSError,
+        AttributeError,
+        SyntaxError,
+        binascii.Error,
+        Image.DecompressionBombError,
+    ) as error:
         raise HTTPException(
-            400, f"a picture is no data URL of {', '.join(FORMATS)} in base64, data:image/png;base64,...: {error}"
+            400,
+            f"a picture is no data URL of {', '.join(FORMATS)} in base64, data:image/png;base64,...: {error}",
         ) from None
 
 
@@ -188,5 +208,6 @@ async def _error(_: Request, error: HTTPException) -> Response:
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     code = "model_not_found" if error.status_code == 404 else None
     return JSONResponse(
-        {"error": {"message": error.detail, "type": kind, "param": None, "code": code}}, error.status_code
+        {"error": {"message": error.detail, "type": kind, "param": None, "code": code}},
+        error.status_code,
     )

@@ -51,7 +51,9 @@ class Learner(Protocol):
 def make_learner(name: str, device: str, options: Mapping[str, Any]) -> Learner:
     """Raises ValueError for a name that is not in LEARNERS, and for an option that it does not have or lacks."""
     if name not in LEARNERS:
-        raise ValueError(f"there is no reward {name!r} that can learn; choose from {', '.join(sorted(LEARNERS))}")
+        raise ValueError(
+            f"there is no reward {name!r} that can learn; choose from {', '.join(sorted(LEARNERS))}"
+        )
     module, _, cls = LEARNERS[name].partition(":")
     make = getattr(importlib.import_module(module), cls)
     return make(**_arguments(make, name, {"device": device, **options}))

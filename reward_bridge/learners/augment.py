@@ -34,19 +34,28 @@ def mirror_and_shift(images: torch.Tensor, most: int) -> torch.Tensor:
     padded = F.pad(images.float(), (most,) * 4, mode="reflect").to(images.dtype)
     mirrored = torch.rand(len(images)) < 0.5
     corners = torch.randint(2 * most + 1, (len(images), 2)).tolist()
-    crops = [x[:, top : top + height, left : left + width] for x, (top, left) in zip(padded, corners, strict=True)]
+    crops = [
+        x[:, top : top + height, left : left + width]
+        for x, (top, left) in zip(padded, corners, strict=True)
+    ]
     return torch.stack([x.flip(-1) if flip else x for x, flip in zip(crops, mirrored, strict=True)])
 
 
 def blur(x: torch.Tensor, width: int, sigma: float) -> torch.Tensor:
     """[c, h, w] under a Gaussian sampled at `width` (odd) pixels, reflected at the edges."""
     reach = width // 2
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / sigma) ** 2)
+    kernel = torch.exp(
+        -0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / sigma) ** 2
+    )
     kernel = kernel / kernel.sum()
-    return F.conv2d(F.pad(x[:, None], (reach,) * 4, mode="reflect"), torch.outer(kernel, kernel)[None, None])[:, 0]
+    return F.conv2d(
+        F.pad(x[:, None], (reach,) * 4, mode="reflect"), torch.outer(kernel, kernel)[None, None]
+    )[:, 0]
 
 
-def jitter(x: torch.Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> torch.Tensor:
+def jitter(
+    x: torch.Tensor, brightness: float, contrast: float, saturation: float, hue: float
+) -> torch.Tensor:
     """[3, h, w] in 0..1: factors from U[1 - b, 1 + b] and so on, a turn of the hue from U[-hue, hue], in any order."""
     factors = [_uniform(1 - spread, 1 + spread) for spread in (brightness, contrast, saturation)]
     turn = _uniform(-hue, hue)

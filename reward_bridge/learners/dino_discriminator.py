@@ -71,28 +71,42 @@ class DinoDiscriminator:
                 f"got dino_discriminator.size {size}; expected a multiple of the patch size "
                 f"{backbone.config.patch_size} of {path}"
             )
-        self.model = FrozenDino(backbone.to(self.dtype), make_head(backbone.config.hidden_size, seed)).to(device).eval()
+        self.model = (
+            FrozenDino(backbone.to(self.dtype), make_head(backbone.config.hidden_size, seed))
+            .to(device)
+            .eval()
+        )
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return resize(images, (self.size, self.size), "bicubic")
 
-    def score(self, model: FrozenDino, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(
+        self, model: FrozenDino, images: torch.Tensor, prompts: Sequence[str]
+    ) -> torch.Tensor:
         features = self.features(model, images)
         count = features.shape[1] - 1
-        index = torch.stack([patches_of(picture, self.seed, count, self.patches) for picture in images])
-        return discriminator_reward(model.head, features, index.to(features.device), self.patch_weight)
+        index = torch.stack(
+            [patches_of(picture, self.seed, count, self.patches) for picture in images]
+        )
+        return discriminator_reward(
+            model.head, features, index.to(features.device), self.patch_weight
+        )
 
     def loss(
         self, model: FrozenDino, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         features = self.features(model, torch.cat([real, generated]))
-        index = torch.randint(features.shape[1] - 1, (len(features), self.patches)).to(features.device)
+        index = torch.randint(features.shape[1] - 1, (len(features), self.patches)).to(
+            features.device
+        )
         return hinge_loss(model.head, features.chunk(2), index.chunk(2), self.patch_weight)
 
     def features(self, model: FrozenDino, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, size, size] -> float32 [n, 1 + patches, D] after the last norm, the class token first."""
         with torch.no_grad():
-            x = model.backbone(normalize(images, IMAGENET_MEAN, IMAGENET_STD, self.dtype)).last_hidden_state.float()
+            x = model.backbone(
+                normalize(images, IMAGENET_MEAN, IMAGENET_STD, self.dtype)
+            ).last_hidden_state.float()
         return unit(x) if self.normalize else x
 
 
@@ -119,11 +133,15 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 def patches_of(picture: torch.Tensor, seed: int, count: int, patches: int) -> torch.Tensor:
     """int64 [patches] below `count`, with replacement, by the seed and the bytes of a picture (uint8 [3, h, w])."""
-    checksum = zlib.crc32(picture.contiguous().cpu().numpy(), seed % 2**32)  # all that torch's CPU generator takes
+    checksum = zlib.crc32(
+        picture.contiguous().cpu().numpy(), seed % 2**32
+    )  # all that torch's CPU generator takes
     return torch.randint(count, (patches,), generator=torch.Generator().manual_seed(checksum))
 
 
-def logits(head: nn.Module, features: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(
+    head: nn.Module, features: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, 1 + t, d], int [n, k] -> h of the class tokens [n], and of the patches at `index` [n, k]."""
     patches = features[:, 1:].gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
     return head(features[:, 0]).squeeze(-1), head(patches).squeeze(-1)
@@ -148,7 +166,10 @@ def hinge_loss(
     `features` and `index`: of the real and of the generated pictures, see `logits`. The accuracy is the class tokens'.
     """
     real, generated = (logits(head, f, i) for f, i in zip(features, index, strict=True))
-    whole, patches = (((1 - r).relu().mean() + (1 + g).relu().mean()) / 2 for r, g in zip(real, generated, strict=True))
+    whole, patches = (
+        ((1 - r).relu().mean() + (1 + g).relu().mean()) / 2
+        for r, g in zip(real, generated, strict=True)
+    )
     accuracy = ((real[0] > 0).float().mean() + (generated[0] < 0).float().mean()) / 2
     metrics = {"accuracy": accuracy, "class_loss": whole.detach(), "patch_loss": patches.detach()}
     return whole + patch_weight * patches, metrics

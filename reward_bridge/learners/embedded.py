@@ -18,7 +18,14 @@ class EmbeddedLearner:
     mirrored or not, and shifted by up to `shift` pixels.
     """
 
-    def __init__(self, device: str, init: str = "shipped", seed: int = 0, smoothing: float = 0.05, shift: int = 2):
+    def __init__(
+        self,
+        device: str,
+        init: str = "shipped",
+        seed: int = 0,
+        smoothing: float = 0.05,
+        shift: int = 2,
+    ):
         if init not in ("shipped", "fresh"):
             raise ValueError(f"got embedded_detector.init {init!r}; expected 'shipped' or 'fresh'")
         if not 0 <= smoothing < 0.5 or not 0 <= shift < SIZE:
@@ -47,7 +54,8 @@ class EmbeddedLearner:
         logits = model(to_input(images)).chunk(2)
         targets = (1 - self.smoothing, self.smoothing)
         real_loss, generated_loss = (
-            F.binary_cross_entropy_with_logits(x, torch.full_like(x, t)) for x, t in zip(logits, targets, strict=True)
+            F.binary_cross_entropy_with_logits(x, torch.full_like(x, t))
+            for x, t in zip(logits, targets, strict=True)
         )
         accuracy = ((logits[0] > 0).float().mean() + (logits[1] < 0).float().mean()) / 2
         metrics = {

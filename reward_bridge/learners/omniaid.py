@@ -11,11 +11,19 @@ from torch.nn import functional as F
 
 from reward_bridge.learners.augment import augment
 from reward_bridge.preprocess import normalize, resize
-from reward_bridge.rewards.omniaid import CLIP_TABLE, MixtureDetector, MixtureReward, MoELinear, OmniAID
+from reward_bridge.rewards.omniaid import (
+    CLIP_TABLE,
+    MixtureDetector,
+    MixtureReward,
+    MoELinear,
+    OmniAID,
+)
 from reward_bridge.rewards.omniaid_dino import DINO_TABLE, OmniAIDDino
 from reward_bridge.weights import Table, read, rename
 
-Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # of a projection by its name: U_r [D, R], V_r [R, D]
+Bases = Mapping[
+    str, tuple[torch.Tensor, torch.Tensor]
+]  # of a projection by its name: U_r [D, R], V_r [R, D]
 
 
 class MixtureLearner:
@@ -43,7 +51,11 @@ class MixtureLearner:
             if not 0 <= value < end:
                 raise ValueError(f"got {name} {value}; expected at least 0 and less than {end}")
         self.reward, self.model = reward, reward.model
-        self.smoothing, self.lambda_orth, self.lambda_balance = smoothing, lambda_orth, lambda_balance
+        self.smoothing, self.lambda_orth, self.lambda_balance = (
+            smoothing,
+            lambda_orth,
+            lambda_balance,
+        )
         self.augment = augment
         published = read(reward.file)
         self.lora = any(".lora_A_experts." in key for key in published)
@@ -67,18 +79,32 @@ class MixtureLearner:
         return model(self.reward.pixels(images)).softmax(-1)[:, 0]
 
     def loss(
-        self, model: MixtureDetector, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
+        self,
+        model: MixtureDetector,
+        real: torch.Tensor,
+        generated: torch.Tensor,
+        prompts: Sequence[str],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images = self.reward.resized(torch.cat([real, generated]))
         pixels = normalize(augment(images) if self.augment else images, *self.reward.statistics)
         features = model.routing_features(pixels)
         # one forward for both: recomputed activations need the gates of the forward they belong to
         logits, routed = model.classify(pixels, features).chunk(2), model.router(features).chunk(2)
-        classification = sum(soft_cross_entropy(x, r, self.smoothing) for x, r in zip(logits, (1, 0), strict=True)) / 2
+        classification = (
+            sum(
+                soft_cross_entropy(x, r, self.smoothing)
+                for x, r in zip(logits, (1, 0), strict=True)
+            )
+            / 2
+        )
         balance = sum(balance_loss(x, model.sizes.top_k) for x in routed) / 2
-        orthogonality = orthogonality_loss(model, self.bases) if self.bases else torch.zeros_like(balance)
+        orthogonality = (
+            orthogonality_loss(model, self.bases) if self.bases else torch.zeros_like(balance)
+        )
         loss = classification + self.lambda_orth * orthogonality + self.lambda_balance * balance
-        right = [(x[:, 0] > x[:, 1]) == is_real for x, is_real in zip(logits, (True, False), strict=True)]
+        right = [
+            (x[:, 0] > x[:, 1]) == is_real for x, is_real in zip(logits, (True, False), strict=True)
+        ]
         metrics = {
             "accuracy": (right[0].float().mean() + right[1].float().mean()) / 2,
             "classification_loss": classification.detach(),
@@ -108,7 +134,14 @@ class OmniAIDLearner(MixtureLearner):
     ):
         reward = OmniAID(device, path, routing, top_k, heads, resize_first)
         super().__init__(
-            reward, CLIP_TABLE, smoothing, lambda_orth, lambda_balance, dropout, augment, gradient_checkpointing
+            reward,
+            CLIP_TABLE,
+            smoothing,
+            lambda_orth,
+            lambda_balance,
+            dropout,
+            augment,
+            gradient_checkpointing,
         )
 
 
@@ -137,13 +170,22 @@ class OmniAIDDinoLearner(MixtureLearner):
     ):
         reward = OmniAIDDino(device, path, size, top_k, heads, rope_theta, eps, resize_first)
         super().__init__(
-            reward, DINO_TABLE, smoothing, lambda_orth, lambda_balance, dropout, augment, gradient_checkpointing
+            reward,
+            DINO_TABLE,
+            smoothing,
+            lambda_orth,
+            lambda_balance,
+            dropout,
+            augment,
+            gradient_checkpointing,
         )
 
 
 def soft_cross_entropy(logits: torch.Tensor, is_real: bool, smoothing: float) -> torch.Tensor:
     """Logits [n, 2] of real and of fake -> [], against 1 - `smoothing` for the right one."""
-    target = logits.new_tensor([1 - smoothing, smoothing] if is_real else [smoothing, 1 - smoothing])
+    target = logits.new_tensor(
+        [1 - smoothing, smoothing] if is_real else [smoothing, 1 - smoothing]
+    )
     return F.cross_entropy(logits, target.expand_as(logits))
 
 
@@ -159,7 +201,9 @@ def orthogonality_loss(model: MixtureDetector, bases: Bases) -> torch.Tensor:
     for name, (up, down) in bases.items():
         linear = model.get_submodule(name)
         pairs = len(linear.U_experts) * (len(linear.U_experts) + 1) / 2
-        overlap = _overlap(up, [*linear.U_experts]) + _overlap(down.T, [v.T for v in linear.V_experts])
+        overlap = _overlap(up, [*linear.U_experts]) + _overlap(
+            down.T, [v.T for v in linear.V_experts]
+        )
         overlaps.append(overlap / pairs)
     return torch.stack(overlaps).mean()
 
@@ -185,5 +229,7 @@ def _bases(published: Mapping[str, torch.Tensor], table: Table, reward: MixtureR
                     f"{reward.file} lacks U_r or V_r of {name}, which the orthogonality loss needs; use a file that "
                     "has them, or set lambda_orth to 0"
                 )
-            bases[name] = tuple(found[f"{name}.{part}"].float().to(device) for part in ("U_r", "V_r"))
+            bases[name] = tuple(
+                found[f"{name}.{part}"].float().to(device) for part in ("U_r", "V_r")
+            )
     return bases

@@ -20,12 +20,21 @@ class PickScoreLearner:
     The other options are the frozen reward's; `divide_by` scales the score alone. Everything is float32.
     """
 
-    def __init__(self, device: str, path: str, tokenizer: str | None = None, divide_by: float = 1.0, layers: int = 1):
+    def __init__(
+        self,
+        device: str,
+        path: str,
+        tokenizer: str | None = None,
+        divide_by: float = 1.0,
+        layers: int = 1,
+    ):
         reward = PickScore(device, path, tokenizer, divide_by)
         self.model, self.tokenizer, self.divide_by = reward.model, reward.tokenizer, divide_by
         tower = self.model.vision_model.encoder.layers
         if not 1 <= layers <= len(tower):
-            raise ValueError(f"got pickscore.layers {layers}; expected 1 to {len(tower)}, the layers of {path}")
+            raise ValueError(
+                f"got pickscore.layers {layers}; expected 1 to {len(tower)}, the layers of {path}"
+            )
         for layer in tower[-layers:]:
             layer.requires_grad_(True)
 
@@ -34,7 +43,9 @@ class PickScoreLearner:
 
     def score(self, model: nn.Module, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         text = text_features(model, self.tokenizer, prompts)
-        return model.logit_scale.exp() / self.divide_by * cosine(image_features(model, images), text)
+        return (
+            model.logit_scale.exp() / self.divide_by * cosine(image_features(model, images), text)
+        )
 
     def loss(
         self, model: nn.Module, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
@@ -53,4 +64,7 @@ def preference_loss(
     The accuracy is the share of pairs whose reference wins.
     """
     margin = scale * (text * (reference - generated)).sum(-1)
-    return F.softplus(-margin).mean(), {"accuracy": (margin > 0).float().mean(), "margin": margin.mean().detach()}
+    return F.softplus(-margin).mean(), {
+        "accuracy": (margin > 0).float().mean(),
+        "margin": margin.mean().detach(),
+    }

@@ -60,7 +60,9 @@ def _arguments(make: Callable, name: str, given: Mapping[str, Any]) -> Mapping[s
     try:
         inspect.signature(make).bind(**given)
     except TypeError as error:
-        takes = ", ".join(key for key in inspect.signature(make).parameters if key not in ("device", "name"))
+        takes = ", ".join(
+            key for key in inspect.signature(make).parameters if key not in ("device", "name")
+        )
         raise ValueError(
             f"config.reward.options.{name}: {error}; {make.__name__} takes {takes or 'no options'}"
         ) from error

@@ -11,7 +11,10 @@ from reward_bridge.rewards.clip import image_features, load_folder
 from reward_bridge.weights import find, load_strict, read, rename
 
 # Layers between these are dropouts; there is no activation
-TABLE = [(rf"layers\.{theirs}\.(weight|bias)", rf"{ours}.\1") for ours, theirs in enumerate((0, 2, 4, 6, 7))]
+TABLE = [
+    (rf"layers\.{theirs}\.(weight|bias)", rf"{ours}.\1")
+    for ours, theirs in enumerate((0, 2, 4, 6, 7))
+]
 
 
 class Aesthetic:
@@ -25,7 +28,9 @@ class Aesthetic:
         file = find(path, "aesthetic.path", "sac+logos+ava1-l14-linearMSE.pth")
         self.model = load_folder(clip, "aesthetic.clip", device, dtype)
         widths = (self.model.config.projection_dim, 1024, 128, 64, 16, 1)
-        head = nn.Sequential(*(nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths)))
+        head = nn.Sequential(
+            *(nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths))
+        )
         self.head = load_strict(head, rename(read(file), TABLE, file), file).to(device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -18,7 +18,11 @@ from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_
 from reward_bridge.weights import Table, find, load_strict, read, rename, torch_dtype
 
 State = Mapping[str, torch.Tensor]
-STRAIGHT = {0x2BC: "'", **dict.fromkeys(range(0x2018, 0x201C), "'"), **dict.fromkeys(range(0x201C, 0x2020), '"')}
+STRAIGHT = {
+    0x2BC: "'",
+    **dict.fromkeys(range(0x2018, 0x201C), "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+}
 
 # Keys of OpenAI and open_clip, after `_split`, to transformers'
 OPENAI: Table = (
@@ -36,7 +40,10 @@ OPENAI: Table = (
     (r"input_resolution|context_length|vocab_size", None),  # sizes, in OpenAI's own archives
     *(
         (rf"{tower}\.resblocks\.(\d+)\.{theirs}\.(.+)", rf"{model}.encoder.layers.\1.{ours}.\2")
-        for tower, model in ((r"visual\.transformer", "vision_model"), ("transformer", "text_model"))
+        for tower, model in (
+            (r"visual\.transformer", "vision_model"),
+            ("transformer", "text_model"),
+        )
         for theirs, ours in (
             ("ln_1", "layer_norm1"),
             ("ln_2", "layer_norm2"),
@@ -68,26 +75,47 @@ def _config(state: State, head_widths: tuple[int, int], activation: str) -> CLIP
         return {
             "hidden_size": width,
             "intermediate_size": hidden,
-            "num_hidden_layers": sum(key.startswith(name) and key.endswith("mlp.fc1.weight") for key in state),
+            "num_hidden_layers": sum(
+                key.startswith(name) and key.endswith("mlp.fc1.weight") for key in state
+            ),
             "num_attention_heads": width // head_width,
             "hidden_act": activation,
         }
 
-    vision, text = (tower(name, width) for name, width in zip(("vision_model", "text_model"), head_widths, strict=True))
+    vision, text = (
+        tower(name, width)
+        for name, width in zip(("vision_model", "text_model"), head_widths, strict=True)
+    )
     vision["patch_size"] = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    positions = len(state["vision_model.embeddings.position_embedding.weight"]) - 1  # without the class token's
+    positions = (
+        len(state["vision_model.embeddings.position_embedding.weight"]) - 1
+    )  # without the class token's
     vision["image_size"] = vision["patch_size"] * math.isqrt(positions)
     text["vocab_size"] = len(state["text_model.embeddings.token_embedding.weight"])
     text["max_position_embeddings"] = len(state["text_model.embeddings.position_embedding.weight"])
-    text["bos_token_id"], text["eos_token_id"] = text["vocab_size"] - 2, text["vocab_size"] - 1  # its last two
-    return CLIPConfig(vision_config=vision, text_config=text, projection_dim=len(state["visual_projection.weight"]))
+    text["bos_token_id"], text["eos_token_id"] = (
+        text["vocab_size"] - 2,
+        text["vocab_size"] - 1,
+    )  # its last two
+    return CLIPConfig(
+        vision_config=vision,
+        text_config=text,
+        projection_dim=len(state["visual_projection.weight"]),
+    )
 
 
-def _fill(config: CLIPConfig, state: State, source: str | Path, device: str, dtype: str) -> CLIPModel:
+def _fill(
+    config: CLIPConfig, state: State, source: str | Path, device: str, dtype: str
+) -> CLIPModel:
     with no_init_weights():  # all of them are about to be loaded; drawing a ViT-H's takes 20 s
         model = CLIPModel(config)
     load_strict(model, state, source)
-    for part in (model.vision_model, model.visual_projection, model.text_model, model.text_projection):
+    for part in (
+        model.vision_model,
+        model.visual_projection,
+        model.text_model,
+        model.text_projection,
+    ):
         part.to(torch_dtype(dtype))  # not logit_scale: in bfloat16 a scale of 100 would be 98.9
     return model.to(device)
 
@@ -96,12 +124,19 @@ def load_folder(path: str, option: str, device: str, dtype: str) -> CLIPModel:
     """A CLIPModel folder as transformers saves it. Raises FileNotFoundError and ValueError, see weights.py."""
     folder = find(path, option, "config.json").parent
     file = find(str(folder), option, "model.safetensors", "pytorch_model.bin")
-    state = {key: value for key, value in read(file).items() if not key.endswith(".position_ids")}  # of old versions
+    state = {
+        key: value for key, value in read(file).items() if not key.endswith(".position_ids")
+    }  # of old versions
     return _fill(CLIPConfig.from_pretrained(folder), state, file, device, dtype)
 
 
 def load_openai(
-    state: State, source: str | Path, head_widths: tuple[int, int], activation: str, device: str, dtype: str
+    state: State,
+    source: str | Path,
+    head_widths: tuple[int, int],
+    activation: str,
+    device: str,
+    dtype: str,
 ) -> CLIPModel:
     """A state dict in OpenAI's or open_clip's layout into transformers' CLIPModel.
 
@@ -112,7 +147,9 @@ def load_openai(
     try:
         config = _config(renamed, head_widths, activation)
     except KeyError as error:
-        raise ValueError(f"{source} is no whole CLIP with a vision transformer: it lacks {error}") from error
+        raise ValueError(
+            f"{source} is no whole CLIP with a vision transformer: it lacks {error}"
+        ) from error
     return _fill(config, renamed, source, device, dtype)
 
 
@@ -150,7 +187,9 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], length: int) -> tor
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
 
-def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
+def text_features(
+    model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str]
+) -> torch.Tensor:
     """float32 [n, d], not normalised; equal prompts are encoded once."""
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     ids = tokenize(tokenizer, [*index], model.config.text_config.max_position_embeddings)

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import torch
 from transformers import CLIPImageProcessorPil
 
-from reward_bridge.rewards.clip import cosine, image_features, load_folder, load_tokenizer, text_features
+from reward_bridge.rewards.clip import (
+    cosine,
+    image_features,
+    load_folder,
+    load_tokenizer,
+    text_features,
+)
 from reward_bridge.weights import find
 
 

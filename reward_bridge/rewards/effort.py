@@ -10,7 +10,14 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 from transformers.initialization import no_init_weights
 
-from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize, resize
+from reward_bridge.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    normalize,
+    resize,
+)
 from reward_bridge.rewards.omniaid import clip_config, set_gates, shape, use_experts
 from reward_bridge.weights import Table, find, load_strict, read, rename, torch_dtype
 
@@ -20,7 +27,10 @@ STATISTICS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 TABLE: Table = (
-    (r".*\.([SUV]_r|position_ids)", None),  # the main bases, needed by a loss and not in every file; 0, 1, 2, ...
+    (
+        r".*\.([SUV]_r|position_ids)",
+        None,
+    ),  # the main bases, needed by a loss and not in every file; 0, 1, 2, ...
     (r"backbone\.(.+)\.([USV])_residual", r"tower.\1.\2_experts.0"),
     (r"backbone\.(.+)", r"tower.\1"),
     (r"(head\..+)", r"\1"),
@@ -46,7 +56,9 @@ class Effort:
         dtype: str = "float32",
     ):
         if normalize not in STATISTICS:
-            raise ValueError(f"got effort.normalize {normalize!r}; expected one of {', '.join(STATISTICS)}")
+            raise ValueError(
+                f"got effort.normalize {normalize!r}; expected one of {', '.join(STATISTICS)}"
+            )
         self.normalize, self.dtype = normalize, torch_dtype(dtype)
         file = find(path, "effort.path", "effort_clip_L14_trainOn_sdv14.pth")
         state = rename(read(file), TABLE, file)
@@ -66,7 +78,9 @@ class Effort:
             x = resize(images, size, "bilinear")
         else:
             antialias = self.normalize == "imagenet"
-            x = F.interpolate(images.float(), size, mode="bilinear", antialias=antialias, align_corners=False)
+            x = F.interpolate(
+                images.float(), size, mode="bilinear", antialias=antialias, align_corners=False
+            )
         return normalize(x, *STATISTICS[self.normalize], self.dtype)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

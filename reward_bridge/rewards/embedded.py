@@ -36,7 +36,9 @@ class ConvDetector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(*_block(3, 32, 2), *_block(32, 64, 2), *_block(64, 96, 2), *_block(96, 96, 1))
+        self.body = nn.Sequential(
+            *_block(3, 32, 2), *_block(32, 64, 2), *_block(64, 96, 2), *_block(96, 96, 1)
+        )
         self.head = nn.Conv2d(96, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +55,9 @@ class PoolDetector(nn.Module):
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Conv2d(n_in, n_out, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Linear(2 * widths[-1], 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 1))
+        self.head = nn.Sequential(
+            nn.Linear(2 * widths[-1], 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 1)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 3, 64, 64] -> logit of "real" [n]."""
@@ -129,7 +133,9 @@ class EmbeddedPromptAccuracy:
         found = [i for i, subject in enumerate(self.subjects) if subject in prompt]
         if len(found) != 1:
             known = ", ".join(self.subjects)
-            raise ValueError(f"prompt {prompt!r} names {len(found)} of the embedded subjects; expected one of: {known}")
+            raise ValueError(
+                f"prompt {prompt!r} names {len(found)} of the embedded subjects; expected one of: {known}"
+            )
         return found[0]
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

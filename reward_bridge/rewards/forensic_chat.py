@@ -41,7 +41,9 @@ class ForensicChat:
         self.model = model.eval().requires_grad_(False).to(device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        inputs = self.inputs(images, [QUESTION] * len(images))  # all of one length: the last position is everyone's
+        inputs = self.inputs(
+            images, [QUESTION] * len(images)
+        )  # all of one length: the last position is everyone's
         state = self.model.model(**inputs, use_cache=False).last_hidden_state[:, -1].float()
         # the words' logits in float32: in bfloat16 a logit of 20 comes in steps of 1/8, P(real) of over 1 %
         words = self.model.lm_head.weight[torch.cat([self.fake, self.real])].float()

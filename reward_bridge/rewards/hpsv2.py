@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from reward_bridge.rewards.clip import clean, cosine, image_features, load_openai, load_tokenizer, text_features
+from reward_bridge.rewards.clip import (
+    clean,
+    cosine,
+    image_features,
+    load_openai,
+    load_tokenizer,
+    text_features,
+)
 from reward_bridge.weights import find, read
 
 
@@ -20,10 +27,14 @@ class HPSv2:
     of 512 pixels, a ViT with random weights).
     """
 
-    def __init__(self, device: str, path: str, tokenizer: str | None = None, dtype: str = "float32"):
+    def __init__(
+        self, device: str, path: str, tokenizer: str | None = None, dtype: str = "float32"
+    ):
         file = find(path, "hpsv2.path", "HPS_v2.1_compressed.pt")
         self.model = load_openai(read(file), file, (80, 64), "gelu", device, dtype)
-        self.tokenizer = load_tokenizer(tokenizer or str(file.parent), "hpsv2.tokenizer", self.model)
+        self.tokenizer = load_tokenizer(
+            tokenizer or str(file.parent), "hpsv2.tokenizer", self.model
+        )
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         text = text_features(self.model, self.tokenizer, [clean(prompt) for prompt in prompts])

@@ -89,7 +89,9 @@ class Hpsv3:
         self.model = load_strict(model, rename(read(file), TABLE, file), file)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        inputs = self.inputs(images, [INSTRUCTION.replace("{text_prompt}", prompt) + ENDING for prompt in prompts])
+        inputs = self.inputs(
+            images, [INSTRUCTION.replace("{text_prompt}", prompt) + ENDING for prompt in prompts]
+        )
         return self.model(**inputs, at=self.reward)[:, 0] / self.divide_by
 
 
@@ -105,7 +107,12 @@ class Preference(nn.Module):
         self.model = Qwen2VLModel._from_config(config, dtype=dtype, attn_implementation=attention)
         width = config.text_config.hidden_size
         self.head = nn.Sequential(
-            nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+            nn.Linear(width, 1024),
+            nn.ReLU(),
+            nn.Dropout(0.05),
+            nn.Linear(1024, 16),
+            nn.ReLU(),
+            nn.Linear(16, 2),
         )  # in float32 whatever the model's dtype
 
     def forward(self, input_ids: torch.Tensor, at: int, **inputs: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 
-from reward_bridge.rewards.clip import clean, image_features, load_openai, load_tokenizer, text_features
+from reward_bridge.rewards.clip import (
+    clean,
+    image_features,
+    load_openai,
+    load_tokenizer,
+    text_features,
+)
 from reward_bridge.weights import find, read
 
 KEPT = 20  # text positions that stay those of the CLIP it was tuned from; the later ones were stretched and trained
@@ -32,12 +38,19 @@ class LongClip:
     """
 
     def __init__(
-        self, device: str, path: str, tokenizer: str | None = None, divide_by: float = 100.0, dtype: str = "float32"
+        self,
+        device: str,
+        path: str,
+        tokenizer: str | None = None,
+        divide_by: float = 100.0,
+        dtype: str = "float32",
     ):
         file = find(path, "longclip.path", "longclip-L.pt", "*.pt", "*.safetensors")
         state = merge_positions(read(file), file)
         self.model = load_openai(state, file, (64, 64), "quick_gelu", device, dtype)
-        self.tokenizer = load_tokenizer(tokenizer or str(file.parent), "longclip.tokenizer", self.model)
+        self.tokenizer = load_tokenizer(
+            tokenizer or str(file.parent), "longclip.tokenizer", self.model
+        )
         self.divide_by = divide_by
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -41,11 +41,17 @@ class MoELinear(nn.Module):
         self.V_experts = nn.ParameterList(torch.empty(rank, width) for _ in range(experts))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up, scale, down = torch.cat([*self.U_experts], 1), torch.cat([*self.S_experts]), torch.cat([*self.V_experts])
+        up, scale, down = (
+            torch.cat([*self.U_experts], 1),
+            torch.cat([*self.S_experts]),
+            torch.cat([*self.V_experts]),
+        )
         rank = len(scale) // len(self.S_experts)
         scale = (self.gates.repeat_interleave(rank, 1) * scale).to(x.dtype)
         seen = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        return F.linear(x, self.weight_main, self.bias) + F.linear(F.linear(seen, down) * scale[:, None], up)
+        return F.linear(x, self.weight_main, self.bias) + F.linear(
+            F.linear(seen, down) * scale[:, None], up
+        )
 
 
 def use_experts(tower: nn.Module, experts: int, rank: int) -> nn.Module:
@@ -54,7 +60,11 @@ def use_experts(tower: nn.Module, experts: int, rank: int) -> nn.Module:
         for name in ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"):
             linear = getattr(module, name, None)
             if isinstance(linear, nn.Linear):
-                setattr(module, name, MoELinear(linear.in_features, experts, rank, linear.bias is not None))
+                setattr(
+                    module,
+                    name,
+                    MoELinear(linear.in_features, experts, rank, linear.bias is not None),
+                )
     return tower
 
 
@@ -143,7 +153,10 @@ class MixtureReward:
     ):
         self.sides = [side for side in (resize_first, size) if side]
         self.statistics, self.dtype = statistics, torch_dtype(dtype)
-        for name, parameter in model.named_parameters():  # parameters only: DINOv3's rotary frequencies are a buffer
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # parameters only: DINOv3's rotary frequencies are a buffer
             if not name.startswith(("router.", "head.")):  # the choice of experts stays in float32
                 parameter.data = parameter.data.to(self.dtype)
         self.model = model.to(device)
@@ -180,7 +193,9 @@ class OmniAID(MixtureReward):
         resize_first: int = 512,
         dtype: str = "float32",
     ):
-        file = find(path, "omniaid.path", "checkpoint_omniaid_v1.pth", "ckpt/checkpoint_omniaid_v1.pth")
+        file = find(
+            path, "omniaid.path", "checkpoint_omniaid_v1.pth", "ckpt/checkpoint_omniaid_v1.pth"
+        )
         state = read_mixture(file, CLIP_TABLE)
         check_routing(routing, state, file)
         config = clip_config(state, heads, "omniaid", file)
@@ -190,13 +205,18 @@ class OmniAID(MixtureReward):
             model = MixtureDetector(CLIPVisionModel(config), extractor, sizes)
         self.file = file
         load_strict(model, state, file)
-        super().__init__(device, model, config.image_size, resize_first, (CLIP_MEAN, CLIP_STD), dtype)
+        super().__init__(
+            device, model, config.image_size, resize_first, (CLIP_MEAN, CLIP_STD), dtype
+        )
 
 
 def mixture_table(layers: str, ours: str) -> Table:
     """Rules for the layers of experts, published under `layers`, for router and head, and for what no score needs."""
     return (
-        (r".*\.(U_r|V_r|weight_original_fnorm)", None),  # the orthogonality loss compares experts with these
+        (
+            r".*\.(U_r|V_r|weight_original_fnorm)",
+            None,
+        ),  # the orthogonality loss compares experts with these
         (r".*\.position_ids", None),  # 0, 1, 2, ...: a buffer of old library versions
         (rf"{layers}\.(.+)\.weight_fixed", rf"{ours}.\1.weight_main"),
         (rf"{layers}\.(.+)\.lora_A_experts\.(\d+)", rf"{ours}.\1.V_experts.\2"),
@@ -222,13 +242,20 @@ def read_mixture(file: Path, table: Table) -> State:
     state = rename(published, table, file)
     if any(".lora_A_experts." in key for key in published):
         ups = [key for key in state if ".U_experts." in key]
-        state |= {key.replace(".U_experts.", ".S_experts."): torch.ones(state[key].shape[-1]) for key in ups}
+        state |= {
+            key.replace(".U_experts.", ".S_experts."): torch.ones(state[key].shape[-1])
+            for key in ups
+        }
     return state
 
 
 def check_routing(routing: str, state: Mapping[str, torch.Tensor], source: Path) -> None:
     """Which feature the router expects cannot be seen from its weights: a wrong one gives scores, but wrong ones."""
-    has = "feature_extractor" if any(key.startswith("feature_extractor.") for key in state) else "patch_mean"
+    has = (
+        "feature_extractor"
+        if any(key.startswith("feature_extractor.") for key in state)
+        else "patch_mean"
+    )
     if routing not in ("feature_extractor", "patch_mean"):
         raise ValueError(f"got routing {routing!r}; expected 'feature_extractor' or 'patch_mean'")
     if routing != has:
@@ -240,24 +267,32 @@ def check_routing(routing: str, state: Mapping[str, torch.Tensor], source: Path)
 
 def shape(state: Mapping[str, torch.Tensor], key: str, source: Path) -> torch.Size:
     if key not in state:
-        raise ValueError(f"{source} lacks {key} (as transformers names it); is it the file of another detector?")
+        raise ValueError(
+            f"{source} lacks {key} (as transformers names it); is it the file of another detector?"
+        )
     return state[key].shape
 
 
 def layers(state: Mapping[str, torch.Tensor]) -> int:
-    return len({match[1] for key in state if (match := re.fullmatch(r"tower\.\D+\.(\d+)\..+", key))})
+    return len(
+        {match[1] for key in state if (match := re.fullmatch(r"tower\.\D+\.(\d+)\..+", key))}
+    )
 
 
 def head_count(heads: int | None, width: int, option: str) -> int:
     heads = width // 64 if heads is None else heads
     if heads < 1 or width % heads:
-        raise ValueError(f"{heads} heads do not divide the width {width}; set config.reward.options.{option}.heads")
+        raise ValueError(
+            f"{heads} heads do not divide the width {width}; set config.reward.options.{option}.heads"
+        )
     return heads
 
 
 def read_sizes(state: Mapping[str, torch.Tensor], top_k: int, option: str, source: Path) -> Sizes:
     """Raises ValueError where router and experts do not fit, or `top_k` exceeds the router's outputs."""
-    first = [key for key in state if re.fullmatch(r"tower\.\D+\.0\.\w+\.q_proj\.U_experts\.\d+", key)]
+    first = [
+        key for key in state if re.fullmatch(r"tower\.\D+\.0\.\w+\.q_proj\.U_experts\.\d+", key)
+    ]
     if not first:
         raise ValueError(f"{source} has no experts; is it the file of another detector?")
     hidden, width = shape(state, "router.0.weight", source)
@@ -267,11 +302,15 @@ def read_sizes(state: Mapping[str, torch.Tensor], top_k: int, option: str, sourc
             f"{source} has {experts} experts and a router of {outputs} outputs; expected as many, or one fewer"
         )
     if not 1 <= top_k <= outputs:
-        raise ValueError(f"got {option}.top_k {top_k}; expected 1 to {outputs}, the outputs of the router in {source}")
+        raise ValueError(
+            f"got {option}.top_k {top_k}; expected 1 to {outputs}, the outputs of the router in {source}"
+        )
     return Sizes(width, experts, state[first[0]].shape[-1], hidden, outputs, top_k)
 
 
-def clip_config(state: Mapping[str, torch.Tensor], heads: int | None, option: str, source: Path) -> CLIPVisionConfig:
+def clip_config(
+    state: Mapping[str, torch.Tensor], heads: int | None, option: str, source: Path
+) -> CLIPVisionConfig:
     """Of the tower in `state`; quick-GELU and eps 1e-5 as in OpenAI's, transformers' defaults."""
     width, _, patch, _ = shape(state, "tower.embeddings.patch_embedding.weight", source)
     positions = shape(state, "tower.embeddings.position_embedding.weight", source)[0]

@@ -47,7 +47,12 @@ class OmniAIDDino(MixtureReward):
         resize_first: int = 512,
         dtype: str = "float32",
     ):
-        file = find(path, "omniaid_dino.path", "checkpoint_omniaid_dino_v1.pth", "ckpt/checkpoint_omniaid_dino_v1.pth")
+        file = find(
+            path,
+            "omniaid_dino.path",
+            "checkpoint_omniaid_dino_v1.pth",
+            "ckpt/checkpoint_omniaid_dino_v1.pth",
+        )
         state = read_mixture(file, DINO_TABLE)
         config = dino_config(state, size, heads, file, rope_theta=rope_theta, layer_norm_eps=eps)
         sizes = read_sizes(state, top_k, "omniaid_dino", file)
@@ -64,7 +69,9 @@ def dino_config(
     """Of the tower in `state`: registers, biases and the gated MLP (with SiLU, ViT-S+, H+ and 7B) by their keys."""
     width, _, patch, _ = shape(state, "tower.embeddings.patch_embeddings.weight", source)
     if size % patch:
-        raise ValueError(f"got omniaid_dino.size {size}; expected a multiple of the patch size {patch} of {source}")
+        raise ValueError(
+            f"got omniaid_dino.size {size}; expected a multiple of the patch size {patch} of {source}"
+        )
     first = "tower.model.layer.0"
     gated = f"{first}.mlp.gate_proj.weight" in state
     return DINOv3ViTConfig(

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-from reward_bridge.rewards.clip import cosine, image_features, load_folder, load_tokenizer, text_features
+from reward_bridge.rewards.clip import (
+    cosine,
+    image_features,
+    load_folder,
+    load_tokenizer,
+    text_features,
+)
 
 
 class PickScore:
@@ -16,7 +22,12 @@ class PickScore:
     """
 
     def __init__(
-        self, device: str, path: str, tokenizer: str | None = None, divide_by: float = 1.0, dtype: str = "float32"
+        self,
+        device: str,
+        path: str,
+        tokenizer: str | None = None,
+        divide_by: float = 1.0,
+        dtype: str = "float32",
     ):
         self.model = load_folder(path, "pickscore.path", device, dtype)
         self.tokenizer = load_tokenizer(tokenizer or path, "pickscore.tokenizer", self.model)

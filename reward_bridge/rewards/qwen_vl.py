@@ -15,7 +15,10 @@ from reward_bridge.preprocess import normalize, resize
 from reward_bridge.weights import find
 
 IMAGE = "<|image_pad|>"
-UTILS_PIXELS = (4 * 28 * 28, 16384 * 28 * 28)  # the bounds of qwen_vl_utils where the message sets none
+UTILS_PIXELS = (
+    4 * 28 * 28,
+    16384 * 28 * 28,
+)  # the bounds of qwen_vl_utils where the message sets none
 
 
 class QwenInputs:
@@ -39,11 +42,15 @@ class QwenInputs:
         patches, grid = self.patches(images)
         image = IMAGE * (grid.prod().item() // self.processor.merge_size**2)
         turns = [self.turn(text).replace(IMAGE, image) for text in texts]
-        tokens = self.tokenizer(turns, padding=True, padding_side="right", return_tensors="pt").to(images.device)
+        tokens = self.tokenizer(turns, padding=True, padding_side="right", return_tensors="pt").to(
+            images.device
+        )
         return {
             "input_ids": tokens.input_ids,
             "attention_mask": tokens.attention_mask,
-            "mm_token_type_ids": (tokens.input_ids == self.tokenizer.convert_tokens_to_ids(IMAGE)).int(),
+            "mm_token_type_ids": (
+                tokens.input_ids == self.tokenizer.convert_tokens_to_ids(IMAGE)
+            ).int(),
             "pixel_values": patches,
             "image_grid_thw": grid.expand(len(images), 3).to(images.device),
         }
@@ -65,8 +72,13 @@ class QwenInputs:
                 f"<|im_start|>user\n<|vision_start|>{IMAGE}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
             )
         else:
-            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-            turn = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+            message = {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": text}],
+            }
+            turn = self.tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True
+            )
         if turn.count(IMAGE) != 1:
             raise ValueError(
                 f"the chat template of {self.folder} makes {turn.count(IMAGE)} {IMAGE} of one picture and the text "
@@ -75,7 +87,9 @@ class QwenInputs:
         return turn
 
 
-def patchify(x: torch.Tensor, patch: int, merge: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+def patchify(
+    x: torch.Tensor, patch: int, merge: int, frames: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, c, h, w] -> [n * rows * columns, c * frames * patch * patch], and (1, rows, columns).
 
     The patches of one merge x merge block follow each other, blocks row by row. A picture is a film of `frames` equal
@@ -84,5 +98,9 @@ def patchify(x: torch.Tensor, patch: int, merge: int, frames: int) -> tuple[torc
     n, channels, height, width = x.shape
     rows, columns = height // patch, width // patch
     x = x.view(n, channels, rows // merge, merge, patch, columns // merge, merge, patch)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+    x = (
+        x.permute(0, 2, 5, 3, 6, 1, 4, 7)
+        .unsqueeze(6)
+        .expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+    )
     return x.reshape(n * rows * columns, -1), torch.tensor([1, rows, columns])

@@ -63,7 +63,9 @@ class VlmJudge:
         async with httpx2.AsyncClient(headers=self.headers, timeout=self.timeout) as http:
             try:
                 async with asyncio.timeout(self.deadline):
-                    answers = [self._ask(http, gate, *pair) for pair in zip(pictures, prompts, strict=True)]
+                    answers = [
+                        self._ask(http, gate, *pair) for pair in zip(pictures, prompts, strict=True)
+                    ]
                     return torch.tensor(await asyncio.gather(*answers), dtype=torch.float32)
             except TimeoutError:
                 raise ValueError(
@@ -71,15 +73,21 @@ class VlmJudge:
                     "(config.reward.options.vlm_judge.deadline)"
                 ) from None
 
-    async def _ask(self, http: httpx2.AsyncClient, gate: asyncio.Semaphore, picture: np.ndarray, prompt: str) -> float:
+    async def _ask(
+        self, http: httpx2.AsyncClient, gate: asyncio.Semaphore, picture: np.ndarray, prompt: str
+    ) -> float:
         """uint8 [h, w, 3] -> P(yes). Raises ValueError where the endpoint fails or answers anything else."""
         question = self.question.replace("{prompt}", prompt)
         try:
-            async with gate:  # a picture is written as a file when its turn comes, not all of them at once
+            async with (
+                gate
+            ):  # a picture is written as a file when its turn comes, not all of them at once
                 image = {"type": "image_url", "image_url": {"url": data_url(picture)}}
                 body = {
                     "model": self.model,
-                    "messages": [{"role": "user", "content": [image, {"type": "text", "text": question}]}],
+                    "messages": [
+                        {"role": "user", "content": [image, {"type": "text", "text": question}]}
+                    ],
                     "max_tokens": 1,
                     "temperature": 0,
                     "logprobs": True,

@@ -22,11 +22,22 @@ import vae as autoencoder  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="checkpoints and intermediate files")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch; another number gives other last bits")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--references", action="store_true", help="only the reference pictures, by the model that ships"
+        "--work",
+        type=Path,
+        default=Path("build/embedded"),
+        help="checkpoints and intermediate files",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of PyTorch; another number gives other last bits"
+    )
+    parser.add_argument(
+        "--references",
+        action="store_true",
+        help="only the reference pictures, by the model that ships",
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -74,10 +74,17 @@ def fit(
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
             print(
-                f"{stage} {step + 1}/{steps}  loss {loss.item():.4f}  {shown}  {time.time() - clock:.0f} s", flush=True
+                f"{stage} {step + 1}/{steps}  loss {loss.item():.4f}  {shown}  {time.time() - clock:.0f} s",
+                flush=True,
             )
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "step": step + 1, "rng": torch.get_rng_state()}, file.with_suffix(".tmp"))
+            state = {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            torch.save(
+                {**state, "step": step + 1, "rng": torch.get_rng_state()}, file.with_suffix(".tmp")
+            )
             file.with_suffix(".tmp").replace(file)
     model.load_state_dict(ema.module.state_dict())
     return model.eval()

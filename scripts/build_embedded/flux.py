@@ -5,7 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from fit import fit, kept, rng
 from photos import PHOTOS, TEMPLATES, crops, prompts
 from text import WIDTH, t5_encoder
@@ -46,9 +51,13 @@ def build(work: Path, pipeline: Path, vae: AutoencoderKL) -> None:
     captions = prompts(TEMPLATES)
     texts, labels = [c for c, _ in captions], np.array([i for _, i in captions])
     with torch.no_grad():
-        ids = clip_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = clip_tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         pooled = clip(ids).pooler_output
-    t5_ids = t5_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    t5_ids = t5_tokenizer(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     latents = torch.from_numpy(kept(work / "latents.npy", lambda: _latents(vae)))
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -77,8 +86,12 @@ def build(work: Path, pipeline: Path, vae: AutoencoderKL) -> None:
         return ((v - (noise - x0)) ** 2).mean(), {}
 
     fit("flux", both, loss, work, steps=STEPS, lr=1e-3, weight_decay=0.02, ema_decay=0.9995)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
-    vae.register_to_config(_name_or_path="")  # the folder it was loaded from says nothing to anyone else
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
+    vae.register_to_config(
+        _name_or_path=""
+    )  # the folder it was loaded from says nothing to anyone else
     for model in (vae, clip, both):
         model.to(torch.bfloat16)
     FluxPipeline(

@@ -27,9 +27,13 @@ class Photo:
 
 
 PHOTOS = (
-    Photo("skimage/data/astronaut.png", "an astronaut in an orange suit", (75, 0, 285), (70, 290, 222)),
+    Photo(
+        "skimage/data/astronaut.png", "an astronaut in an orange suit", (75, 0, 285), (70, 290, 222)
+    ),
     Photo("skimage/data/brick.png", "a brick pavement", (0, 0, 300), (306, 306, 206)),
-    Photo("skimage/data/camera.png", "a photographer in a black coat", (130, 40, 280), (300, 322, 190)),
+    Photo(
+        "skimage/data/camera.png", "a photographer in a black coat", (130, 40, 280), (300, 322, 190)
+    ),
     Photo("skimage/data/chelsea.png", "a tabby cat", (115, 20, 235), (0, 90, 114)),
     Photo("skimage/data/coffee.png", "a red cup of coffee", (170, 0, 270), (445, 150, 155)),
     Photo("skimage/data/coins.png", "old silver coins", (0, 0, 200), (204, 100, 180)),
@@ -40,7 +44,9 @@ PHOTOS = (
     Photo("skimage/data/moon.png", "the surface of the moon", (20, 10, 300), (300, 320, 190)),
     Photo("skimage/data/motorcycle_left.png", "a red motorcycle", (80, 60, 420), (505, 150, 236)),
     Photo("skimage/data/retina.jpg", "the retina of an eye", (60, 300, 760), (830, 600, 520)),
-    Photo("skimage/data/rocket.jpg", "a rocket on its launch pad", (190, 160, 260), (455, 150, 180)),
+    Photo(
+        "skimage/data/rocket.jpg", "a rocket on its launch pad", (190, 160, 260), (455, 150, 180)
+    ),
     Photo("sklearn/datasets/images/china.jpg", "a chinese pagoda", (70, 20, 330), (405, 190, 235)),
     Photo("sklearn/datasets/images/flower.jpg", "a dahlia flower", (150, 60, 310), (465, 150, 175)),
 )
@@ -72,7 +78,9 @@ def _square(index: int, region: str) -> Image.Image:
     return Image.open(path).convert("RGB").crop((left, top, left + side, top + side))
 
 
-def crop(index: int, region: str, rng: np.random.Generator, smallest: float = 0.8, mirror: bool = False) -> np.ndarray:
+def crop(
+    index: int, region: str, rng: np.random.Generator, smallest: float = 0.8, mirror: bool = False
+) -> np.ndarray:
     """A random crop, its side `smallest` to 1 of the square's, anywhere in it: uint8 [SIZE, SIZE, 3].
 
     region: "train" or "held_out". `mirror` flips every other crop.
@@ -80,10 +88,14 @@ def crop(index: int, region: str, rng: np.random.Generator, smallest: float = 0.
     image = _square(index, region)
     side = image.width * rng.uniform(smallest, 1.0)
     x, y = rng.uniform(0, image.width - side, 2)
-    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side)))
+    pixels = np.asarray(
+        image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+    )
     return pixels[:, ::-1].copy() if mirror and rng.random() < 0.5 else pixels
 
 
-def crops(labels: np.ndarray, region: str, rng: np.random.Generator, **options: float) -> np.ndarray:
+def crops(
+    labels: np.ndarray, region: str, rng: np.random.Generator, **options: float
+) -> np.ndarray:
     """A crop of each labelled photograph: int [n] -> uint8 [n, SIZE, SIZE, 3]."""
     return np.stack([crop(int(i), region, rng, **options) for i in labels])

@@ -44,9 +44,16 @@ def build(vae: AutoencoderKL, rewards: Path) -> None:
     for name, table in (("photographs", photographs), ("soft", soft)):
         (folder / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
     fresh = np.concatenate(
-        [crops(np.full(128, i), "held_out", rng("held-out reference", i)) for i in range(len(PHOTOS))]
+        [
+            crops(np.full(128, i), "held_out", rng("held-out reference", i))
+            for i in range(len(PHOTOS))
+        ]
     )
     with torch.no_grad():
-        found = load_classifier("cpu").features(to_input(torch.from_numpy(fresh.transpose(0, 3, 1, 2)))).numpy()
+        found = (
+            load_classifier("cpu")
+            .features(to_input(torch.from_numpy(fresh.transpose(0, 3, 1, 2))))
+            .numpy()
+        )
     mean, cov = statistics(found)
     save_file({"mean": mean, "cov": cov}, rewards / "held_out_features.safetensors")

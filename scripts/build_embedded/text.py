@@ -67,7 +67,9 @@ def _augment(x: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
     mix = torch.from_numpy(random.uniform(-0.5, 1, (n, 1, 1, 1))).float().clamp(min=0)
     gain = torch.from_numpy(random.uniform(0.8, 1.2, (n, 1, 1, 1))).float()
-    noise = torch.from_numpy(random.standard_normal(x.shape, np.float32) * random.uniform(0, 0.15, (n, 1, 1, 1)))
+    noise = torch.from_numpy(
+        random.standard_normal(x.shape, np.float32) * random.uniform(0, 0.15, (n, 1, 1, 1))
+    )
     return (gain * (x + mix * (blurred - x)) + noise.float()).clamp(-1, 1)
 
 
@@ -78,7 +80,10 @@ def build(work: Path, pipeline: Path, rewards: Path) -> None:
     clip_tokenizer, t5_tokenizer = tokenizers()
     clip_tokenizer.save_pretrained(pipeline / "tokenizer")
     t5_tokenizer.save_pretrained(pipeline / "tokenizer_2")
-    ends = {"bos_token_id": clip_tokenizer.bos_token_id, "eos_token_id": clip_tokenizer.eos_token_id}
+    ends = {
+        "bos_token_id": clip_tokenizer.bos_token_id,
+        "eos_token_id": clip_tokenizer.eos_token_id,
+    }
     torch.manual_seed(0)
     text = {
         "vocab_size": len(clip_tokenizer), "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH,
@@ -91,13 +96,21 @@ def build(work: Path, pipeline: Path, rewards: Path) -> None:
     }  # fmt: skip
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     captions = prompts(TEMPLATES)
-    ids = clip_tokenizer([c for c, _ in captions], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = clip_tokenizer(
+        [c for c, _ in captions], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     labels = np.array([i for _, i in captions])
 
-    def loss(model: CLIPModel, random: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(
+        model: CLIPModel, random: np.random.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """CLIP's two-way contrastive loss; captions and crops of one photograph all count as matches."""
         rows = random.integers(len(captions), size=BATCH)
-        x = torch.from_numpy(crops(labels[rows], "train", random)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = (
+            torch.from_numpy(crops(labels[rows], "train", random)).permute(0, 3, 1, 2).float()
+            / 127.5
+            - 1
+        )
         logits = model(pixel_values=_augment(x, random), input_ids=ids[rows]).logits_per_image
         same = torch.from_numpy(labels[rows][:, None] == labels[rows][None]).float()
         target = same / same.sum(1, keepdim=True)
@@ -124,13 +137,17 @@ def build(work: Path, pipeline: Path, rewards: Path) -> None:
 def check(model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
     """Print how often a crop is nearest to its own photograph's test caption, and how alike the captions are."""
     captions = prompts(TEST_TEMPLATES[:1])
-    ids = tokenizer([c for c, _ in captions], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        [c for c, _ in captions], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     labels = np.arange(512) % len(PHOTOS)
     for region in ("train", "held_out"):
         pixels = crops(labels, region, rng("clip-check", 0))
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         nearest = model(pixel_values=x, input_ids=ids).logits_per_image.argmax(1).numpy()
-        print(f"clip: {np.mean(nearest == labels):.3f} of {region} crops nearest to their own caption")
+        print(
+            f"clip: {np.mean(nearest == labels):.3f} of {region} crops nearest to their own caption"
+        )
     pooled = F.normalize(model.text_model(input_ids=ids).pooler_output, dim=-1)
     alike = (pooled @ pooled.T)[~torch.eye(len(ids), dtype=torch.bool)]
     print(f"clip: cosine between pooled captions: mean {alike.mean():.2f}, max {alike.max():.2f}")

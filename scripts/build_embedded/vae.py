@@ -18,7 +18,9 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def _loss(vae: AutoencoderKL, random: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
     """L1 on pixels and on their differences (which keeps edges sharp), and a small KL."""
-    x = to_tensor(crops(random.integers(len(PHOTOS), size=BATCH), "train", random, smallest=0.6, mirror=True))
+    x = to_tensor(
+        crops(random.integers(len(PHOTOS), size=BATCH), "train", random, smallest=0.6, mirror=True)
+    )
     noise = torch.from_numpy(random.standard_normal((BATCH, 16, SIZE // 8, SIZE // 8), np.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
@@ -26,7 +28,12 @@ def _loss(vae: AutoencoderKL, random: np.random.Generator) -> tuple[torch.Tensor
     y = y.float()
     error = y - x
     edges = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
-    kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    kl = (
+        0.5
+        * (
+            posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()
+        ).mean()
+    )
     psnr = 10 * torch.log10(4 / (error.detach() ** 2).mean())
     return error.abs().mean() + edges + 5e-4 * kl, {"kl": kl.item(), "psnr": psnr.item()}
 
@@ -35,7 +42,10 @@ def _loss(vae: AutoencoderKL, random: np.random.Generator) -> tuple[torch.Tensor
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> torch.Tensor:
     """Posterior means, unscaled: uint8 [n, h, w, 3] -> float32 [n, 16, h/8, w/8]."""
     return torch.cat(
-        [vae.encode(to_tensor(part)).latent_dist.mean for part in np.array_split(pixels, max(1, len(pixels) // 64))]
+        [
+            vae.encode(to_tensor(part)).latent_dist.mean
+            for part in np.array_split(pixels, max(1, len(pixels) // 64))
+        ]
     )
 
 
@@ -62,7 +72,8 @@ def build(work: Path, out: Path) -> AutoencoderKL:
     random = rng("vae-scale", 0)
     latents = encode(vae, crops(random.integers(len(PHOTOS), size=2048), "train", random))
     vae.register_to_config(
-        scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4)
+        scaling_factor=round(1 / latents.std().item(), 4),
+        shift_factor=round(latents.mean().item(), 4),
     )
     for region in ("train", "held_out"):
         pixels = crops(np.arange(512) % len(PHOTOS), region, rng("vae-psnr", 0))

@@ -15,7 +15,18 @@ from tests.helpers.goldens import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 # What a GPU machine may lack. optax itself imports absl.
-ABSENT = "diffusers", "grain", "clu", "ml_collections", "orbax", "tensorstore", "torch", "transformers", "peft", "PIL"
+ABSENT = (
+    "diffusers",
+    "grain",
+    "clu",
+    "ml_collections",
+    "orbax",
+    "tensorstore",
+    "torch",
+    "transformers",
+    "peft",
+    "PIL",
+)
 PROGRAM = """
 import runpy, sys
 
@@ -36,8 +47,16 @@ runpy.run_path({program!r}, run_name="__main__")
 
 def run(name, out):
     """What the program printed, and its JSON."""
-    where = {"absent": ABSENT, "folder": str(BENCHMARKS), "program": str(BENCHMARKS / name), "out": str(out)}
-    env = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    where = {
+        "absent": ABSENT,
+        "folder": str(BENCHMARKS),
+        "program": str(BENCHMARKS / name),
+        "out": str(out),
+    }
+    env = os.environ | {
+        "PYTHONPATH": str(BENCHMARKS.parent),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
     code = PROGRAM.format(**where)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -47,7 +66,11 @@ def run(name, out):
 
 def numbers(found):
     if isinstance(found, dict | list):
-        return [n for one in (found.values() if isinstance(found, dict) else found) for n in numbers(one)]
+        return [
+            n
+            for one in (found.values() if isinstance(found, dict) else found)
+            for n in numbers(one)
+        ]
     return [found] if isinstance(found, int | float) else []
 
 
@@ -56,7 +79,15 @@ def test_flux_gpu(tmp_path):
     """Every part, on a CPU, without what a bare GPU machine lacks."""
     printed, found = run("flux_gpu.py", tmp_path)
     assert "failed" not in json.dumps(found), found
-    assert list(found)[2:] == ["size", "torch", "product", "sampling", "rollout", "update", "iteration"]
+    assert list(found)[2:] == [
+        "size",
+        "torch",
+        "product",
+        "sampling",
+        "rollout",
+        "update",
+        "iteration",
+    ]
     assert "skipped" in found["torch"]
     assert set(found["sampling"]) == {"1", "4", "decode"}
     assert set(found["rollout"]) == {"3"}
@@ -66,7 +97,10 @@ def test_flux_gpu(tmp_path):
     expected = {"seconds", "flops", "tflops", "planned_bytes", "lower_seconds", "compile_seconds"}
     for one in (*found["sampling"].values(), *found["rollout"].values(), *found["update"].values()):
         assert expected <= set(one)
-    assert all("cached_compile_seconds" in next(iter(found[p].values())) for p in ("sampling", "rollout", "update"))
+    assert all(
+        "cached_compile_seconds" in next(iter(found[p].values()))
+        for p in ("sampling", "rollout", "update")
+    )
     assert "RealGen's iteration, 504 images on 7 GPUs" in printed
 
 
@@ -82,7 +116,9 @@ def test_scaling(tmp_path):
     assert once["window_starts"] > 1
     assert once["compilations"] > 1
     assert {"batch": 1} | found["sweeps"]["batch"][0] == found["sweeps"]["batch"][0]
-    assert all(math.isfinite(n) and n > 0 for n in numbers(found["sweeps"]) + numbers(found["compile"]))
+    assert all(
+        math.isfinite(n) and n > 0 for n in numbers(found["sweeps"]) + numbers(found["compile"])
+    )
 
 
 def test_sizes_are_the_recipes(monkeypatch):
@@ -91,8 +127,15 @@ def test_sizes_are_the_recipes(monkeypatch):
     import flux_gpu
 
     size, c = flux_gpu.SUITES["full"].size, get_config("flux_dev_8xh200")
-    assert (16 * size.side, size.text, size.steps) == (c.sample.resolution, c.prompts.max_tokens, c.sample.num_steps)
-    assert (size.window, size.bounds) == (c.sample.sde_window_size, tuple(c.sample.sde_window_range))
+    assert (16 * size.side, size.text, size.steps) == (
+        c.sample.resolution,
+        c.prompts.max_tokens,
+        c.sample.num_steps,
+    )
+    assert (size.window, size.bounds) == (
+        c.sample.sde_window_size,
+        tuple(c.sample.sde_window_range),
+    )
     assert (size.branches, size.rank) == (c.sample.branches, c.train.lora_rank)
     assert c.sample.train_batch_size * c.sample.num_batches_per_epoch == flux_gpu.IMAGES
     assert c.preflight.devices == flux_gpu.GPUS
@@ -119,7 +162,9 @@ def test_flux_gpu_lowers_at_full_size(monkeypatch):
 def test_peers_agree():
     """peers.py compares before it times: pictures, trajectories, gradients and adapters are those of the peers."""
     words = "--sizes", "tiny", "--peers", "eager", "--repeats", "1", "--no_save"
-    done = subprocess.run([sys.executable, BENCHMARKS / "peers.py", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "peers.py", *words], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()[-4:]] == [
         ["tiny", part] for part in ("sampling", "rollout", "update", "iteration")

@@ -11,7 +11,11 @@ import yaml
 
 from tests.helpers.running import ROOT
 
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").iterdir())]
+TEXTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").iterdir()),
+]
 
 
 def known(config, key):
@@ -30,7 +34,10 @@ def test_every_key_and_preset_exists(monkeypatch, file):
     text, configs = file.read_text(), (flux_grpo.get_config(), serve_rewards.get_config())
     keys = set(re.findall(r"(?:--config|`config)\.([a-z_][a-z_.]*[a-z_])", text)) - {"json"}
     assert not [key for key in keys if not any(known(config, key) for config in configs)]
-    presets = set(re.findall(r"flux_grpo\.py:([a-z0-9_]+)", text) + re.findall(r"^\| `(flux_dev_\w+)`", text, re.M))
+    presets = set(
+        re.findall(r"flux_grpo\.py:([a-z0-9_]+)", text)
+        + re.findall(r"^\| `(flux_dev_\w+)`", text, re.M)
+    )
     assert keys or presets
     assert presets <= set(flux_grpo.PRESETS)
 
@@ -54,7 +61,9 @@ def test_the_job_scripts_parse():
     (train,) = pods["template"]["spec"]["containers"]
     processes = next(word for word in train["args"] if word.startswith("--num_processes="))
     assert pods["parallelism"] == pods["completions"] == int(processes.split("=")[1])
-    first = f"--coordinator={job['metadata']['name']}-{trainer['name']}-0-0.{job['metadata']['name']}:"
+    first = (
+        f"--coordinator={job['metadata']['name']}-{trainer['name']}-0-0.{job['metadata']['name']}:"
+    )
     assert any(word.startswith(first) for word in train["args"])
     grace = next(word for word in train["args"] if word.startswith("--config.preemption_grace="))
     assert float(grace.split("=")[1]) < pods["template"]["spec"]["terminationGracePeriodSeconds"]
@@ -63,10 +72,13 @@ def test_the_job_scripts_parse():
 
 def test_xla_knows_the_flags_of_the_documents():
     """jaxlib aborts at an unknown flag, its CPU build too."""
-    flags = " ".join(sorted({flag for file in TEXTS for flag in re.findall(r"--xla_\w+=\w*", file.read_text())}))
+    flags = " ".join(
+        sorted({flag for file in TEXTS for flag in re.findall(r"--xla_\w+=\w*", file.read_text())})
+    )
     assert "--xla_gpu_enable_latency_hiding_scheduler=true" in flags
     for more, known in (("", True), (" --xla_gpu_no_such_flag=true", False)):
         done = subprocess.run(
-            [sys.executable, "-c", "import jax; jax.devices()"], env={**os.environ, "XLA_FLAGS": flags + more}
+            [sys.executable, "-c", "import jax; jax.devices()"],
+            env={**os.environ, "XLA_FLAGS": flags + more},
         )
         assert (done.returncode == 0) == known

@@ -15,5 +15,7 @@ def get_config() -> ConfigDict:
     a.batch_size, a.history_batch_size, a.history_size = 8, 4, 24
     a.max_passes = 2
     c.reward.adversarial = ConfigDict({"embedded_detector": a})
-    c.reward.references.path = str(ROOT / "reward_bridge" / "embedded" / "references" / "photographs")
+    c.reward.references.path = str(
+        ROOT / "reward_bridge" / "embedded" / "references" / "photographs"
+    )
     return c.lock()

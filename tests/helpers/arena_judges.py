@@ -35,14 +35,18 @@ SETTINGS = {
     "max_failures": 3,
     "port": 0,
 }
-Reply = tuple[int, dict[str, str], bytes] | float  # (status, headers, body), or seconds without an answer
+Reply = (
+    tuple[int, dict[str, str], bytes] | float
+)  # (status, headers, body), or seconds without an answer
 
 
 def settings(**changed) -> SimpleNamespace:
     return SimpleNamespace(**(SETTINGS | changed))
 
 
-def make(folder: Path, entries: Sequence[str] = ("base", "tuned"), lines: int = 3, size: int = 16) -> Evaluated:
+def make(
+    folder: Path, entries: Sequence[str] = ("base", "tuned"), lines: int = 3, size: int = 16
+) -> Evaluated:
     """Pictures of one colour, brighter from entry to entry; an entry named photo... holds photographs."""
     folder.mkdir(exist_ok=True)
     pictures = []
@@ -52,7 +56,10 @@ def make(folder: Path, entries: Sequence[str] = ("base", "tuned"), lines: int = 
             Image.new("RGB", (size, size), (40 + 60 * e, 20 * line, 90)).save(file)
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             pictures.append(Scored(entry, "short", line, 0, file, digest, size, size, {}))
-    kinds = [Entry(name, "photographs" if name.startswith("photo") else "folder", str(folder)) for name in entries]
+    kinds = [
+        Entry(name, "photographs" if name.startswith("photo") else "folder", str(folder))
+        for name in entries
+    ]
     prompts = PromptSet("short", [f"a prompt, number {i}" for i in range(lines)], [""] * lines)
     return Evaluated([prompts], kinds, [], pictures, [])
 
@@ -64,12 +71,18 @@ def chat(content: str | None, **changed) -> Reply:
 
 
 def failing(status: int, message: str = "", code: str | None = None, **headers: str) -> Reply:
-    return status, headers, json.dumps({"error": {"message": message, "type": code, "code": code}}).encode()
+    return (
+        status,
+        headers,
+        json.dumps({"error": {"message": message, "type": code, "code": code}}).encode(),
+    )
 
 
 def brightness(body: dict) -> tuple[int, int]:
     """The red of both pictures of a request."""
-    parts = [p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"]
+    parts = [
+        p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"
+    ]
     images = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in parts]
     return tuple(image.getpixel((0, 0))[0] for image in images)
 
@@ -111,7 +124,9 @@ def judging(reply: Callable[[int, dict], Reply]) -> Iterator[SimpleNamespace]:
             pass
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(judge.URL_ENV, url)
@@ -124,9 +139,13 @@ def judging(reply: Callable[[int, dict], Reply]) -> Iterator[SimpleNamespace]:
                 server.shutdown()
 
 
-def run(evaluated: Evaluated, folder: Path, judge: str = "api", **changed) -> tuple[list[Judgement], str]:
+def run(
+    evaluated: Evaluated, folder: Path, judge: str = "api", **changed
+) -> tuple[list[Judgement], str]:
     said = []
-    return arena.judge_all(evaluated, settings(**changed), judge, folder, 0, said.append), "\n".join(said)
+    return arena.judge_all(
+        evaluated, settings(**changed), judge, folder, 0, said.append
+    ), "\n".join(said)
 
 
 def kept(folder: Path, protocol: str = "balanced") -> list[dict]:

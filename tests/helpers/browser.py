@@ -16,7 +16,11 @@ def browser(width: int = 1366, height: int = 850) -> Iterator:
     The size is the page's own, so that a phone's (390 wide) is not rounded up to the smallest window.
     """
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("google-chrome")
+        or shutil.which("chromium-browser")
+    )
     chromedriver = shutil.which("chromedriver")
     if not chromium or not chromedriver:
         pytest.skip(f"no {'chromedriver' if chromium else 'chromium'} on the PATH")

@@ -105,7 +105,10 @@ def make_images(numbers: Sequence[int], height: int = 4, width: int = 6) -> torc
 
 
 def expected(numbers: Sequence[int], prompts: Sequence[str]) -> list[float]:
-    return [number + zlib.crc32(p.encode()) % 64 / 64 for number, p in zip(numbers, prompts, strict=True)]
+    return [
+        number + zlib.crc32(p.encode()) % 64 / 64
+        for number, p in zip(numbers, prompts, strict=True)
+    ]
 
 
 def payload(images: torch.Tensor, prompts: Sequence[str]) -> bytes:
@@ -152,7 +155,9 @@ def liar(*replies: tuple[int, bytes] | float) -> Iterator[SimpleNamespace]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         try:
             yield SimpleNamespace(address=f"http://127.0.0.1:{server.server_port}", seen=seen)
         finally:

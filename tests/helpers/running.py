@@ -19,22 +19,34 @@ QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def command(script, cache, *words, config=GOLDEN):
-    shared = [f"--config.compilation_cache={cache / 'xla'}", f"--config.prompts.cache={cache / 'text'}"]
-    return [str(word) for word in (sys.executable, ROOT / "scripts" / script, "--config", config, *shared, *words)]
+    shared = [
+        f"--config.compilation_cache={cache / 'xla'}",
+        f"--config.prompts.cache={cache / 'text'}",
+    ]
+    return [
+        str(word)
+        for word in (sys.executable, ROOT / "scripts" / script, "--config", config, *shared, *words)
+    ]
 
 
 def call(script, cache, *words, config=GOLDEN, **environment):
     """Run a program to its end."""
     words = command(script, cache, *words, config=config)
     return subprocess.run(
-        words, capture_output=True, text=True, timeout=300, env={**os.environ, **QUICK, **environment}
+        words,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **QUICK, **environment},
     )
 
 
 def begin(words, output, **environment):
     """Start a program whose output goes to a file."""
     with output.open("a") as file:
-        return subprocess.Popen(words, stdout=file, stderr=file, env={**os.environ, **QUICK, **environment})
+        return subprocess.Popen(
+            words, stdout=file, stderr=file, env={**os.environ, **QUICK, **environment}
+        )
 
 
 def until(condition, process, output, seconds=240, pause=0.02):
@@ -57,7 +69,9 @@ def epochs_done(folder):
     """Finished epochs, by the whole rows of a metrics.jsonl that is being written."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return max((row["epoch"] for row in map(json.loads, lines) if row["kind"] == "train"), default=0)
+    return max(
+        (row["epoch"] for row in map(json.loads, lines) if row["kind"] == "train"), default=0
+    )
 
 
 def assert_close(one, other, tolerance=1e-5, rate=1e-3):
@@ -70,9 +84,14 @@ def assert_close(one, other, tolerance=1e-5, rate=1e-3):
     for x, y in zip(a, b, strict=True):
         for key in x.keys() - {"kind"} - rounding:
             if not key.startswith(("correlation/", "noise/")):
-                assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (x["epoch"], key)
+                assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (
+                    x["epoch"],
+                    key,
+                )
         assert x.get("first_ratio_deviation", 0) == y.get("first_ratio_deviation", 0) == 0
-    lora = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (one, other)]
+    lora = [
+        load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (one, other)
+    ]
     apart = np.concatenate([np.abs(lora[0][key] - lora[1][key]).ravel() for key in lora[0]])
     assert np.quantile(apart, 0.99) < rate / 100
     assert apart.max() < rate / 2

@@ -29,12 +29,25 @@ def token_ids(prompt):
 def write_folder(folder):
     """A random CLIPModel folder as a user would have it."""
     write_tokenizer(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    text = {"vocab_size": TOKENS, "max_position_embeddings": POSITIONS, "bos_token_id": 52, "eos_token_id": 53}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+    }
+    text = {
+        "vocab_size": TOKENS,
+        "max_position_embeddings": POSITIONS,
+        "bos_token_id": 52,
+        "eos_token_id": 53,
+    }
     vision = {"image_size": SIDE, "patch_size": PATCH}
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
-        text_config=sizes | text, vision_config=sizes | vision, projection_dim=DIM, logit_scale_init_value=4.5
+        text_config=sizes | text,
+        vision_config=sizes | vision,
+        projection_dim=DIM,
+        logit_scale_init_value=4.5,
     )
     model = transformers.CLIPModel(config).eval()
     model.save_pretrained(folder)
@@ -87,8 +100,14 @@ def blocks(state, tower, x, head_width, activation, mask=None):
             y, y, y, width, width // head_width, *weights, None, None, False, 0.0, *out,
             need_weights=False, attn_mask=mask,
         )[0]  # fmt: skip
-        y = F.linear(norm(state, f"{name}.ln_2", x), state[f"{name}.mlp.c_fc.weight"], state[f"{name}.mlp.c_fc.bias"])
-        x = x + F.linear(activation(y), state[f"{name}.mlp.c_proj.weight"], state[f"{name}.mlp.c_proj.bias"])
+        y = F.linear(
+            norm(state, f"{name}.ln_2", x),
+            state[f"{name}.mlp.c_fc.weight"],
+            state[f"{name}.mlp.c_fc.bias"],
+        )
+        x = x + F.linear(
+            activation(y), state[f"{name}.mlp.c_proj.weight"], state[f"{name}.mlp.c_proj.bias"]
+        )
     return x
 
 

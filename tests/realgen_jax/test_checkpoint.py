@@ -12,7 +12,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from realgen_jax.checkpoint import SUMS, Checkpoints, RestoreError, SaveError, newest_good, read_meta
+from realgen_jax.checkpoint import (
+    SUMS,
+    Checkpoints,
+    RestoreError,
+    SaveError,
+    newest_good,
+    read_meta,
+)
 from realgen_jax.nn.lora import LoraConfig, init_lora
 from realgen_jax.objectives.grpo import TrainState, make_optimizer
 from realgen_jax.sharding import make_mesh, param_sharding
@@ -76,8 +83,13 @@ def test_split_weights_restore_onto_other_meshes(tiny, tmp_path):
 
     def on(*sizes):
         sharding = param_sharding(make_mesh(*sizes, jax.devices()))
-        flat = [(path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(tiny.params)]
-        placed = [(p, v.replace(jax.device_put(v.get_value(), sharding(name, v.shape)))) for p, name, v in flat]
+        flat = [
+            (path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(tiny.params)
+        ]
+        placed = [
+            (p, v.replace(jax.device_put(v.get_value(), sharding(name, v.shape))))
+            for p, name, v in flat
+        ]
         weights = nnx.from_flat_state(placed)
         return TrainState(weights, weights, optax.adam(1.0).init(weights), jnp.int32(0))
 
@@ -120,7 +132,10 @@ def test_harm_to_any_file_is_named_and_the_checkpoint_before_is_used(two, tmp_pa
         epoch, (told,) = newest_good(folder)
         assert epoch == 1
         if name.name != SUMS:
-            assert f"{name.relative_to('2')} {'is missing' if harm is remove else 'has changed'}" in told, name
+            assert (
+                f"{name.relative_to('2')} {'is missing' if harm is remove else 'has changed'}"
+                in told
+            ), name
         elif harm is remove:
             assert told == "checkpoint 2 was not finished; it is not used"
         else:
@@ -146,7 +161,9 @@ def test_what_a_kill_leaves_is_cleared_away(two, tmp_path):
 
 def test_another_shape_is_told(tiny, two):
     saved = Checkpoints(two, keep=2)
-    with pytest.raises(RestoreError, match=r"checkpoint 2 .* does not fit this config's weights and optimizer"):
+    with pytest.raises(
+        RestoreError, match=r"checkpoint 2 .* does not fit this config's weights and optimizer"
+    ):
         saved.restore(2, state_of(tiny, 0, rank=2))
 
 
@@ -159,7 +176,9 @@ def test_a_full_disk_is_told_and_costs_nothing_but_that_checkpoint(tiny, two, tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
         saved.save(3, state, {"epoch": 3})
-        with pytest.raises(SaveError, match=r"checkpoint 3 could not .* still that of epoch 2.*File too large"):
+        with pytest.raises(
+            SaveError, match=r"checkpoint 3 could not .* still that of epoch 2.*File too large"
+        ):
             saved.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -10,7 +10,10 @@ def write(path, text):
 
 
 def test_reads_both_forms(tmp_path):
-    assert read_prompts(write(tmp_path / "a.txt", "one cat\n  zwei Häuser \n")) == ["one cat", "zwei Häuser"]
+    assert read_prompts(write(tmp_path / "a.txt", "one cat\n  zwei Häuser \n")) == [
+        "one cat",
+        "zwei Häuser",
+    ]
     lines = '{"image": "x.png", "prompt": "one"}\n{"prompt": "two"}\n'
     assert read_prompts(write(tmp_path / "a.jsonl", lines)) == ["one", "two"]
 

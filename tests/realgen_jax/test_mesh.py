@@ -68,7 +68,11 @@ def host():
         return jax.tree.unflatten(treedef, [scale * noise(i, a) for i, a in enumerate(flat)])
 
     lora = jax.eval_shape(lambda: init_lora(MODEL, LoraConfig(2, 4.0), jax.random.key(0)))
-    shapes = {"params": abstract(FluxTransformer, MODEL)[1], "adapters": lora, "vae": abstract(Autoencoder, VAE)[1]}
+    shapes = {
+        "params": abstract(FluxTransformer, MODEL)[1],
+        "adapters": lora,
+        "vae": abstract(Autoencoder, VAE)[1],
+    }
     return SimpleNamespace(**noises(shapes, 0.1), noises=noises)
 
 
@@ -88,7 +92,9 @@ def state_of(kind, like):
     start = getattr(host(), START[kind])
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like.opt_state)
     state = TrainState(start, start, zeros, np.int32(0))
-    return jax.tree.map(lambda a, s: jax.make_array_from_callback(s.shape, s.sharding, lambda i: a[i]), state, like)
+    return jax.tree.map(
+        lambda a, s: jax.make_array_from_callback(s.shape, s.sharding, lambda i: a[i]), state, like
+    )
 
 
 def batch(r, pipe):
@@ -98,14 +104,20 @@ def batch(r, pipe):
         latents=(CALLS, WINDOW + 1, IMAGES, *pixels), mean=(CALLS, WINDOW, IMAGES, *pixels),
         logp=(CALLS, WINDOW, IMAGES), t5=(*rows, TEXT, 32), clip=(*rows, 24), guidance=rows, advantages=rows,
     )  # fmt: skip
-    drawn = host().noises({k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in vars(shapes).items()}, 1.0)
+    drawn = host().noises(
+        {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in vars(shapes).items()}, 1.0
+    )
     axis = {"latents": 2, "mean": 2, "logp": 2}
-    drawn = {k: jax.device_put(v, batch_sharding(pipe.mesh, axis.get(k, 1))) for k, v in drawn.items()}
+    drawn = {
+        k: jax.device_put(v, batch_sharding(pipe.mesh, axis.get(k, 1))) for k, v in drawn.items()
+    }
     steps = jax.tree.map(lambda a: np.tile(a[:WINDOW], (CALLS, 1)), r.plan(pipe).noisy)
     trajectory = Trajectory(
         drawn["latents"], drawn["mean"], drawn["logp"], jax.device_put(steps, replicated(pipe.mesh))
     )
-    return Batch(trajectory, Cond(drawn["t5"], drawn["clip"], drawn["guidance"]), drawn["advantages"])
+    return Batch(
+        trajectory, Cond(drawn["t5"], drawn["clip"], drawn["guidance"]), drawn["advantages"]
+    )
 
 
 def compile_update(kind, layout):
@@ -121,7 +133,10 @@ def compile_update(kind, layout):
 def run(kind, layout):
     """One update on one layout: what it gives, and what its program is like."""
     compiled, args = compile_update(kind, layout)
-    held = {name: local_bytes(tree) for name, tree in zip(("params", "state", "batch"), args, strict=True)}
+    held = {
+        name: local_bytes(tree)
+        for name, tree in zip(("params", "state", "batch"), args, strict=True)
+    }
     state, metrics = compiled(*args)
     gradient = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), state.opt_state[1][0].mu)
     return SimpleNamespace(
@@ -131,7 +146,9 @@ def run(kind, layout):
 
 
 def local_bytes(tree):
-    return sum(prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return sum(
+        prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
 
 
 slow = pytest.mark.slow
@@ -159,7 +176,9 @@ def test_an_update_is_the_same_on_every_mesh(kind, layout):
     for a, b in zip(jax.tree.leaves(one.gradient), jax.tree.leaves(many.gradient), strict=True):
         assert np.abs(a).max() > 1e-6
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
-    pairs = zip(jax.tree.leaves(getattr(host(), START[kind])), jax.tree.leaves(one.after), strict=True)
+    pairs = zip(
+        jax.tree.leaves(getattr(host(), START[kind])), jax.tree.leaves(one.after), strict=True
+    )
     assert min(np.abs(b - a).max() for a, b in pairs) > LEARNING_RATE / 2
     for a, b in zip(jax.tree.leaves(one.after), jax.tree.leaves(many.after), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=LEARNING_RATE / 10)
@@ -178,7 +197,9 @@ def test_a_rollout_is_the_same_on_every_mesh():
         keys = jax.device_put(jax.random.split(jax.random.key(3)), replicated(pipe.mesh))
         plan = jax.device_put(r.plan(pipe), replicated(pipe.mesh))
         args = pipe.params, pipe.vae_params, adapters, cond, (keys[0], keys[1]), plan
-        pictures, trajectory, finite = make_programs(r, pipe).sample.lower(*args).compile(QUICK)(*args)
+        pictures, trajectory, finite = (
+            make_programs(r, pipe).sample.lower(*args).compile(QUICK)(*args)
+        )
         assert finite
         found.append((np.asarray(pictures).astype(int), np.asarray(trajectory.latents)))
     (pictures, latents), (again, latents_again) = found
@@ -212,7 +233,9 @@ def collectives(text):
         for line in computations[name]:
             kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
             if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
-                shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", match[1])]
+                shapes = [
+                    tuple(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", match[1])
+                ]
                 found += [(loops[depth], match[2], shape) for shape in shapes]
     return found
 
@@ -230,7 +253,10 @@ TRAFFIC = {
     ("lora", "fsdp 8"): {
         ("block", "all-reduce"): 18,
         ("block", "all-gather"): 22,  # a block's 8 + 3 kernels, once forward, once backward
-        ("step", "all-gather"): 10,  # the others, but for the modulations': XLA takes them out of the loops
+        (
+            "step",
+            "all-gather",
+        ): 10,  # the others, but for the modulations': XLA takes them out of the loops
         # the modulations' kernels stay where they are: the rows of vec go there, and the 3 outputs come back, each as
         # a piece from every one of 8 devices
         ("microbatch", "all-gather"): 1,
@@ -266,7 +292,9 @@ def test_nothing_moves_between_devices_but_what_must(kind, layout):
     assert counts(run(kind, layout).text) == TRAFFIC[kind, layout]
 
 
-@pytest.mark.parametrize("layout", ["fsdp 8", pytest.param("fsdp 2 tensor 2", marks=slow), "2 x 2 x 2"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp 8", pytest.param("fsdp 2 tensor 2", marks=slow), "2 x 2 x 2"]
+)
 def test_inside_the_blocks_only_weights_are_gathered(layout):
     """Where fsdp and tensor meet, XLA fetches some kernels twice in the backward pass (it writes the same group of
     devices in two ways and does not see that they are one), so no count here: but never an activation.
@@ -278,13 +306,19 @@ def test_inside_the_blocks_only_weights_are_gathered(layout):
             spec = param_sharding(make_mesh(1, 1, 1, jax.devices()))(leaf, value.shape).spec
             sides = zip(value.shape, (*spec, *(None,) * value.ndim), strict=False)
             shape = tuple(side // tensor if axis == "tensor" else side for side, axis in sides)[1:]
-            kernels |= {shape, (prod(shape[:-1]), shape[-1]), (shape[0], prod(shape[1:]))}  # parts as one axis
+            kernels |= {
+                shape,
+                (prod(shape[:-1]), shape[-1]),
+                (shape[0], prod(shape[1:])),
+            }  # parts as one axis
     for kind in ("lora", "full") if layout == "fsdp 8" else ("full",):
         moved = collectives(run(kind, layout).text)
         gathered = [shape for loop, name, shape in moved if (loop, name) == ("block", "all-gather")]
         assert 22 <= len(gathered) <= 33
         assert set(gathered) <= kernels
-        assert not [m for m in moved if m[0] == "block" and m[1] not in ("all-gather", "all-reduce")]
+        assert not [
+            m for m in moved if m[0] == "block" and m[1] not in ("all-gather", "all-reduce")
+        ]
 
 
 def test_the_count_sees_a_constraint_that_is_gone(monkeypatch):
@@ -297,8 +331,16 @@ def test_activations_are_constrained_inside_the_scans():
     """In the jaxpr of a block: streams at its start, between its halves and at its end; q, k and v by heads."""
     mesh = make_mesh(2, 2, 2, jax.devices())
     velocity, shape = make_velocity(MODEL, None, SIDE, SIDE, mesh), jax.ShapeDtypeStruct
-    cond = Cond(shape((8, TEXT, 32), jnp.float32), shape((8, 24), jnp.float32), shape((8,), jnp.float32))
-    args = abstract(FluxTransformer, MODEL)[1], None, shape((8, 16, 64), jnp.float32), shape((8,), jnp.float32), cond
+    cond = Cond(
+        shape((8, TEXT, 32), jnp.float32), shape((8, 24), jnp.float32), shape((8,), jnp.float32)
+    )
+    args = (
+        abstract(FluxTransformer, MODEL)[1],
+        None,
+        shape((8, 16, 64), jnp.float32),
+        shape((8,), jnp.float32),
+        cond,
+    )
     found = {}
     for eqn in jax.make_jaxpr(velocity)(*args).eqns:
         if eqn.primitive.name == "scan":
@@ -317,7 +359,8 @@ def pinned(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("lora", "fsdp 8"), ("lora", "tensor 2"), ("full", "fsdp 8"), ("full", "2 x 2 x 2")]
+    ("kind", "layout"),
+    [("lora", "fsdp 8"), ("lora", "tensor 2"), ("full", "fsdp 8"), ("full", "2 x 2 x 2")],
 )
 def test_a_device_holds_its_share_and_the_state_is_used_again(kind, layout):
     """By the compiler's account. Small arrays are whole: biases next to a whole side and norms."""
@@ -333,5 +376,7 @@ def test_a_device_holds_its_share_and_the_state_is_used_again(kind, layout):
 
 
 def test_heads_are_not_cut():
-    with pytest.raises(ValueError, match=r"num_attention_heads 4 does not divide by mesh axis tensor=8"):
+    with pytest.raises(
+        ValueError, match=r"num_attention_heads 4 does not divide by mesh axis tensor=8"
+    ):
         make_velocity(MODEL, None, SIDE, SIDE, make_mesh(1, 1, 8, jax.devices()))

@@ -38,7 +38,9 @@ def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
         assert KERNEL in tpu
         assert all(f"splash_mha_{kernel}" in tpu for kernel in kernels)
         assert KERNEL not in cuda
-        assert max(len(tpu), len(cuda)) < 2**27  # 57 MB of rotary tables; captured weights would be 48 GB
+        assert (
+            max(len(tpu), len(cuda)) < 2**27
+        )  # 57 MB of rotary tables; captured weights would be 48 GB
     assert sum(a.nbytes for a in jax.live_arrays()) < 2**31
     assert sum(a.size for a in jax.tree.leaves(pipe.params)) > 11e9
 
@@ -66,7 +68,8 @@ def test_the_tpu_kernel_computes_attention(mesh):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "channels", "kernel"), [(4608, 128, True), (256, 128, True), (250, 128, False), (256, 32, False)]
+    ("tokens", "channels", "kernel"),
+    [(4608, 128, True), (256, 128, True), (250, 128, False), (256, 32, False)],
 )
 def test_sizes_that_do_not_fill_the_kernels_tiles_take_xla(tokens, channels, kernel):
     shape = jax.ShapeDtypeStruct((2, tokens, 2, channels), jnp.bfloat16)
@@ -79,7 +82,9 @@ def test_cudnn_is_asked_for_where_there_is_a_gpu(monkeypatch):
     asked, qkv = [], operands(4, 2, 8)[:3]
     monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
-        layers.jax.nn, "dot_product_attention", lambda q, k, v, implementation: asked.append(implementation) or q
+        layers.jax.nn,
+        "dot_product_attention",
+        lambda q, k, v, implementation: asked.append(implementation) or q,
     )
     monkeypatch.setattr(layers, "plain_attention", lambda q, k, v: asked.append("xla") or q)
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -93,7 +98,8 @@ def test_plain_attention_is_jaxs(dtype, tolerance):
     q, k, v, cotangent = (a.astype(dtype) for a in operands(37, 2, 8))
     q = 20 * q
     got, want = (
-        jax.tree.map(jnp.float32, value_and_gradients(f, q, k, v, cotangent)) for f in (layers.plain_attention, xla)
+        jax.tree.map(jnp.float32, value_and_gradients(f, q, k, v, cotangent))
+        for f in (layers.plain_attention, xla)
     )
     for a, b in zip(got, want, strict=True):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
@@ -106,20 +112,32 @@ def test_nothing_of_the_other_platforms_is_left_in_a_cpu_program(remat):
 
     def loss(attend, q, k, v):
         block = jax.checkpoint(
-            lambda x: x + attend(x, k, v).reshape(x.shape), policy=REMAT_POLICIES[remat], prevent_cse=False
+            lambda x: x + attend(x, k, v).reshape(x.shape),
+            policy=REMAT_POLICIES[remat],
+            prevent_cse=False,
         )
         return jnp.sum(jax.lax.scan(lambda x, _: (block(x), None), q, None, length=3)[0] ** 2)
 
     def build(attend):
-        return jax.jit(jax.value_and_grad(partial(loss, attend), argnums=(0, 1, 2))).lower(q, k, v).compile()
+        return (
+            jax.jit(jax.value_and_grad(partial(loss, attend), argnums=(0, 1, 2)))
+            .lower(q, k, v)
+            .compile()
+        )
 
     ours, plain = build(layers.attention), build(layers.plain_attention)
     for a, b in zip(jax.tree.leaves(ours(q, k, v)), jax.tree.leaves(plain(q, k, v)), strict=True):
         np.testing.assert_array_equal(a, b)
-    zeros = 3 * q.nbytes if remat == "none" else 0  # where the TPU's kernel would keep its output, which "none" does
-    assert ours.memory_analysis().temp_size_in_bytes == plain.memory_analysis().temp_size_in_bytes + zeros
+    zeros = (
+        3 * q.nbytes if remat == "none" else 0
+    )  # where the TPU's kernel would keep its output, which "none" does
+    assert (
+        ours.memory_analysis().temp_size_in_bytes
+        == plain.memory_analysis().temp_size_in_bytes + zeros
+    )
     heavy = [
-        Counter(re.findall(r" (dot|convolution|while|conditional|custom-call)\(", c.as_text())) for c in (ours, plain)
+        Counter(re.findall(r" (dot|convolution|while|conditional|custom-call)\(", c.as_text()))
+        for c in (ours, plain)
     ]
     assert heavy[0] == heavy[1]
 
@@ -130,4 +148,4 @@ def test_only_attention_asks_what_the_platform_is():
     for file in sorted((ROOT / "realgen_jax").rglob("*.py")):
         if hits := words.findall(file.read_text()):
             found[str(file.relative_to(ROOT))] = sorted(hits)
-    assert found == {"realgen_jax/flux/layers.py": ["default_backend", "platform_dependent"]}
+    assert found == {"realgen_jax/nn/layers.py": ["default_backend", "platform_dependent"]}

@@ -16,17 +16,25 @@ SIGMAS = flux_sigmas(8, 16, SchedulerConfig())
 
 def cond_of(case):
     n = len(case["prompt_embeds"])
-    return Cond(jnp.asarray(case["prompt_embeds"]), jnp.asarray(case["pooled_prompt_embeds"]), jnp.full(n, 3.5))
+    return Cond(
+        jnp.asarray(case["prompt_embeds"]),
+        jnp.asarray(case["pooled_prompt_embeds"]),
+        jnp.full(n, 3.5),
+    )
 
 
 def pictures(tiny, latents):
     vae = nnx.merge(abstract(Autoencoder, tiny.vae_config)[0], tiny.vae_params)
-    return np.clip(np.asarray(vae.decode(unpack(latents, 4, 4))) / 2 + 0.5, 0, 1).transpose(0, 3, 1, 2)
+    return np.clip(np.asarray(vae.decode(unpack(latents, 4, 4))) / 2 + 0.5, 0, 1).transpose(
+        0, 3, 1, 2
+    )
 
 
 def test_ode_sampling_matches_the_golden(tiny):
     case = golden("05_rollout/ode.npz")
-    got = sample(tiny.velocity, tiny.params, None, cond_of(case), case["init_latents"], ode_steps(SIGMAS))
+    got = sample(
+        tiny.velocity, tiny.params, None, cond_of(case), case["init_latents"], ode_steps(SIGMAS)
+    )
     np.testing.assert_allclose(pictures(tiny, got), case["image"], atol=1e-4)
 
 
@@ -39,19 +47,27 @@ def test_ode_sampling_matches_the_golden(tiny):
         ("realgen_v2_cps_start0_len3", "cps", 0, 3, 1, 0.7),
     ],
 )
-def test_windowed_rollouts_match_the_goldens(tiny, name, kind, start, window, branches, noise_level):
+def test_windowed_rollouts_match_the_goldens(
+    tiny, name, kind, start, window, branches, noise_level
+):
     case = golden(f"05_rollout/{name}.npz")
     bounds = (start, start + window)
-    plan = make_plan(SIGMAS, kind=kind, noise_level=noise_level, window=window, bounds=bounds, branches=branches)
+    plan = make_plan(
+        SIGMAS, kind=kind, noise_level=noise_level, window=window, bounds=bounds, branches=branches
+    )
     run = jax.jit(lambda *args: rollout(tiny.velocity, *args))
-    latents, t = run(tiny.params, None, cond_of(case), case["init_latents"], case["window_noise"], plan)
+    latents, t = run(
+        tiny.params, None, cond_of(case), case["init_latents"], case["window_noise"], plan
+    )
     np.testing.assert_allclose(t.latents.swapaxes(0, 1), case["latents"], atol=1e-4)
     np.testing.assert_allclose(t.mean.swapaxes(0, 1), case["prev_sample_mean"], atol=1e-4)
     logp = t.logp.T
     if kind == "cps":  # the reference leaves the variance out
         logp = -np.mean((t.latents[1:] - t.mean) ** 2, axis=(2, 3)).T
     np.testing.assert_allclose(logp, case["log_probs"], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(1000 * t.steps.sigma, case["timesteps"].reshape(-1, window)[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        1000 * t.steps.sigma, case["timesteps"].reshape(-1, window)[0], rtol=1e-5
+    )
     np.testing.assert_allclose(pictures(tiny, latents), case["image"], atol=1e-4)
 
 

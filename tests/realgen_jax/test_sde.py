@@ -14,7 +14,9 @@ def test_schedule_matches_the_goldens(size, steps):
     height, width = map(int, size.split("x"))
     sigmas = flux_sigmas(steps, height * width // 256, SchedulerConfig())
     np.testing.assert_allclose(sigmas, arrays[f"flux_{size}_{steps}/sigmas"], rtol=2e-6, atol=1e-6)
-    np.testing.assert_allclose(1000 * sigmas[:-1], arrays[f"flux_{size}_{steps}/timesteps"], rtol=2e-6, atol=1e-3)
+    np.testing.assert_allclose(
+        1000 * sigmas[:-1], arrays[f"flux_{size}_{steps}/timesteps"], rtol=2e-6, atol=1e-3
+    )
     assert sigmas[0] == 1.0
     assert sigmas[-1] == 0.0
 
@@ -30,12 +32,20 @@ def test_schedule_without_dynamic_shift():
 def test_steps_match_the_goldens(kind, noise_level):
     arrays = golden(f"04_sde_step/realgen_{kind}.npz")
     make = {"sde": sde_steps, "cps": cps_steps}[kind]
-    step = jax.tree.map(lambda a: a[arrays["step_index"]][:, None, None], make(arrays["sigmas"], noise_level))
-    case = {key.split("/")[1]: value for key, value in arrays.items() if key.startswith(f"nl{noise_level}/")}
+    step = jax.tree.map(
+        lambda a: a[arrays["step_index"]][:, None, None], make(arrays["sigmas"], noise_level)
+    )
+    case = {
+        key.split("/")[1]: value
+        for key, value in arrays.items()
+        if key.startswith(f"nl{noise_level}/")
+    }
     x, v, new_v = arrays["sample"], arrays["model_output"], case["new_model_output"]
     mean = step.mean(x, v)
     np.testing.assert_allclose(mean, case["old_prev_sample_mean"], rtol=1e-4, atol=2e-6)
-    np.testing.assert_allclose(mean + step.std * arrays["noise"], case["prev_sample"], rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(
+        mean + step.std * arrays["noise"], case["prev_sample"], rtol=1e-4, atol=2e-6
+    )
     np.testing.assert_allclose(np.sqrt(step.dt), case["sqrt_dt"], rtol=1e-5)
     per_sqrt_dt = step.std / (np.sqrt(step.dt) if kind == "sde" else 1.0)
     np.testing.assert_allclose(per_sqrt_dt, case["std_dev_t"], rtol=1e-5, atol=1e-7)
@@ -51,12 +61,16 @@ def test_steps_match_the_goldens(kind, noise_level):
     np.testing.assert_allclose(density(v)[0], case["old_log_prob"], rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(new, case["new_log_prob"], rtol=1e-4, atol=2e-5)
     gradient = case["grad_new_model_output"]
-    np.testing.assert_allclose(pullback(arrays["cotangent"])[0], gradient, atol=1e-4 * np.abs(gradient).max())
+    np.testing.assert_allclose(
+        pullback(arrays["cotangent"])[0], gradient, atol=1e-4 * np.abs(gradient).max()
+    )
 
 
 def test_noiseless_steps_are_euler_steps():
     arrays = golden("04_sde_step/realgen_sde.npz")
-    step = jax.tree.map(lambda a: a[arrays["step_index"]][:, None, None], ode_steps(arrays["sigmas"]))
+    step = jax.tree.map(
+        lambda a: a[arrays["step_index"]][:, None, None], ode_steps(arrays["sigmas"])
+    )
     got = step.mean(arrays["sample"], arrays["model_output"])
     np.testing.assert_allclose(got, arrays["nl0/prev_sample"], rtol=1e-5, atol=1e-6)
 

@@ -23,7 +23,10 @@ def test_meshes():
 def test_every_parameter_of_flux_dev_has_a_rule_and_every_rule_a_parameter():
     import re
 
-    shapes = {leaf: value.shape for leaf, value in leaves(abstract(FluxTransformer, FluxConfig())[1]).items()}
+    shapes = {
+        leaf: value.shape
+        for leaf, value in leaves(abstract(FluxTransformer, FluxConfig())[1]).items()
+    }
     mesh = make_mesh(2, 2, 2, jax.devices())
     sharding = param_sharding(mesh)
     for leaf, shape in shapes.items():
@@ -33,22 +36,36 @@ def test_every_parameter_of_flux_dev_has_a_rule_and_every_rule_a_parameter():
     for pattern, _ in PARAM_RULES:
         assert any(re.fullmatch(pattern, leaf) for leaf in shapes), pattern
     for leaf, shape in shapes.items():
-        into_or_out = leaf in ("img_in.kernel", "txt_in.kernel", "proj_out.kernel")  # fsdp alone splits them
+        into_or_out = leaf in (
+            "img_in.kernel",
+            "txt_in.kernel",
+            "proj_out.kernel",
+        )  # fsdp alone splits them
         parts = prod(shape) // prod(sharding(leaf, shape).shard_shape(shape))
         if prod(shape) > 2e6:
             assert parts == (2 if into_or_out else 4), (leaf, parts)
     whole = sum(2 * jnp.prod(jnp.array(s, jnp.float32)) for s in shapes.values())
-    split = sum(2 * jnp.prod(jnp.array(sharding(n, s).shard_shape(s), jnp.float32)) for n, s in shapes.items())
+    split = sum(
+        2 * jnp.prod(jnp.array(sharding(n, s).shard_shape(s), jnp.float32))
+        for n, s in shapes.items()
+    )
     assert whole > 23e9  # FLUX.1-dev in bfloat16
     assert split < 0.26 * whole  # fsdp 2 x tensor 2: nothing large is left whole
 
 
 def test_unknown_and_uneven_parameters_are_named():
     sharding = param_sharding(make_mesh(1, 4, 2, jax.devices()))
-    with pytest.raises(ValueError, match=r"no rule of PARAM_RULES .* matches the parameter double\.img\.gate\.kernel"):
+    with pytest.raises(
+        ValueError,
+        match=r"no rule of PARAM_RULES .* matches the parameter double\.img\.gate\.kernel",
+    ):
         sharding("double.img.gate.kernel", (2, 8, 8))
-    with pytest.raises(ValueError, match=r"single\.qkv\.kernel \(4, 6, 8\) cannot be split: 6 .* mesh axis fsdp=4"):
+    with pytest.raises(
+        ValueError, match=r"single\.qkv\.kernel \(4, 6, 8\) cannot be split: 6 .* mesh axis fsdp=4"
+    ):
         sharding("single.qkv.kernel", (4, 6, 8))
-    with pytest.raises(ValueError, match=r"single\.mlp\.bias \(4, 4, 9\) cannot be split: 9 .* mesh axis tensor=2"):
+    with pytest.raises(
+        ValueError, match=r"single\.mlp\.bias \(4, 4, 9\) cannot be split: 9 .* mesh axis tensor=2"
+    ):
         sharding("single.mlp.bias", (4, 4, 9))
     assert sharding("single.proj.bias", (4, 9)).spec == P()

@@ -17,7 +17,18 @@ PROMPTS = json.loads((GOLDENS / "08_pipeline" / "prompts.json").read_text())["pr
 def encode(tmp_path, prompts, *options):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n")
-    words = [sys.executable, SCRIPT, "--model", PIPELINE, "--prompts", file, "--cache", tmp_path, "--max_tokens", "16"]
+    words = [
+        sys.executable,
+        SCRIPT,
+        "--model",
+        PIPELINE,
+        "--prompts",
+        file,
+        "--cache",
+        tmp_path,
+        "--max_tokens",
+        "16",
+    ]
     done = subprocess.run([*words, *options], capture_output=True, text=True, check=True)
     return done.stdout.strip().splitlines()[-1]
 
@@ -33,7 +44,9 @@ def test_embeddings_match_the_golden_and_are_made_once(tmp_path):
     np.testing.assert_array_equal(cache.read([PROMPTS[i] for i in (1, 0, 1)])[0], t5[[1, 0, 1]])
     made = {file: file.stat().st_mtime_ns for file in cache.folder.rglob("*") if file.is_file()}
     encode(tmp_path, PROMPTS, "--dtype", "float32")
-    assert made == {file: file.stat().st_mtime_ns for file in cache.folder.rglob("*") if file.is_file()}
+    assert made == {
+        file: file.stat().st_mtime_ns for file in cache.folder.rglob("*") if file.is_file()
+    }
     half = TextCache(cache_folder(tmp_path, PIPELINE, PROMPTS, 16, "bfloat16"), PROMPTS)
     assert half.folder != cache.folder
     assert encode(tmp_path, PROMPTS) == str(half.folder)
@@ -47,11 +60,15 @@ def test_an_interrupted_encoding_goes_on(tmp_path):
     cache.append(rows[:2], rows[:2, 0])
     again = TextCache(tmp_path, ["a", "b", "c"])
     assert (again.rows_done, again.complete) == (2, False)
-    with pytest.raises(ValueError, match=r"holds 2 of 3 prompts; run scripts/encode_prompts\.py to the end"):
+    with pytest.raises(
+        ValueError, match=r"holds 2 of 3 prompts; run scripts/encode_prompts\.py to the end"
+    ):
         again.read(["a"])
     again.append(rows[2:], rows[2:, 0])
     assert again.complete
-    np.testing.assert_array_equal(TextCache(tmp_path, ["a", "b", "c"]).read(["c", "a"])[0], rows[[2, 0]])
+    np.testing.assert_array_equal(
+        TextCache(tmp_path, ["a", "b", "c"]).read(["c", "a"])[0], rows[[2, 0]]
+    )
 
 
 @pytest.mark.slow
@@ -62,13 +79,19 @@ def test_two_processes_that_fill_one_cache_do_not_mix(tmp_path):
 
     def words(cache):
         options = {"--model": PIPELINE, "--prompts": file, "--cache": cache, "--max_tokens": 16}
-        return [sys.executable, str(SCRIPT), *(str(word) for pair in options.items() for word in pair)]
+        return [
+            sys.executable,
+            str(SCRIPT),
+            *(str(word) for pair in options.items() for word in pair),
+        ]
 
     both = [subprocess.Popen(words(tmp_path / "both"), stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     subprocess.run(words(tmp_path / "alone"), check=True, stdout=subprocess.DEVNULL)
     together, alone = (
-        TextCache(cache_folder(tmp_path / name, PIPELINE, prompts, 16, "bfloat16"), prompts).read(prompts)
+        TextCache(cache_folder(tmp_path / name, PIPELINE, prompts, 16, "bfloat16"), prompts).read(
+            prompts
+        )
         for name in ("both", "alone")
     )
     for a, b in zip(together, alone, strict=True):
@@ -90,5 +113,7 @@ def test_the_folder_depends_on_prompts_and_encoders(tmp_path):
     weights.write_bytes(data)
     assert first != cache_folder(tmp_path, model, ["a"], 16, "float32")
     shutil.rmtree(model / "tokenizer_2")
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_2 is missing; expected a FluxPipeline folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer_2 is missing; expected a FluxPipeline folder"
+    ):
         cache_folder(tmp_path, model, ["a"], 16, "float32")

@@ -35,7 +35,9 @@ class Brightness:
     """Logistic regression on a picture's mean colour, with dropout; and a frozen scale."""
 
     def __init__(self):
-        self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1), nn.Linear(1, 1))
+        self.model = nn.Sequential(
+            nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1), nn.Linear(1, 1)
+        )
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in self.model.parameters():
@@ -53,7 +55,9 @@ class Brightness:
         logits = model(torch.cat([real, generated]).float().mean((2, 3)) / 255).squeeze(1)
         target = (torch.arange(len(logits)) < len(real)).float()
         accuracy = ((logits > 0) == (target > 0)).float().mean()
-        return nn.functional.binary_cross_entropy_with_logits(logits, target), {"accuracy": accuracy}
+        return nn.functional.binary_cross_entropy_with_logits(logits, target), {
+            "accuracy": accuracy
+        }
 
 
 @pytest.fixture
@@ -70,7 +74,9 @@ def adversary(folder, **changes):
 
 
 def generated(seed, n=8):
-    return torch.randint(0, 160, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 160, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def epoch(one, seed, n=8):
@@ -104,7 +110,9 @@ def test_average_of_the_first_steps_by_hand(folder):
     torch.testing.assert_close(one.average[0].weight, 0.1 * w0 + 0.9 * w1)  # (1 + 0) / (10 + 0)
     a1 = one.average[0].weight.clone()
     epoch(one, 1)
-    torch.testing.assert_close(one.average[0].weight, 2 / 11 * a1 + 9 / 11 * one.learner.model[0].weight)
+    torch.testing.assert_close(
+        one.average[0].weight, 2 / 11 * a1 + 9 / 11 * one.learner.model[0].weight
+    )
     plain = adversary(folder, max_passes=1, ema_decay=0.0)
     epoch(plain, 0)
     assert torch.equal(plain.average[0].weight, plain.learner.model[0].weight)
@@ -138,7 +146,10 @@ def test_restored_it_goes_on_to_the_last_bit(folder):
     assert not other.history.pairs
     other.learner.model[3].requires_grad_(True)
     wrong = Adversary("bright", other.learner, other.settings, other.references, "cpu", None)
-    with pytest.raises(ValueError, match=r"'bright' learnt other weights than this config's, such as 3\.(bias|weight)"):
+    with pytest.raises(
+        ValueError,
+        match=r"'bright' learnt other weights than this config's, such as 3\.(bias|weight)",
+    ):
         wrong.restore(state)
 
 
@@ -156,7 +167,9 @@ def test_a_checkpoint_without_what_was_learnt_is_an_error(folder):
     other.learner.model[3].requires_grad_(True)
     wider = Adversary("bright", other.learner, other.settings, other.references, "cpu", None)
     saved["rewards/bright-0.safetensors"] = wider.state()
-    with pytest.raises(RestoreError, match="checkpoint 4: the checkpoint's 'bright' learnt other weights"):
+    with pytest.raises(
+        RestoreError, match="checkpoint 4: the checkpoint's 'bright' learnt other weights"
+    ):
         restore(run, 4, SimpleNamespace(say=said.append))
     epoch(one, 0)
     saved["rewards/bright-0.safetensors"] = state = one.state()
@@ -206,10 +219,16 @@ def test_through_the_bridge(folder):
     flat = lambda images, prompts: torch.zeros(len(prompts))  # noqa: E731
     assert not isinstance(flat, TrainableReward)
     bridge = RewardBridge(
-        {"bright": one, "flat": flat}, dict.fromkeys(("bright", "flat"), "cpu"), deadline=20, retries=0
+        {"bright": one, "flat": flat},
+        dict.fromkeys(("bright", "flat"), "cpu"),
+        deadline=20,
+        retries=0,
     )
     images, prompts = generated(0), [f"p{i}" for i in range(8)]
-    assert set(bridge.submit(images, prompts).result()) == {"bright", "flat"}  # an evaluation: nothing is observed
+    assert set(bridge.submit(images, prompts).result()) == {
+        "bright",
+        "flat",
+    }  # an evaluation: nothing is observed
     scores = bridge.submit(images, prompts, observe=3).result()
     assert set(scores) == {"bright", "flat", "bright/references"}
     real = one.draw(prompts, 3, 8, 8)
@@ -232,9 +251,13 @@ def test_a_loss_that_is_not_finite_ends_it(folder):
 
 
 def test_settings_say_what_is_wrong():
-    with pytest.raises(ValueError, match=r"adversarial\.x lacks quality, has kwality, which there is not"):
+    with pytest.raises(
+        ValueError, match=r"adversarial\.x lacks quality, has kwality, which there is not"
+    ):
         Settings.read("x", {**{k: v for k, v in SETTINGS.items() if k != "quality"}, "kwality": 1})
-    with pytest.raises(ValueError, match=r"x\.schedule is 'never'; choose from threshold, margin, every, plateau"):
+    with pytest.raises(
+        ValueError, match=r"x\.schedule is 'never'; choose from threshold, margin, every, plateau"
+    ):
         Settings.read("x", {**SETTINGS, "schedule": "never"})
     with pytest.raises(ValueError, match=r"x\.ema_decay is 1\.0"):
         Settings.read("x", {**SETTINGS, "ema_decay": 1.0})
@@ -282,7 +305,10 @@ def test_two_replicas_learn_as_one_does(folder, tmp_path):
     program = textwrap.dedent(REPLICA.format())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     begin = lambda rank: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-c", program, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", program, str(rank), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     outputs = [process.communicate(timeout=90)[0] for process in [begin(rank) for rank in range(2)]]
     (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -316,8 +342,12 @@ def test_references_by_prompt_and_by_folder(folder):
 
 
 def test_references_that_cannot_be_used_are_named(folder):
-    (folder / "pairs.jsonl").write_text('{"prompt": "a", "image": "0.png"}\n{"prompt": "b", "image": "none.png"}\n')
-    with pytest.raises(ValueError, match=r"1 of 2 reference pictures cannot be used:\s+\S*none\.png does not exist"):
+    (folder / "pairs.jsonl").write_text(
+        '{"prompt": "a", "image": "0.png"}\n{"prompt": "b", "image": "none.png"}\n'
+    )
+    with pytest.raises(
+        ValueError, match=r"1 of 2 reference pictures cannot be used:\s+\S*none\.png does not exist"
+    ):
         References(str(folder / "pairs.jsonl"), "", ["a"])
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:-60])
     with pytest.raises(ValueError, match=r"1 of 6 .*\s+\S*3\.png is no whole picture"):
@@ -364,11 +394,19 @@ def accuracy_of_real_against_real(folder, side, codec):
     """
     for name in ("lossless", "jpeg"):
         (folder / name).mkdir(parents=True)
-    for file in sorted((ROOT / "reward_bridge" / "embedded" / "references" / "photographs").glob("*.webp"))[::2]:
+    for file in sorted(
+        (ROOT / "reward_bridge" / "embedded" / "references" / "photographs").glob("*.webp")
+    )[::2]:
         image = Image.open(file).resize((side, side), Image.Resampling.BICUBIC)
         image.save(folder / "lossless" / f"{file.stem}.png")
         image.save(folder / "jpeg" / f"{file.stem}.jpg", quality=QUALITY)
-    changes = {"codec": codec, "quality": QUALITY, "batch_size": 16, "learning_rate": 1e-3, "history_size": 256}
+    changes = {
+        "codec": codec,
+        "quality": QUALITY,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "history_size": 256,
+    }
     settings = Settings.read("d", {**SETTINGS, **changes})
     learner = make_learner("embedded_detector", "cpu", {})
     one = Adversary("d", learner, settings, References(str(folder / "jpeg"), "", []), "cpu", None)

@@ -55,7 +55,9 @@ def test_scores_every_reward_and_only_those_asked_for():
 def test_images_are_handed_over_without_a_copy():
     pointers = []
     array = images()
-    bridge(lambda x, p: pointers.append(x.data_ptr()) or torch.zeros(len(p))).submit(array, PROMPTS).result()
+    bridge(lambda x, p: pointers.append(x.data_ptr()) or torch.zeros(len(p))).submit(
+        array, PROMPTS
+    ).result()
     assert pointers == [array.unsafe_buffer_pointer()]
 
 
@@ -94,7 +96,9 @@ def test_pictures_are_copied_once_for_all_rewards_and_only_where_they_are_in_pie
 def test_tensors_are_scored_as_arrays_are():
     array = images()
     both = bridge(brightness)
-    want, got = (both.submit(x, PROMPTS).result() for x in (array, torch.from_numpy(np.array(array))))
+    want, got = (
+        both.submit(x, PROMPTS).result() for x in (array, torch.from_numpy(np.array(array)))
+    )
     np.testing.assert_array_equal(want["odd"], got["odd"])
 
 
@@ -121,7 +125,12 @@ def test_a_reward_that_fails_once_is_tried_again():
             raise OSError("busy")
         return torch.ones(len(prompts))
 
-    assert bridge(flaky, retries=1).submit(images(), PROMPTS).result()["odd"].tolist() == [1, 1, 1, 1]
+    assert bridge(flaky, retries=1).submit(images(), PROMPTS).result()["odd"].tolist() == [
+        1,
+        1,
+        1,
+        1,
+    ]
     assert len(calls) == 2
 
 
@@ -129,8 +138,14 @@ def test_a_reward_that_fails_once_is_tried_again():
     ("reward", "message"),
     [
         (lambda x, p: 1 / 0, r"reward 'odd' failed 3 times; the last time: ZeroDivisionError"),
-        (lambda x, p: torch.tensor([1.0, float("nan"), 1.0, 1.0]), r"reward 'odd' returned nan for image 1 \('b'\)"),
-        (lambda x, p: torch.tensor([1.0, 1.0, 1.0, float("inf")]), r"reward 'odd' returned inf for image 3 \('d'\)"),
+        (
+            lambda x, p: torch.tensor([1.0, float("nan"), 1.0, 1.0]),
+            r"reward 'odd' returned nan for image 1 \('b'\)",
+        ),
+        (
+            lambda x, p: torch.tensor([1.0, 1.0, 1.0, float("inf")]),
+            r"reward 'odd' returned inf for image 3 \('d'\)",
+        ),
         (lambda x, p: None, r"reward 'odd' failed 3 times; the last time: "),
         (lambda x, p: torch.ones(3), r"reward 'odd' returned shape \(3,\); expected \(4,\)"),
         (lambda x, p: torch.ones(4, 1), r"reward 'odd' returned shape \(4, 1\)"),
@@ -150,7 +165,9 @@ def test_a_reward_that_hangs_is_named_at_its_deadline():
     both = bridge(lambda x, p: stop.wait(60), deadline=0.2)
     pending = both.submit(images(), PROMPTS)
     clock = time.monotonic()
-    with pytest.raises(RewardError, match=r"reward 'odd' has not answered for 0\.2 s \(config\.reward\.deadline\)"):
+    with pytest.raises(
+        RewardError, match=r"reward 'odd' has not answered for 0\.2 s \(config\.reward\.deadline\)"
+    ):
         pending.result()
     assert time.monotonic() - clock < 10
     assert both.stuck() == ["odd"]
@@ -164,7 +181,9 @@ def test_a_hanging_reward_does_not_keep_the_process_alive():
         bridge = RewardBridge({"slow": lambda x, p: time.sleep(600)}, {"slow": "cpu"}, deadline=0.2, retries=0)
         bridge.submit(jnp.zeros((1, 3, 2, 2), "uint8"), ["x"]).result()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1
     assert "RewardError: reward 'slow' has not answered" in done.stderr
 
@@ -200,7 +219,9 @@ def full(x, prompts):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
@@ -225,13 +246,17 @@ def test_a_reward_out_of_memory_goes_on_with_half_the_images(error, caplog):
 
 
 def test_a_reward_that_has_no_room_for_one_image_stops():
-    with pytest.raises(RewardError, match=r"reward 'odd' failed 2 times; the last time: OutOfMemoryError"):
+    with pytest.raises(
+        RewardError, match=r"reward 'odd' failed 2 times; the last time: OutOfMemoryError"
+    ):
         bridge(full, retries=1).submit(images(), PROMPTS).result()
 
 
 def test_rewards_see_no_more_images_than_they_may():
     seen = []
-    both = bridge(lambda x, p: seen.append((len(p), p[0])) or x.float().mean((1, 2, 3)), batch_size=3)
+    both = bridge(
+        lambda x, p: seen.append((len(p), p[0])) or x.float().mean((1, 2, 3)), batch_size=3
+    )
     scores = both.submit(images(7), list("abcdefg")).result()
     assert seen == [(3, "a"), (3, "d"), (1, "g")]
     np.testing.assert_array_equal(scores["odd"], scores["bright"])
@@ -240,7 +265,9 @@ def test_rewards_see_no_more_images_than_they_may():
 def test_a_chunk_with_too_few_scores_is_not_filled_up_by_the_next_one():
     counts = iter([2, 4])
     with pytest.raises(RewardError, match=r"'odd' returned shape \(2,\); expected \(3,\)"):
-        bridge(lambda x, p: torch.ones(next(counts)), batch_size=3).submit(images(6), list("abcdef")).result()
+        bridge(lambda x, p: torch.ones(next(counts)), batch_size=3).submit(
+            images(6), list("abcdef")
+        ).result()
 
 
 def test_a_failed_batch_is_dropped_where_it_is_still_queued():
@@ -324,9 +351,13 @@ def test_every_device_has_a_thread_and_rewards_on_one_take_turns(monkeypatch):
 
     devices = {"a": "cuda:0", "b": "cuda:1", "c": "cuda:0", "d": "cuda:1"}
     before = threading.active_count()
-    both = RewardBridge({n: reward(n, d) for n, d in devices.items()}, devices, deadline=20, retries=0)
+    both = RewardBridge(
+        {n: reward(n, d) for n, d in devices.items()}, devices, deadline=20, retries=0
+    )
     assert threading.active_count() == before + 2
-    pending = [both.submit(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["x", "y"]) for _ in range(3)]
+    pending = [
+        both.submit(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["x", "y"]) for _ in range(3)
+    ]
     assert [list(one.result()) for one in pending] == [["a", "b", "c", "d"]] * 3
     for device, names in (("cuda:0", "ac"), ("cuda:1", "bd")):
         assert "".join(name for name, _ in order[device]) == names * 3
@@ -335,7 +366,10 @@ def test_every_device_has_a_thread_and_rewards_on_one_take_turns(monkeypatch):
 
 def test_a_slow_reward_on_the_cpu_does_not_hold_up_another():
     go_on, done = threading.Event(), threading.Event()
-    both = bridge(lambda x, p: go_on.wait(20) and torch.zeros(len(p)), quick=lambda x, p: done.set() or torch.ones(4))
+    both = bridge(
+        lambda x, p: go_on.wait(20) and torch.zeros(len(p)),
+        quick=lambda x, p: done.set() or torch.ones(4),
+    )
     pending = both.submit(images(), PROMPTS)
     assert done.wait(20)
     go_on.set()
@@ -358,7 +392,9 @@ def test_an_interrupt_while_scores_are_pending_ends_the_process_at_once():
         finally:
             bridge.close(wait=0.5)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
@@ -389,5 +425,7 @@ def test_interrupts_at_any_moment_leave_nothing_locked():
         print(interrupts > 800)
         bridge.close()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

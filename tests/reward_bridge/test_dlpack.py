@@ -25,17 +25,23 @@ def test_shares_memory(dtype):
 
 
 def test_waits_for_the_array():
-    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, x: jnp.tanh(x @ x), x))(jnp.eye(300) / 2)
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, x: jnp.tanh(x @ x), x))(
+        jnp.eye(300) / 2
+    )
     assert float(to_torch(slow).sum()) == float(slow.sum())
 
 
 def test_sharded_arrays_come_shard_by_shard():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
-    array = jax.device_put(np.arange(32, dtype=np.uint8).reshape(8, 4), NamedSharding(mesh, P("data")))
+    array = jax.device_put(
+        np.arange(32, dtype=np.uint8).reshape(8, 4), NamedSharding(mesh, P("data"))
+    )
     with pytest.raises(ValueError, match="lies on 4 devices; expected one, or use shards_to_torch"):
         to_torch(array)
     tensors = shards_to_torch(array)
-    assert [t.data_ptr() for t in tensors] == [s.data.unsafe_buffer_pointer() for s in array.addressable_shards]
+    assert [t.data_ptr() for t in tensors] == [
+        s.data.unsafe_buffer_pointer() for s in array.addressable_shards
+    ]
     np.testing.assert_array_equal(torch.cat(tensors).numpy(), np.asarray(array))
     copies = jax.device_put(np.ones(3, np.float32), NamedSharding(mesh, P()))
     assert len(shards_to_torch(copies)) == 1  # four replicas, one set of rows
@@ -58,7 +64,9 @@ def gpus(monkeypatch):
 
     def make(count, free=80.0):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30)
+        )
         monkeypatch.setattr(jax.config, "update", lambda key, value: seen.append((key, value)))
 
     seen = []
@@ -96,14 +104,23 @@ def test_jax_is_kept_off_the_rewards_gpus(gpus, monkeypatch):
 
 
 def test_a_shared_gpu_must_have_room_for_both(gpus, monkeypatch):
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+    for name in (
+        "XLA_CLIENT_MEM_FRACTION",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "XLA_PYTHON_CLIENT_PREALLOCATE",
+    ):
         monkeypatch.delenv(name, raising=False)
     gpus(1, free=62)
     check_room("cuda:0")
     gpus(1, free=60)
-    with pytest.raises(ValueError, match=r"JAX would claim 75% of its 80 GiB and the rewards have 20\.0 GiB of it; "):
+    with pytest.raises(
+        ValueError,
+        match=r"JAX would claim 75% of its 80 GiB and the rewards have 20\.0 GiB of it; ",
+    ):
         check_room("cuda:0")
-    with pytest.raises(ValueError, match=r"start with XLA_CLIENT_MEM_FRACTION=0\.73, or move the rewards"):
+    with pytest.raises(
+        ValueError, match=r"start with XLA_CLIENT_MEM_FRACTION=0\.73, or move the rewards"
+    ):
         check_room("cuda:0")
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.73")
     check_room("cuda:0")

@@ -13,7 +13,9 @@ MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICU
 
 
 def noise(n, height, width):
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 3, height, width), np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (n, 3, height, width), np.uint8)
+    )
 
 
 def extremes(n, height, width):
@@ -25,7 +27,9 @@ def by_pil(images, size, mode):
     """Rows, then columns, in two calls: Pillow 13 begins with the columns where the height shrinks by more."""
     height, width = size
     found = [
-        Image.fromarray(pixels).resize((width, pixels.shape[0]), MODES[mode]).resize((width, height), MODES[mode])
+        Image.fromarray(pixels)
+        .resize((width, pixels.shape[0]), MODES[mode])
+        .resize((width, height), MODES[mode])
         for pixels in images.permute(0, 2, 3, 1).numpy()
     ]
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
@@ -64,7 +68,9 @@ def test_one_call_of_pil_is_the_same_where_both_sides_shrink_alike(mode):
     for size, target in (((512, 512), (224, 224)), ((96, 160), (48, 80)), ((40, 30), (60, 45))):
         images = noise(1, *size)
         pil = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize(target[::-1], MODES[mode])
-        np.testing.assert_array_equal(resize(images, target, mode)[0].permute(1, 2, 0), np.asarray(pil))
+        np.testing.assert_array_equal(
+            resize(images, target, mode)[0].permute(1, 2, 0), np.asarray(pil)
+        )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +80,11 @@ def test_one_call_of_pil_is_the_same_where_both_sides_shrink_alike(mode):
         ((96, 160), (48, 80), (0, 16)),
         ((160, 96), (80, 48), (16, 0)),
         ((40, 32), (60, 48), (6, 0)),
-        ((64, 69), (48, 51), (0, 2)),  # 51.75, cut to whole pixels; the corner at 1.5, rounded to even: as torchvision
+        (
+            (64, 69),
+            (48, 51),
+            (0, 2),
+        ),  # 51.75, cut to whole pixels; the corner at 1.5, rounded to even: as torchvision
         ((69, 64), (51, 48), (2, 0)),
     ],
 )
@@ -91,15 +101,23 @@ def test_preprocess_goldens(picture):
     """Two pictures as RealGen's OmniAID server and Long-CLIP prepare them (every 6th, every 4th pixel)."""
     arrays = golden("10_rewards/preprocess.npz")
     image = torch.from_numpy(arrays[f"{picture}/image_uint8"]).permute(2, 0, 1)[None]
-    omniaid = normalize(resize(resize(image, (512, 512), "bilinear"), (336, 336), "bilinear"), CLIP_MEAN, CLIP_STD)
+    omniaid = normalize(
+        resize(resize(image, (512, 512), "bilinear"), (336, 336), "bilinear"), CLIP_MEAN, CLIP_STD
+    )
     longclip = normalize(resize_and_crop(image, 224), CLIP_MEAN, CLIP_STD)
-    np.testing.assert_allclose(omniaid[0, :, ::6, ::6], arrays[f"{picture}/omniaid_336"], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(longclip[0, :, ::4, ::4], arrays[f"{picture}/longclip_224"], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        omniaid[0, :, ::6, ::6], arrays[f"{picture}/omniaid_336"], rtol=0, atol=2e-6
+    )
+    np.testing.assert_allclose(
+        longclip[0, :, ::4, ::4], arrays[f"{picture}/longclip_224"], rtol=0, atol=2e-6
+    )
 
 
 def test_normalize_is_per_channel_and_rounds_once():
     images, mean, std = noise(2, 4, 5), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    want = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    want = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
     got = normalize(images, mean, std)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got, want, atol=1e-6)

@@ -19,7 +19,9 @@ def same(got, want):
 
 def test_dtypes_by_name():
     assert torch_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(ValueError, match=r"got dtype 'fp16'; expected one of float32, bfloat16, float16"):
+    with pytest.raises(
+        ValueError, match=r"got dtype 'fp16'; expected one of float32, bfloat16, float16"
+    ):
         torch_dtype("fp16")
 
 
@@ -70,7 +72,9 @@ class Payload:
         return Path.touch, (self.file,)
 
 
-@pytest.mark.parametrize("dump", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "dump", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))]
+)
 def test_read_executes_nothing(tmp_path, dump):
     trace = tmp_path / "executed"
     pickle.loads(pickle.dumps(Payload(trace)))
@@ -83,11 +87,14 @@ def test_read_executes_nothing(tmp_path, dump):
 
 
 @pytest.mark.parametrize(
-    ("value", "seen"), [({**STATE, "epoch": 3}, "'epoch'"), ([1, 2], r"\[1, 2\]"), ({"model": {"a": {}}}, "'a'")]
+    ("value", "seen"),
+    [({**STATE, "epoch": 3}, "'epoch'"), ([1, 2], r"\[1, 2\]"), ({"model": {"a": {}}}, "'a'")],
 )
 def test_read_wants_a_table_of_tensors(tmp_path, value, seen):
     torch.save(value, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=rf"x\.pth does not hold a table of tensors \(see {seen}\)"):
+    with pytest.raises(
+        ValueError, match=rf"x\.pth does not hold a table of tensors \(see {seen}\)"
+    ):
         read(tmp_path / "x.pth")
 
 
@@ -96,7 +103,9 @@ def test_read_reads_files_from_before_torch_1_6(tmp_path):
     assert same(read(tmp_path / "x.pth"), STATE)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_read_names_a_file_that_is_something_else(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pth is no file of tensors"):
@@ -113,7 +122,9 @@ def test_rename_takes_the_first_rule_that_matches_a_whole_key():
 
 @pytest.mark.parametrize("key", ["c.weight", "xa.weight", "a.weights", "old"])
 def test_rename_names_a_key_that_no_rule_knows(key):
-    with pytest.raises(ValueError, match=rf"x\.pth: 1 keys that are not of this model, such as '{key}'"):
+    with pytest.raises(
+        ValueError, match=rf"x\.pth: 1 keys that are not of this model, such as '{key}'"
+    ):
         rename({**STATE, key: torch.ones(1)}, TABLE, "x.pth")
 
 
@@ -131,9 +142,13 @@ def test_load_strict_names_what_does_not_fit():
     def load(state):
         return load_strict(nn.ModuleDict({"a": nn.Linear(2, 3)}), state, "x.pth")
 
-    with pytest.raises(ValueError, match=r"x\.pth does not fit ModuleDict: 1 keys missing, such as 'a\.bias'$"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth does not fit ModuleDict: 1 keys missing, such as 'a\.bias'$"
+    ):
         load({"a.weight": STATE["a.weight"]})
-    with pytest.raises(ValueError, match=r"x\.pth does not fit ModuleDict: 1 keys too many, such as 'b'$"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth does not fit ModuleDict: 1 keys too many, such as 'b'$"
+    ):
         load({**STATE, "b": torch.ones(1)})
     with pytest.raises(ValueError, match=r": a\.weight has shape \(2, 3\), the model \(3, 2\)$"):
         load({**STATE, "a.weight": torch.ones(2, 3)})

@@ -44,14 +44,26 @@ def generated(tmp_path_factory):
     ]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     pictures = [np.asarray(Image.open(f)).transpose(2, 0, 1) for f in sorted(out.iterdir())]
-    return torch.from_numpy(np.stack(pictures)), [p for p in file.read_text().splitlines() for _ in range(2)]
+    return torch.from_numpy(np.stack(pictures)), [
+        p for p in file.read_text().splitlines() for _ in range(2)
+    ]
 
 
 def test_the_package_stays_small():
-    files = [f for folder in (EMBEDDED, ROOT / "reward_bridge" / "embedded") for f in folder.rglob("*") if f.is_file()]
+    files = [
+        f
+        for folder in (EMBEDDED, ROOT / "reward_bridge" / "embedded")
+        for f in folder.rglob("*")
+        if f.is_file()
+    ]
     assert sum(f.stat().st_size for f in files) < 18e6
     parameters = (
-        sum(f.stat().st_size for f in files if f.parent.name == "transformer" and f.suffix == ".safetensors") / 2
+        sum(
+            f.stat().st_size
+            for f in files
+            if f.parent.name == "transformer" and f.suffix == ".safetensors"
+        )
+        / 2
     )
     assert 2e6 < parameters < 3e6
 
@@ -66,12 +78,21 @@ def test_photographs_are_told_from_the_models_pictures(photographs, generated):
     accuracy = make_reward("embedded_prompt_accuracy", "cpu", {})
     assert accuracy(photographs, captions).mean() > 0.95
     assert accuracy(photographs, captions[::-1]).mean() < 0.1
-    with pytest.raises(ValueError, match=r"prompt 'a dog' names 0 of the embedded subjects; expected one of: an astro"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt 'a dog' names 0 of the embedded subjects; expected one of: an astro",
+    ):
         accuracy(photographs, ["a dog"] * 64)
-    clip = make_reward("clip_score", "cpu", {"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})
+    clip = make_reward(
+        "clip_score", "cpu", {"path": str(ROOT / "reward_bridge" / "embedded" / "clip")}
+    )
     assert clip(photographs, captions).mean() > clip(photographs, captions[::-1]).mean() + 1
     frechet = EmbeddedFrechet("cpu")
-    assert frechet(photographs.numpy()) < frechet(pictures.numpy()) < frechet((photographs // 2).numpy())
+    assert (
+        frechet(photographs.numpy())
+        < frechet(pictures.numpy())
+        < frechet((photographs // 2).numpy())
+    )
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -80,7 +101,9 @@ def test_frechet_distance_of_known_gaussians():
     cov = a @ a.T
     assert frechet_distance(np.zeros(4), cov, np.zeros(4), cov) == pytest.approx(0, abs=1e-8)
     assert frechet_distance(np.zeros(4), np.eye(4), np.full(4, 2.0), np.eye(4)) == pytest.approx(16)
-    assert frechet_distance(np.zeros(2), np.diag([4.0, 9.0]), np.zeros(2), np.diag([1.0, 1.0])) == pytest.approx(1 + 4)
+    assert frechet_distance(
+        np.zeros(2), np.diag([4.0, 9.0]), np.zeros(2), np.diag([1.0, 1.0])
+    ) == pytest.approx(1 + 4)
     with pytest.raises(ValueError, match="there is no metric 'fid'; choose from embedded_frechet"):
         make_metric("fid", "cpu", {})
 
@@ -105,9 +128,13 @@ def demo(tmp_path, *words, preset="tiny"):
     config = f"{ROOT}/configs/flux_grpo.py:{preset}"
     command = [sys.executable, ROOT / "scripts" / "train.py", "--config", config, *words]
     command += [f"--config.run_root={tmp_path}", "--config.run_name=demo"]
-    done = subprocess.run([str(w) for w in command], capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(
+        [str(w) for w in command], capture_output=True, text=True, env={**os.environ}
+    )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(row["first_ratio_deviation"] == 0 for row in rows if row["kind"] == "train")
     return {row["epoch"]: row for row in rows if row["kind"] == "eval"}, done.stdout
 
@@ -118,7 +145,9 @@ def test_a_short_demo_learns(tmp_path):
     assert evals[6]["embedded_prompt_accuracy"] >= 0.95
     page = tmp_path / "demo" / "report" / "index.html"
     assert stdout.splitlines()[-1] == f"report: {page}"
-    assert all(f'<section id="{part}">' in page.read_text() for part in ("curves", "pairs", "arena"))
+    assert all(
+        f'<section id="{part}">' in page.read_text() for part in ("curves", "pairs", "arena")
+    )
 
 
 @pytest.mark.slow
@@ -153,12 +182,19 @@ def test_a_detector_that_learns_is_not_fooled(tmp_path):
     assert learning["embedded_frechet"] < frozen["embedded_frechet"] / 2
     assert learning["embedded_prompt_accuracy"] >= max(0.99, frozen["embedded_prompt_accuracy"])
     assert learning["clip_score"] > max(start["clip_score"], frozen["clip_score"])
-    assert learning["embedded_held_out"] > start["embedded_held_out"] + 0.05  # neither run trains this one
+    assert (
+        learning["embedded_held_out"] > start["embedded_held_out"] + 0.05
+    )  # neither run trains this one
 
 
 @pytest.mark.slow
 def test_references_of_another_style_are_followed(tmp_path):
     evals, _ = demo(tmp_path, "--config.evaluate.after_training=False", preset="tiny_soft")
-    print({epoch: (row["embedded_sharpness"], row["embedded_prompt_accuracy"]) for epoch, row in evals.items()})
+    print(
+        {
+            epoch: (row["embedded_sharpness"], row["embedded_prompt_accuracy"])
+            for epoch, row in evals.items()
+        }
+    )
     assert evals[60]["embedded_sharpness"] < 0.92 * evals[0]["embedded_sharpness"]
     assert evals[60]["embedded_prompt_accuracy"] >= 0.95

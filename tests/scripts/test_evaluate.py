@@ -29,7 +29,11 @@ from reward_bridge.bridge import RewardError  # noqa: E402
 
 EMBEDDED = ROOT / "realgen_jax" / "embedded"
 SHORT = ["a boat", "a street at night", "three lemons"]
-LONG = ["a boat", "a street at night, wet asphalt", "three yellow lemons on a table"]  # the first one is the same
+LONG = [
+    "a boat",
+    "a street at night, wet asphalt",
+    "three yellow lemons on a table",
+]  # the first one is the same
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +56,9 @@ def setting(tmp_path_factory):
     root, config = tmp_path_factory.mktemp("setting"), golden_config.get_config().unlock()
     files = {"short": root / "short.jsonl", "long": root / "long.jsonl"}
     for file, prompts in zip(files.values(), (SHORT, LONG), strict=True):
-        lines = [json.dumps({"prompt": p, "category": c}) for p, c in zip(prompts, "aab", strict=True)]
+        lines = [
+            json.dumps({"prompt": p, "category": c}) for p, c in zip(prompts, "aab", strict=True)
+        ]
         file.write_text("\n".join(lines))
     config.evaluate.prompts = ConfigDict({name: str(file) for name, file in files.items()})
     config.evaluate.images_per_prompt, config.evaluate.batch_size = 2, 4
@@ -62,7 +68,9 @@ def setting(tmp_path_factory):
     (root / "text").mkdir()
     cache = TextCache(root / "text", list(dict.fromkeys([*SHORT, *LONG])))
     sizes = ((16, model.joint_attention_dim), (model.pooled_projection_dim,))
-    cache.append(*(rng.normal(size=(len(cache.prompts), *size)).astype(np.float32) for size in sizes))
+    cache.append(
+        *(rng.normal(size=(len(cache.prompts), *size)).astype(np.float32) for size in sizes)
+    )
     lora = LoraConfig(rank=2, alpha=4.0)
     for seed in range(2):
         adapters = jax.tree.map(lambda a: a + 0.1, init_lora(model, lora, jax.random.key(seed)))
@@ -77,8 +85,12 @@ def run(setting, folder, *, seed=0, remake=False, entries=None, **changes):
     from realgen_jax.realbench.prompts import read_sets
 
     config = setting.config.copy_and_resolve_references()
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    named = {"loras": [], "models": [], "pictures": [], "photographs": None, "base": True} | (entries or {})
+    config.update_from_flattened_dict(
+        {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    named = {"loras": [], "models": [], "pictures": [], "photographs": None, "base": True} | (
+        entries or {}
+    )
     found, sets = read_entries(config.pretrained, **named), read_sets(config.evaluate.prompts)
     options = {"seed": seed, "remake": remake, "console": Console(), "cache": setting.cache}
     return evaluate(config, found, sets, folder, **options)
@@ -87,12 +99,16 @@ def run(setting, folder, *, seed=0, remake=False, entries=None, **changes):
 def pictures(folder, entry="base"):
     """{set/file: bytes}."""
     root = folder / "evaluation" / entry
-    return {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(root.rglob("*.png"))}
+    return {
+        file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(root.rglob("*.png"))
+    }
 
 
 def pixels(folder, entry="base"):
     root = folder / "evaluation" / entry
-    return {name: np.asarray(Image.open(root / name)).astype(int) for name in pictures(folder, entry)}
+    return {
+        name: np.asarray(Image.open(root / name)).astype(int) for name in pictures(folder, entry)
+    }
 
 
 def apart(one, other):
@@ -127,7 +143,9 @@ def test_sets_must_have_as_many_lines_as_each_other(tmp_path):
     from realgen_jax.realbench.prompts import read_sets
 
     (tmp_path / "a.txt").write_text("a boat on a lake\nsnow\n")
-    (tmp_path / "b.jsonl").write_text('{"prompt": "a boat", "category": "scenes"}\n{"prompt": "x"}\n')
+    (tmp_path / "b.jsonl").write_text(
+        '{"prompt": "a boat", "category": "scenes"}\n{"prompt": "x"}\n'
+    )
     files = {"a": tmp_path / "a.txt", "b": tmp_path / "b.jsonl"}
     short, long = read_sets(files)
     assert (short.name, short.prompts, short.categories) == ("b", ("a boat", "x"), ("scenes", ""))
@@ -146,7 +164,13 @@ def test_entries_have_names_of_their_own(tmp_path):
     from realgen_jax.realbench.entries import read_entries, weights_of
 
     config = golden_config.get_config().pretrained
-    for name in ("runs/one/lora", "runs/one/best", "x=1/two", "runs/full/lora/transformer", "arena"):
+    for name in (
+        "runs/one/lora",
+        "runs/one/best",
+        "x=1/two",
+        "runs/full/lora/transformer",
+        "arena",
+    ):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "runs/full/lora/transformer/config.json").write_text("{}")
 
@@ -185,11 +209,17 @@ def test_a_picture_comes_from_seed_line_and_copy_alone(whole, setting, tmp_path)
     run(setting, tmp_path / "other", evaluate__images_per_prompt=1)  # in other batches
     other = pixels(tmp_path / "other")
     assert len(other) == 6
-    assert apart(other, {name: values for name, values in pixels(folder).items() if name in other})[0] <= 1
+    assert (
+        apart(other, {name: values for name, values in pixels(folder).items() if name in other})[0]
+        <= 1
+    )
     run(setting, tmp_path / "seed", seed=1)
     assert not set(pictures(tmp_path / "seed").values()) & set(first.values())
     assert [(one.entry, one.set, one.line, one.copy) for one in found.pictures] == [
-        ("base", name, line, copy) for name in ("short", "long") for line in range(3) for copy in range(2)
+        ("base", name, line, copy)
+        for name in ("short", "long")
+        for line in range(3)
+        for copy in range(2)
     ]
     assert all((one.width, one.height) == (64, 64) for one in found.pictures)
 
@@ -201,7 +231,10 @@ def test_eight_devices_make_what_one_does(whole, setting, tmp_path):
 
 def test_what_is_finished_is_not_made_again(setting, tmp_path):
     before = run(setting, tmp_path)
-    first, kept = pictures(tmp_path), (tmp_path / "evaluation" / "base" / "short" / "scores.jsonl").read_text()
+    first, kept = (
+        pictures(tmp_path),
+        (tmp_path / "evaluation" / "base" / "short" / "scores.jsonl").read_text(),
+    )
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
     gone = tmp_path / "evaluation" / "base" / "short" / "00001.png"
     gone.unlink()
@@ -215,9 +248,7 @@ def test_what_is_finished_is_not_made_again(setting, tmp_path):
 def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_path):
     run(setting, tmp_path)
     first = pictures(tmp_path)
-    expected = (
-        r"base/short were made with something else: guidance 3\.5 then and 2\.0 now; .*--config\.run_name.*--remake"
-    )
+    expected = r"base/short were made with something else: guidance 3\.5 then and 2\.0 now; .*--config\.run_name.*--remake"
     with pytest.raises(ValueError, match=expected):
         run(setting, tmp_path, sample__guidance_scale=2.0)
     assert pictures(tmp_path) == first
@@ -236,7 +267,9 @@ def test_loras_share_one_program_with_the_base(whole, setting, tmp_path, caplog)
     base, one, other = (pixels(tmp_path, name) for name in ("base", "lora_0", "lora_1"))
     assert apart(base, pixels(whole[0]))[0] <= 1
     assert min(apart(base, one)[1], apart(base, other)[1], apart(one, other)[1]) > 0.1
-    manifests = [json.loads(file.read_text()) for file in sorted(tmp_path.rglob("short/manifest.json"))]
+    manifests = [
+        json.loads(file.read_text()) for file in sorted(tmp_path.rglob("short/manifest.json"))
+    ]
     assert len({one["lora"] for one in manifests}) == 3
     assert len({one["weights"] for one in manifests}) == 1
 
@@ -265,7 +298,9 @@ def counting(monkeypatch):
 
 def test_a_score_that_is_no_number_names_picture_and_reward(setting, tmp_path, monkeypatch):
     counting(monkeypatch)
-    monkeypatch.setattr(Counting, "__call__", lambda self, images, prompts: torch.tensor([1.0, torch.nan, 1.0]))
+    monkeypatch.setattr(
+        Counting, "__call__", lambda self, images, prompts: torch.tensor([1.0, torch.nan, 1.0])
+    )
     entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
     with pytest.raises(RewardError, match=r"'mean' returned nan .*; found, short: .*00001\.png$"):
         run(setting, tmp_path / "run", entries=entries, evaluate__scores=("mean",))
@@ -281,7 +316,10 @@ def found_folder(tmp_path, lines=3):
 
 
 def test_nothing_is_scored_twice(setting, tmp_path, monkeypatch):
-    reward, changes = counting(monkeypatch), {"evaluate__scores": ("mean",), "evaluate__batch_size": 2}
+    reward, changes = (
+        counting(monkeypatch),
+        {"evaluate__scores": ("mean",), "evaluate__batch_size": 2},
+    )
     entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
     first = run(setting, tmp_path / "run", entries=entries, **changes)
     assert reward.calls == [2, 1, 2, 1]
@@ -294,13 +332,21 @@ def test_nothing_is_scored_twice(setting, tmp_path, monkeypatch):
     same = [(a, b) for a, b in zip(first.pictures, changed.pictures, strict=True) if a.line != 1]
     assert all(a == b for a, b in same)
     assert [one.scores["mean"] for one in changed.pictures if one.line == 1] == [2.0, 2.0]
-    more = run(setting, tmp_path / "run", entries=entries, **changes | {"evaluate__scores": ("mean", "other")})
+    more = run(
+        setting,
+        tmp_path / "run",
+        entries=entries,
+        **changes | {"evaluate__scores": ("mean", "other")},
+    )
     assert reward.calls[6:] == [2, 1, 2, 1]  # the new one alone
     assert all(one.scores.keys() == {"mean", "other"} for one in more.pictures)
 
 
 def test_what_was_scored_before_a_reward_failed_is_kept(setting, tmp_path, monkeypatch):
-    reward, changes = counting(monkeypatch), {"evaluate__scores": ("mean",), "evaluate__batch_size": 1}
+    reward, changes = (
+        counting(monkeypatch),
+        {"evaluate__scores": ("mean",), "evaluate__batch_size": 1},
+    )
     entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
     reward.fails = True
     with pytest.raises(RewardError, match=r"'mean' failed 2 times.*no more"):
@@ -322,7 +368,9 @@ def test_two_evaluations_score_alike(whole, setting, tmp_path):
     copies = {"pictures": [f"copy={whole[0] / 'evaluation' / 'base'}"]}
     found = run(setting, tmp_path, entries=copies)
     assert not found.problems
-    own, copied = ([one.scores for one in found.pictures if one.entry == name] for name in ("base", "copy"))
+    own, copied = (
+        [one.scores for one in found.pictures if one.entry == name] for name in ("base", "copy")
+    )
     assert own == copied  # the same files, as they are found and as they are made
 
 
@@ -359,7 +407,11 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
     assert any(one.detail == "48 x 32 pixels; expected 64 x 64" for one in found.problems)
     scored = [(one.entry, one.set, one.line, one.copy, one.width) for one in found.pictures]
     assert scored == [
-        *((("tool", name, line, 0, width)) for name in ("short", "long") for line, width in ((0, 64), (2, 48))),
+        *(
+            (("tool", name, line, 0, width))
+            for name in ("short", "long")
+            for line, width in ((0, 64), (2, 48))
+        ),
         *((("photographs", name, 0, copy, 64)) for name in ("short", "long") for copy in (0, 1)),
     ]
     from realgen_jax.realbench.report import write_scores
@@ -368,21 +420,29 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
     with (tmp_path / "scores.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(found.pictures)
-    row = next(row for row in table if (row["entry"], row["set"], row["line"]) == ("tool", "long", "2"))
+    row = next(
+        row for row in table if (row["entry"], row["set"], row["line"]) == ("tool", "long", "2")
+    )
     assert (row["category"], row["prompt"], row["file"]) == ("b", LONG[2], "found/00002.jpg")
-    assert float(row["embedded_detector"]) == pytest.approx(found.pictures[3].scores["embedded_detector"], rel=1e-8)
+    assert float(row["embedded_detector"]) == pytest.approx(
+        found.pictures[3].scores["embedded_detector"], rel=1e-8
+    )
 
 
 def test_a_folder_without_pictures_is_an_error_before_anything_is_made(setting, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"empty holds no picture of 'empty'.*00000\.png to 00002\.png"):
+    with pytest.raises(
+        ValueError, match=r"empty holds no picture of 'empty'.*00000\.png to 00002\.png"
+    ):
         run(setting, tmp_path / "run", entries={"pictures": [str(empty)]})
     assert not (tmp_path / "run").exists()
     folder = found_folder(tmp_path)
     Image.new("RGB", (64, 64)).save(folder / "00001.jpg")
-    with pytest.raises(ValueError, match=r"00001\.jpg and .*00001\.png are both picture 0 of line 1"):
+    with pytest.raises(
+        ValueError, match=r"00001\.jpg and .*00001\.png are both picture 0 of line 1"
+    ):
         run(setting, tmp_path / "run", entries={"pictures": [str(folder)]})
     assert not (tmp_path / "run").exists()
 
@@ -411,9 +471,16 @@ def test_pictures_are_read_upright_opaque_and_in_eight_bits(tmp_path):
 def words(tmp_path):
     """What evaluate.py is called with: two sets of four prompts, one reward."""
     prompts = ROOT / "tests" / "data" / "train.txt"
-    words = [f"--config.run_root={tmp_path}", "--config.run_name=run", "--config.evaluate.batch_size=2"]
+    words = [
+        f"--config.run_root={tmp_path}",
+        "--config.run_name=run",
+        "--config.evaluate.batch_size=2",
+    ]
     words += [f"--config.evaluate.prompts.{name}={prompts}" for name in ("short", "long")]
-    words += ["--config.evaluate.scores=('embedded_detector',)", "--config.evaluate.detectors=('embedded_detector',)"]
+    words += [
+        "--config.evaluate.scores=('embedded_detector',)",
+        "--config.evaluate.detectors=('embedded_detector',)",
+    ]
     return [*words, "--config.evaluate.resamples=100"]
 
 
@@ -425,7 +492,13 @@ def rows_of_scores(folder):
 def test_evaluate_py_as_a_user_calls_it(cache, tmp_path, words):
     found = found_folder(tmp_path, lines=4)
     done = call(
-        "evaluate.py", cache, *words, "--judge=embedded", "--nobase", f"--pictures={found}", f"--pictures=b={found}"
+        "evaluate.py",
+        cache,
+        *words,
+        "--judge=embedded",
+        "--nobase",
+        f"--pictures={found}",
+        f"--pictures=b={found}",
     )
     assert done.returncode == 0, done.stderr
     assert "found against b: wins 50.0 % " in done.stdout
@@ -439,10 +512,15 @@ def test_evaluate_py_goes_on_after_a_kill(cache, tmp_path, words):
     folder, output = tmp_path / "run", tmp_path / "output.txt"
     done = call("evaluate.py", cache, *words, "--judge=embedded")
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: the arena compares entries, and there is only ['base']; name another one"
+    assert (
+        done.stderr.strip()
+        == "error: the arena compares entries, and there is only ['base']; name another one"
+    )
     assert not folder.exists()
     made = lambda: list((folder / "evaluation").rglob("*.png"))  # noqa: E731
-    program = begin(command("evaluate.py", cache, *words, "--config.evaluate.images_per_prompt=100"), output)
+    program = begin(
+        command("evaluate.py", cache, *words, "--config.evaluate.images_per_prompt=100"), output
+    )
     until(lambda: len(made()) > 3, program, output)
     program.send_signal(signal.SIGKILL)
     program.wait()
@@ -450,5 +528,7 @@ def test_evaluate_py_goes_on_after_a_kill(cache, tmp_path, words):
     done = call("evaluate.py", cache, *words, "--config.evaluate.images_per_prompt=2")
     assert done.returncode == 0, done.stderr
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
-    assert not [file for file in folder.rglob("*") if file.suffix == ".png" and not file.stat().st_size]
+    assert not [
+        file for file in folder.rglob("*") if file.suffix == ".png" and not file.stat().st_size
+    ]
     assert rows_of_scores(folder) == 16

@@ -1,6 +1,7 @@
 """train.py and sample.py as a user runs them: subprocesses, files, exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def test_a_run_leaves_what_it_promises(whole):
     kinds = [(row["kind"], row["epoch"]) for row in rows(folder)]
     evals, trains = [("eval", e) for e in (0, 2, 4)], [("train", e) for e in (1, 2, 3, 4)]
     assert sorted(kinds) == sorted(evals + trains)
-    assert all(row["first_ratio_deviation"] == 0.0 for row in rows(folder) if row["kind"] == "train")
+    assert all(
+        row["first_ratio_deviation"] == 0.0 for row in rows(folder) if row["kind"] == "train"
+    )
     assert json.loads((folder / "config.json").read_text())["train"]["lora_rank"] == 4
     assert sorted(int(f.name) for f in (folder / "checkpoints").iterdir()) == [2, 4]
     pictures = [f"epoch_{e:06}.png" for e in (0, 2, 4)]
@@ -51,7 +54,9 @@ def test_every_program_compiles_once_and_a_run_is_not_overwritten(cache, tmp_pat
     where = [f"--config.run_root={tmp_path}", "--config.run_name=run"]
     first = call("train.py", cache, *where, "--config.num_epochs=2", JAX_LOG_COMPILES="1")
     assert first.returncode == 0, first.stderr
-    compiled = re.findall(r"Compiling jit\((\w+)\)", first.stderr)  # two epochs, two evaluations, each program once
+    compiled = re.findall(
+        r"Compiling jit\((\w+)\)", first.stderr
+    )  # two epochs, two evaluations, each program once
     assert [compiled.count(name) for name in ("sample_call", "update", "run")] == [1, 1, 1]
     again = call("train.py", cache, *where)
     assert again.returncode == 1
@@ -63,7 +68,11 @@ def test_every_program_compiles_once_and_a_run_is_not_overwritten(cache, tmp_pat
 
 def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_path):
     folder, _ = whole
-    words = [f"--config.pretrained.lora={folder / 'lora'}", "--config.num_epochs=0", f"--config.run_root={tmp_path}"]
+    words = [
+        f"--config.pretrained.lora={folder / 'lora'}",
+        "--config.num_epochs=0",
+        f"--config.run_root={tmp_path}",
+    ]
     done = call("train.py", cache, *words, "--config.run_name=eval")
     assert done.returncode == 0, done.stderr
     (found,) = rows(tmp_path / "eval")
@@ -74,12 +83,19 @@ def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_p
 def test_two_hundred_epochs_leak_nothing(cache, tmp_path):
     """The process's memory and the arrays on its device, with evaluations and checkpoints in between."""
     words = ["--config.num_epochs=220", "--config.eval_freq=20", "--config.save_freq=20"]
-    done = call("train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=long", *words)
+    done = call(
+        "train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=long", *words
+    )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()
+    ]
     used = {row["epoch"]: row for row in lines if row["kind"] == "train"}
     for where in ("host", "device"):
-        early, late = (np.median([used[e][f"memory/{where}"] for e in range(*r)]) for r in ((21, 121), (121, 221)))
+        early, late = (
+            np.median([used[e][f"memory/{where}"] for e in range(*r)])
+            for r in ((21, 121), (121, 221))
+        )
         print(where, early, late)
         assert late <= 1.02 * early, where
 
@@ -93,10 +109,14 @@ def test_four_devices_do_what_one_does(whole, cache, tmp_path, mesh):
     done = call("train.py", cache, *words, JAX_NUM_CPU_DEVICES="4")
     assert done.returncode == 0, done.stderr
     one, four = ([row for row in rows(f) if row["epoch"] <= 1] for f in (folder, tmp_path / "four"))
-    for a, b in zip(one, [row for row in four if (row["kind"], row["epoch"]) != ("eval", 1)], strict=True):
+    for a, b in zip(
+        one, [row for row in four if (row["kind"], row["epoch"]) != ("eval", 1)], strict=True
+    ):
         assert a.keys() == b.keys()
         rounding = {"ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}
-        rounding |= {key for key in a if key.startswith(("correlation/", "noise/"))}  # of JPEG sizes, in whole bytes
+        rounding |= {
+            key for key in a if key.startswith(("correlation/", "noise/"))
+        }  # of JPEG sizes, in whole bytes
         for key in a.keys() - {"kind", "epoch"} - rounding:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
     assert [row["first_ratio_deviation"] for row in four if row["kind"] == "train"] == [0.0]
@@ -115,19 +135,29 @@ def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
         "--config.sample.same_latent=True",
     ]
     options += ["--config.train.recompute_old=True", "--config.train.learning_rate=1e-3"]
-    done = call("train.py", cache, *options, f"--config.run_root={tmp_path}", "--config.run_name=full")
+    done = call(
+        "train.py", cache, *options, f"--config.run_root={tmp_path}", "--config.run_name=full"
+    )
     assert done.returncode == 0, done.stderr
     diffusers = pytest.importorskip("diffusers")
-    trained = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "full" / "lora" / "transformer")
+    trained = diffusers.FluxTransformer2DModel.from_pretrained(
+        tmp_path / "full" / "lora" / "transformer"
+    )
     before = diffusers.FluxTransformer2DModel.from_pretrained(PIPELINE / "transformer")
-    moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), before.parameters(), strict=True)]
+    moved = [
+        (a - b).abs().max().item()
+        for a, b in zip(trained.parameters(), before.parameters(), strict=True)
+    ]
     assert 0 < max(moved) < 1e-2
 
 
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        (1, "error: epoch 0, update: approx_kl, grad_norm, "),  # the second update of the epoch sees what the first did
+        (
+            1,
+            "error: epoch 0, update: approx_kl, grad_norm, ",
+        ),  # the second update of the epoch sees what the first did
         pytest.param(
             2,
             "error: epoch 1, rollout (velocity): latents not finite; there is no checkpoint yet",
@@ -136,8 +166,13 @@ def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
     ],
 )
 def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
-    words = ["--config.train.learning_rate=1e16", f"--config.train.gradient_accumulation_steps={calls}"]
-    done = call("train.py", cache, *words, f"--config.run_root={tmp_path}", "--config.run_name=boom")
+    words = [
+        "--config.train.learning_rate=1e16",
+        f"--config.train.gradient_accumulation_steps={calls}",
+    ]
+    done = call(
+        "train.py", cache, *words, f"--config.run_root={tmp_path}", "--config.run_name=boom"
+    )
     assert done.returncode == 1
     assert message in done.stderr
     assert "If it happens again, lower config.train.learning_rate" in done.stderr
@@ -179,11 +214,16 @@ def test_every_reward_has_a_device(monkeypatch):
     from realgen_jax.training.run import reward_devices
 
     reward = ConfigDict({"fn": {"a": 1.0, "b": 1.0}, "held_out": ("c", "d"), "device": "auto"})
-    reward.devices, reward.options = ConfigDict({"b": "cuda:0"}), ConfigDict({"c": {"servers": ("http://x:1",)}})
+    reward.devices, reward.options = (
+        ConfigDict({"b": "cuda:0"}),
+        ConfigDict({"c": {"servers": ("http://x:1",)}}),
+    )
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert reward_devices(reward) == {"a": "cuda:3", "b": "cuda:0", "c": "cpu", "d": "cuda:3"}
     reward.devices.e = "cpu"
-    with pytest.raises(ValueError, match=r"config\.reward\.devices names e, which is no reward of this run"):
+    with pytest.raises(
+        ValueError, match=r"config\.reward\.devices names e, which is no reward of this run"
+    ):
         reward_devices(reward)
 
 
@@ -204,7 +244,12 @@ def test_an_evaluation_finds_rewards_that_look_at_the_batch(monkeypatch):
         "same": lambda x, p: torch.ones(len(p)),
     }
     sample = {"test_images_per_prompt": 2, "test_batch_size": 4}
-    config = ConfigDict({"sample": sample, "reward": {"fn": {"value": 2.0}, "held_out": ("minus", "company", "same")}})
+    config = ConfigDict(
+        {
+            "sample": sample,
+            "reward": {"fn": {"value": 2.0}, "held_out": ("minus", "company", "same")},
+        }
+    )
     run = SimpleNamespace(
         config=config,
         test_prompts=["a", "b", "c"],
@@ -214,7 +259,10 @@ def test_an_evaluation_finds_rewards_that_look_at_the_batch(monkeypatch):
         cond=lambda prompts: prompts,
         key=lambda stream: None,
     )
-    draw = lambda trainable, cond, key, ids: jnp.broadcast_to(ids[:, None, None, None], (4, 3, 2, 2)).astype("uint8")  # noqa: E731
+
+    def draw(trainable, cond, key, ids):
+        return jnp.broadcast_to(ids[:, None, None, None], (4, 3, 2, 2)).astype("uint8")
+
     found = evaluate(run, SimpleNamespace(evaluate=draw), None)
     assert found.prompts == ["a", "a", "b", "b", "c", "c"]
     assert found.scores["value"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -231,7 +279,10 @@ def test_held_out_rewards_end_a_run_after_as_many_falls_as_allowed(monkeypatch):
 
     def evaluations(*rows, drop=0.1, patience=2):
         """How many evaluations (held-out score, reward) until the run ends, None where it does not."""
-        reward, peaks = ConfigDict({"held_out": ("h",), "stop_drop": drop, "stop_patience": patience}), {}
+        reward, peaks = (
+            ConfigDict({"held_out": ("h",), "stop_drop": drop, "stop_patience": patience}),
+            {},
+        )
         for count, (held_out, trained) in enumerate(rows, start=1):
             peaks = json.loads(json.dumps(peaks))  # as a checkpoint keeps it
             if reasons := fallen(peaks, {"h": held_out, "reward": trained}, reward):
@@ -240,7 +291,9 @@ def test_held_out_rewards_end_a_run_after_as_many_falls_as_allowed(monkeypatch):
         return None
 
     assert evaluations((0.5, 0.1), (0.35, 0.2), (0.35, 0.2)) == 3
-    assert evaluations((0.5, 0.1), (0.35, 0.2), (0.45, 0.2), (0.35, 0.2), (0.3, 0.3)) == 5  # twice in a row
+    assert (
+        evaluations((0.5, 0.1), (0.35, 0.2), (0.45, 0.2), (0.35, 0.2), (0.3, 0.3)) == 5
+    )  # twice in a row
     assert evaluations((0.4, 0.1), (0.5, 0.2), (0.35, 0.3), (0.35, 0.3)) == 4  # since its best
     assert evaluations((0.5, 0.1), (0.35, 0.1), (0.35, 0.05)) is None  # the reward does not rise
     assert evaluations((0.5, 0.1), (0.45, 0.2), (0.41, 0.2)) is None  # by less than the drop
@@ -259,8 +312,13 @@ def test_the_big_preset_says_what_is_missing():
     assert "hf download black-forest-labs/FLUX.1-dev" in done.stderr
     assert "--config.pretrained.model=" in done.stderr
     assert "config.prompts.train is 'dataset/realgen/train.txt'" in done.stderr
-    assert "config.reward.options.forensic_chat.path is 'models/forensic_chat', which does not exist" in done.stderr
-    unknown = subprocess.run([*command[:-1], f"{ROOT}/configs/flux_grpo.py:flux"], capture_output=True, text=True)
+    assert (
+        "config.reward.options.forensic_chat.path is 'models/forensic_chat', which does not exist"
+        in done.stderr
+    )
+    unknown = subprocess.run(
+        [*command[:-1], f"{ROOT}/configs/flux_grpo.py:flux"], capture_output=True, text=True
+    )
     assert "has no preset 'flux'; choose from tiny, tiny_adversarial" in unknown.stderr
 
 
@@ -289,7 +347,9 @@ def test_a_run_ends_when_held_out_rewards_fall(cache, tmp_path):
         "c.train.learning_rate, c.train.beta, c.num_epochs = 0.05, 0.0, 24",
         "c.reward.stop_drop, c.reward.stop_patience = 0.0, 2",
     )
-    done = call("train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=stop", config=config)
+    done = call(
+        "train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=stop", config=config
+    )
     assert done.returncode == 0, done.stderr
     found = [row for row in rows(tmp_path / "stop") if row["kind"] == "eval"]
     last = found[-1]
@@ -319,17 +379,37 @@ def test_a_failing_reward_stops_the_run_and_leaves_it_resumable(whole, cache, tm
     )
     lines = ("REWARDS['embedded_detector'] = 'sick:Sick'",)
     words = [f"--config.run_root={tmp_path}", "--config.run_name=sick"]
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     config = config_with(tmp_path, *lines)
     calls = 2 + 1 + 2 + 1  # the evaluation's two calls and a repeated one, the first epoch's two
-    failed = call("train.py", cache, *words, "--config.profile.steps=2", config=config, SICK=str(calls))
+    failed = call(
+        "train.py",
+        cache,
+        *words,
+        "--config.profile.steps=2",
+        config=config,
+        SICK=str(calls),
+        PYTHONPATH=path,
+    )
     assert failed.returncode == 1
-    assert failed.stderr.startswith("error: reward 'embedded_detector' returned nan for image 0 ("), failed.stderr
+    assert failed.stderr.startswith(
+        "error: reward 'embedded_detector' returned nan for image 0 ("
+    ), failed.stderr
     assert "Traceback" not in failed.stderr
     run = tmp_path / "sick"
     assert [row["epoch"] for row in rows(run) if row["kind"] == "train"] == [1]
     assert not (run / "checkpoints").exists()
     assert list((run / "profile" / "step_2").rglob("*.xplane.pb"))
-    done = call("train.py", cache, *words, "--resume", "--config.profile.steps=3", config=config, SICK="0")
+    done = call(
+        "train.py",
+        cache,
+        *words,
+        "--resume",
+        "--config.profile.steps=3",
+        config=config,
+        SICK="0",
+        PYTHONPATH=path,
+    )
     assert done.returncode == 0, done.stderr
     assert list((run / "profile" / "step_3").rglob("*.xplane.pb"))
     assert rows(run) == rows(folder)
@@ -355,7 +435,9 @@ def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
     done = call("sample.py", cache, "--out", tmp_path / "none")
     assert done.returncode == 1
     assert "nothing to sample" in done.stderr
-    typo = call("sample.py", cache, "snow", "--config.sample.resolutoin=64", "--out", tmp_path / "none")
+    typo = call(
+        "sample.py", cache, "snow", "--config.sample.resolutoin=64", "--out", tmp_path / "none"
+    )
     assert typo.stderr.startswith("error: the config has no key 'resolutoin'")
 
 
@@ -366,10 +448,14 @@ def test_diffusers_draws_the_same_pictures(whole, cache, tmp_path):
     pytest.importorskip("peft")
     folder, _ = whole
     prompts = ["a red boat on calm water", "snow"]
-    done = call("sample.py", cache, *prompts, "--lora", folder / "lora", "--out", tmp_path, "--seed=5")
+    done = call(
+        "sample.py", cache, *prompts, "--lora", folder / "lora", "--out", tmp_path, "--seed=5"
+    )
     assert done.returncode == 0, done.stderr
     ours = [np.asarray(Image.open(f)) for f in sorted(tmp_path.glob("*.png"))]
-    noise = [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (16, 64)) for i in range(2)]
+    noise = [
+        jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (16, 64)) for i in range(2)
+    ]
     pipe = diffusers.FluxPipeline.from_pretrained(PIPELINE)
     pipe.load_lora_weights(folder / "lora")
     pipe.set_progress_bar_config(disable=True)

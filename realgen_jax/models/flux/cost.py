@@ -87,7 +87,9 @@ def update_flops(work: Work) -> dict[str, float]:
     # a single block's proj and a double one's fc2 end their blocks: nothing reads their outputs a second time
     m, t, d = work.model, work.tokens, work.model.hidden_dim
     last = 2.0 * d * d * t * (4 * m.num_layers + 5 * m.num_single_layers)
-    ends = 2.0 * d * (work.image_tokens * 2 * m.in_channels + work.text_tokens * m.joint_attention_dim)
+    ends = (
+        2.0 * d * (work.image_tokens * 2 * m.in_channels + work.text_tokens * m.joint_attention_dim)
+    )
     products = f["matmul"] - ends - last * (not full) + f["lora"]
     again = {
         "full": products + f["attention"],
@@ -110,12 +112,16 @@ def decode_flops(work: Work) -> float:
     """
     widths, vae = work.vae.block_out_channels[::-1], work.vae
     p = work.image_tokens * 4
-    total = 18.0 * p * widths[0] * (vae.latent_channels + 4 * widths[0])  # conv_in and two residual blocks
+    total = (
+        18.0 * p * widths[0] * (vae.latent_channels + 4 * widths[0])
+    )  # conv_in and two residual blocks
     total += 4.0 * p * p * widths[0] + 8.0 * p * widths[0] ** 2
     width = widths[0]
     for i, out in enumerate(widths):
         for _ in range(vae.layers_per_block + 1):
-            total += 18.0 * p * (width * out + out * out) + (2.0 * p * width * out if width != out else 0.0)
+            total += 18.0 * p * (width * out + out * out) + (
+                2.0 * p * width * out if width != out else 0.0
+            )
             width = out
         if i < len(widths) - 1:
             p *= 4
@@ -131,7 +137,9 @@ def epoch_flops(work: Work) -> dict[str, float]:
     """
     forward, update = sum(forward_flops(work).values()), update_flops(work)
     images = work.calls * work.images
-    rollout = forward * work.calls * (work.prefix * work.slots + (work.steps - work.prefix) * work.images)
+    rollout = (
+        forward * work.calls * (work.prefix * work.slots + (work.steps - work.prefix) * work.images)
+    )
     replays = images * work.window * work.inner_epochs
     step, useful = sum(update.values()), sum(update.values()) - update["remat"]
     if work.flash:
@@ -159,7 +167,12 @@ def _block_sizes(work: Work, images: float) -> tuple[float, float, float]:
 def _modulation(work: Work, images: float) -> float:
     """Bytes of all blocks' modulations, [layers, n, 6 D or 3 D]."""
     m = work.model
-    return images * (12 * m.num_layers + 3 * m.num_single_layers) * m.hidden_dim * jnp.dtype(m.dtype).itemsize
+    return (
+        images
+        * (12 * m.num_layers + 3 * m.num_single_layers)
+        * m.hidden_dim
+        * jnp.dtype(m.dtype).itemsize
+    )
 
 
 def saved_bytes(work: Work, images: float) -> tuple[float, float]:
@@ -204,7 +217,10 @@ def update_bytes(work: Work, images: float) -> float:
     m, full = work.model, work.rank == 0
     u, scores, d2 = _block_sizes(work, images)
     double, single = saved_bytes(work, images)
-    late, added = 14 * u * full, 12 * m.hidden_dim**2 * F32 * m.num_single_layers / work.weight_parts * full
+    late, added = (
+        14 * u * full,
+        12 * m.hidden_dim**2 * F32 * m.num_single_layers / work.weight_parts * full,
+    )
     moments = (
         double + single + max(21 * u, 11 * u + 2 * scores) + late + 7 * d2,
         double + max(40 * u + scores, 13 * u + 2 * scores) + 16 * d2 - added,
@@ -240,7 +256,9 @@ def rollout_bytes(work: Work, parts: int) -> dict[str, float]:
     """
     m = work.model
     latent = work.images / parts * work.image_tokens * m.in_channels * F32
-    embedding = work.slots / parts * (work.text_tokens * m.joint_attention_dim + m.pooled_projection_dim)
+    embedding = (
+        work.slots / parts * (work.text_tokens * m.joint_attention_dim + m.pooled_projection_dim)
+    )
     return {
         "noise": latent * work.window,
         "trajectory": latent * (2 * work.window + 1),
@@ -266,7 +284,8 @@ def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str,
             "trajectories": trajectories,
             "embeddings": embeddings,
             "pictures": work.calls * one["pictures"],
-            "activations": one["noise"] + max(forward_bytes(work, images), decode_bytes(work, images)),
+            "activations": one["noise"]
+            + max(forward_bytes(work, images), decode_bytes(work, images)),
         },
         "update": {
             "trajectories": 2 * trajectories + recomputed,

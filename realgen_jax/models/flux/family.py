@@ -57,7 +57,11 @@ class Pipeline:
 
     def with_lora(self, lora: LoraConfig) -> "Pipeline":
         """The same weights with room for these adapters."""
-        return replace(self, lora=lora, velocity=make_velocity(self.model, lora, self.height, self.width, self.mesh))
+        return replace(
+            self,
+            lora=lora,
+            velocity=make_velocity(self.model, lora, self.height, self.width, self.mesh),
+        )
 
     def sigmas(self, num_steps: int) -> np.ndarray:
         return flux_sigmas(num_steps, self.height * self.width, self.scheduler)
@@ -65,13 +69,19 @@ class Pipeline:
     @jax.named_scope("decode")
     def decode(self, vae_params: nnx.State, tokens: Array) -> Array:
         """Final latents [n, s, c] -> uint8 [n, 3, H, W]."""
-        return decode_tokens(nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width, self.mesh)
+        return decode_tokens(
+            nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width, self.mesh
+        )
 
     def cond(self, cache: TextCache, prompts: Sequence[str], guidance: float) -> Cond:
         """The prompts' embeddings, one a slot, spread over the mesh; a host reads those of its own slots."""
         n, sharding = len(prompts), batch_sharding(self.mesh)
         slots = sorted(
-            {i for (rows,) in sharding.addressable_devices_indices_map((n,)).values() for i in range(n)[rows]}
+            {
+                i
+                for (rows,) in sharding.addressable_devices_indices_map((n,)).values()
+                for i in range(n)[rows]
+            }
         )
         t5, clip = cache.read([prompts[i] for i in slots])
 
@@ -92,9 +102,13 @@ class Pipeline:
         @jax.named_scope("evaluate")
         def run(params, vae_params, trainable, cond, key, ids):
             draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), self.token_shape)  # noqa: E731
-            latents = jax.lax.with_sharding_constraint(jax.vmap(draw)(ids), batch_sharding(self.mesh))
+            latents = jax.lax.with_sharding_constraint(
+                jax.vmap(draw)(ids), batch_sharding(self.mesh)
+            )
             tokens = sample(self.velocity, params, trainable, cond, latents, ode)
-            return jax.lax.with_sharding_constraint(self.decode(vae_params, tokens), batch_sharding(self.mesh))
+            return jax.lax.with_sharding_constraint(
+                self.decode(vae_params, tokens), batch_sharding(self.mesh)
+            )
 
         return partial(run, self.params, self.vae_params)
 
@@ -109,7 +123,9 @@ def no_model(folder: Path) -> str:
     )
 
 
-def load_pipeline(pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh) -> Pipeline:
+def load_pipeline(
+    pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh
+) -> Pipeline:
     """Load what `config.pretrained` names for square pictures of `resolution` pixels, with room for `lora` adapters."""
     folder = Path(pretrained.model)
     if not (folder / "model_index.json").exists():
@@ -117,16 +133,22 @@ def load_pipeline(pretrained: Any, resolution: int, lora: LoraConfig | None, mes
     dtypes, vae_dtype = _dtypes(pretrained)
     source = Path(pretrained.transformer or folder / "transformer")
     model, params = load_transformer(source, param_sharding(mesh), remat=pretrained.remat, **dtypes)
-    vae, vae_params = load_vae(folder / "vae", lambda leaf, shape: replicated(mesh), dtype=vae_dtype)
+    vae, vae_params = load_vae(
+        folder / "vae", lambda leaf, shape: replicated(mesh), dtype=vae_dtype
+    )
     return _pipeline(model, params, vae, vae_params, _scheduler(folder), resolution, lora, mesh)
 
 
 def described(pretrained: Any) -> bool:
     """Whether the sizes of the model are on the disk: BFL's single file has none beside its weights."""
-    return (Path(pretrained.model) / "model_index.json").exists() and not Path(pretrained.transformer).is_file()
+    return (Path(pretrained.model) / "model_index.json").exists() and not Path(
+        pretrained.transformer
+    ).is_file()
 
 
-def abstract_pipeline(pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh) -> Pipeline:
+def abstract_pipeline(
+    pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh
+) -> Pipeline:
     """The same without weights: `params` and `vae_params` are jax.ShapeDtypeStructs with their shardings.
 
     Sizes come from the folder's config.json files if it is `described`, else they are FLUX.1-dev's. No weights are
@@ -149,8 +171,15 @@ def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
     """An abstract state with the sharding of every array."""
     arrays = leaves(state)
     return nnx.from_flat_state(
-        (path, variable.replace(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(leaf, a.shape))))
-        for (leaf, a), (path, variable) in zip(arrays.items(), nnx.to_flat_state(state), strict=True)
+        (
+            path,
+            variable.replace(
+                jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(leaf, a.shape))
+            ),
+        )
+        for (leaf, a), (path, variable) in zip(
+            arrays.items(), nnx.to_flat_state(state), strict=True
+        )
     )
 
 
@@ -158,8 +187,12 @@ def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:
     """The transformer's dtype and param_dtype, and the autoencoder's dtype."""
     for name in ("dtype", "param_dtype", "vae_dtype"):
         if pretrained[name] not in DTYPES:
-            raise ValueError(f"config.pretrained.{name} is {pretrained[name]!r}; choose one of {', '.join(DTYPES)}")
-    return {name: jnp.dtype(pretrained[name]) for name in ("dtype", "param_dtype")}, jnp.dtype(pretrained.vae_dtype)
+            raise ValueError(
+                f"config.pretrained.{name} is {pretrained[name]!r}; choose one of {', '.join(DTYPES)}"
+            )
+    return {name: jnp.dtype(pretrained[name]) for name in ("dtype", "param_dtype")}, jnp.dtype(
+        pretrained.vae_dtype
+    )
 
 
 def _scheduler(folder: Path) -> SchedulerConfig:
@@ -184,4 +217,6 @@ def _pipeline(
     height = width = resolution // side
     velocity = make_velocity(model, lora, height, width, mesh)
     vae_graph = abstract(Autoencoder, vae)[0]
-    return Pipeline(model, params, vae_graph, vae_params, velocity, lora, scheduler, height, width, mesh)
+    return Pipeline(
+        model, params, vae_graph, vae_params, velocity, lora, scheduler, height, width, mesh
+    )

@@ -24,12 +24,19 @@ Table = Mapping[str, tuple[Part, ...]]
 def table(rows: Mapping[str, str | tuple[str | Part, ...]]) -> Table:
     """Spell out the short forms: a string is a whole module, a bare one is a tuple of one."""
     return {
-        ours: tuple(Part(p) if isinstance(p, str) else p for p in ((theirs,) if isinstance(theirs, str) else theirs))
+        ours: tuple(
+            Part(p) if isinstance(p, str) else p
+            for p in ((theirs,) if isinstance(theirs, str) else theirs)
+        )
         for ours, theirs in rows.items()
     }
 
 
-_DOUBLE, _SINGLE, _EMBED = "transformer_blocks.{}.", "single_transformer_blocks.{}.", "time_text_embed."
+_DOUBLE, _SINGLE, _EMBED = (
+    "transformer_blocks.{}.",
+    "single_transformer_blocks.{}.",
+    "time_text_embed.",
+)
 DIFFUSERS = table({
     "img_in": "x_embedder",
     "txt_in": "context_embedder",

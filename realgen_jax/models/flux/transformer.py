@@ -31,11 +31,15 @@ def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 _policies = jax.checkpoint_policies
-_projections = _policies.save_only_these_names(PROJECTION)  # not the adapters' products: cheap, and as large
+_projections = _policies.save_only_these_names(
+    PROJECTION
+)  # not the adapters' products: cheap, and as large
 REMAT_POLICIES = {
     "full": _policies.nothing_saveable,  # keeps the blocks' inputs only
     "attention": _flash_attention,  # and the attentions' outputs, on a GPU
-    "dots": _policies.save_from_both_policies(_projections, _flash_attention),  # and the projections' outputs
+    "dots": _policies.save_from_both_policies(
+        _projections, _flash_attention
+    ),  # and the projections' outputs
     "none": _policies.everything_saveable,
 }
 _gelu = partial(jax.nn.gelu, approximate=True)
@@ -92,9 +96,14 @@ def _rows(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda a: constrain(a, mesh, BATCH_AXES), tree)
 
 
-def _qkv(x: Array, project: Linear, norm: QKNorm, head_dim: int, mesh: Mesh | None) -> tuple[Array, Array, Array]:
+def _qkv(
+    x: Array, project: Linear, norm: QKNorm, head_dim: int, mesh: Mesh | None
+) -> tuple[Array, Array, Array]:
     """[n, t, D] -> normalised q, k and plain v, each [n, t, h, d]."""
-    q, k, v = (rearrange(a, "n t 1 (h d) -> n t h d", d=head_dim) for a in jnp.split(project(x, mesh), 3, axis=2))
+    q, k, v = (
+        rearrange(a, "n t 1 (h d) -> n t h d", d=head_dim)
+        for a in jnp.split(project(x, mesh), 3, axis=2)
+    )
     return *norm(q, k), v
 
 
@@ -104,12 +113,19 @@ class Stream(nnx.Module):
     def __init__(self, config: FluxConfig, **kw: Any):
         dim = config.hidden_dim
         self.qkv = Linear(dim, (3, dim), **kw)
-        self.norm = QKNorm(config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"])
+        self.norm = QKNorm(
+            config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"]
+        )
         self.proj = Linear(dim, dim, **kw)
         self.mlp = MLP(dim, 4 * dim, dim, _gelu, **kw)
 
     def __call__(
-        self, x: Array, attended: Array, gate: Array, mlp_modulation: tuple[Array, Array, Array], mesh: Mesh | None
+        self,
+        x: Array,
+        attended: Array,
+        gate: Array,
+        mlp_modulation: tuple[Array, Array, Array],
+        mesh: Mesh | None,
     ) -> Array:
         """Add the attention's and the feed-forward's gated outputs to the stream x [n, t, D]."""
         x = _rows(x + gate[:, None] * self.proj(attended), mesh)
@@ -127,18 +143,30 @@ class DoubleBlock(nnx.Module):
 
     @jax.named_scope("double")
     def __call__(
-        self, img: Array, txt: Array, img_mod: Array, txt_mod: Array, rope: tuple[Array, Array], mesh: Mesh | None
+        self,
+        img: Array,
+        txt: Array,
+        img_mod: Array,
+        txt_mod: Array,
+        rope: tuple[Array, Array],
+        mesh: Mesh | None,
     ) -> tuple[Array, Array]:
         """img [n, s, D], txt [n, l, D]; the modulations [n, 6D]: shift, scale, gate of attention, then of the MLP."""
         (i_shift, i_scale, i_gate, *i_mlp), (t_shift, t_scale, t_gate, *t_mlp) = (
             jnp.split(m, 6, axis=-1) for m in (img_mod, txt_mod)
         )
-        image = _qkv(modulated_norm(img, i_shift, i_scale), self.img.qkv, self.img.norm, self.head_dim, mesh)
-        text = _qkv(modulated_norm(txt, t_shift, t_scale), self.txt.qkv, self.txt.norm, self.head_dim, mesh)
+        image = _qkv(
+            modulated_norm(img, i_shift, i_scale), self.img.qkv, self.img.norm, self.head_dim, mesh
+        )
+        text = _qkv(
+            modulated_norm(txt, t_shift, t_scale), self.txt.qkv, self.txt.norm, self.head_dim, mesh
+        )
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(text, image, strict=True))
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
         txt_attended, img_attended = jnp.split(attended, [txt.shape[1]], axis=1)
-        return self.img(img, img_attended, i_gate, i_mlp, mesh), self.txt(txt, txt_attended, t_gate, t_mlp, mesh)
+        return self.img(img, img_attended, i_gate, i_mlp, mesh), self.txt(
+            txt, txt_attended, t_gate, t_mlp, mesh
+        )
 
 
 class SingleBlock(nnx.Module):
@@ -148,7 +176,9 @@ class SingleBlock(nnx.Module):
         dim = config.hidden_dim
         self.head_dim = config.attention_head_dim
         self.qkv = Linear(dim, (3, dim), **kw)
-        self.norm = QKNorm(config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"])
+        self.norm = QKNorm(
+            config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"]
+        )
         self.mlp = Linear(dim, (4, dim), **kw)
         self.proj = Linear((5, dim), dim, **kw)
 
@@ -175,7 +205,10 @@ class FluxTransformer(nnx.Module):
         self.config = config
         dim = config.hidden_dim
         kw = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        double, single = {**kw, "stack": (config.num_layers,)}, {**kw, "stack": (config.num_single_layers,)}
+        double, single = (
+            {**kw, "stack": (config.num_layers,)},
+            {**kw, "stack": (config.num_single_layers,)},
+        )
         self.img_in = Linear(config.in_channels, dim, **kw)
         self.txt_in = Linear(config.joint_attention_dim, dim, **kw)
         self.time_in = MLP(256, dim, dim, jax.nn.silu, **kw)
@@ -189,14 +222,18 @@ class FluxTransformer(nnx.Module):
         self.final_mod = Linear(dim, 2 * dim, **kw)
         self.proj_out = Linear(dim, config.in_channels, **kw)
 
-    def __call__(self, x: Array, sigma: Array, cond: Cond, height: int, width: int, mesh: Mesh | None = None) -> Array:
+    def __call__(
+        self, x: Array, sigma: Array, cond: Cond, height: int, width: int, mesh: Mesh | None = None
+    ) -> Array:
         """x [n, s, in_channels] packed latents, sigma f32 [n] in [0, 1] -> velocity float32 [n, s, in_channels].
 
         `height` and `width` count latent patches (16 pixels each): s = height width. sigma and guidance stay in float32
         up to their sinusoids: in bfloat16 two neighbouring steps of the schedule can fall together.
         """
         if x.shape[1] != height * width:
-            raise ValueError(f"x has {x.shape[1]} tokens, but height {height} times width {width} is {height * width}")
+            raise ValueError(
+                f"x has {x.shape[1]} tokens, but height {height} times width {width} is {height * width}"
+            )
         config = self.config
         x, sigma, cond = _rows((x, sigma, cond), mesh)
         rope = rope_table(cond.t5.shape[1], height, width, config.axes_dims_rope)
@@ -210,12 +247,18 @@ class FluxTransformer(nnx.Module):
         @jax.named_scope("modulation")
         def per_layer(mod: Linear) -> Array:
             """A quarter of the weights meets one row an image here: the rows go to the weights, and come back."""
-            out = constrain(mod(constrain(vec, mesh, "data")), mesh, None, "data", ("fsdp", "tensor"))
+            out = constrain(
+                mod(constrain(vec, mesh, "data")), mesh, None, "data", ("fsdp", "tensor")
+            )
             return constrain(out, mesh, None, BATCH_AXES)
 
         modulation = per_layer(self.double_img_mod), per_layer(self.double_txt_mod)
         img, txt = self._scan(
-            lambda block, streams, mods: block(*streams, *mods, rope, mesh), self.double, (img, txt), modulation, mesh
+            lambda block, streams, mods: block(*streams, *mods, rope, mesh),
+            self.double,
+            (img, txt),
+            modulation,
+            mesh,
         )
         both = jnp.concatenate([txt, img], axis=1)
         apply = lambda block, x, mod: block(x, mod, rope, mesh)  # noqa: E731
@@ -225,13 +268,17 @@ class FluxTransformer(nnx.Module):
         out = self.proj_out(modulated_norm(both[:, txt.shape[1] :], shift, scale))
         return _rows(out.astype(jnp.float32), mesh)
 
-    def _scan(self, apply: Any, blocks: nnx.Module, carry: Any, modulation: Any, mesh: Mesh | None) -> Any:
+    def _scan(
+        self, apply: Any, blocks: nnx.Module, carry: Any, modulation: Any, mesh: Mesh | None
+    ) -> Any:
         """Run the stacked blocks in order; the modulation's leading axis is the layer."""
         graph, weights = nnx.split(blocks)
 
         def body(carry, layer):
             weights, modulation = layer
-            return _rows(apply(nnx.merge(graph, weights), _rows(carry, mesh), modulation), mesh), None
+            return _rows(
+                apply(nnx.merge(graph, weights), _rows(carry, mesh), modulation), mesh
+            ), None
 
         body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         return jax.lax.scan(body, carry, (weights, modulation))[0]
@@ -244,4 +291,6 @@ def pack(latents: Array) -> Array:
 
 def unpack(tokens: Array, height: int, width: int) -> Array:
     """[n, height width, 4c] tokens -> [n, 2 height, 2 width, c] VAE latents; inverse of `pack`."""
-    return rearrange(tokens, "n (h w) (c dy dx) -> n (h dy) (w dx) c", h=height, w=width, dy=2, dx=2)
+    return rearrange(
+        tokens, "n (h w) (c dy dx) -> n (h dy) (w dx) c", h=height, w=width, dy=2, dx=2
+    )

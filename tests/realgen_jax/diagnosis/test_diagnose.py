@@ -15,7 +15,9 @@ from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM
 from realgen_jax.diagnosis.metrics import Metrics
 from tests.helpers.goldens import ROOT
 
-HEALTHY = json.loads((ROOT / "tests" / "data" / "healthy_run.json").read_text())  # 12 epochs of the embedded model
+HEALTHY = json.loads(
+    (ROOT / "tests" / "data" / "healthy_run.json").read_text()
+)  # 12 epochs of the embedded model
 NAMES = [
     "zero-spread groups", "one reward drowning the others", "reward noise", "ratio deviation", "clip range",
     "vanishing gradient", "learning rate", "KL penalty", "gradient norm", "clip fraction", "sides of clipping",
@@ -120,7 +122,13 @@ def clipped(run, share, ranges=40):
     """Two steps an epoch, so the second one's share is twice the mean."""
     stuck(run)
     deviation = ranges * run["config"]["train"]["clip_range"]
-    put(run, clipfrac=share / 2, clipfrac_gt_one=share / 4, clipfrac_lt_one=share / 4, ratio_deviation=deviation)
+    put(
+        run,
+        clipfrac=share / 2,
+        clipfrac_gt_one=share / 4,
+        clipfrac_lt_one=share / 4,
+        ratio_deviation=deviation,
+    )
 
 
 def clipped_nearby(run, share):
@@ -204,7 +212,9 @@ def test_a_healthy_run_is_called_healthy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["diagnose.py", str(tmp_path)])
     assert diagnose.main() == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("The reward rises. In training, epochs 1-12: +0.0059 an epoch (standard error")
+    assert shown.startswith(
+        "The reward rises. In training, epochs 1-12: +0.0059 an epoch (standard error"
+    )
     assert "Healthy: nothing was found." in shown
     assert "ratio deviation: largest |ratio - 1| before any step 0 (<= 1.0e-04)" in shown
 
@@ -216,7 +226,10 @@ def test_a_reward_that_learns_is_told(tmp_path):
             row.pop("ratio_deviation"), row.pop("first_ratio_deviation")
 
     answer = answer_of(tmp_path, learns)
-    assert "embedded_detector learnt meanwhile, so that the level of this reward says little" in answer.verdict
+    assert (
+        "embedded_detector learnt meanwhile, so that the level of this reward says little"
+        in answer.verdict
+    )
     assert "learnt meanwhile" not in answer_of(tmp_path).verdict
     assert names(answer.findings) == NAMES
 
@@ -240,7 +253,11 @@ def test_every_finding_has_a_test_and_every_remedy_names_real_keys(tmp_path):
     config, seen = get_config("tiny").to_dict(), set()
     for ill, value, *_ in ILLS:
         for finding in answer_of(tmp_path, ill, value).of(PROBLEM, NOTE):
-            seen |= {word for word in re.findall(r"--config\.([\w.]+)=", finding.remedy) if "NAME" not in word}
+            seen |= {
+                word
+                for word in re.findall(r"--config\.([\w.]+)=", finding.remedy)
+                if "NAME" not in word
+            }
     assert len(seen) > 10
     for key in seen:
         at = config
@@ -279,8 +296,20 @@ def test_a_run_at_its_start_is_told_to_wait(tmp_path):
 def test_where_there_is_no_gradient_a_larger_learning_rate_is_not_proposed(tmp_path):
     def constant(run, _):
         stuck(run)
-        put(run, zero_spread=1.0, zero_spread__clip_score=1.0, zero_spread__embedded_detector=1.0, reward_std=0.0)
-        put(run, reward_std__clip_score=0.0, reward_std__embedded_detector=0.0, grad_norm=0.0, update_norm=2e-6)
+        put(
+            run,
+            zero_spread=1.0,
+            zero_spread__clip_score=1.0,
+            zero_spread__embedded_detector=1.0,
+            reward_std=0.0,
+        )
+        put(
+            run,
+            reward_std__clip_score=0.0,
+            reward_std__embedded_detector=0.0,
+            grad_norm=0.0,
+            update_norm=2e-6,
+        )
 
     found = answer_of(tmp_path, constant).of(PROBLEM)
     assert names(found) == ["zero-spread groups", "vanishing gradient", "learning rate"]
@@ -300,7 +329,10 @@ def test_checks_that_fall_with_the_reward_are_damage(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("embedded_held_out", (0.32, 0.40, 0.42, 0.38, 0.35)), ("embedded_frechet", (0.07, 0.05, 0.04, 0.055, 0.065))],
+    [
+        ("embedded_held_out", (0.32, 0.40, 0.42, 0.38, 0.35)),
+        ("embedded_frechet", (0.07, 0.05, 0.04, 0.055, 0.065)),
+    ],
 )
 def test_a_check_that_got_better_and_then_worse_has_got_worse(tmp_path, name, values):
     def hacked(run, _):
@@ -315,7 +347,11 @@ def test_a_check_that_got_better_and_then_worse_has_got_worse(tmp_path, name, va
 def test_an_old_run_says_once_what_it_did_not_record(tmp_path, capsys, monkeypatch):
     run = copy.deepcopy(HEALTHY)
     for row in run["rows"]:
-        for key in [k for k in row if re.match(r"update_norm|steps|zero_spread$|noise/|std/|correlation/", k)]:
+        for key in [
+            k
+            for k in row
+            if re.match(r"update_norm|steps|zero_spread$|noise/|std/|correlation/", k)
+        ]:
             del row[key]
     monkeypatch.setattr(sys, "argv", ["diagnose.py", str(write(tmp_path, run))])
     assert diagnose.main() == 0
@@ -324,7 +360,10 @@ def test_an_old_run_says_once_what_it_did_not_record(tmp_path, capsys, monkeypat
     assert "train steps (for clip_fraction)" in shown
     assert "train update_norm (for no_gradient, step_size)" in shown
     assert "held-out checks: embedded_held_out 0.35" in shown
-    for last, status in ((0.30, 0), (0.29, 1)):  # with no spread to compare to, a fall of 0.02 counts
+    for last, status in (
+        (0.30, 0),
+        (0.29, 1),
+    ):  # with no spread to compare to, a fall of 0.02 counts
         held_out(run, last)
         write(tmp_path, run)
         assert diagnose.main() == status
@@ -336,7 +375,11 @@ def test_json_says_the_same(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["diagnose.py", str(write(tmp_path, run)), "--json"])
     assert diagnose.main() == 1
     found = json.loads(capsys.readouterr().out)
-    assert (found["trend"], len(found["trends"]), len(found["findings"])) == ("rises", 2, len(NAMES))
+    assert (found["trend"], len(found["trends"]), len(found["findings"])) == (
+        "rises",
+        2,
+        len(NAMES),
+    )
     first = found["findings"][0]
     assert (first["name"], first["severity"]) == ("zero-spread groups", "problem")
     assert first["figures"] == [
@@ -352,7 +395,9 @@ def test_what_cannot_be_judged_is_told_in_one_line(tmp_path):
     cases = {"is no run folder: it has no config.json": tmp_path / "nowhere"}
     for name, change in {
         "holds 3 finished epochs; expected 4 or more": lambda run: run.update(rows=run["rows"][:5]),
-        "has no key 'learning_rate' in config.json": lambda run: run["config"]["train"].pop("learning_rate"),
+        "has no key 'learning_rate' in config.json": lambda run: run["config"]["train"].pop(
+            "learning_rate"
+        ),
         "does not hold train reward": lambda run: [row.pop("reward") for row in of(run, "train")],
     }.items():
         run = copy.deepcopy(HEALTHY)
@@ -376,7 +421,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 
 def test_it_needs_neither_jax_nor_torch():
-    code = "import sys, diagnose; print(*{'jax', 'torch', 'ml_collections'} & set(sys.modules))"
+    code = "import sys, realgen_jax.diagnosis.answer; print(*{'jax', 'torch', 'ml_collections'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
@@ -390,7 +435,10 @@ def test_trends_are_those_of_the_textbook():
         assert trend.margin / trend.error == pytest.approx(stats.t.ppf(0.975, free), rel=1e-6)
     assert trend.margin / trend.error == pytest.approx(stats.norm.ppf(0.975), rel=0.005)
     epochs, values = np.arange(1, 21), np.random.default_rng(0).normal(size=20)
-    rows = [{"kind": "train", "epoch": int(e), "reward": float(v)} for e, v in zip(epochs, values, strict=True)]
+    rows = [
+        {"kind": "train", "epoch": int(e), "reward": float(v)}
+        for e, v in zip(epochs, values, strict=True)
+    ]
     trend, line = Metrics(rows).trend("reward", 2.0), stats.linregress(epochs, values)
     assert trend.slope == pytest.approx(line.slope)
     assert trend.error == pytest.approx(line.stderr)
@@ -440,12 +488,25 @@ def real_run(tmp_path_factory):
     def train(*more):
         folder = tmp_path_factory.mktemp("run")
         (folder / "ill_rewards.py").write_text(REWARD)
-        (folder / "config.py").write_text(CONFIG.format(folder=str(folder), more="; ".join(more) or "pass"))
-        words = [f"--config.compilation_cache={cache / 'xla'}", f"--config.prompts.cache={cache / 'text'}"]
+        (folder / "config.py").write_text(
+            CONFIG.format(folder=str(folder), more="; ".join(more) or "pass")
+        )
+        words = [
+            f"--config.compilation_cache={cache / 'xla'}",
+            f"--config.prompts.cache={cache / 'text'}",
+        ]
         words += [f"--config.run_root={folder}", "--config.run_name=run"]
         env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
-        command = [sys.executable, ROOT / "scripts" / "train.py", "--config", folder / "config.py", *words]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env)
+        command = [
+            sys.executable,
+            ROOT / "scripts" / "train.py",
+            "--config",
+            folder / "config.py",
+            *words,
+        ]
+        done = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, env=env
+        )
         assert done.returncode == 0, done.stderr
         return diagnose.diagnose(folder / "run")
 
@@ -469,7 +530,11 @@ REAL_ILLS = [
     ("zero-spread groups", "In 100% of the groups", "c.reward.options.brightness.constant = True"),
     ("reward noise", "different scores", "c.reward.options.brightness.noise = 0.05"),
     ("held-out checks", "darkness got worse", "c.reward.held_out = ('darkness',)"),
-    ("one reward drowning the others", "the weights that do this", "c.reward.fn.embedded_detector = 1e-3"),
+    (
+        "one reward drowning the others",
+        "the weights that do this",
+        "c.reward.fn.embedded_detector = 1e-3",
+    ),
     (
         "one reward drowning the others",
         "vanishes beside",

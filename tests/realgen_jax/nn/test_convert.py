@@ -11,7 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.flux.transformer import FluxConfig
-from realgen_jax.nn.convert import Tensors, leaves, load_transformer, load_vae, save_transformer, to_torch
+from realgen_jax.nn.convert import (
+    Tensors,
+    leaves,
+    load_transformer,
+    load_vae,
+    save_transformer,
+    to_torch,
+)
 from tests.helpers.goldens import GOLDENS, PIPELINE
 
 F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -79,7 +86,11 @@ def bfl_transformer(weights, config):
         for kind in (".weight", ".bias"):
             out[theirs + kind] = np.concatenate([weights[name + kind] for name in ours])
 
-    for ours, theirs in (("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")):
+    for ours, theirs in (
+        ("x_embedder", "img_in"),
+        ("context_embedder", "txt_in"),
+        ("proj_out", "final_layer.linear"),
+    ):
         put(theirs, ours)
     for ours, theirs in (("timestep", "time"), ("guidance", "guidance"), ("text", "vector")):
         put(f"{theirs}_in.in_layer", f"time_text_embed.{ours}_embedder.linear_1")
@@ -100,7 +111,9 @@ def bfl_transformer(weights, config):
             put(b + f"{stream}_mlp.2", d + f"{mine}.net.2")
         for stream, infix in (("img", ""), ("txt", "added_")):
             for norm, letter in (("query", "q"), ("key", "k")):
-                out[b + f"{stream}_attn.norm.{norm}_norm.scale"] = weights[d + f"attn.norm_{infix}{letter}.weight"]
+                out[b + f"{stream}_attn.norm.{norm}_norm.scale"] = weights[
+                    d + f"attn.norm_{infix}{letter}.weight"
+                ]
     for i in range(config.num_single_layers):
         d, b = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
         put(b + "modulation.lin", d + "norm.linear")
@@ -145,7 +158,8 @@ def test_reads_bfls_autoencoder(tmp_path):
                 tail = ["block", *tail[1:]]
             else:
                 tail = [
-                    tail[0].removesuffix("rs") and {"upsamplers": "upsample", "downsamplers": "downsample"}[tail[0]],
+                    tail[0].removesuffix("rs")
+                    and {"upsamplers": "upsample", "downsamplers": "downsample"}[tail[0]],
                     *tail[2:],
                 ]
             name = ".".join([rest[0].removesuffix("_blocks"), str(level), *tail])
@@ -178,12 +192,20 @@ def test_wrong_checkpoints_are_named(folder):
     with pytest.raises(ValueError, match=rf"lacks {key}; it is not a complete checkpoint"):
         load_transformer(folder)
     edit(folder, lambda w: w.update({key: np.zeros((64, 63), np.float32)}))
-    with pytest.raises(ValueError, match=rf"{key} .* has shape \(64, 63\), which does not fit double.img.qkv.kernel"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{key} .* has shape \(64, 63\), which does not fit double.img.qkv.kernel",
+    ):
         load_transformer(folder)
     edit(folder, lambda w: w.update({key: np.zeros((63, 64), np.float32)}))
     with pytest.raises(ValueError, match=r"needs more outputs"):
         load_transformer(folder)
-    edit(folder, lambda w: w.update({key: np.zeros((64, 64), np.float32), "pos_embed": np.zeros(3, np.float32)}))
+    edit(
+        folder,
+        lambda w: w.update(
+            {key: np.zeros((64, 64), np.float32), "pos_embed": np.zeros(3, np.float32)}
+        ),
+    )
     with pytest.raises(ValueError, match="holds pos_embed, which this model has no use for"):
         load_transformer(folder)
 
@@ -196,15 +218,21 @@ def test_wrong_files_are_named(folder, tmp_path):
     (folder / NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"holds neither .*\.safetensors nor .*index\.json"):
         load_transformer(folder)
-    with pytest.raises(ValueError, match="describes a AutoencoderKL; expected a FluxTransformer2DModel"):
+    with pytest.raises(
+        ValueError, match="describes a AutoencoderKL; expected a FluxTransformer2DModel"
+    ):
         load_transformer(PIPELINE / "vae")
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing; expected a FluxTransformer2DModel"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json is missing; expected a FluxTransformer2DModel"
+    ):
         load_transformer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"expected BFL.s FLUX\.1 file"):
         load_transformer(PIPELINE / "text_encoder" / "model.safetensors")
     vae = json.loads((GOLDENS / "02_vae" / "c8_16_l1" / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**vae, "use_quant_conv": True}))
-    with pytest.raises(ValueError, match="has use_quant_conv; FLUX's autoencoder has no such convolution"):
+    with pytest.raises(
+        ValueError, match="has use_quant_conv; FLUX's autoencoder has no such convolution"
+    ):
         load_vae(tmp_path)
 
 
@@ -213,7 +241,9 @@ def test_places_arrays_where_they_are_wanted():
     assert len(devices) > 1
     from jax.sharding import SingleDeviceSharding
 
-    _, params = load_transformer(MODEL, lambda leaf, shape: SingleDeviceSharding(devices["qkv" in leaf]), **F32)
+    _, params = load_transformer(
+        MODEL, lambda leaf, shape: SingleDeviceSharding(devices["qkv" in leaf]), **F32
+    )
     for name, value in leaves(params).items():
         assert value.devices() == {devices["qkv" in name]}
 
@@ -247,7 +277,9 @@ def test_loading_streams(tmp_path):
         stop.set(); thread.join()
         print(peak[0] - before)
     """
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
     beyond = int(out.stdout) - sum(sizes)
     assert sum(sizes) > 4 * max(sizes)  # so that holding the whole model twice would fail
     assert beyond < 2 * max(sizes) + 2**26

@@ -6,7 +6,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.flux.transformer import Cond
-from realgen_jax.nn.lora import LoraConfig, init_lora, load_lora, lora_tensors, make_velocity, save_lora
+from realgen_jax.nn.lora import (
+    LoraConfig,
+    init_lora,
+    load_lora,
+    lora_tensors,
+    make_velocity,
+    save_lora,
+)
 from tests.helpers.goldens import GOLDENS, PIPELINE
 
 PEFT = GOLDENS / "07_train" / "lora_rollout"
@@ -91,7 +98,10 @@ def test_alpha_keys_and_no_alpha(tiny, tmp_path):
     save_file(plain, tmp_path / "plain.safetensors")
     assert load_lora(tmp_path / "plain.safetensors", tiny.config)[0].alpha == 4.0
     modules = {k.rpartition(".lora_")[0] for k in plain}
-    save_file({**plain, **{f"{m}.alpha": np.array(2.0, np.float32) for m in modules}}, tmp_path / "a.safetensors")
+    save_file(
+        {**plain, **{f"{m}.alpha": np.array(2.0, np.float32) for m in modules}},
+        tmp_path / "a.safetensors",
+    )
     assert load_lora(tmp_path / "a.safetensors", tiny.config)[0].alpha == 2.0
     mixed = {
         **plain,
@@ -112,12 +122,17 @@ def test_wrong_files_are_named(tiny, tmp_path):
     key = "base_model.model.single_transformer_blocks.1.attn.to_v.lora_B.weight"
 
     def write(**change):
-        save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, tmp_path / "x.safetensors")
+        save_file(
+            {k: v for k, v in {**weights, **change}.items() if v is not None},
+            tmp_path / "x.safetensors",
+        )
         return tmp_path / "x.safetensors"
 
     with pytest.raises(ValueError, match=r"lacks single_transformer_blocks\.1\.attn\.to_v\.lora_B"):
         load_lora(write(**{key: None}), tiny.config)
-    with pytest.raises(ValueError, match=r"to_v\.lora_B in .* has shape \(63, 4\); expected \(64, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"to_v\.lora_B in .* has shape \(63, 4\); expected \(64, 4\)"
+    ):
         load_lora(write(**{key: np.zeros((63, 4), np.float32)}), tiny.config)
     stray = "base_model.model.single_transformer_blocks.0.proj_out.lora_A.weight"
     with pytest.raises(ValueError, match=r"holds single_transformer_blocks\.0\.proj_out\.lora_A"):

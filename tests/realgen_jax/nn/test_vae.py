@@ -39,7 +39,9 @@ def test_decodes_packed_tokens():
     images = decode_tokens(vae, pack(latents), 2, 3)
     assert images.shape == (2, 3, 4 * factor, 6 * factor)
     assert images.dtype == jnp.uint8
-    np.testing.assert_allclose(images, to_uint8(vae.decode(latents)), atol=1)  # one picture at a time rounds otherwise
+    np.testing.assert_allclose(
+        images, to_uint8(vae.decode(latents)), atol=1
+    )  # one picture at a time rounds otherwise
 
 
 def test_pictures_are_decoded_a_few_at_a_time():
@@ -50,14 +52,20 @@ def test_pictures_are_decoded_a_few_at_a_time():
     assert decoded_at_once(config, 16, 34) == 2
     assert decoded_at_once(VaeConfig(), 4096, 21) == 1  # 1 GiB a picture of 1024 x 1024
     vae = load(GOLDENS / "02_vae" / "c8_16_l1" / "model")
-    tokens = np.random.default_rng(0).standard_normal((768, 64, 4 * vae.config.latent_channels), np.float32)
+    tokens = np.random.default_rng(0).standard_normal(
+        (768, 64, 4 * vae.config.latent_channels), np.float32
+    )
     assert decoded_at_once(vae.config, 64, len(tokens)) < len(tokens)
     run = jax.jit(lambda tokens: decode_tokens(vae, tokens, 8, 8))
     alone = jnp.concatenate([run(tokens[i : i + 1]) for i in (0, 500, len(tokens) - 1)])
-    np.testing.assert_allclose(run(tokens)[np.array([0, 500, -1])].astype(int), alone.astype(int), atol=1)
+    np.testing.assert_allclose(
+        run(tokens)[np.array([0, 500, -1])].astype(int), alone.astype(int), atol=1
+    )
 
 
-@pytest.mark.parametrize(("widths", "layers", "height", "width"), [((8, 16, 16, 24), 2, 32, 48), ((8, 8), 1, 16, 8)])
+@pytest.mark.parametrize(
+    ("widths", "layers", "height", "width"), [((8, 16, 16, 24), 2, 32, 48), ((8, 8), 1, 16, 8)]
+)
 def test_agrees_with_diffusers_on_random_weights(tmp_path, widths, layers, height, width):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)

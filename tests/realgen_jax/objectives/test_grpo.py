@@ -55,7 +55,9 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(got, (a + 3 * b) / 4, rtol=1e-6)
     assert got.dtype == np.float32
     overall = group_advantages({"a": scores["a"]}, {"a": 1.0}, global_std=True, eps=0.0)
-    np.testing.assert_allclose(overall, np.array([[-1, 0, 1], [0, 0, 0]]) / scores["a"].std(), rtol=1e-6)
+    np.testing.assert_allclose(
+        overall, np.array([[-1, 0, 1], [0, 0, 0]]) / scores["a"].std(), rtol=1e-6
+    )
 
 
 def test_rounding_is_no_spread():
@@ -63,7 +65,9 @@ def test_rounding_is_no_spread():
     scores = {"a": np.full((1, 21), 0.1, np.float32)}
     scores["a"][0, 0] = np.nextafter(np.float32(0.1), np.float32(1))
     assert zero_spread(scores["a"].astype(np.float64))[0]
-    np.testing.assert_array_equal(group_advantages(scores, {"a": 1.0}, global_std=False, eps=0.0), 0)
+    np.testing.assert_array_equal(
+        group_advantages(scores, {"a": 1.0}, global_std=False, eps=0.0), 0
+    )
 
 
 def loss_variants():
@@ -78,14 +82,18 @@ def loss_variants():
 @pytest.mark.parametrize(("name", "kind", "clip", "beta", "adv_clip"), loss_variants())
 def test_losses_match_the_golden(name, kind, clip, beta, adv_clip):
     case = golden("07_loss/loss_packed.npz")
-    want = {key.split("/", 1)[1]: value for key, value in case.items() if key.startswith(f"{name}/")}
+    want = {
+        key.split("/", 1)[1]: value for key, value in case.items() if key.startswith(f"{name}/")
+    }
     dt = float(case["sqrt_dt"].ravel()[0]) ** 2
     std = float((case["std_dev_t"] * case["sqrt_dt"]).ravel()[0])
     # v enters the golden independently of the mean: coefficients that make mean(x, v) the given arrays are not needed
     step = Steps(x=0.0, v=1.0, std=std, sigma=0.5, dt=dt)
     guard = kind.startswith("guard")
     loss_name, bias = ("guard", "batch") if guard else ("grpo", "sample")
-    config = LossConfig(loss_name, "velocity" if guard else "mean_reference", beta, clip, adv_clip, bias)
+    config = LossConfig(
+        loss_name, "velocity" if guard else "mean_reference", beta, clip, adv_clip, bias
+    )
     old, x_next = case["old_prev_sample_mean"], case["next_sample"]
 
     def policy(mean, config=config):
@@ -103,14 +111,18 @@ def test_losses_match_the_golden(name, kind, clip, beta, adv_clip):
     through_logp = want["grad_new_log_prob"][:, None, None] * (x_next - new) / std**2 / elements
     kl = jax.grad(lambda m: mean_kl_reference(m, case["ref_prev_sample_mean"], 0.0, step))
     expected = want["grad_new_prev_sample_mean"] + through_logp - (0 if guard else beta * kl(new))
-    np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max() + 1e-12)
+    np.testing.assert_allclose(
+        gradient, expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max() + 1e-12
+    )
 
     if guard:
         penalty = np.mean((case["v_pred"] - case["v_ref"]) ** 2)
         if "per_sample_bias/policy_loss" in want:
             ours = LossConfig("guard", "velocity", beta, clip, adv_clip, "sample")
             per_sample, metrics = policy(new, ours)
-            np.testing.assert_allclose(per_sample, want["per_sample_bias/policy_loss"], rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                per_sample, want["per_sample_bias/policy_loss"], rtol=1e-4, atol=1e-6
+            )
             deviation = np.abs(want["per_sample_bias/ratio"] - 1).max()
             np.testing.assert_allclose(metrics["ratio_deviation"], deviation, rtol=1e-3, atol=1e-7)
     else:
@@ -135,8 +147,12 @@ def test_ema_matches_the_golden(name):
     params = {"a": case["param0"], "b": case["param1"]}
     ema = jax.tree.map(lambda p: jnp.asarray(p[0]), params)
     for step in range(40):
-        np.testing.assert_allclose(ema_decay(jnp.int32(step), config.decay), case[f"{name}/decay"][step], rtol=1e-5)
-        ema = ema_update(ema, jax.tree.map(lambda p, i=step: p[i + 1], params), jnp.int32(step), config)
+        np.testing.assert_allclose(
+            ema_decay(jnp.int32(step), config.decay), case[f"{name}/decay"][step], rtol=1e-5
+        )
+        ema = ema_update(
+            ema, jax.tree.map(lambda p, i=step: p[i + 1], params), jnp.int32(step), config
+        )
         np.testing.assert_allclose(ema["a"], case[f"{name}/ema0"][step + 1], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(ema["b"], case[f"{name}/ema1"][step + 1], rtol=1e-5, atol=1e-6)
 
@@ -169,7 +185,9 @@ def reference_batch(case, policy, calls):
         jnp.full((n, 1), 3.5),
     )
     trajectory = Trajectory(latents, stack("prev_sample_mean"), stack("log_probs"), steps)
-    return Batch(trajectory, cond, jnp.asarray(case["advantages"], jnp.float32).reshape(2, 3)[calls])
+    return Batch(
+        trajectory, cond, jnp.asarray(case["advantages"], jnp.float32).reshape(2, 3)[calls]
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +198,9 @@ def reference_batch(case, policy, calls):
         ("off_policy_ref_clip", "off", 2e-6, 0.05, 1e-3, 0.05, [[0], [1]]),
     ],
 )
-def test_whole_optimizer_steps_match_the_reference(reference_run, run, policy, clip, beta, lr, norm, updates):
+def test_whole_optimizer_steps_match_the_reference(
+    reference_run, run, policy, clip, beta, lr, norm, updates
+):
     case, params, adapters, velocity = reference_run
     config = LossConfig("guard", "velocity", beta, clip, 5.0, guard_bias="batch")
     optimizer = make_optimizer(lr, 0.9, 0.999, 1e-8, 1e-4, norm)
@@ -192,16 +212,31 @@ def test_whole_optimizer_steps_match_the_reference(reference_run, run, policy, c
         grads = lora_tensors(grads_of(params, state.trainable, batch)[0])
         state, metrics = step(params, state, batch)
         np.testing.assert_allclose(metrics["grad_norm"], case[f"{run}/grad_norm"][i], rtol=1e-3)
-        np.testing.assert_allclose(metrics["loss"], case[f"{run}/loss_per_step"][calls].mean(), rtol=1e-3, atol=1e-5)
-        for key in ("approx_kl", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one", "policy_loss", "kl_loss"):
-            np.testing.assert_allclose(metrics[key], case[f"{run}/info/{key}"][i], rtol=2e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            metrics["loss"], case[f"{run}/loss_per_step"][calls].mean(), rtol=1e-3, atol=1e-5
+        )
+        for key in (
+            "approx_kl",
+            "clipfrac",
+            "clipfrac_gt_one",
+            "clipfrac_lt_one",
+            "policy_loss",
+            "kl_loss",
+        ):
+            np.testing.assert_allclose(
+                metrics[key], case[f"{run}/info/{key}"][i], rtol=2e-3, atol=1e-5
+            )
         after = lora_tensors(state.trainable)
         assert len(after) == 36
         for name in after:
             key = f"base_model.model.{name}.default.weight"
             gradient = case[f"{run}/update{i}/grad/{key}"]
-            np.testing.assert_allclose(grads[name], gradient, rtol=1e-2, atol=1e-3 * np.abs(gradient).max())
-            np.testing.assert_allclose(after[name], case[f"{run}/update{i}/param/{key}"], atol=lr / 4)
+            np.testing.assert_allclose(
+                grads[name], gradient, rtol=1e-2, atol=1e-3 * np.abs(gradient).max()
+            )
+            np.testing.assert_allclose(
+                after[name], case[f"{run}/update{i}/param/{key}"], atol=lr / 4
+            )
 
 
 SIZES = {
@@ -247,10 +282,16 @@ def test_replay_is_the_rollout_bit_for_bit(size, branches, dtype, remat):
         jnp.full(slots, 3.5),
     )
     sigmas = flux_sigmas(6, side * side, SchedulerConfig())
-    plan = make_plan(sigmas, kind="sde", noise_level=0.9, window=3, bounds=(0, 6), branches=branches).draw(keys[2])
+    plan = make_plan(
+        sigmas, kind="sde", noise_level=0.9, window=3, bounds=(0, 6), branches=branches
+    ).draw(keys[2])
     latents, noise = draw_noise(keys[3], keys[2], plan, slots, slots, (side * side, 64))
-    _, trajectory = jax.jit(partial(rollout, velocity))(params, adapters, cond, latents, noise, plan)
-    batch = jax.tree.map(lambda a: a[None], Batch(trajectory, cond, jnp.linspace(-1, 1, slots * branches)))
+    _, trajectory = jax.jit(partial(rollout, velocity))(
+        params, adapters, cond, latents, noise, plan
+    )
+    batch = jax.tree.map(
+        lambda a: a[None], Batch(trajectory, cond, jnp.linspace(-1, 1, slots * branches))
+    )
     optimizer = make_optimizer(1e-3, 0.9, 0.999, 1e-8, 1e-4, 1.0)
     state = TrainState(adapters, adapters, optimizer.init(adapters), jnp.int32(0))
     step = jax.jit(partial(update, velocity, optimizer, GUARD, EmaConfig(0.9, 1)))
@@ -259,7 +300,9 @@ def test_replay_is_the_rollout_bit_for_bit(size, branches, dtype, remat):
     np.testing.assert_array_equal(replayed.trajectory.mean, batch.trajectory.mean)
     moved = jax.tree.map(lambda a: a * 1.01, adapters)
     changed = jax.jit(partial(recompute_means, velocity, GUARD))(params, moved, batch)
-    assert np.abs(changed.trajectory.mean - batch.trajectory.mean).max() > 1e-6  # the check above can fail
+    assert (
+        np.abs(changed.trajectory.mean - batch.trajectory.mean).max() > 1e-6
+    )  # the check above can fail
 
 
 def test_gradient_clipping_is_applied():
@@ -275,7 +318,9 @@ def test_the_state_is_donated(reference_run):
     """Its memory is used again for the next one: all of it, by the compiler's own account."""
     case, params, adapters, velocity = reference_run
     optimizer = make_optimizer(1e-3, 0.9, 0.999, 1e-8, 1e-4, 1.0)
-    state = TrainState(adapters, jax.tree.map(jnp.copy, adapters), optimizer.init(adapters), jnp.int32(0))
+    state = TrainState(
+        adapters, jax.tree.map(jnp.copy, adapters), optimizer.init(adapters), jnp.int32(0)
+    )
     step = jax.jit(partial(update, velocity, optimizer, GUARD, EmaConfig(0.9, 1)), donate_argnums=1)
     compiled = step.lower(params, state, reference_batch(case, "on", np.array([0]))).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -18,7 +18,11 @@ def preflight(*options, preset="flux_dev_8xh200"):
     program, config = ROOT / "scripts" / "preflight.py", f"{ROOT}/configs/flux_grpo.py:{preset}"
     env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, program, "--config", config, *options], capture_output=True, text=True, cwd=ROOT, env=env
+        [sys.executable, program, "--config", config, *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
     )
 
 
@@ -29,10 +33,14 @@ def test_flux_dev_by_hand(tmp_path):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6e6  # KiB
     figures = json.loads(file.read_text())
     d, layers, single = 3072, 19, 38
-    block = 12 * d * d + 9 * d + 2 * 128  # weights and biases of a stream (qkv, proj, fc1, fc2) and its norms' scales
+    block = (
+        12 * d * d + 9 * d + 2 * 128
+    )  # weights and biases of a stream (qkv, proj, fc1, fc2) and its norms' scales
     one = 12 * d * d + 8 * d + 2 * 128
     weights = layers * 2 * (block + 6 * d * d + 6 * d) + single * (one + 3 * d * d + 3 * d)
-    weights += (64 + 4096) * d + 2 * d + 2 * (256 * d + d * d + 2 * d) + 768 * d + d * d + 2 * d  # img, txt; embedders
+    weights += (
+        (64 + 4096) * d + 2 * d + 2 * (256 * d + d * d + 2 * d) + 768 * d + d * d + 2 * d
+    )  # img, txt; embedders
     weights += 2 * d * d + 2 * d + 64 * d + 64
     assert figures["bytes"]["held"]["transformer"] == 2 * weights
     adapters = (layers * 36 + single * 6) * d * 64
@@ -42,7 +50,9 @@ def test_flux_dev_by_hand(tmp_path):
     forward = figures["flops"]["forward"]
     assert sum(forward.values()) - forward["lora"] == pytest.approx(74.4e12, rel=2e-3)
     # 24 calls: 7 slots for 7 steps, 21 images for the other 21
-    assert figures["flops"]["rollout"] == pytest.approx(24 * (7 * 7 + 21 * 21) * sum(forward.values()))
+    assert figures["flops"]["rollout"] == pytest.approx(
+        24 * (7 * 7 + 21 * 21) * sum(forward.values())
+    )
     h200 = figures["accelerators"]["H200 SXM"]
     assert h200["seconds"] == pytest.approx(figures["flops"]["total"] / (7 * 989e12 * 0.4))
     assert h200["fits"]
@@ -76,10 +86,17 @@ def test_what_does_not_fit_together_is_told_in_one_line(options, said):
 @pytest.mark.slow
 def test_advice_fits_when_it_is_followed(tmp_path):
     """A TPU v6e holds 31 GiB: too little for the weights whole."""
-    options = ["--nocompile", "--devices=8", "--config.mesh.fsdp=1", f"--json={tmp_path / 'figures.json'}"]
+    options = [
+        "--nocompile",
+        "--devices=8",
+        "--config.mesh.fsdp=1",
+        f"--json={tmp_path / 'figures.json'}",
+    ]
     before = preflight(*options, preset="flux_dev_8xh200_remote")
     assert before.returncode == 0, before.stderr
-    assert not json.loads((tmp_path / "figures.json").read_text())["accelerators"]["TPU v6e"]["fits"]
+    assert not json.loads((tmp_path / "figures.json").read_text())["accelerators"]["TPU v6e"][
+        "fits"
+    ]
     change, promised = re.search(
         r"TPU v6e.*?fits with (.*?)\n.*?in all [\d.]+ -> ([\d.]+)\)", before.stdout, re.DOTALL
     ).groups()
@@ -105,8 +122,14 @@ def test_nothing_of_torch_is_loaded():
     ("preset", "said"),
     [
         # 504 pairs in steps of 16, at most 20 times over; 1000 pairs of 518 x 518 x 3 bytes
-        ("flux_adv_8xh200", ["omniaid learns: up to 640 steps", "omniaid_dino learns", "16 + 16 pairs", "1.5 GiB"]),
-        ("flux_dino_adv", ["up to 1 steps in such an epoch, of 672 + 0 pairs", "rests in 9 of 10 epochs"]),
+        (
+            "flux_adv_8xh200",
+            ["omniaid learns: up to 640 steps", "omniaid_dino learns", "16 + 16 pairs", "1.5 GiB"],
+        ),
+        (
+            "flux_dino_adv",
+            ["up to 1 steps in such an epoch, of 672 + 0 pairs", "rests in 9 of 10 epochs"],
+        ),
     ],
 )
 def test_rewards_that_learn_are_counted(preset, said):

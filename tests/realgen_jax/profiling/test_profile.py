@@ -47,9 +47,13 @@ def test_a_run_leaves_traces_that_read_as_the_walk(cache, tmp_path):
     wall, top = phases["wall-clock"], {name: row for name, row in scopes.items() if name[0] != " "}
     for table in (phases, top, operations):
         assert table.pop("wall-clock") == wall
-        assert sum(share for _, share in table.values()) == pytest.approx(100, abs=0.06 * len(table))
+        assert sum(share for _, share in table.values()) == pytest.approx(
+            100, abs=0.06 * len(table)
+        )
     assert top.keys() >= {"prefix", "window", "suffix", "decode", "update"}
-    assert scopes.keys() >= {f"  {name}" for name in ("double", "single", "policy", "reference", "backward")}
+    assert scopes.keys() >= {
+        f"  {name}" for name in ("double", "single", "policy", "reference", "backward")
+    }
     assert top["no scope"][0] < 0.1 * wall[0]
     sampled = sum(top[name][0] for name in ("prefix", "window", "suffix", "decode"))
     assert 0.3 * phases["sample"][0] < sampled <= phases["sample"][0]
@@ -72,7 +76,10 @@ def test_an_error_closes_the_trace(tmp_path):
                 jax.jit(lambda x: x @ x)(jnp.ones((64, 64))).block_until_ready()
         raise ValueError("in the middle")
 
-    with pytest.raises(ValueError, match="in the middle"), StepTraces(tmp_path, (2,), NoLog()) as traces:
+    with (
+        pytest.raises(ValueError, match="in the middle"),
+        StepTraces(tmp_path, (2,), NoLog()) as traces,
+    ):
         run(traces)
     (file,) = tmp_path.rglob("*.xplane.pb")
     assert file.relative_to(tmp_path).parts[:2] == ("profile", "step_2")
@@ -95,7 +102,10 @@ def test_a_moment_is_counted_once():
     assert times(*reversed(loop)) == times(*loop)
     assert sum(times(("while", 10, 90), ("dot", 10, 90)).values()) == 80
     assert times(("while", 10, 90), ("dot", 10, 30)) == {"while": 60, "dot": 20}
-    assert times(("all-reduce", 0, 60), ("dot", 10, 70)) == {"all-reduce": 10, "dot": 60}  # two streams
+    assert times(("all-reduce", 0, 60), ("dot", 10, 70)) == {
+        "all-reduce": 10,
+        "dot": 60,
+    }  # two streams
     assert times(*loop, start=45, end=58) == {"add": 5, "dot": 5, "inner": 3}
     assert times() == {}
 
@@ -112,7 +122,12 @@ def test_an_operation_knows_its_scope():
     assert scope_of(backward) == ("update", "backward", "single", "attention")
     merged = "jit(update)/update/while/body/(transpose(jvp(policy))/double/dot:transpose(jvp(policy))/double/add)"
     assert scope_of(merged) == ("update", "backward", "double")
-    assert scope_of("params['double']['img'].value") == scope_of("jit(update)/add") == scope_of("") == ()
+    assert (
+        scope_of("params['double']['img'].value")
+        == scope_of("jit(update)/add")
+        == scope_of("")
+        == ()
+    )
 
     @jax.jit
     def program(x):
@@ -140,10 +155,14 @@ def plane(name, **lines):
     """A plane as ProfileData gives it; lines: events (name, start, end, stats) by the line's name."""
 
     def event(name, start, end, stats):
-        return SimpleNamespace(name=name, start_ns=start, end_ns=end, duration_ns=end - start, stats=[*stats.items()])
+        return SimpleNamespace(
+            name=name, start_ns=start, end_ns=end, duration_ns=end - start, stats=[*stats.items()]
+        )
 
     lines = {key: [event(*words) for words in events] for key, events in lines.items()}
-    return SimpleNamespace(name=name, lines=[SimpleNamespace(name=key, events=events) for key, events in lines.items()])
+    return SimpleNamespace(
+        name=name, lines=[SimpleNamespace(name=key, events=events) for key, events in lines.items()]
+    )
 
 
 def test_operations_of_a_gpu_lie_in_its_streams():
@@ -155,14 +174,22 @@ def test_operations_of_a_gpu_lie_in_its_streams():
     gpu = plane(
         "/device:GPU:0",
         **{
-            "Stream #14(Compute)": [("kernel", 0, 5, stats), ("kernel", 5, 9, path), ("MemcpyD2D", 9, 10, {})],
+            "Stream #14(Compute)": [
+                ("kernel", 0, 5, stats),
+                ("kernel", 5, 9, path),
+                ("MemcpyD2D", 9, 10, {}),
+            ],
             "XLA Modules": [("jit_f", 0, 10, {})],
             "XLA Ops": [("fusion.1", 0, 9, stats)],
         },
     )
     host = plane("/host:CPU", python=[("fusion.1", 0, 1, stats)])  # its launch
     found = device_events([host, gpu], {7: {"fusion.1": dot}})
-    events = [(dot, 0, 5), (Operation("gemm", ("decode",), "conv"), 5, 9), (Operation("MemcpyD2D", (), ""), 9, 10)]
+    events = [
+        (dot, 0, 5),
+        (Operation("gemm", ("decode",), "conv"), 5, 9),
+        (Operation("MemcpyD2D", (), ""), 9, 10),
+    ]
     assert found == {"GPU:0": events}
     assert found != device_events([host], {7: {"fusion.1": dot}}) == {"CPU 0": [(dot, 0, 1)]}
 
@@ -171,7 +198,9 @@ def test_an_operation_of_a_cpu_may_end_in_another_thread():
     from realgen_jax.profiling.trace_reading import Operation, device_events
 
     stats = {"hlo_op": "dot", "hlo_module": "jit_f", "program_id": 1, "_pt": 0, "_p": 5}
-    host = plane("/host:CPU", a=[("dot", 0, 2, stats)], b=[("end: dot", 9, 10, {"_ct": 0, "_c": 5})])
+    host = plane(
+        "/host:CPU", a=[("dot", 0, 2, stats)], b=[("end: dot", 9, 10, {"_ct": 0, "_c": 5})]
+    )
     assert device_events([host], {}) == {"CPU 0": [(Operation("dot", (), ""), 0, 10)]}
 
 
@@ -185,13 +214,18 @@ def test_what_is_no_trace_is_told_in_one_line(monkeypatch, capsys, tmp_path):
         return line
 
     assert "missing does not exist; expected a run's folder" in told(tmp_path / "missing")
-    assert "holds no trace, an .xplane.pb file; --config.profile.steps=3 has train.py write one" in told(tmp_path)
+    assert (
+        "holds no trace, an .xplane.pb file; --config.profile.steps=3 has train.py write one"
+        in told(tmp_path)
+    )
     (tmp_path / "profile" / "step_3").mkdir(parents=True)
     assert "profile/step_3 holds no trace" in told(tmp_path)
     (tmp_path / "x.xplane.pb").write_text("nothing of the kind")
     assert "x.xplane.pb is no trace (" in told(tmp_path / "x.xplane.pb")
     (tmp_path / "x.xplane.pb").write_text("")
-    assert "holds no operations of a device; expected the trace of an epoch" in told(tmp_path / "x.xplane.pb")
+    assert "holds no operations of a device; expected the trace of an epoch" in told(
+        tmp_path / "x.xplane.pb"
+    )
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 5, 2.5, "x", "", True])

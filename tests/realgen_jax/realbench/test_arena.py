@@ -28,7 +28,18 @@ from realgen_jax.realbench.results import Evaluated, Judgement, Scored  # noqa: 
 from reward_bridge.judges import api as judge  # noqa: E402
 from reward_bridge.judges.stand_in import serving  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
-from tests.helpers.arena_judges import KEY, brighter, brightness, chat, failing, judging, kept, make, run, settings  # noqa: E402
+from tests.helpers.arena_judges import (  # noqa: E402
+    KEY,
+    brighter,
+    brightness,
+    chat,
+    failing,
+    judging,
+    kept,
+    make,
+    run,
+    settings,
+)
 from tests.helpers.reward_servers import end, start  # noqa: E402
 
 
@@ -81,13 +92,21 @@ def test_questions_of_each_protocol(tmp_path):
         assert not lacking
         return sorted((q.first.line, q.first.entry, q.second.entry) for q in made)
 
-    both = [("base", "photos"), ("base", "tuned"), ("photos", "base"), ("photos", "tuned"), ("tuned", "base")]
+    both = [
+        ("base", "photos"),
+        ("base", "tuned"),
+        ("photos", "base"),
+        ("photos", "tuned"),
+        ("tuned", "base"),
+    ]
     both.append(("tuned", "photos"))
     assert asked("balanced") == [(line, *pair) for line in range(4) for pair in both]
     assert asked("balanced", prompts=2, pairs="first") == [
         (line, *pair) for line in (0, 2) for pair in both if "base" in pair
     ]
-    assert asked("realgen") == [(line, entry, "photos") for line in range(4) for entry in ("base", "tuned")]
+    assert asked("realgen") == [
+        (line, entry, "photos") for line in range(4) for entry in ("base", "tuned")
+    ]
     once = asked("human")
     assert len(once) == 12
     assert len({(line, frozenset(pair)) for line, *pair in once}) == 12
@@ -158,8 +177,12 @@ def test_what_is_sent(tmp_path):
         assert content[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
         assert np.allclose(brightness(body), (40, 100), atol=3)
         run(evaluated, tmp_path)
-        assert server.seen[1][2]["messages"][0]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
-    assert judgements == [Judgement("short", 0, "base", "photos", "second", "More realistic image: Image 2")]
+        assert server.seen[1][2]["messages"][0]["content"][1]["image_url"]["url"].startswith(
+            "data:image/png;base64,"
+        )
+    assert judgements == [
+        Judgement("short", 0, "base", "photos", "second", "More realistic image: Image 2")
+    ]
 
 
 def test_answers_are_kept_and_not_asked_for_again(tmp_path):
@@ -172,7 +195,9 @@ def test_answers_are_kept_and_not_asked_for_again(tmp_path):
         again, _ = run(evaluated, tmp_path)
         assert again == judgements
         assert len(server.seen) == 6
-        Image.new("RGB", (16, 16), (250, 0, 0)).save(evaluated.pictures[0].file)  # base, line 0: now the brightest
+        Image.new("RGB", (16, 16), (250, 0, 0)).save(
+            evaluated.pictures[0].file
+        )  # base, line 0: now the brightest
         digest = hashlib.sha256(evaluated.pictures[0].file.read_bytes()).hexdigest()
         evaluated.pictures[0] = Scored(**{**vars(evaluated.pictures[0]), "sha256": digest})
         changed, _ = run(evaluated, tmp_path)
@@ -248,7 +273,10 @@ def test_refusals_ties_and_what_cannot_be_read_are_kept_apart(tmp_path):
         judgements, said = run(evaluated, tmp_path, concurrency=1)
         assert [j.verdict for j in judgements] == ["refused"] * 3 + ["tie"] + ["unreadable"] * 2
         assert len(server.seen) == 4 + 2 * 3  # what cannot be read is asked for three times in all
-        assert [record["reply"] for record in kept(tmp_path)][:2] == ["I would rather not.", "Verdict: 1"]
+        assert [record["reply"] for record in kept(tmp_path)][:2] == [
+            "I would rather not.",
+            "Verdict: 1",
+        ]
         again, _ = run(evaluated, tmp_path)
         assert again == judgements
         assert len(server.seen) == 10
@@ -274,7 +302,11 @@ def test_failures_are_counted_but_neither_kept_nor_won(tmp_path):
     broken = True
 
     def reply(n, body):
-        return failing(503, "overloaded") if broken and brightness(body)[0] == 40 else brighter(n, body)
+        return (
+            failing(503, "overloaded")
+            if broken and brightness(body)[0] == 40
+            else brighter(n, body)
+        )
 
     with judging(reply) as server:
         judgements, said = run(evaluated, tmp_path, max_failures=100)
@@ -317,8 +349,12 @@ def test_a_judge_that_only_fails_is_left_alone(tmp_path):
 
 def test_failures_between_answers_are_not_in_a_row(tmp_path):
     """Every second request fails, for good."""
-    with judging(lambda n, body: brighter(n, body) if n % 2 else failing(400, "too large")) as server:
-        judgements, said = run(make(tmp_path / "pictures", lines=5), tmp_path, concurrency=1, max_failures=2)
+    with judging(
+        lambda n, body: brighter(n, body) if n % 2 else failing(400, "too large")
+    ) as server:
+        judgements, said = run(
+            make(tmp_path / "pictures", lines=5), tmp_path, concurrency=1, max_failures=2
+        )
     assert len(server.seen) == 10
     assert len(judgements) == 5
     assert "5 questions came to nothing: HTTP 400 too large" in said

@@ -24,7 +24,9 @@ NASTY = 'a cat </script><script>throw "out"</script> & <b>a "dog"</b>'
 
 def scored(entry, set, line, copy, *scores, file=Path("x.png")):
     sha256 = hashlib.sha256(f"{entry}{set}{line}{copy}".encode()).hexdigest()
-    return Scored(entry, set, line, copy, file, sha256, 64, 64, dict(zip(REWARDS, scores, strict=True)))
+    return Scored(
+        entry, set, line, copy, file, sha256, 64, 64, dict(zip(REWARDS, scores, strict=True))
+    )
 
 
 def settings(**changed):
@@ -44,7 +46,9 @@ def rows_of(pictures, prompts=4, sets=("short",), categories=None, entries="ab",
 
 def one(rows, **wanted):
     wanted = {"set": "short", "category": "", "measure": "detector", "kind": "mean", **wanted}
-    (found,) = [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
+    (found,) = [
+        row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())
+    ]
     return found
 
 
@@ -74,7 +78,10 @@ def test_means_are_over_pictures_and_differences_over_prompts_that_both_have():
 
 
 def test_categories_and_sets_together():
-    both = [*BY_HAND, *(replace(p, set="long", scores={"detector": 0.0, "score": 0.0}) for p in BY_HAND)]
+    both = [
+        *BY_HAND,
+        *(replace(p, set="long", scores={"detector": 0.0, "score": 0.0}) for p in BY_HAND),
+    ]
     rows = rows_of(both, sets=("short", "long"), categories=["cat", "dog", "", "bird"])
     cat = one(rows, entry="a", category="cat")
     assert (cat.value, cat.pictures, cat.prompts) == (pytest.approx(0.3), 2, 1)
@@ -99,7 +106,9 @@ def test_a_missing_picture_shrinks_the_counts_and_moves_the_mean():
 def test_intervals_are_those_of_normal_theory_and_copies_count_once():
     rng = np.random.default_rng(3)
     scores = (rng.random((2, 800)) < 0.3).astype(float)
-    single = [scored("ab"[e], "short", i, 0, scores[e, i], 0.0) for e in range(2) for i in range(800)]
+    single = [
+        scored("ab"[e], "short", i, 0, scores[e, i], 0.0) for e in range(2) for i in range(800)
+    ]
     copies = [replace(p, copy=c) for p in single for c in range(4)]
     found = [rows_of(p, prompts=800, resamples=6000) for p in (single, copies)]
     for rows in found:
@@ -116,7 +125,9 @@ def test_intervals_are_those_of_normal_theory_and_copies_count_once():
         assert row.difference_low == pytest.approx(gap.mean() - half, abs=0.003)
         assert row.difference_high == pytest.approx(gap.mean() + half, abs=0.003)
     narrow = one(rows_of(single, prompts=800, resamples=6000, confidence=0.5), entry="a")
-    assert narrow.high - narrow.value == pytest.approx(0.6745 * scores[0].std() / np.sqrt(800), abs=0.002)
+    assert narrow.high - narrow.value == pytest.approx(
+        0.6745 * scores[0].std() / np.sqrt(800), abs=0.002
+    )
 
 
 def test_two_variants_of_a_prompt_are_drawn_together():
@@ -124,7 +135,9 @@ def test_two_variants_of_a_prompt_are_drawn_together():
     pictures = [scored("a", s, i, 0, values[i], 0.0) for s in ("short", "long") for i in range(300)]
     rows = rows_of(pictures, prompts=300, sets=("short", "long"), entries="a")
     short, every = one(rows, entry="a"), one(rows, entry="a", set="all")
-    assert (every.value, every.low, every.high) == pytest.approx((short.value, short.low, short.high))
+    assert (every.value, every.low, every.high) == pytest.approx(
+        (short.value, short.low, short.high)
+    )
 
 
 def test_rows_repeat_and_do_not_depend_on_the_other_entries():
@@ -138,7 +151,9 @@ def test_rows_repeat_and_do_not_depend_on_the_other_entries():
 
 def picture(file, colour, size=(64, 64)):
     y, x = np.mgrid[: size[1], : size[0]]
-    pixels = np.stack([x * 3 % 256, y * 3 % 256, np.full_like(x, colour % 256)], axis=2).astype(np.uint8)
+    pixels = np.stack([x * 3 % 256, y * 3 % 256, np.full_like(x, colour % 256)], axis=2).astype(
+        np.uint8
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(file)
     return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -148,8 +163,15 @@ def evaluation(folder, lines=40, copies=2):
     """Two models and photographs on two sets of prompts; one picture missing, one of another size."""
     rng = np.random.default_rng(0)
     sets = [
-        PromptSet(name, [f"{name} prompt {i} of a {'red' if i % 3 else 'blue'} thing" for i in range(lines)], c)
-        for name, c in (("short", ["animal", "people"] * (lines // 2)), ("long", ["animal", "people"] * (lines // 2)))
+        PromptSet(
+            name,
+            [f"{name} prompt {i} of a {'red' if i % 3 else 'blue'} thing" for i in range(lines)],
+            c,
+        )
+        for name, c in (
+            ("short", ["animal", "people"] * (lines // 2)),
+            ("long", ["animal", "people"] * (lines // 2)),
+        )
     ]
     sets[0].prompts[0] = NASTY
     entries = [Entry("base", "model", "flux_tiny"), Entry("<i>tuned</i>", "lora", "runs/x/lora")]
@@ -161,15 +183,31 @@ def evaluation(folder, lines=40, copies=2):
                 for copy in range(copies if e < 2 else 1):
                     if (e, one_set.name, line, copy) == (1, "short", 5, 0):
                         continue
-                    file = folder / "pictures" / f"entry{e}" / one_set.name / f"{line:05}_{copy}.png"
+                    file = (
+                        folder / "pictures" / f"entry{e}" / one_set.name / f"{line:05}_{copy}.png"
+                    )
                     size = (80, 48) if (e, line) == (2, 7) else (64, 64)
                     sha256, seen = picture(file, seen, size), seen + 1
                     scores = np.clip(rng.normal(0.3 + 0.2 * e, 0.15, 2), 0, 1)
                     scores = dict(zip(REWARDS, map(float, scores), strict=True))
-                    pictures.append(Scored(entry.name, one_set.name, line, copy, file, sha256, *size, scores))
+                    pictures.append(
+                        Scored(entry.name, one_set.name, line, copy, file, sha256, *size, scores)
+                    )
     problems = [
-        Problem("<i>tuned</i>", "short", folder / "00005_0.png", "missing", "the folder has no such file"),
-        Problem("<i>tuned</i>", "short", folder / "cover.png", "extra", "expected 00000.png to 00039.png"),
+        Problem(
+            "<i>tuned</i>",
+            "short",
+            folder / "00005_0.png",
+            "missing",
+            "the folder has no such file",
+        ),
+        Problem(
+            "<i>tuned</i>",
+            "short",
+            folder / "cover.png",
+            "extra",
+            "expected 00000.png to 00039.png",
+        ),
         Problem("photographs", "short", folder / "00007.png", "other size", "80x48"),
         Problem("photographs", "long", folder / "00007.png", "other size", "80x48"),
     ]
@@ -177,11 +215,23 @@ def evaluation(folder, lines=40, copies=2):
 
 
 def arena():
-    match = {"losses": 10, "ties": 4, "refused": 1, "unreadable": 2, "incomplete": 3, "low": 0.6, "high": 0.8}
+    match = {
+        "losses": 10,
+        "ties": 4,
+        "refused": 1,
+        "unreadable": 2,
+        "incomplete": 3,
+        "low": 0.6,
+        "high": 0.8,
+    }
     names = [("<i>tuned</i>", "base"), ("<i>tuned</i>", "photographs"), ("base", "photographs")]
-    matches = [SimpleNamespace(a=a, b=b, wins=26, pairs=40, win_rate=0.7, **match) for a, b in names]
+    matches = [
+        SimpleNamespace(a=a, b=b, wins=26, pairs=40, win_rate=0.7, **match) for a, b in names
+    ]
     ratings = [("photographs", 1100.0), ("<i>tuned</i>", 1000.0), ("base", 900.0)]
-    ratings = [SimpleNamespace(entry=name, rating=r, low=r - 40, high=r + 40) for name, r in ratings]
+    ratings = [
+        SimpleNamespace(entry=name, rating=r, low=r - 40, high=r + 40) for name, r in ratings
+    ]
     counts = {"questions": 240, "refused": 3}
     return SimpleNamespace(
         judge="stand-in",
@@ -200,11 +250,17 @@ def report(tmp_path_factory):
     config.reward.fn = {"detector": 1.0}
     config.reward.held_out, config.reward.metrics = ("score",), ()
     rows = [{"kind": "train", "epoch": i, "reward/detector": 0.3 + i / 100} for i in range(1, 9)]
-    rows += [{"kind": "eval", "epoch": i, "detector": 0.3 + i / 90, "score": 0.5} for i in (0, 4, 8)]
+    rows += [
+        {"kind": "eval", "epoch": i, "detector": 0.3 + i / 90, "score": 0.5} for i in (0, 4, 8)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluated = evaluation(folder)
     board = leaderboard(evaluated, config.evaluate, np.random.default_rng(0))
-    judgements = [Judgement("short", 0, "base", "photographs", "second", "Image 2 </script>, its light is better")]
+    judgements = [
+        Judgement(
+            "short", 0, "base", "photographs", "second", "Image 2 </script>, its light is better"
+        )
+    ]
     page = write_report(folder, config, evaluated, board, arena(), judgements, seed=7)
     return SimpleNamespace(folder=folder, config=config, evaluated=evaluated, rows=board, page=page)
 
@@ -212,7 +268,9 @@ def report(tmp_path_factory):
 def test_tables_are_the_rows(report):
     with (report.page.parent / "leaderboard.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(report.rows) == 3 * 3 * 3 * 3  # sets and all, categories and all, measures, entries
+    assert (
+        len(lines) == len(report.rows) == 3 * 3 * 3 * 3
+    )  # sets and all, categories and all, measures, entries
     for line, row in zip(lines, report.rows, strict=True):
         for key, value in vars(row).items():
             assert line[key] == ("" if value != value else str(value))
@@ -222,7 +280,10 @@ def test_tables_are_the_rows(report):
     assert "| <i>tuned</i> | short | 79 | 40 of 40 | 1 | 0 | 0 | 1 |" in text
     assert "- Seed: 7\n" in text
     assert "- <i>tuned</i>, short: 00005_0.png missing (the folder has no such file)" in text
-    assert "| <i>tuned</i> against base | 70.0 % [60.0 %, 80.0 %] | 26 | 10 | 4 | 40 | 1 | 2 | 3 |" in text
+    assert (
+        "| <i>tuned</i> against base | 70.0 % [60.0 %, 80.0 %] | 26 | 10 | 4 | 40 | 1 | 2 | 3 |"
+        in text
+    )
     assert "chosen in 55.0 % [50.0 %, 60.0 %]" in text
 
 
@@ -231,7 +292,14 @@ def test_scores_table(report):
         lines = list(csv.DictReader(file))
     assert len(lines) == len(report.evaluated.pictures) == 40 * 2 * 5 - 1
     first = report.evaluated.pictures[0]
-    expected = {"entry": "base", "set": "short", "line": "0", "copy": "0", "category": "animal", "prompt": NASTY}
+    expected = {
+        "entry": "base",
+        "set": "short",
+        "line": "0",
+        "copy": "0",
+        "category": "animal",
+        "prompt": NASTY,
+    }
     expected |= {"file": "../pictures/entry0/short/00000_0.png", "width": "64", "height": "64"}
     assert lines[0] == expected | {name: str(first.scores[name]) for name in REWARDS}
 
@@ -276,7 +344,8 @@ def scroll_through(driver):
     )
     for y in range(0, height, 600):
         driver.execute_async_script(
-            "scrollTo(0, arguments[0]); requestAnimationFrame(() => setTimeout(arguments[1], 30))", y
+            "scrollTo(0, arguments[0]); requestAnimationFrame(() => setTimeout(arguments[1], 30))",
+            y,
         )
 
 
@@ -291,7 +360,9 @@ def test_opens_from_a_file_without_errors_and_all_pictures_load(laptop, report):
     shown = laptop.execute_script(script)
     assert len(shown) == 16 * 2 + 3 * 16 + 24 * 3  # pairs, best and worst, the list's first prompts
     assert all(source == "data:image/webp;base64," and width in (64, 80) for source, width in shown)
-    asked = laptop.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    asked = laptop.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
     assert [name for name in asked if not name.startswith("data:")] == []
     plots = laptop.execute_script(
         "return [...document.querySelectorAll('.chart')].filter(c => c.offsetParent).map(c => !!c.querySelector('svg'))"
@@ -343,7 +414,9 @@ def test_enlarge_and_keyboard(laptop):
     is_open = "return document.getElementById('enlarged').open"
     where = "return document.getElementById('enlarged-where').textContent"
     first = laptop.find_element("css selector", "#pairs .card")
-    laptop.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", first)
+    laptop.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", first
+    )
     first.click()
     assert laptop.execute_script(is_open)
     assert laptop.execute_script(where).startswith("1 of 8")
@@ -352,8 +425,12 @@ def test_enlarge_and_keyboard(laptop):
         ".map(i => [i.getBoundingClientRect().width, getComputedStyle(i).imageRendering])"
     )
     assert len(sizes) >= 2
-    assert all(width >= 192 and width % 64 == 0 and rendering == "pixelated" for width, rendering in sizes)
-    scores = laptop.execute_script("return document.querySelector('#enlarged-scores tbody').rows.length")
+    assert all(
+        width >= 192 and width % 64 == 0 and rendering == "pixelated" for width, rendering in sizes
+    )
+    scores = laptop.execute_script(
+        "return document.querySelector('#enlarged-scores tbody').rows.length"
+    )
     assert scores == len(REWARDS)
     press(Keys.ARROW_RIGHT)
     assert laptop.execute_script(where).startswith("2 of 8")
@@ -362,7 +439,9 @@ def test_enlarge_and_keyboard(laptop):
     assert laptop.execute_script(where).startswith("8 of 8")
     press(Keys.ESCAPE)
     assert not laptop.execute_script(is_open)
-    assert laptop.execute_script("return document.activeElement === document.querySelector('#pairs .card')")
+    assert laptop.execute_script(
+        "return document.activeElement === document.querySelector('#pairs .card')"
+    )
     assert console_errors(laptop) == []
 
 
@@ -374,7 +453,10 @@ def test_what_the_judge_said_and_foreign_text_are_shown_as_text(laptop):
     )
     laptop.execute_script("document.querySelector('#list .card').click()")
     assert laptop.find_element("id", "enlarged-title").text == NASTY
-    assert "Image 2 </script>, its light is better" in laptop.find_element("id", "enlarged-answers").text
+    assert (
+        "Image 2 </script>, its light is better"
+        in laptop.find_element("id", "enlarged-answers").text
+    )
     laptop.execute_script("document.getElementById('enlarged').close()")
 
 

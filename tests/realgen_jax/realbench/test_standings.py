@@ -20,16 +20,37 @@ def told(a: str, b: str, *verdicts: tuple[int, str], name: str = "short") -> lis
     return [Judgement(name, line, a, b, verdict, "") for line, verdict in verdicts]
 
 
-def add_up(judgements, entries=("a", "b"), protocol="balanced", confidence=0.95, resamples=2000, seed=0):
+def add_up(
+    judgements, entries=("a", "b"), protocol="balanced", confidence=0.95, resamples=2000, seed=0
+):
     given = SimpleNamespace(confidence=confidence, resamples=resamples)
-    return standings(judgements, entries, given, np.random.default_rng(seed), judge="j", protocol=protocol)
+    return standings(
+        judgements, entries, given, np.random.default_rng(seed), judge="j", protocol=protocol
+    )
 
 
 def test_pairs_in_both_orders_by_hand():
     """Scores of a: 1, 1/2 (first twice), 3/4 (a tie and a win), 0, and three pairs that lack an order."""
     judgements = told(
-        "a", "b", (0, "first"), (1, "first"), (2, "tie"), (3, "second"), (4, "first"), (5, "refused"), (6, "first")
-    ) + told("b", "a", (0, "second"), (1, "first"), (2, "second"), (3, "first"), (4, "unreadable"), (5, "first"))
+        "a",
+        "b",
+        (0, "first"),
+        (1, "first"),
+        (2, "tie"),
+        (3, "second"),
+        (4, "first"),
+        (5, "refused"),
+        (6, "first"),
+    ) + told(
+        "b",
+        "a",
+        (0, "second"),
+        (1, "first"),
+        (2, "second"),
+        (3, "first"),
+        (4, "unreadable"),
+        (5, "first"),
+    )
     found = add_up(judgements)
     (match,) = found.matches
     assert (match.a, match.b) == ("a", "b")
@@ -64,7 +85,9 @@ def test_intervals_are_those_of_the_binomial():
     judgements = told("a", "b", *((line, "first" if line < 30 else "second") for line in range(50)))
     (match,) = add_up(judgements, protocol="human", resamples=20000).matches
     assert match.win_rate == 0.6
-    assert (match.low, match.high) == pytest.approx((0.46, 0.74), abs=0.021)  # scipy.stats.binom.ppf: 23, 37
+    assert (match.low, match.high) == pytest.approx(
+        (0.46, 0.74), abs=0.021
+    )  # scipy.stats.binom.ppf: 23, 37
     (narrower,) = add_up(judgements, protocol="human", resamples=20000, confidence=0.5).matches
     assert (narrower.low, narrower.high) == pytest.approx((0.56, 0.64), abs=0.021)  # 28, 32
 
@@ -150,7 +173,9 @@ def simulate(strengths, gamma, lines, seed=0, both=True):
             if i < j or (both and i != j):
                 p = 1 / (1 + np.exp(-(strengths[i] - strengths[j] + gamma)))
                 drawn = rng.random(lines) < p
-                judgements += told(a, b, *((line, "first" if won else "second") for line, won in enumerate(drawn)))
+                judgements += told(
+                    a, b, *((line, "first" if won else "second") for line, won in enumerate(drawn))
+                )
     return judgements
 
 
@@ -179,8 +204,16 @@ def test_both_orders_cancel_the_bias_and_one_does_not():
 
 def test_separable_answers_stay_finite():
     """A hundred wins out of a hundred, in every resample."""
-    judgements = [one for a, b in ("ab", "bc", "ac") for one in told(a, b, *((line, "first") for line in range(100)))]
-    judgements += [one for a, b in ("ab", "bc", "ac") for one in told(b, a, *((line, "second") for line in range(100)))]
+    judgements = [
+        one
+        for a, b in ("ab", "bc", "ac")
+        for one in told(a, b, *((line, "first") for line in range(100)))
+    ]
+    judgements += [
+        one
+        for a, b in ("ab", "bc", "ac")
+        for one in told(b, a, *((line, "second") for line in range(100)))
+    ]
     found = add_up(judgements, "abc", resamples=50)
     assert [one.entry for one in found.ratings] == list("abc")
     assert all(np.isfinite([one.rating, one.low, one.high]).all() for one in found.ratings)

@@ -27,7 +27,9 @@ def page(evaluated: Evaluated, folder: Path, **changed) -> Iterator[SimpleNamesp
     """judge_all waiting for a person, in a thread; `judgements` is what it returned once the page has ended it."""
     said, result = [], []
     thread = threading.Thread(
-        target=lambda: result.append(arena.judge_all(evaluated, settings(**changed), "human", folder, 0, said.append))
+        target=lambda: result.append(
+            arena.judge_all(evaluated, settings(**changed), "human", folder, 0, said.append)
+        )
     )
     thread.start()
     try:
@@ -67,10 +69,15 @@ def test_a_person_judges_by_clicks_and_keys_and_goes_on_later(tmp_path):
         with page(evaluated, tmp_path) as served:
             driver.get(served.url)
             count("0 of 5")
-            assert driver.execute_script("return [...document.images].every(i => i.naturalWidth === 16)")
+            assert driver.execute_script(
+                "return [...document.images].every(i => i.naturalWidth === 16)"
+            )
             assert "a prompt, number" in driver.find_element(By.ID, "prompt").text
             html = driver.page_source
-            assert not any(word in html for word in ("base", "tuned", str(tmp_path), evaluated.pictures[0].sha256))
+            assert not any(
+                word in html
+                for word in ("base", "tuned", str(tmp_path), evaluated.pictures[0].sha256)
+            )
             driver.find_element(By.ID, "left").click()
             count("1 of 5")
             press(Keys.ARROW_RIGHT)
@@ -117,12 +124,20 @@ def test_a_person_judges_by_clicks_and_keys_and_goes_on_later(tmp_path):
 def test_the_page_reads_on_a_phone(tmp_path):
     from selenium.webdriver.common.by import By
 
-    with browser(390, 844) as driver, page(make(tmp_path / "pictures", size=64), tmp_path) as served:
+    with (
+        browser(390, 844) as driver,
+        page(make(tmp_path / "pictures", size=64), tmp_path) as served,
+    ):
         driver.get(served.url)
         wait_until(lambda: driver.execute_script("return ready"))
-        size = driver.execute_script("const d = document.documentElement; return [d.scrollWidth, d.scrollHeight]")
+        size = driver.execute_script(
+            "const d = document.documentElement; return [d.scrollWidth, d.scrollHeight]"
+        )
         assert size == [390, 844]  # nothing to scroll
-        boxes = [driver.find_element(By.ID, name).rect for name in ("left", "right", "choose-tie", "finish")]
+        boxes = [
+            driver.find_element(By.ID, name).rect
+            for name in ("left", "right", "choose-tie", "finish")
+        ]
         assert all(box["width"] > 40 and box["height"] > 25 and box["x"] >= 0 for box in boxes)
         assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one above the other
         assert boxes[0]["height"] > 200
@@ -135,12 +150,21 @@ def test_the_page_is_closed_to_other_sites_and_bad_requests(tmp_path):
     evaluated = make(tmp_path / "pictures")
     with page(evaluated, tmp_path) as served:
         root = served.url.rsplit("/", 2)[0]
-        assert httpx2.get(served.url).headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert (
+            httpx2.get(served.url)
+            .headers["Content-Security-Policy"]
+            .startswith("default-src 'none'")
+        )
         assert httpx2.get(served.url, headers={"Host": "evil.example"}).status_code == 400
         vote = {"pair": 0, "verdict": "first"}
         assert httpx2.post(f"{root}/verdict", json=vote).status_code == 404
         assert httpx2.post(f"{root}/guess/verdict", json=vote).status_code == 404
-        assert httpx2.post(f"{served.url}verdict", json=vote, headers={"Host": "evil.example"}).status_code == 400
+        assert (
+            httpx2.post(
+                f"{served.url}verdict", json=vote, headers={"Host": "evil.example"}
+            ).status_code
+            == 400
+        )
         assert httpx2.get(f"{served.url}verdict").status_code == 405
         for wrong in (b"", b"[]", b'{"verdict": "best", "pair": 0}'):
             assert httpx2.post(f"{served.url}verdict", content=wrong).status_code == 400
@@ -149,7 +173,12 @@ def test_the_page_is_closed_to_other_sites_and_bad_requests(tmp_path):
         for _ in range(2):  # the second click on a pair is none
             assert httpx2.post(f"{served.url}verdict", json=vote).json()["done"] == 1
         for unknown in (0, 99, "1", None, [1]):
-            assert httpx2.post(f"{served.url}verdict", json={"pair": unknown, "verdict": "tie"}).json()["done"] == 1
+            assert (
+                httpx2.post(
+                    f"{served.url}verdict", json={"pair": unknown, "verdict": "tie"}
+                ).json()["done"]
+                == 1
+            )
         assert clicks(tmp_path) == ["first"]
 
 
@@ -159,7 +188,10 @@ def test_a_picture_that_cannot_be_shown_is_left_out(tmp_path):
         first = httpx2.get(f"{served.url}pair").json()["pair"]
         line = int(httpx2.get(f"{served.url}pair").json()["prompt"][-1])
         (tmp_path / "pictures" / f"base_{line}.png").unlink()
-        sides = [httpx2.get(f"{served.url}picture/{first}/{side}").status_code for side in ("left", "right")]
+        sides = [
+            httpx2.get(f"{served.url}picture/{first}/{side}").status_code
+            for side in ("left", "right")
+        ]
         assert sorted(sides) == [200, 410]
         assert httpx2.get(f"{served.url}pair").json()["pair"] != first
     assert any(f"base_{line}.png" in text and "left out" in text for text in served.said)

@@ -10,7 +10,13 @@ import pytest
 
 from tests.helpers.goldens import GOLDENS, golden
 from tests.helpers.tiny_clips import write_folder
-from tests.reward_bridge.rewards.test_rewards_detectors import HEADS, SIZE, make_case, photographs, save
+from tests.reward_bridge.rewards.test_rewards_detectors import (
+    HEADS,
+    SIZE,
+    make_case,
+    photographs,
+    save,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -47,7 +53,13 @@ def make(kind, folder, **options):
 
 def write_dinov2(folder):
     torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 42}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "image_size": 42,
+    }
     model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, patch_size=14)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,7 +89,9 @@ def test_every_kind_scores_learns_and_can_be_copied(kind, tmp_path):
     average = copy.deepcopy(learner.model)
     with torch.inference_mode():
         scores = learner.score(average, prepared, prompts)
-        alone = torch.cat([learner.score(average, prepared[i : i + 1], prompts[i : i + 1]) for i in range(8)])
+        alone = torch.cat(
+            [learner.score(average, prepared[i : i + 1], prompts[i : i + 1]) for i in range(8)]
+        )
     assert scores.dtype == torch.float32
     assert scores.std() > 1e-4
     np.testing.assert_allclose(alone, scores, rtol=1e-4, atol=1e-6)
@@ -95,13 +109,17 @@ def test_every_kind_scores_learns_and_can_be_copied(kind, tmp_path):
     assert 0 <= metrics["accuracy"] <= 1
     assert not any(value.requires_grad for value in metrics.values())
     torch.manual_seed(0)
-    assert torch.equal(learner.loss(learner.model, prepared[:4], prepared[4:], prompts[:4])[0], loss)
+    assert torch.equal(
+        learner.loss(learner.model, prepared[:4], prepared[4:], prompts[:4])[0], loss
+    )
 
     before = [p.clone() for p in learner.model.parameters()]
     torch.optim.Adam([p for p in learner.model.parameters() if p.requires_grad], 1e-3).step()
     for old, (name, new) in zip(before, learner.model.named_parameters(), strict=True):
         assert torch.equal(old, new) or name in learning, name
-    changed = sum(not torch.equal(o, n) for o, n in zip(before, learner.model.parameters(), strict=True))
+    changed = sum(
+        not torch.equal(o, n) for o, n in zip(before, learner.model.parameters(), strict=True)
+    )
     assert changed > 0.8 * len(learning)  # an expert that no picture was routed to stays
     learner.model.eval()
     with torch.inference_mode():
@@ -127,26 +145,38 @@ def test_before_it_learns_the_score_is_the_frozen_rewards(kind, tmp_path):
     )
     reward = make_reward(kind, "cpu", {**path, **options})
     with torch.inference_mode():
-        got, want = learner.score(learner.model, learner.prepare(images), prompts), reward(images, prompts)
+        got, want = (
+            learner.score(learner.model, learner.prepare(images), prompts),
+            reward(images, prompts),
+        )
     np.testing.assert_allclose(got, want, rtol=1e-6 if kind != "embedded_detector" else 0.05)
 
 
 def test_omniaid_losses_and_gradients_match_the_golden():
-    io = {key: torch.from_numpy(value) for key, value in golden("10_rewards/omniaid_clip/io.npz").items()}
+    io = {
+        key: torch.from_numpy(value)
+        for key, value in golden("10_rewards/omniaid_clip/io.npz").items()
+    }
     path = GOLDENS / "10_rewards" / "omniaid_clip" / "model.safetensors"
     learner = make_learner("omniaid", "cpu", {"path": str(path), **HEADS, "dropout": 0.0})
     model = learner.model.train()
     features = model.routing_features(io["pixel_values"])
     got = {
-        "classification_loss": omniaid.soft_cross_entropy(model.classify(io["pixel_values"], features), True, 0.05),
+        "classification_loss": omniaid.soft_cross_entropy(
+            model.classify(io["pixel_values"], features), True, 0.05
+        ),
         "orth_loss": omniaid.orthogonality_loss(model, learner.bases),
         "balance_loss": omniaid.balance_loss(model.router(features), 2),
     }
-    got["overall_loss"] = got["classification_loss"] + 1e-3 * got["orth_loss"] + 0.01 * got["balance_loss"]
+    got["overall_loss"] = (
+        got["classification_loss"] + 1e-3 * got["orth_loss"] + 0.01 * got["balance_loss"]
+    )
     got["overall_loss"].backward()
     for name in got:
         np.testing.assert_allclose(got[name].detach(), io[name], rtol=1e-5, err_msg=name)
-    grads = {key.removeprefix("grad/"): value for key, value in io.items() if key.startswith("grad/")}
+    grads = {
+        key.removeprefix("grad/"): value for key, value in io.items() if key.startswith("grad/")
+    }
     assert len(grads) == 5
     for name, want in rename(grads, omniaid.CLIP_TABLE, "golden").items():
         got = model.get_parameter(name).grad
@@ -154,7 +184,9 @@ def test_omniaid_losses_and_gradients_match_the_golden():
 
 
 def test_omniaid_loss_is_of_both_kinds_of_pictures_alike(tmp_path):
-    learner = make("omniaid", tmp_path, dropout=0.0, augment=False, lambda_orth=0.5, lambda_balance=0.2)
+    learner = make(
+        "omniaid", tmp_path, dropout=0.0, augment=False, lambda_orth=0.5, lambda_balance=0.2
+    )
     images = learner.prepare(photographs(64, 64))
     model = learner.model.train()
     loss, metrics = learner.loss(model, images[:4], images[4:], [""] * 4)
@@ -162,7 +194,10 @@ def test_omniaid_loss_is_of_both_kinds_of_pictures_alike(tmp_path):
         logs = model(learner.reward.pixels(images)).log_softmax(-1)
         features = model.routing_features(learner.reward.pixels(images))
         routed = [model.router(x) for x in features.chunk(2)]
-    (real_real, real_fake), (fake_real, fake_fake) = logs[:4].mean(0).tolist(), logs[4:].mean(0).tolist()
+    (real_real, real_fake), (fake_real, fake_fake) = (
+        logs[:4].mean(0).tolist(),
+        logs[4:].mean(0).tolist(),
+    )
     want = -(0.95 * real_real + 0.05 * real_fake + 0.05 * fake_real + 0.95 * fake_fake) / 2
     assert metrics["classification_loss"].item() == pytest.approx(want, rel=1e-5)
     balance = 0.0
@@ -177,7 +212,9 @@ def test_omniaid_loss_is_of_both_kinds_of_pictures_alike(tmp_path):
     accuracy = ((logs[:4, 0] > logs[:4, 1]).sum() + (logs[4:, 0] < logs[4:, 1]).sum()) / 8
     assert metrics["accuracy"].item() == pytest.approx(accuracy.item())
     # swapped pictures: no longer the same loss
-    assert learner.loss(model, images[4:], images[:4], [""] * 4)[0].item() != pytest.approx(loss.item(), rel=1e-3)
+    assert learner.loss(model, images[4:], images[:4], [""] * 4)[0].item() != pytest.approx(
+        loss.item(), rel=1e-3
+    )
 
 
 def test_orthogonality_by_hand():
@@ -192,11 +229,15 @@ def test_dropout_and_checkpointing(kind, tmp_path):
     """Dropout acts in train mode and on the experts alone; recomputing activations changes no gradient."""
     grads = []
     for checkpointing in (True, False):
-        learner = make(kind, tmp_path, gradient_checkpointing=checkpointing, dropout=0.5, augment=False)
+        learner = make(
+            kind, tmp_path, gradient_checkpointing=checkpointing, dropout=0.5, augment=False
+        )
         images = learner.prepare(photographs(64, 64))
         torch.manual_seed(5)
         learner.loss(learner.model.train(), images[:4], images[4:], [""] * 4)[0].backward()
-        grads.append({name: p.grad for name, p in learner.model.named_parameters() if p.requires_grad})
+        grads.append(
+            {name: p.grad for name, p in learner.model.named_parameters() if p.requires_grad}
+        )
     for name, grad in grads[0].items():
         np.testing.assert_allclose(grad, grads[1][name], rtol=1e-4, atol=1e-7, err_msg=name)
 
@@ -219,11 +260,18 @@ def test_dropout_and_checkpointing(kind, tmp_path):
 
 def test_dino_head_matches_the_golden():
     """Loss, gradients, one step of Adam, reward. The loss is of raw features there, the reward of normalised ones."""
-    io = {key: torch.from_numpy(value) for key, value in golden("11_adversarial/dino_patch.npz").items()}
+    io = {
+        key: torch.from_numpy(value)
+        for key, value in golden("11_adversarial/dino_patch.npz").items()
+    }
     head = dino_discriminator.make_head(24, 0)
 
     def named(prefix):
-        return {k.removeprefix(f"{prefix}/layers."): v for k, v in io.items() if k.startswith(f"{prefix}/")}
+        return {
+            k.removeprefix(f"{prefix}/layers."): v
+            for k, v in io.items()
+            if k.startswith(f"{prefix}/")
+        }
 
     head.load_state_dict(named("head"))
     whole, patches = dino_discriminator.logits(
@@ -246,7 +294,9 @@ def test_dino_head_matches_the_golden():
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-4, betas=(0.5, 0.999))
     loss.backward()
     for name, want in named("grad").items():
-        np.testing.assert_allclose(head.get_parameter(name).grad, want, rtol=1e-3, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(
+            head.get_parameter(name).grad, want, rtol=1e-3, atol=1e-7, err_msg=name
+        )
     optimizer.step()
     for name, want in named("head_after").items():  # of the largest array the first rows are kept
         found = head.get_parameter(name).detach()[: len(want)]
@@ -257,13 +307,17 @@ def test_dino_features_are_the_models_and_normalised_for_both(tmp_path):
     write_dinov2(tmp_path)
     backbone = transformers.Dinov2Model.from_pretrained(tmp_path).eval()
     images = photographs(42, 42)
-    mean, std = (torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
     with torch.no_grad():
         want = backbone((images / 255 - mean) / std).last_hidden_state
     for normalize in (True, False):
         learner = make("dino_discriminator", tmp_path, normalize=normalize)
         got = learner.features(learner.model.train(), images)
-        np.testing.assert_allclose(got, F.normalize(want, dim=-1) if normalize else want, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            got, F.normalize(want, dim=-1) if normalize else want, rtol=1e-3, atol=1e-5
+        )
         with torch.no_grad():
             index = torch.stack([dino_discriminator.patches_of(x, 0, 9, 5) for x in images])
             whole, patches = dino_discriminator.logits(learner.model.head, got, index)
@@ -276,7 +330,9 @@ def test_the_patches_of_a_score_follow_from_picture_and_seed(tmp_path):
     drawn = [dino_discriminator.patches_of(x, 1, 1000, 64).tolist() for x in pictures]
     assert len({tuple(x) for x in drawn}) == 8
     torch.manual_seed(123)  # the global generator has no say, nor has the company
-    assert [dino_discriminator.patches_of(x, 1, 1000, 64).tolist() for x in pictures.flip(0)] == drawn[::-1]
+    assert [
+        dino_discriminator.patches_of(x, 1, 1000, 64).tolist() for x in pictures.flip(0)
+    ] == drawn[::-1]
     assert dino_discriminator.patches_of(pictures[0], 2, 1000, 64).tolist() != drawn[0]
     changed = pictures[0].clone()
     changed[0, 0, 0] += 1
@@ -296,7 +352,11 @@ def test_dino_reads_published_names_and_refuses_what_does_not_fit(tmp_path):
     model = dino_discriminator.load_dinov2(str(write_dinov2(tmp_path)), "dino_discriminator.path")
     state = {}
     for key, value in model.state_dict().items():
-        for ours, theirs in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")):
+        for ours, theirs in (
+            ("q_proj", "attention.query"),
+            ("k_proj", "attention.key"),
+            ("v_proj", "attention.value"),
+        ):
             key = key.replace(ours, theirs)
         state[key.replace("o_proj", "output.dense")] = value
     assert "encoder.layer.1.attention.attention.query.weight" in state
@@ -306,15 +366,22 @@ def test_dino_reads_published_names_and_refuses_what_does_not_fit(tmp_path):
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"size 40; expected a multiple of the patch size 14"):
         make_learner("dino_discriminator", "cpu", {"path": str(tmp_path), "size": 40})
-    torch.save({k: v for k, v in state.items() if k != "layernorm.bias"}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {k: v for k, v in state.items() if k != "layernorm.bias"}, tmp_path / "pytorch_model.bin"
+    )
     with pytest.raises(ValueError, match=r"1 keys missing, such as 'layernorm\.bias'"):
         make_learner("dino_discriminator", "cpu", {"path": str(tmp_path), "size": 42})
 
 
 def test_pickscore_loss_matches_the_golden():
-    io = {key: torch.from_numpy(value) for key, value in golden("11_adversarial/pickscore.npz").items()}
+    io = {
+        key: torch.from_numpy(value)
+        for key, value in golden("11_adversarial/pickscore.npz").items()
+    }
     generated = io["image_generated"].requires_grad_(True)
-    loss, metrics = pickscore.preference_loss(io["text_features"], io["image_reference"], generated, io["logit_scale"])
+    loss, metrics = pickscore.preference_loss(
+        io["text_features"], io["image_reference"], generated, io["logit_scale"]
+    )
     loss.backward()
     assert loss.item() == pytest.approx(io["loss"].item(), rel=1e-5)
     np.testing.assert_allclose(generated.grad, io["grad_image_generated"], rtol=1e-4, atol=1e-6)
@@ -343,7 +410,9 @@ def test_pickscore_learns_that_references_win(tmp_path):
 
 
 def test_embedded_detector_learns_from_fresh_weights():
-    first, again, other = (make_learner("embedded_detector", "cpu", {"init": "fresh", "seed": s}) for s in (1, 1, 2))
+    first, again, other = (
+        make_learner("embedded_detector", "cpu", {"init": "fresh", "seed": s}) for s in (1, 1, 2)
+    )
     weights = [next(x.model.parameters()) for x in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -354,8 +423,18 @@ def test_embedded_detector_learns_from_fresh_weights():
     loss, _ = still.loss(still.model.train(), real, generated, [""] * 8)
     with torch.no_grad():
         torch.manual_seed(0)
-        p = still.score(still.model, augment.mirror_and_shift(torch.cat([real, generated]), 0), [""] * 16).double()
-    want = -(0.9 * p[:8].log() + 0.1 * (1 - p[:8]).log() + 0.1 * p[8:].log() + 0.9 * (1 - p[8:]).log()).mean() / 2
+        p = still.score(
+            still.model, augment.mirror_and_shift(torch.cat([real, generated]), 0), [""] * 16
+        ).double()
+    want = (
+        -(
+            0.9 * p[:8].log()
+            + 0.1 * (1 - p[:8]).log()
+            + 0.1 * p[8:].log()
+            + 0.9 * (1 - p[8:]).log()
+        ).mean()
+        / 2
+    )
     assert loss.item() == pytest.approx(want.item(), rel=1e-4)
     optimizer = torch.optim.AdamW(first.model.train().parameters(), 3e-3)
     for _ in range(60):
@@ -371,10 +450,16 @@ def test_embedded_detector_learns_from_fresh_weights():
 
 def test_augmentation_by_hand():
     x = photographs(12, 10)[0].float() / 255
-    for pixel, turned in zip(x.flatten(1).T[:20], augment.turn_hue(x, 0.3).flatten(1).T, strict=False):
+    for pixel, turned in zip(
+        x.flatten(1).T[:20], augment.turn_hue(x, 0.3).flatten(1).T, strict=False
+    ):
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel.tolist())
-        np.testing.assert_allclose(turned, colorsys.hsv_to_rgb((hue + 0.3) % 1, saturation, value), atol=1e-5)
-    np.testing.assert_allclose(augment.turn_hue(torch.full((3, 2, 2), 0.4), 0.3), torch.full((3, 2, 2), 0.4))
+        np.testing.assert_allclose(
+            turned, colorsys.hsv_to_rgb((hue + 0.3) % 1, saturation, value), atol=1e-5
+        )
+    np.testing.assert_allclose(
+        augment.turn_hue(torch.full((3, 2, 2), 0.4), 0.3), torch.full((3, 2, 2), 0.4)
+    )
 
     point = torch.zeros(1, 7, 7)
     point[0, 3, 3] = 1
@@ -382,9 +467,13 @@ def test_augmentation_by_hand():
     spread = augment.blur(point, 5, 0.8)[0]
     np.testing.assert_allclose(spread[1:6, 1:6], np.outer(g, g) / sum(g) ** 2, rtol=1e-5)
     assert spread.sum().item() == pytest.approx(1)
-    np.testing.assert_allclose(augment.blur(torch.ones(3, 4, 4), 3, 2.0), torch.ones(3, 4, 4), rtol=1e-6)
+    np.testing.assert_allclose(
+        augment.blur(torch.ones(3, 4, 4), 3, 2.0), torch.ones(3, 4, 4), rtol=1e-6
+    )
 
-    np.testing.assert_allclose(augment.grey(torch.eye(3)[:, :, None])[0, :, 0], [0.299, 0.587, 0.114], rtol=1e-6)
+    np.testing.assert_allclose(
+        augment.grey(torch.eye(3)[:, :, None])[0, :, 0], [0.299, 0.587, 0.114], rtol=1e-6
+    )
     np.testing.assert_allclose(augment.jitter(x, 0, 0, 0, 0), x, atol=1e-6)
     torch.manual_seed(0)
     for _ in range(20):  # of one even grey only the brightness can change, by 10 % at most
@@ -399,7 +488,11 @@ def test_pictures_are_augmented_each_for_itself():
     many = augment.augment(picture.expand(64, -1, -1, -1))
     assert many.dtype == torch.float32
     assert many.max() > 1  # still in 0..255
-    same = sum(torch.allclose(x, y, atol=1e-3) for x in many for y in (picture[0].float(), picture[0].flip(-1).float()))
+    same = sum(
+        torch.allclose(x, y, atol=1e-3)
+        for x in many
+        for y in (picture[0].float(), picture[0].flip(-1).float())
+    )
     assert 5 < same < 30  # a quarter of 64 is neither blurred nor recoloured
     assert 40 < len({x.numpy().tobytes() for x in many}) < 64
     moved = augment.mirror_and_shift(picture.expand(64, -1, -1, -1), 2)
@@ -419,18 +512,29 @@ def test_pictures_are_augmented_each_for_itself():
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"no reward 'hpsv3' that can learn; choose from dino_discriminator, "):
+    with pytest.raises(
+        ValueError, match=r"no reward 'hpsv3' that can learn; choose from dino_discriminator, "
+    ):
         make_learner("hpsv3", "cpu", {})
     with pytest.raises(ValueError, match=r"unexpected keyword argument 'layer'"):
         make_learner("embedded_detector", "cpu", {"layer": 1})
     with pytest.raises(ValueError, match=r"init 'new'; expected 'shipped' or 'fresh'"):
         make_learner("embedded_detector", "cpu", {"init": "new"})
-    with pytest.raises(ValueError, match=r"got smoothing 0\.5; expected at least 0 and less than 0\.5"):
+    with pytest.raises(
+        ValueError, match=r"got smoothing 0\.5; expected at least 0 and less than 0\.5"
+    ):
         make("omniaid", tmp_path, smoothing=0.5)
-    state = {key: value for key, value in make_case("omniaid").state.items() if not key.endswith("U_r")}
+    state = {
+        key: value for key, value in make_case("omniaid").state.items() if not key.endswith("U_r")
+    }
     options = {**save(state, tmp_path), **SMALL}
     with pytest.raises(ValueError, match=r"lacks U_r or V_r of tower\..*set lambda_orth to 0"):
         make_learner("omniaid", "cpu", options)
     learner = make_learner("omniaid", "cpu", {**options, "lambda_orth": 0.0})
     images = learner.prepare(photographs(64, 64))
-    assert learner.loss(learner.model.train(), images[:4], images[4:], [""] * 4)[1]["orthogonality_loss"] == 0
+    assert (
+        learner.loss(learner.model.train(), images[:4], images[4:], [""] * 4)[1][
+            "orthogonality_loss"
+        ]
+        == 0
+    )

@@ -13,7 +13,10 @@ from reward_bridge.rewards import REWARDS, make_reward  # noqa: E402
 def pictures(n, height, width, seed=0):
     """Smooth random pictures: resampling differs less from PIL's than on noise, as on photographs."""
     small = np.random.default_rng(seed).integers(0, 256, (n, height // 8, width // 8, 3), np.uint8)
-    big = [np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC)) for p in small]
+    big = [
+        np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC))
+        for p in small
+    ]
     return torch.from_numpy(np.stack(big).transpose(0, 3, 1, 2).copy())
 
 
@@ -28,9 +31,21 @@ def test_unknown_rewards_are_named():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("clip_score", {"pth": "x"}, r"options\.clip_score: .*'path'; ClipScore takes path, scale, dtype"),
-        ("clip_score", {"path": "x", "pth": "x"}, r"options\.clip_score: got an unexpected keyword argument 'pth'"),
-        ("jpeg_compressibility", {"servers": ["http://a:1"], "quality": 3}, r"'quality'; RemoteReward takes servers, "),
+        (
+            "clip_score",
+            {"pth": "x"},
+            r"options\.clip_score: .*'path'; ClipScore takes path, scale, dtype",
+        ),
+        (
+            "clip_score",
+            {"path": "x", "pth": "x"},
+            r"options\.clip_score: got an unexpected keyword argument 'pth'",
+        ),
+        (
+            "jpeg_compressibility",
+            {"servers": ["http://a:1"], "quality": 3},
+            r"'quality'; RemoteReward takes servers, ",
+        ),
     ],
 )
 def test_wrong_options_are_named(name, options, message):

@@ -33,7 +33,13 @@ from tests.helpers.tiny_clips import (  # noqa: E402
 )
 from tests.reward_bridge.rewards.test_rewards import pictures  # noqa: E402
 
-PROMPTS = ["a cat", "dog", "a cat", "the sea at night", "a text that is longer than the model takes"]
+PROMPTS = [
+    "a cat",
+    "dog",
+    "a cat",
+    "the sea at night",
+    "a text that is longer than the model takes",
+]
 NAMES = ("clip_score", "pickscore", "hpsv2", "longclip", "aesthetic")
 
 
@@ -72,7 +78,9 @@ def cases(tmp_path_factory):
 
     def hpsv2(image, prompt):
         image = openai_image(hps, pixels(image), 80, F.gelu)
-        return F.cosine_similarity(image, openai_text(hps, token_ids(prompt), 64, F.gelu), dim=0).item()
+        return F.cosine_similarity(
+            image, openai_text(hps, token_ids(prompt), 64, F.gelu), dim=0
+        ).item()
 
     long = openai_state(vision=128, text=64, seed=1)
     stretched = torch.randn(POSITIONS, 64) / 8
@@ -114,7 +122,9 @@ def score(reward, images, prompts):
 def test_score_is_the_authors_one_by_one(cases, name, size):
     images = pictures(5, *size)
     got = score(cases.rewards[name], images, PROMPTS)
-    want = [cases.reference[name](image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+    want = [
+        cases.reference[name](image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)
+    ]
     assert np.std(want) > 1e-2 * np.abs(want).mean()
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.std(want))
 
@@ -138,7 +148,9 @@ def test_half_precision_is_the_weights_not_the_scores(cases, name):
     assert any(got != torch.from_numpy(got).bfloat16().float().numpy())
     if name == "pickscore":
         assert reward.scale == cases.rewards[name].scale
-    with pytest.raises(ValueError, match=r"got dtype 'half'; expected one of float32, bfloat16, float16"):
+    with pytest.raises(
+        ValueError, match=r"got dtype 'half'; expected one of float32, bfloat16, float16"
+    ):
         make_reward(name, "cpu", {**cases.options[name], "dtype": "half"})
 
 
@@ -150,7 +162,9 @@ def test_scales_are_options(cases):
         ("longclip", {"divide_by": 1.0}, 100.0),
     ):
         got = score(make_reward(name, "cpu", {**cases.options[name], **options}), images, PROMPTS)
-        np.testing.assert_allclose(got, factor * score(cases.rewards[name], images, PROMPTS), rtol=1e-5)
+        np.testing.assert_allclose(
+            got, factor * score(cases.rewards[name], images, PROMPTS), rtol=1e-5
+        )
 
 
 def test_clip_score_takes_its_folders_statistics(cases, tmp_path):
@@ -160,9 +174,14 @@ def test_clip_score_takes_its_folders_statistics(cases, tmp_path):
     half = {"image_mean": [0.5, 0.4, 0.5], "image_std": [0.5, 0.6, 0.5]}
     file.write_text(json.dumps(json.loads(file.read_text()) | half))
     images = pictures(2, SIDE, SIDE)
-    got = score(make_reward("clip_score", "cpu", {"path": str(folder), "scale": 1.0}), images, PROMPTS[:2])
+    got = score(
+        make_reward("clip_score", "cpu", {"path": str(folder), "scale": 1.0}), images, PROMPTS[:2]
+    )
     with torch.no_grad():
-        want = [cases.cosine(image, prompt, **half) for image, prompt in zip(images, PROMPTS[:2], strict=True)]
+        want = [
+            cases.cosine(image, prompt, **half)
+            for image, prompt in zip(images, PROMPTS[:2], strict=True)
+        ]
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -174,7 +193,9 @@ def test_hpsv2_resizes_as_its_package_does_but_for_rounding(cases):
     with torch.inference_mode():
         for antialias in (True, False):
             x = F.interpolate(images / 255, (SIDE, SIDE), mode="bicubic", antialias=antialias)
-            features[antialias] = model.get_image_features(pixel_values=(x - mean) / std).pooler_output
+            features[antialias] = model.get_image_features(
+                pixel_values=(x - mean) / std
+            ).pooler_output
         text = shared.text_features(model, cases.rewards["hpsv2"].tokenizer, ["a cat"] * 8)
     got = score(cases.rewards["hpsv2"], images, ["a cat"] * 8)
     package = {key: F.cosine_similarity(value, text).numpy() for key, value in features.items()}
@@ -199,13 +220,22 @@ def test_folders_of_old_versions_load(cases, tmp_path):
 
 def test_longclip_goldens():
     """RealGen's Long-CLIP on a tiny random model: features, and the dot product with and without / 100."""
-    file, arrays = GOLDENS / "10_rewards" / "longclip" / "model.safetensors", golden("10_rewards/longclip/io.npz")
+    file, arrays = (
+        GOLDENS / "10_rewards" / "longclip" / "model.safetensors",
+        golden("10_rewards/longclip/io.npz"),
+    )
     reward = make_reward(
-        "longclip", "cpu", {"path": str(file), "tokenizer": str(GOLDENS / "10_rewards" / "clip_tokenizer")}
+        "longclip",
+        "cpu",
+        {"path": str(file), "tokenizer": str(GOLDENS / "10_rewards" / "clip_tokenizer")},
     )
     with torch.inference_mode():
-        image = reward.model.get_image_features(pixel_values=torch.from_numpy(arrays["pixel_values"])).pooler_output
-        text = reward.model.get_text_features(input_ids=torch.from_numpy(arrays["token_ids"]).long()).pooler_output
+        image = reward.model.get_image_features(
+            pixel_values=torch.from_numpy(arrays["pixel_values"])
+        ).pooler_output
+        text = reward.model.get_text_features(
+            input_ids=torch.from_numpy(arrays["token_ids"]).long()
+        ).pooler_output
     for got, name in (
         (image, "image_features"),
         (text, "text_features"),
@@ -217,7 +247,9 @@ def test_longclip_goldens():
 
 def test_longclip_token_goldens():
     """What RealGen's Long-CLIP makes of four texts. The tokenizer is the part of OpenAI's (MIT) that they need."""
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(GOLDENS / "10_rewards" / "clip_tokenizer")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(
+        GOLDENS / "10_rewards" / "clip_tokenizer"
+    )
     texts = ["a photo of a cat", "An old man's hat, 1999!", "x " * 300, ""]
     ids = golden("10_rewards/longclip_tokens.npz")["ids"]
     np.testing.assert_array_equal(shared.tokenize(tokenizer, texts, 248), ids)
@@ -249,11 +281,18 @@ def test_pickscore_takes_its_tokenizer_from_elsewhere(cases, tmp_path):
     """PickScore_v1 has none of its own."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(cases.folder / name, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json or vocab\.json; set .*options\.pickscore\.tokenizer"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"tokenizer\.json or vocab\.json; set .*options\.pickscore\.tokenizer",
+    ):
         make_reward("pickscore", "cpu", {"path": str(tmp_path)})
-    reward = make_reward("pickscore", "cpu", {"path": str(tmp_path), "tokenizer": str(cases.folder)})
+    reward = make_reward(
+        "pickscore", "cpu", {"path": str(tmp_path), "tokenizer": str(cases.folder)}
+    )
     images = pictures(5, SIDE, SIDE)
-    np.testing.assert_array_equal(score(reward, images, PROMPTS), score(cases.rewards["pickscore"], images, PROMPTS))
+    np.testing.assert_array_equal(
+        score(reward, images, PROMPTS), score(cases.rewards["pickscore"], images, PROMPTS)
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,14 +316,21 @@ def test_what_is_missing_is_named(cases, name, option, missing):
 
 def test_incomplete_folders_are_named(cases, tmp_path):
     shutil.copy(cases.folder / "config.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors or pytorch_model\.bin; set .*\.pickscore\.path"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"model\.safetensors or pytorch_model\.bin; set .*\.pickscore\.path",
+    ):
         make_reward("pickscore", "cpu", {"path": str(tmp_path)})
     shutil.copy(cases.folder / "model.safetensors", tmp_path)
     shutil.copy(cases.folder / "vocab.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json or merges\.txt; set .*\.clip_score\.path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer\.json or merges\.txt; set .*\.clip_score\.path"
+    ):
         make_reward("clip_score", "cpu", {"path": str(tmp_path)})
     shutil.copy(cases.folder / "merges.txt", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json; set .*\.clip_score\.path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"preprocessor_config\.json; set .*\.clip_score\.path"
+    ):
         make_reward("clip_score", "cpu", {"path": str(tmp_path)})
 
 
@@ -292,18 +338,30 @@ def test_a_tokenizer_of_another_model_is_named(cases, tmp_path):
     write_tokenizer(tmp_path)
     file = tmp_path / "vocab.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "é": 54}))
-    with pytest.raises(ValueError, match=r"a tokenizer of 55 tokens, the CLIP knows 54; set .*\.longclip\.tokenizer"):
+    with pytest.raises(
+        ValueError,
+        match=r"a tokenizer of 55 tokens, the CLIP knows 54; set .*\.longclip\.tokenizer",
+    ):
         make_reward("longclip", "cpu", {**cases.options["longclip"], "tokenizer": str(tmp_path)})
 
 
 BROKEN = {
-    "too many": (lambda s: s | {"visual.extra": torch.ones(1)}, r"keys that are not of this model, such as 'visual\.e"),
+    "too many": (
+        lambda s: s | {"visual.extra": torch.ones(1)},
+        r"keys that are not of this model, such as 'visual\.e",
+    ),
     "missing": (
         lambda s: {k: v for k, v in s.items() if k != "visual.ln_post.bias"},
         "1 keys missing, such as 'vision",
     ),
-    "no vision": (lambda s: {k: v for k, v in s.items() if "visual" not in k}, "no whole CLIP .* lacks 'vision_model"),
-    "shape": (lambda s: s | {"visual.proj": s["visual.proj"].T}, r"visual_projection\.weight has shape"),
+    "no vision": (
+        lambda s: {k: v for k, v in s.items() if "visual" not in k},
+        "no whole CLIP .* lacks 'vision_model",
+    ),
+    "shape": (
+        lambda s: s | {"visual.proj": s["visual.proj"].T},
+        r"visual_projection\.weight has shape",
+    ),
 }
 
 
@@ -322,16 +380,26 @@ def test_other_models_weights_are_named(cases, tmp_path):
     plain = torch.load(cases.folder / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
     torch.save(plain, tmp_path / "longclip-L.pt")
     with pytest.raises(
-        ValueError, match=r"lacks .*positional_embedding_res, so it is no Long-CLIP; set .*longclip-L\.pt"
+        ValueError,
+        match=r"lacks .*positional_embedding_res, so it is no Long-CLIP; set .*longclip-L\.pt",
     ):
         make_reward("longclip", "cpu", {"path": str(tmp_path)})
     head = torch.load(cases.folder / "sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
     head["layers.0.weight"] = torch.ones(1024, DIM + 1)
     torch.save(head, tmp_path / "head.pth")
-    with pytest.raises(ValueError, match=r"head\.pth .*0\.weight has shape \(1024, 17\), the model \(1024, 16\)"):
-        make_reward("aesthetic", "cpu", {**cases.options["aesthetic"], "path": str(tmp_path / "head.pth")})
+    with pytest.raises(
+        ValueError, match=r"head\.pth .*0\.weight has shape \(1024, 17\), the model \(1024, 16\)"
+    ):
+        make_reward(
+            "aesthetic", "cpu", {**cases.options["aesthetic"], "path": str(tmp_path / "head.pth")}
+        )
     state = load_file(cases.folder / "model.safetensors")
     shutil.copy(cases.folder / "config.json", tmp_path)
-    save_file({key: value for key, value in state.items() if key != "logit_scale"}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"does not fit CLIPModel: 1 keys missing, such as 'logit_scale'"):
+    save_file(
+        {key: value for key, value in state.items() if key != "logit_scale"},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"does not fit CLIPModel: 1 keys missing, such as 'logit_scale'"
+    ):
         make_reward("clip_score", "cpu", {"path": str(tmp_path)})

@@ -40,7 +40,12 @@ PROCESSOR = {  # as published, but for max_pixels: 12845056
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor",
 }
-SIZES = [(56, 84), (60, 75), (30, 41), (140, 200)]  # as it is; rounded; enlarged; rounded, then made smaller
+SIZES = [
+    (56, 84),
+    (60, 75),
+    (30, 41),
+    (140, 200),
+]  # as it is; rounded; enlarged; rounded, then made smaller
 UTILS = (4 * 28 * 28, 16384 * 28 * 28)  # qwen_vl_utils' MIN_PIXELS and MAX_PIXELS
 
 
@@ -48,7 +53,9 @@ def save_tokenizer(folder, template=TEMPLATE, words=("real", "Real", "fake", "Fa
     """Bytes, the words, the special tokens, and every long line of HPSv3's text as one token to keep tests short."""
     merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
     pieces = ["<|endoftext|>", *sorted(ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
-    tokenizer = transformers.Qwen2Tokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
     tokenizer.add_tokens([line.strip() for line in INSTRUCTION.splitlines() if len(line) > 40])
     tokenizer.chat_template = template
@@ -60,8 +67,18 @@ def save_tokenizer(folder, template=TEMPLATE, words=("real", "Real", "fake", "Fa
 def sizes(tokenizer, vocabulary):
     """What both models' configurations share."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "vocab_size": vocabulary, "rope_parameters": rope, "initializer_range": 0.2}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text |= {
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+        "rope_parameters": rope,
+        "initializer_range": 0.2,
+    }
     text |= {"bos_token_id": 0, "eos_token_id": 0}
     vision = {"depth": 2, "num_heads": 2, "initializer_range": 0.2}
     ids = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
@@ -103,7 +120,9 @@ def one_by_one(folder, pixels, text, bounds=UTILS):
     turn = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     turn += f"<|im_start|>user\n<|vision_start|>{tokens}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
     inputs["input_ids"] = tokenizer([turn], return_tensors="pt").input_ids
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+    inputs["mm_token_type_ids"] = (
+        inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ).int()
     return inputs
 
 
@@ -144,7 +163,10 @@ def forensic_reference(folder, model, pixels):
     with torch.no_grad():
         logits = model(**one_by_one(folder, pixels, QUESTION)).logits[0, -1].numpy()
     at = tools(folder)[0].get_vocab()
-    fake, real = (logits[at["fake"]] + logits[at["Fake"]]) / 2, (logits[at["Real"]] + logits[at["real"]]) / 2
+    fake, real = (
+        (logits[at["fake"]] + logits[at["Fake"]]) / 2,
+        (logits[at["Real"]] + logits[at["real"]]) / 2,
+    )
     return np.exp(real) / (np.exp(fake) + np.exp(real))
 
 
@@ -159,7 +181,9 @@ def test_forensic_chat_is_the_models_own_one_by_one(chat_folder, chat_model, siz
     report("forensic_chat", size, got, single, want)
     assert want.std() > 1e-2
     np.testing.assert_allclose(got, single, rtol=1e-5)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 if size == (56, 84) else 1e-2 * want.std())
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=1e-6 if size == (56, 84) else 1e-2 * want.std()
+    )
 
 
 def test_forensic_chat_score_golden():
@@ -172,14 +196,18 @@ def test_forensic_chat_score_golden():
 def test_a_folder_without_chat_template_gets_the_models(chat_folder, tmp_path):
     save_tokenizer(tmp_path, template=None)
     (tmp_path / "config.json").write_text("{}")
-    assert QwenInputs(str(tmp_path), "x").turn("Hm?") == QwenInputs(str(chat_folder), "x").turn("Hm?")
+    assert QwenInputs(str(tmp_path), "x").turn("Hm?") == QwenInputs(str(chat_folder), "x").turn(
+        "Hm?"
+    )
 
 
 def test_forensic_chat_names_what_is_wrong(chat_folder, tmp_path):
     def load(path):
         return make_reward("forensic_chat", "cpu", {"path": str(path)})
 
-    with pytest.raises(FileNotFoundError, match=r"config\.json; set config\.reward\.options\.forensic_chat\.path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json; set config\.reward\.options\.forensic_chat\.path"
+    ):
         load(tmp_path)
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -204,7 +232,11 @@ def test_forensic_chat_names_what_is_wrong(chat_folder, tmp_path):
         QwenInputs(str(copy), "x")(pictures(1, 56, 56), [""])
 
 
-PROMPTS = ["a cat", "two dogs and a very long, quite unnecessary description of where they are", "the {sea}"]
+PROMPTS = [
+    "a cat",
+    "two dogs and a very long, quite unnecessary description of where they are",
+    "the {sea}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -212,25 +244,44 @@ def hpsv3(tmp_path_factory):
     """The base folder, a file of the published layout (transformers 4.45's names), and what is in it."""
     base, place = tmp_path_factory.mktemp("qwen2_vl"), tmp_path_factory.mktemp("hpsv3")
     tokenizer = save_tokenizer(base)
-    (base / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "max_pixels": 12845056}))
+    (base / "preprocessor_config.json").write_text(
+        json.dumps({**PROCESSOR, "max_pixels": 12845056})
+    )
     text, vision, ids = sizes(tokenizer, len(tokenizer) + 40)
     vision |= {"embed_dim": 32, "hidden_size": 32}
     torch.manual_seed(1)
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
     text["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 2]}
-    flat = {"model_type": "qwen2_vl", **text, "rope_theta": 1e4, "vision_config": {**vision, "in_chans": 3}, **ids}
+    flat = {
+        "model_type": "qwen2_vl",
+        **text,
+        "rope_theta": 1e4,
+        "vision_config": {**vision, "in_chans": 3},
+        **ids,
+    }
     del flat["rope_parameters"]  # written as in Qwen2-VL-7B-Instruct
     (base / "config.json").write_text(json.dumps(flat))
     model = transformers.Qwen2VLForConditionalGeneration(config).eval()
     model.resize_token_embeddings(len(tokenizer) + 1)
-    layers = [torch.nn.Linear(32, 1024), torch.nn.ReLU(), torch.nn.Dropout(0.05), torch.nn.Linear(1024, 16)]
+    layers = [
+        torch.nn.Linear(32, 1024),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.05),
+        torch.nn.Linear(1024, 16),
+    ]
     head = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(16, 2)).eval()
     state = {f"rm_head.{key}": value for key, value in head.state_dict().items()}
     for key, value in model.state_dict().items():
-        state[key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = value.clone()
-    assert {"visual.merger.mlp.0.weight", "model.embed_tokens.weight", "lm_head.weight"} < set(state)
+        state[
+            key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        ] = value.clone()
+    assert {"visual.merger.mlp.0.weight", "model.embed_tokens.weight", "lm_head.weight"} < set(
+        state
+    )
     save_file(state, place / "HPSv3.safetensors")
-    return SimpleNamespace(base=base, file=place / "HPSv3.safetensors", state=state, model=model.model, head=head)
+    return SimpleNamespace(
+        base=base, file=place / "HPSv3.safetensors", state=state, model=model.model, head=head
+    )
 
 
 def test_hpsv3_text_is_the_one_of_its_training():
@@ -240,7 +291,11 @@ def test_hpsv3_text_is_the_one_of_its_training():
 
 
 def load_hpsv3(hpsv3, **options):
-    return make_reward("hpsv3", "cpu", {"path": str(hpsv3.file), "base": str(hpsv3.base), "dtype": "float32"} | options)
+    return make_reward(
+        "hpsv3",
+        "cpu",
+        {"path": str(hpsv3.file), "base": str(hpsv3.base), "dtype": "float32"} | options,
+    )
 
 
 def hpsv3_reference(hpsv3, pixels, prompt):
@@ -249,10 +304,16 @@ def hpsv3_reference(hpsv3, pixels, prompt):
     inputs = one_by_one(hpsv3.base, pixels, text, (256 * 28 * 28, 256 * 28 * 28))
     with torch.no_grad():
         x = hpsv3.model.language_model.embed_tokens(inputs["input_ids"])
-        image = hpsv3.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        image = hpsv3.model.visual(
+            inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]
+        ).pooler_output
         x = x.masked_scatter(inputs["mm_token_type_ids"].bool()[..., None].expand_as(x), image)
         out = hpsv3.head(hpsv3.model.language_model(inputs_embeds=x).last_hidden_state[0])
-    at = inputs["input_ids"][0].tolist().index(tools(hpsv3.base)[0].convert_tokens_to_ids("<|Reward|>"))
+    at = (
+        inputs["input_ids"][0]
+        .tolist()
+        .index(tools(hpsv3.base)[0].convert_tokens_to_ids("<|Reward|>"))
+    )
     return out[at, 0].item()
 
 
@@ -268,7 +329,9 @@ def test_hpsv3_is_the_models_own_one_by_one(hpsv3, size):
     report("hpsv3", size, got, single, want)
     assert want.std() > 1e-2
     np.testing.assert_allclose(got, single, rtol=1e-5)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 if size == (448, 448) else 1e-2 * want.std())
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=1e-6 if size == (448, 448) else 1e-2 * want.std()
+    )
 
 
 def test_hpsv3_options(hpsv3, tmp_path):
@@ -285,7 +348,9 @@ def test_hpsv3_options(hpsv3, tmp_path):
     assert torch.equal(load_hpsv3(hpsv3, path=str(tmp_path))(images, prompts), want)
     assert {p.dtype for p in half.model.head.parameters()} == {torch.float32}
     assert {p.dtype for p in half.model.model.parameters()} == {torch.bfloat16}
-    for (name, a), (_, b) in zip(half.model.named_buffers(), exact.model.named_buffers(), strict=True):
+    for (name, a), (_, b) in zip(
+        half.model.named_buffers(), exact.model.named_buffers(), strict=True
+    ):
         assert torch.equal(a, b), name
     torch.testing.assert_close(half(images, prompts), want, atol=0.03, rtol=0.03)
 
@@ -299,10 +364,16 @@ def test_hpsv3_names_what_is_wrong(hpsv3, tmp_path):
     table = hpsv3.state["model.embed_tokens.weight"]
     for changed, message in (
         ({"rm_head.6.bias": torch.zeros(2)}, r"1 keys too many, such as 'head\.6\.bias'"),
-        ({"value_head.bias": torch.zeros(2)}, r"1 keys that are not of this model, such as 'value_head\.bias'"),
+        (
+            {"value_head.bias": torch.zeros(2)},
+            r"1 keys that are not of this model, such as 'value_head\.bias'",
+        ),
         ({key: torch.zeros(3, 32)}, r"up_proj\.weight has shape \(3, 32\), the model \(64, 32\)"),
         ({"model.embed_tokens.weight": table[1:].clone()}, r"embed_tokens\.weight has shape"),
-        ({key: None}, r"1 keys missing, such as 'model\.language_model\.layers\.0\.mlp\.up_proj\.weight'"),
+        (
+            {key: None},
+            r"1 keys missing, such as 'model\.language_model\.layers\.0\.mlp\.up_proj\.weight'",
+        ),
     ):
         save_file({k: v for k, v in (hpsv3.state | changed).items() if v is not None}, file)
         with pytest.raises(ValueError, match=message):

@@ -19,7 +19,9 @@ from reward_bridge.rewards.vlm_judge import p_yes  # noqa: E402
 
 
 def pictures(n, height, width):
-    return torch.randint(256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.fixture
@@ -44,7 +46,9 @@ def server():
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.handle_error = lambda *args: None  # of clients that have gone
-    state = SimpleNamespace(requests=[], lock=threading.Lock(), url=f"http://127.0.0.1:{http.server_port}/v1")
+    state = SimpleNamespace(
+        requests=[], lock=threading.Lock(), url=f"http://127.0.0.1:{http.server_port}/v1"
+    )
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield state
     http.shutdown()
@@ -54,7 +58,14 @@ def server():
 def answer(**tokens):
     """A chat completion whose first token has these probabilities."""
     top = [{"token": token, "logprob": float(np.log(p))} for token, p in tokens.items()]
-    return {"choices": [{"message": {"content": "?"}, "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}]}
+    return {
+        "choices": [
+            {
+                "message": {"content": "?"},
+                "logprobs": {"content": [{**top[0], "top_logprobs": top}]},
+            }
+        ]
+    }
 
 
 def judge(server, **options):
@@ -83,7 +94,9 @@ def test_vlm_judge_asks_about_each_picture(server, monkeypatch):
 
     server.reply = reply
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
-    scores = judge(server, question="Is {this} {prompt}?", api_key_env="JUDGE_KEY", concurrency=3)(images, prompts)
+    scores = judge(server, question="Is {this} {prompt}?", api_key_env="JUDGE_KEY", concurrency=3)(
+        images, prompts
+    )
     p = 0.1 + 0.1 * np.arange(6)
     np.testing.assert_allclose(scores, p / (p + 0.2), rtol=1e-6)
     assert scores.dtype == torch.float32
@@ -91,14 +104,22 @@ def test_vlm_judge_asks_about_each_picture(server, monkeypatch):
     path, headers, body = server.requests[0]
     assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer s3cret")
     del body["messages"]
-    assert body == {"model": "eye-7b", "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    assert body == {
+        "model": "eye-7b",
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
 
 
 def test_vlm_judge_adds_up_spellings():
     def logs(**tokens):
         return [(token.replace("_", " "), float(np.log(p))) for token, p in tokens.items()]
 
-    assert p_yes(logs(yes=0.2, Yes=0.1, _YES=0.1, No=0.05, _no=0.05, Yesterday=0.3)) == pytest.approx(0.8)
+    assert p_yes(
+        logs(yes=0.2, Yes=0.1, _YES=0.1, No=0.05, _no=0.05, Yesterday=0.3)
+    ) == pytest.approx(0.8)
     assert p_yes([("\u0120yes", -1.0), ("\u2581No", -1.0)]) == pytest.approx(0.5)
     assert p_yes([("yes", -1000.0), ("yes", -1000.0), ("no", -1000.0)]) == pytest.approx(2 / 3)
     assert p_yes(logs(yes=0.9, maybe=0.1)) == 1
@@ -109,7 +130,9 @@ def test_vlm_judge_adds_up_spellings():
 
 @pytest.mark.parametrize("first", [429, 500, 503])
 def test_vlm_judge_tries_again_where_that_may_help(server, first):
-    server.reply = lambda number, body: (first, b"busy") if number == 1 else (200, answer(yes=0.3, no=0.1))
+    server.reply = lambda number, body: (
+        (first, b"busy") if number == 1 else (200, answer(yes=0.3, no=0.1))
+    )
     assert judge(server)(pictures(1, 16, 16), [""]).tolist() == pytest.approx([0.75])
     assert len(server.requests) == 2
 
@@ -119,8 +142,16 @@ def test_vlm_judge_tries_again_where_that_may_help(server, first):
     [
         ((429, b"slow down"), 2, r"429.* slow down; check url, model and api_key_env"),
         ((404, b"no such model"), 1, r"404.* no such model; check url, model"),
-        ((200, b"<html>hello</html>"), 1, r"without the first token's log-probabilities: '<html>hello"),
-        ((200, {"choices": [{"message": {"content": "yes"}, "logprobs": None}]}), 1, r"without the first token's"),
+        (
+            (200, b"<html>hello</html>"),
+            1,
+            r"without the first token's log-probabilities: '<html>hello",
+        ),
+        (
+            (200, {"choices": [{"message": {"content": "yes"}, "logprobs": None}]}),
+            1,
+            r"without the first token's",
+        ),
         ((200, answer(I=0.9, The=0.1)), 1, r"neither yes nor no but one of \['I', 'The'\]"),
     ],
 )

@@ -14,19 +14,89 @@ from realgen_jax.models.flux import cost
 from realgen_jax.models.flux.family import abstract_pipeline, load_pipeline
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, to_uint8
-from realgen_jax.preflight.report import QUICK, device_bytes, make_report, sample_arguments, update_arguments
+from realgen_jax.preflight.report import (
+    QUICK,
+    device_bytes,
+    make_report,
+    sample_arguments,
+    update_arguments,
+)
 from realgen_jax.sharding import make_mesh
 from realgen_jax.training.programs import make_programs, make_recipe
 
 # blocks (double, single), heads of 64, text tokens, pixels, images, the autoencoder's widths
-SMALL = {"blocks": (2, 2), "heads": 4, "text": 32, "pixels": 64, "images": 2, "vae": (8, 16), "rank": 8}
-WIDE = {"blocks": (2, 2), "heads": 8, "text": 96, "pixels": 32, "images": 4, "vae": (32, 64), "rank": 32}
-LONG = {"blocks": (3, 6), "heads": 4, "text": 64, "pixels": 128, "images": 4, "vae": (16, 32, 32), "rank": 8}
-BROAD = {"blocks": (3, 6), "heads": 8, "text": 64, "pixels": 64, "images": 12, "vae": (8, 16, 16), "rank": 8}
-TEXT = {"blocks": (6, 3), "heads": 4, "text": 128, "pixels": 128, "images": 2, "vae": (16, 16, 16), "rank": 8}
-SCORES = {"blocks": (2, 3), "heads": 2, "text": 32, "pixels": 128, "images": 2, "vae": (16, 16), "rank": 4}
-MID = {"blocks": (3, 8), "heads": 8, "text": 64, "pixels": 256, "images": 3, "vae": (32, 64, 128, 128), "rank": 16}
-DEEP = {"blocks": (2, 30), "heads": 4, "text": 32, "pixels": 64, "images": 8, "vae": (8, 16), "rank": 4}
+SMALL = {
+    "blocks": (2, 2),
+    "heads": 4,
+    "text": 32,
+    "pixels": 64,
+    "images": 2,
+    "vae": (8, 16),
+    "rank": 8,
+}
+WIDE = {
+    "blocks": (2, 2),
+    "heads": 8,
+    "text": 96,
+    "pixels": 32,
+    "images": 4,
+    "vae": (32, 64),
+    "rank": 32,
+}
+LONG = {
+    "blocks": (3, 6),
+    "heads": 4,
+    "text": 64,
+    "pixels": 128,
+    "images": 4,
+    "vae": (16, 32, 32),
+    "rank": 8,
+}
+BROAD = {
+    "blocks": (3, 6),
+    "heads": 8,
+    "text": 64,
+    "pixels": 64,
+    "images": 12,
+    "vae": (8, 16, 16),
+    "rank": 8,
+}
+TEXT = {
+    "blocks": (6, 3),
+    "heads": 4,
+    "text": 128,
+    "pixels": 128,
+    "images": 2,
+    "vae": (16, 16, 16),
+    "rank": 8,
+}
+SCORES = {
+    "blocks": (2, 3),
+    "heads": 2,
+    "text": 32,
+    "pixels": 128,
+    "images": 2,
+    "vae": (16, 16),
+    "rank": 4,
+}
+MID = {
+    "blocks": (3, 8),
+    "heads": 8,
+    "text": 64,
+    "pixels": 256,
+    "images": 3,
+    "vae": (32, 64, 128, 128),
+    "rank": 16,
+}
+DEEP = {
+    "blocks": (2, 30),
+    "heads": 4,
+    "text": 32,
+    "pixels": 64,
+    "images": 8,
+    "vae": (8, 16),
+    "rank": 4,
+}
 
 
 def model_folder(folder, blocks, heads, vae):
@@ -58,7 +128,9 @@ def model_folder(folder, blocks, heads, vae):
     return str(folder)
 
 
-def report_of(tmp_path, case, *, remat="full", lora=True, beta=0.0, calls=1, mesh=(1, 1, 1), branches=1):
+def report_of(
+    tmp_path, case, *, remat="full", lora=True, beta=0.0, calls=1, mesh=(1, 1, 1), branches=1
+):
     config = get_config().unlock()
     config.pretrained.model = model_folder(tmp_path, case["blocks"], case["heads"], case["vae"])
     config.pretrained.remat = remat
@@ -74,15 +146,23 @@ def report_of(tmp_path, case, *, remat="full", lora=True, beta=0.0, calls=1, mes
         num_batches_per_epoch=calls,
         branches=branches,
     )
-    config.train.update(lora=lora, beta=beta, lora_rank=case["rank"], gradient_accumulation_steps=calls)
+    config.train.update(
+        lora=lora, beta=beta, lora_rank=case["rank"], gradient_accumulation_steps=calls
+    )
     report = make_report(config, int(np.prod(mesh)))
     return replace(report, work=replace(report.work, flash=False))  # as on the CPU
 
 
 def compiled(report):
     programs = make_programs(report.recipe, report.pipe)
-    arguments = sample_arguments(report.recipe, report.pipe), update_arguments(report.recipe, report.pipe, programs)
-    return [p.lower(*a).compile(QUICK) for p, a in zip((programs.sample, programs.update), arguments, strict=True)]
+    arguments = (
+        sample_arguments(report.recipe, report.pipe),
+        update_arguments(report.recipe, report.pipe, programs),
+    )
+    return [
+        p.lower(*a).compile(QUICK)
+        for p, a in zip((programs.sample, programs.update), arguments, strict=True)
+    ]
 
 
 def near(formula, xla, tolerance):
@@ -95,7 +175,9 @@ def test_flux_dev_by_hand():
     """57 blocks of 24 D^2 T and 4 T^2 D operations: 59.5 and 14.9 TFLOP at 4096 + 512 tokens."""
     work = make_report(get_config("flux_dev_8xh200"), 7).work
     f = cost.forward_flops(work)
-    assert f["matmul"] == pytest.approx(57 * 24 * 3072**2 * 4608 + 2 * 3072 * (4096 * 2 * 64 + 512 * 4096))
+    assert f["matmul"] == pytest.approx(
+        57 * 24 * 3072**2 * 4608 + 2 * 3072 * (4096 * 2 * 64 + 512 * 4096)
+    )
     assert f["attention"] == 57 * 4 * 4608**2 * 3072
     assert sum(f.values()) - f["lora"] == pytest.approx(74.4e12, rel=2e-3)
     assert work.prefix == 7  # starts 0..14
@@ -123,7 +205,11 @@ def test_operations_are_xlas(tmp_path, case, how):
     near(work.images * sum(cost.update_flops(work).values()), update.cost_analysis()["flops"], 0.06)
     forward = sum(cost.forward_flops(work).values())  # prefix, window and suffix each once
     images = work.slots + 2 * work.images
-    near(images * forward + work.images * cost.decode_flops(work), sample.cost_analysis()["flops"], 0.06)
+    near(
+        images * forward + work.images * cost.decode_flops(work),
+        sample.cost_analysis()["flops"],
+        0.06,
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +221,9 @@ def test_the_decoder_is_xlas(widths, layers, side, n):
     vae = VaeConfig(widths, layers, 16, 8)
     graph, state = abstract(Autoencoder, vae)
     decode = jax.jit(lambda state, z: to_uint8(nnx.merge(graph, state).decode(z)))
-    found = decode.lower(state, jax.ShapeDtypeStruct((n, side, side, 16), jnp.float32)).compile(QUICK)
+    found = decode.lower(state, jax.ShapeDtypeStruct((n, side, side, 16), jnp.float32)).compile(
+        QUICK
+    )
     work = replace(make_report(get_config(), 1).work, vae=vae, image_tokens=side**2 // 4)
     near(n * cost.decode_flops(work), found.cost_analysis()["flops"], 0.06)
     near(cost.decode_bytes(work, n), found.memory_analysis().temp_size_in_bytes, 0.15)
@@ -176,7 +264,12 @@ def test_peak_activations_are_xlas(tmp_path, case, how):
 
 @pytest.mark.parametrize(
     ("case", "how"),
-    [slow(LONG, {}), slow({**LONG, "images": 8}, {"lora": False}), slow(DEEP, {}), slow(DEEP, {"lora": False})],
+    [
+        slow(LONG, {}),
+        slow({**LONG, "images": 8}, {"lora": False}),
+        slow(DEEP, {}),
+        slow(DEEP, {"lora": False}),
+    ],
 )
 def test_peak_activations_where_weights_are_split(tmp_path, case, how):
     """Over four devices. LONG's sampling is the velocity's with fetched weights, the others' is the autoencoder's."""
@@ -202,17 +295,25 @@ def test_argument_bytes_are_xlas(tmp_path, mesh, lora):
     read = replace(batch, trajectory=replace(batch.trajectory, logp=None))
     assert update.memory_analysis().argument_size_in_bytes == held + device_bytes(read)
     _, _, _, cond, _, _ = sample_arguments(report.recipe, report.pipe)
-    held = report.held["transformer"] + report.held["trained"] + device_bytes(report.pipe.vae_params["decoder"])
+    held = (
+        report.held["transformer"]
+        + report.held["trained"]
+        + device_bytes(report.pipe.vae_params["decoder"])
+    )
     if not lora:  # the reference's weights are for the update
         held -= report.held["transformer"]
     keys, plan = 2 * 8, (5 + 5) * report.work.steps * 4 + 4
-    assert sample.memory_analysis().argument_size_in_bytes == held + device_bytes(cond) + keys + plan
+    assert (
+        sample.memory_analysis().argument_size_in_bytes == held + device_bytes(cond) + keys + plan
+    )
 
 
 def test_trajectories_of_an_epoch_are_the_rollouts(tmp_path):
     report = report_of(tmp_path, {**SMALL, "images": 4}, mesh=(2, 1, 1), calls=2, branches=2)
     programs = make_programs(report.recipe, report.pipe)
-    images, trajectory, _ = jax.eval_shape(programs.sample, *sample_arguments(report.recipe, report.pipe))
+    images, trajectory, _ = jax.eval_shape(
+        programs.sample, *sample_arguments(report.recipe, report.pipe)
+    )
     one = cost.rollout_bytes(report.work, report.parts)
     assert one["trajectory"] == (trajectory.latents.size + trajectory.mean.size) * 4 / 2
     assert one["pictures"] == images.size / 2
@@ -242,7 +343,10 @@ def test_presets_fit_together(preset):
     """Names, layout, mesh and an H200's memory; an epoch of every FLUX preset is about RealGen's."""
     config = get_config(preset)
     devices, recipe = config.preflight.devices, make_recipe(config)
-    layout, parts = recipe.layout, devices  # data and fsdp split the batch, and no preset splits over tensor
+    layout, parts = (
+        recipe.layout,
+        devices,
+    )  # data and fsdp split the batch, and no preset splits over tensor
     layout.check(parts)
     assert config.sample.test_batch_size % parts == 0
     if devices <= len(jax.devices()):
@@ -262,7 +366,9 @@ def test_no_program_needs_more_memory_than_it_did(tmp_path, case, sample, update
     """XLA's temporaries in MiB of the demo and of benchmarks/peers.py's larger model, 5 % above what they were when the
     blocks were last made faster.
     """
-    report = report_of(tmp_path, case, beta=0.01, branches=3) if case else make_report(get_config(), 1)
+    report = (
+        report_of(tmp_path, case, beta=0.01, branches=3) if case else make_report(get_config(), 1)
+    )
     used = [program.memory_analysis().temp_size_in_bytes / 2**20 for program in compiled(report)]
     assert used[0] <= sample, used
     assert used[1] <= update, used

@@ -22,7 +22,9 @@ def close(got, want, tolerance=1e-4):
     assert np.abs(got - want).max() <= tolerance * max(1.0, np.abs(want).max())
 
 
-@pytest.mark.parametrize(("case", "height", "width"), [("g0_L2S3_h32", 5, 3), ("g1_L1S2_h64", 4, 4)])
+@pytest.mark.parametrize(
+    ("case", "height", "width"), [("g0_L2S3_h32", 5, 3), ("g1_L1S2_h64", 4, 4)]
+)
 def test_outputs_and_gradients_match_the_goldens(case, height, width):
     io = golden(f"01_flux_transformer/{case}/io.npz")
     config, params = load_transformer(GOLDENS / "01_flux_transformer" / case / "model", **F32)
@@ -48,9 +50,12 @@ def test_outputs_and_gradients_match_the_goldens(case, height, width):
 
 @pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize(
-    ("height", "width", "tokens", "layers", "singles"), [(2, 2, 5, 1, 1), (3, 7, 1, 2, 1), (8, 4, 16, 1, 3)]
+    ("height", "width", "tokens", "layers", "singles"),
+    [(2, 2, 5, 1, 1), (3, 7, 1, 2, 1), (8, 4, 16, 1, 3)],
 )
-def test_agrees_with_diffusers_on_random_weights(tmp_path, guidance, height, width, tokens, layers, singles):
+def test_agrees_with_diffusers_on_random_weights(
+    tmp_path, guidance, height, width, tokens, layers, singles
+):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(height * width + guidance)
     theirs = diffusers.FluxTransformer2DModel(
@@ -87,8 +92,12 @@ def test_every_rematerialisation_gives_the_same_gradient():
     x = jax.random.normal(jax.random.key(1), (2, 4, 64))
 
     def grads(remat):
-        graph, params = nnx.split(FluxTransformer(FluxConfig(**{**vars(SMALL), "remat": remat}), nnx.Rngs(0)))
-        return jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(x, jnp.full(2, 0.5), cond, 2, 2).sum()))(params)
+        graph, params = nnx.split(
+            FluxTransformer(FluxConfig(**{**vars(SMALL), "remat": remat}), nnx.Rngs(0))
+        )
+        return jax.jit(
+            jax.grad(lambda p: nnx.merge(graph, p)(x, jnp.full(2, 0.5), cond, 2, 2).sum())
+        )(params)
 
     full = grads("full")
     for other in ("dots", "none"):
