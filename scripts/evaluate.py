@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
-from realgen_jax.config import parse_flags
+from realgen_jax.config import define_config, parse_flags
 from realgen_jax.hosts import process_count, process_index, wait_for_all
 from realgen_jax.realbench.benchmark import build_report, evaluate
 from realgen_jax.realbench.entries import read_entries
@@ -30,9 +30,7 @@ from realgen_jax.training.run import keep_compiled
 from reward_bridge.bridge import RewardError
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
-)
+define_config()
 flags.DEFINE_multi_string(
     "lora", [], "[NAME=]PATH of a LoRA: a run's lora/ or best/, a peft folder, diffusers' file"
 )

@@ -15,18 +15,16 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from realgen_jax.config import parse_flags
+from realgen_jax.config import define_config, parse_flags
 from realgen_jax.models.flux.family import described
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.report import build, make_report
 from realgen_jax.preflight.tables import show
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
-)
+define_config()
 flags.DEFINE_integer(
     "devices", 0, "devices that train; 0: config.mesh's, or config.preflight.devices", lower_bound=0
 )

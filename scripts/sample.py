@@ -14,11 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 from PIL import Image
 from rich.progress import track
 
-from realgen_jax.config import parse_flags
+from realgen_jax.config import define_config, parse_flags
 from realgen_jax.data import read_prompts
 from realgen_jax.models.flux.family import load_pipeline
 from realgen_jax.nn.lora import load_lora
@@ -26,8 +25,7 @@ from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
 from realgen_jax.text_cache import ensure_encoded
 
 FLAGS = flags.FLAGS
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "flux_grpo.py"
-config_flags.DEFINE_config_file("config", str(CONFIG), "a config of configs/")
+define_config("flux_grpo")
 flags.DEFINE_string(
     "prompts", None, "a prompt file (.txt, .jsonl) instead of prompts on the command line"
 )
@@ -72,7 +70,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     return files
 
 
-def main(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     prompts = list(argv[1:])
     try:
@@ -86,5 +84,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(files)} pictures in {FLAGS.out}")
 
 
+def main() -> None:
+    app.run(run, flags_parser=parse_flags)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

@@ -13,20 +13,18 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from absl import app, flags
-from ml_collections import config_flags
 
-from realgen_jax.config import parse_flags
+from realgen_configs import serve_rewards
+from realgen_jax.config import define_config, parse_flags
 from reward_bridge.bridge import RewardBridge, resolve
 from reward_bridge.rewards import make_reward
 from reward_bridge.server import TOKEN_ENV, Limits, bind, serve
 
 FLAGS = flags.FLAGS
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "serve_rewards.py"
-config_flags.DEFINE_config_file("config", str(CONFIG), "a config such as configs/serve_rewards.py")
+define_config("serve_rewards", template=serve_rewards.base)
 
 
 def place(rewards: Sequence[str], device: str, own: Mapping[str, str]) -> dict[str, str]:

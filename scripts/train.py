@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from realgen_jax.checkpoint import RestoreError, SaveError, read_meta
-from realgen_jax.config import parse_flags
+from realgen_jax.config import define_config, parse_flags
 from realgen_jax.data import prompt_batches
 from realgen_jax.hosts import process_count, process_index, put, sum_over_processes
 from realgen_jax.nn.convert import leaves
@@ -288,9 +288,7 @@ def end_early(
 
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
-)
+define_config()
 flags.DEFINE_bool("resume", False, "go on with config.run_name, or with this preset's latest run")
 flags.DEFINE_bool(
     "auto_resume", False, "as --resume where config.run_name exists, else start it: for schedulers"
@@ -300,7 +298,7 @@ flags.DEFINE_bool(
 )
 
 
-def main(_: Sequence[str]) -> None:
+def run_training(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().setLevel(
         "CRITICAL"
@@ -388,5 +386,9 @@ def open_run(config: ConfigDict, leave: contextlib.ExitStack) -> tuple[Path, int
     return folder, resume_from(folder, config, FLAGS.allow_config_change) if resume else None
 
 
+def main() -> None:
+    app.run(run_training, flags_parser=parse_flags)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

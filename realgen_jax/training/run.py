@@ -166,7 +166,11 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
 def check(config: ConfigDict) -> None:
     """Name everything that is missing at once, before anything is loaded."""
     model, reward, missing = Path(config.pretrained.model), config.reward, []
-    if not (model / "model_index.json").exists():
+    if not config.pretrained.model:
+        missing.append(
+            "config.pretrained.model is empty; expected a FluxPipeline folder of diffusers"
+        )
+    elif not (model / "model_index.json").exists():
         missing.append(no_model(model))
     for name in ("train", "test"):
         if not Path(config.prompts[name]).is_file():
@@ -174,6 +178,8 @@ def check(config: ConfigDict) -> None:
                 f"config.prompts.{name} is {config.prompts[name]!r}, which does not exist; expected one prompt a line "
                 "(.txt) or .jsonl. RealGen's own files come with its repository, under dataset/realgen"
             )
+    if not reward.fn:
+        missing.append("config.reward.fn is empty; expected {reward: weight}, to train on")
     names = [*reward.fn, *reward.held_out]
     if twice := {name for name in names if names.count(name) > 1}:
         missing.append(
