@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-ENCODE = Path(__file__).parent.parent / "scripts" / "encode_prompts.py"
+ENCODE = ("-m", "realgen_scripts.encode_prompts")
 _ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 _SAMPLES, _BLOCK = 64, 1 << 16  # of a large file: this many blocks of this many bytes
 
@@ -135,7 +135,7 @@ def ensure_encoded(prompts: Sequence[str], model: str, settings: Any) -> TextCac
         options = {"model": model, "folder": folder}
         options |= {name: getattr(settings, name) for name in ("max_tokens", "dtype", "device")}
         arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        if subprocess.run([sys.executable, ENCODE, *arguments], check=False).returncode:
+        if subprocess.run([sys.executable, *ENCODE, *arguments], check=False).returncode:
             raise ChildProcessError(
                 f"the text encoders failed (see above); what they finished is kept in {folder}"
             )
