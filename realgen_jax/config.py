@@ -22,7 +22,7 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from realgen_jax.config_files import load_config
+from realgen_jax.config_files import load_config, missing_keys
 
 NO_CONFIG = "error: no config; name one, such as --config flux_grpo"
 
@@ -283,6 +283,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     Exits with one line if the flags or the config are wrong.
     """
+    if "--help" in argv:
+        _show_help()
+        sys.exit()
+
     flag = flags.FLAGS["config"]
     default = flag.parser.default
     if default and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
@@ -305,6 +309,18 @@ def parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
+def _show_help() -> None:
+    """Print what the program does and its flags.
+
+    absl's own --help only knows the flags of a program that is run as a file, not those of an
+    installed command.
+    """
+    name = flags.FLAGS.find_module_defining_flag("config")
+    module = sys.modules.get(name, sys.modules["__main__"])
+    print(module.__doc__)
+    print(flags.FLAGS.module_help(name))
+
+
 class _ConfigParser(flags.ArgumentParser):
     """Reads the value of --config."""
 
@@ -315,7 +331,7 @@ class _ConfigParser(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         try:
             config = load_config(argument)
-            missing = _missing_keys(config, self.template())
+            missing = missing_keys(config, self.template())
             if missing:
                 source = f"{self.template.__module__}.{self.template.__name__}()"
                 raise ValueError(
@@ -327,14 +343,3 @@ class _ConfigParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return "config"
-
-
-def _missing_keys(config: ConfigDict, template: ConfigDict, parent: str = "") -> list[str]:
-    """The keys, as "train.beta", that the template has and the config lacks."""
-    missing = []
-    for key, value in template.items():
-        if key not in config:
-            missing.append(parent + key)
-        elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
-            missing += _missing_keys(config[key], value, f"{parent}{key}.")
-    return missing

@@ -74,6 +74,17 @@ def shipped_configs() -> dict[str, Path]:
     return files
 
 
+def missing_keys(config: ConfigDict, template: ConfigDict, parent: str = "") -> list[str]:
+    """The keys, as "train.beta", that the template has and the config lacks."""
+    missing = []
+    for key, value in template.items():
+        if key not in config:
+            missing.append(parent + key)
+        elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+            missing += missing_keys(config[key], value, f"{parent}{key}.")
+    return missing
+
+
 def _run_file(file: Path) -> ModuleType:
     """Execute a Python file of any name as a module."""
     loader = SourceFileLoader("_realgen_config", str(file))
