@@ -106,7 +106,7 @@ def tiny_soft() -> ConfigDict:
 
     Command: python scripts/train.py --config configs/flux_grpo.py:tiny_soft
     Machine: 2 CPU cores, 2 GB.
-    Time: minutes.
+    Time: a few minutes.
     Expected: the sharpness falls towards that of the references (figures in README.md).
     """
     c = tiny_adversarial()

@@ -102,7 +102,7 @@ def flux_dev_8xh200_remote() -> ConfigDict:
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200_remote
     Machine: 8 H200s, and scripts/serve_rewards.py elsewhere.
-    Time: TIME_REMOTE
+    Time: 9.8 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200()
     c.mesh.fsdp = 2
@@ -126,7 +126,7 @@ def flux_dev_6x2() -> ConfigDict:
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dev_6x2
     Machine: 8 H200s.
-    Time: TIME_6X2
+    Time: 12.4 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200()
     c.preflight.devices = 6
@@ -145,10 +145,10 @@ def flux_dev_1xh200() -> ConfigDict:
     504 images of 24 prompts and 2 optimizer steps an epoch, as there, but 3 images per call. A
     group of 21 takes seven calls, each with a window of its own.
 
-    Command: XLA_CLIENT_MEM_FRACTION=X python scripts/train.py --config
-    configs/flux_grpo.py:flux_dev_1xh200, where scripts/preflight.py says X.
+    Command: python scripts/train.py --config configs/flux_grpo.py:flux_dev_1xh200, with
+    XLA_CLIENT_MEM_FRACTION in the environment. scripts/preflight.py computes its value.
     Machine: 1 H200.
-    Time: TIME_1X
+    Time: 75 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200()
     c.preflight.devices = 1
@@ -166,7 +166,7 @@ def flux_dev_16xh200() -> ConfigDict:
 
     Command: see docs/clusters.md, examples/slurm.sh and examples/jobset.yaml.
     Machine: 2 hosts with 8 H200s each.
-    Time: TIME_16X
+    Time: 5.3 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200()
     c.preflight.devices = 14
@@ -179,12 +179,12 @@ def flux_dev_16xh200() -> ConfigDict:
 def flux_dev_full_8xh200() -> ConfigDict:
     """`flux_dev_8xh200_remote` with all 12 B weights training, as float32 masters over 8 GPUs.
 
-    RealGen has no such recipe, it trains a LoRA. The learning rate is a tenth of the LoRA's, as is
-    usual, and has not been tried.
+    528 images of 22 prompts and 2 optimizer steps an epoch. RealGen has no such recipe, it trains a
+    LoRA. The learning rate is a tenth of the LoRA's, as is usual, and has not been tried.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dev_full_8xh200
     Machine: 8 H200s, and scripts/serve_rewards.py elsewhere.
-    Time: TIME_FULL
+    Time: 10.8 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200_remote()
     c.mesh.data = 1
@@ -208,7 +208,7 @@ def flux_adv_8xh200() -> ConfigDict:
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_adv_8xh200
     Machine: 8 H200s.
-    Time: TIME_ADV
+    Time: 8.7 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200()
     c.prompts.train = "dataset/realgen/train.jsonl"
@@ -235,9 +235,10 @@ def flux_adv_8xh200() -> ConfigDict:
 def flux_dino_adv() -> ConfigDict:
     """Adv-GRPO's DINO discriminator (arXiv 2511.20256), on FLUX.1-dev instead of SD3.5-medium.
 
-    As in Adv-GRPO: 512 pixels, 10 steps, cps with noise 0.8 in the first two steps, advantages by
-    the global standard deviation, no KL, the plain ratio, 48 prompts an epoch, and nine epochs of
-    the discriminator for each one of the generator.
+    672 images of 48 prompts and 2 optimizer steps an epoch. As in Adv-GRPO: 512 pixels, 10 steps,
+    cps with noise 0.8 in the first two steps, advantages by the global standard deviation, no KL,
+    the plain ratio, 48 prompts an epoch, and nine epochs of the discriminator for each one of the
+    generator.
 
     Differences from Adv-GRPO: FLUX's distilled guidance of 3.5 instead of CFG 4.5; 7 GPUs train and
     the last one holds the rewards, so groups have 14 images instead of 16; evaluations take 28
