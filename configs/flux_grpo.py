@@ -246,7 +246,7 @@ def flux_dino_adv() -> ConfigDict:
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dino_adv
     Machine: 8 H200s.
-    Time: TIME_DINO
+    Time: 1.3 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200()
     c.sample.resolution = 512

@@ -192,7 +192,7 @@ def _evaluate() -> ConfigDict:
 
     # {set: file}, .txt or .jsonl ("prompt", "category"). Line i of all sets describes one scene.
     c.prompts = ConfigDict()
-    c.images_per_prompt = 1
+    c.images_per_prompt = 1  # RealBench: 1
     c.batch_size = 8  # images that are generated and scored in one call
     c.scores = ()  # rewards
     c.detectors = ()  # scores that are a P(real); the share above 0.5 is reported as well
@@ -211,7 +211,7 @@ def _arena() -> ConfigDict:
     c.pairs = "all"  # all; photographs: each entry with the photographs; first: each with the first
     c.prompts = 0  # most prompts per set, evenly spaced; 0: all
     c.concurrency = 8  # questions in flight
-    c.requests_per_minute = 0.0  # upper limit; 0: none
+    c.requests_per_minute = 0.0  # upper limit; 0: no limit
     c.timeout = 120.0  # seconds for an answer
     c.attempts = 5  # per question: rate limits, time-outs and unreadable answers are retried
     c.max_failures = 10  # failed questions in a row after which the judge is given up

@@ -146,7 +146,7 @@ MISTAKES = {
     "def get_config():\n    return {}['a']": "own.py, line 2: KeyError: 'a'",
     "def get_config():\n    return 3": "own.py: get_config() returned 3; expected a ConfigDict",
     "from realgen_jax.config import base\ndef get_config():\n    base().train.rate = 1": (
-        "own.py, line 3: AttributeError: 'Key \"rate\" does not exist"
+        'own.py, line 3: AttributeError: \'Key "rate" does not exist'
     ),
 }
 
@@ -164,13 +164,13 @@ def test_unknown_names_and_presets_list_the_known_ones(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="shipped are embedded, flux_grpo, serve_rewards"):
         load_config("flux_grop")
-    with pytest.raises(ValueError, match=r"flux_grpo.py has no preset 'flux'; choose from tiny,"):
+    with pytest.raises(ValueError, match=r"flux_grpo\.py has no preset 'flux'; choose from tiny,"):
         load_config("flux_grpo:flux")
-    with pytest.raises(ValueError, match="serve_rewards.py has no preset '8'; choose from tiny"):
+    with pytest.raises(ValueError, match=r"serve_rewards\.py has no preset '8'; choose from tiny"):
         load_config("serve_rewards:8")
 
     Path("own.py").write_text("def get_config():\n    pass\n")
-    with pytest.raises(ValueError, match="own.py has no presets; leave out ':tiny'"):
+    with pytest.raises(ValueError, match=r"own\.py has no presets; leave out ':tiny'"):
         load_config("own.py:tiny")
 
 
