@@ -21,7 +21,7 @@ from rich.console import Console
 
 from realgen_jax.config import parse_flags
 from realgen_jax.hosts import process_count, process_index, wait_for_all
-from realgen_jax.realbench.benchmark import build_report, evaluate
+from realgen_jax.realbench.evaluate import build_report, evaluate
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.prompts import read_sets
 from realgen_jax.training.log import run_lock

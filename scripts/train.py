@@ -35,8 +35,8 @@ from realgen_jax.hosts import process_count, process_index, put, sum_over_proces
 from realgen_jax.nn.convert import leaves
 from realgen_jax.objectives.grpo import Batch, TrainState, group_advantages
 from realgen_jax.profiling.step_traces import StepTraces, phase
-from realgen_jax.realbench.benchmark import build_report
-from realgen_jax.realbench.benchmark import evaluate as benchmark
+from realgen_jax.realbench.evaluate import build_report
+from realgen_jax.realbench.evaluate import evaluate as benchmark
 from realgen_jax.realbench.entries import BASE, TAKEN, read_entries
 from realgen_jax.realbench.prompts import SAFE, read_sets
 from realgen_jax.sharding import batch_sharding

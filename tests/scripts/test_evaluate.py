@@ -80,7 +80,7 @@ def setting(tmp_path_factory):
 
 def run(setting, folder, *, seed=0, remake=False, entries=None, **changes):
     """An evaluation in `folder`; changes are keys of the config with __ for the dots. The base alone by default."""
-    from realgen_jax.realbench.benchmark import evaluate
+    from realgen_jax.realbench.evaluate import evaluate
     from realgen_jax.realbench.entries import read_entries
     from realgen_jax.realbench.prompts import read_sets
 
@@ -288,7 +288,7 @@ class Counting:
 
 
 def counting(monkeypatch):
-    from realgen_jax.realbench import benchmark
+    from realgen_jax.realbench import evaluate as benchmark
 
     reward = Counting()
     monkeypatch.setattr(benchmark, "make_reward", lambda name, device, options: reward)
