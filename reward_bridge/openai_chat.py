@@ -1,6 +1,7 @@
-"""A client for OpenAI-compatible chat endpoints: bounded retries, rate limits, and no secret in any message.
+"""A client for OpenAI-compatible chat endpoints, with bounded retries and rate limits.
 
-The judge of the arena (judges/api.py) and the reward `vlm_judge` (rewards/vlm_judge.py) both use it.
+The arena's judge (judges/api.py) and the reward `vlm_judge` (rewards/vlm_judge.py) use it. No
+message contains the endpoint's address or key.
 """
 
 import asyncio

@@ -35,20 +35,30 @@ from realgen_jax.hosts import process_count, process_index, put, sum_over_proces
 from realgen_jax.nn.convert import leaves
 from realgen_jax.objectives.grpo import Batch, TrainState, group_advantages
 from realgen_jax.profiling.step_traces import StepTraces, phase
-from realgen_jax.realbench.evaluate import build_report
-from realgen_jax.realbench.evaluate import evaluate as benchmark
-from realgen_jax.realbench.entries import BASE, TAKEN, read_entries
+from realgen_jax.realbench.entries import BASE, RESERVED, read_entries
+from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import SAFE, read_sets
+from realgen_jax.realbench.scores import ScoringError
+from realgen_jax.realbench.summarize import summarize
 from realgen_jax.sharding import batch_sharding
-from realgen_jax.text_cache import TextCache
+from realgen_jax.text_cache import TextCache, ensure_encoded
 from realgen_jax.training.evaluation import export, report
 from realgen_jax.training.learning import begin_learning, draw_seeds, files, restore
 from realgen_jax.training.log import NoLog, RunLog, run_folder, run_lock
 from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import Programs, make_programs
-from realgen_jax.training.run import Run, keep_compiled, reports, resume_from, set_up
+from realgen_jax.training.run import (
+    Run,
+    keep_compiled,
+    reports,
+    resume_from,
+    reward_devices,
+    set_up,
+)
 from realgen_jax.training.scoring import Pending, scores_of_all, submit, weighted_mean
 from reward_bridge.bridge import RewardError
+from reward_bridge.judges import make_judge
+from reward_bridge.scorer import open_scorer
 
 TRAIN = 1  # a stream of the run's root key, beside evaluation.EVAL and set_up.INIT
 
@@ -349,16 +359,36 @@ def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
     """RealBench's report on the run: its weights beside those it began with. SIGTERM ends it as it ends any program."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     console, kind = Console(highlight=False), "lora" if config.train.lora else "model"
-    free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *TAKEN)
+    free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
     trained = [f"{folder.name if free else 'trained'}={folder / 'lora'}"]
+
+    def encode(prompts: Sequence[str], model: str) -> TextCache:
+        if model == config.pretrained.model:
+            return cache
+        return ensure_encoded(prompts, model, config.prompts)
+
+    def load_scorer():
+        devices = reward_devices(config.reward, config.evaluate.scores)
+        return open_scorer(config.reward, devices, load=True)
+
     try:
         loras, models = (trained, []) if config.train.lora else ([], trained)
         entries = read_entries(config.pretrained, loras, models, [], None, base=True)
-        options = {"seed": 0, "console": console}  # evaluate.py's default: it finds these pictures
         sets = read_sets(config.evaluate.prompts)
-        evaluated = benchmark(config, entries, sets, folder, remake=True, cache=cache, **options)
-        index = build_report(config, evaluated, folder, judge="embedded", **options)
-    except (ValueError, OSError, RewardError) as error:
+        options = {"seed": 0, "console": console}  # evaluate.py's default: it finds these pictures
+        results = evaluate_entries(
+            config,
+            entries,
+            sets,
+            folder,
+            remake=True,
+            open_scorer=load_scorer,
+            encode=encode,
+            **options,
+        )
+        judge = make_judge("embedded", config.evaluate.arena)
+        index = summarize(config, results, folder, judge=judge, **options)
+    except (ValueError, OSError, RewardError, ScoringError) as error:
         again = (
             f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
         )

@@ -1,4 +1,4 @@
-"""P(yes) by any vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, hosted)."""
+"""P(yes) by a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, ...)."""
 
 import asyncio
 import io
