@@ -23,9 +23,11 @@ for module in ("httpx2", "starlette", "tenacity", "uvicorn"):
 import httpx2  # noqa: E402
 import tenacity  # noqa: E402
 
-from realgen_jax.realbench import arena  # noqa: E402
-from realgen_jax.realbench.results import Evaluated, Judgement, Scored  # noqa: E402
+from realgen_jax.realbench import arena, questions  # noqa: E402
+from realgen_jax.realbench.results import Results, Judgement, ScoredPicture  # noqa: E402
+from reward_bridge import openai_chat  # noqa: E402
 from reward_bridge.judges import api as judge  # noqa: E402
+from reward_bridge.judges import make_judge  # noqa: E402
 from reward_bridge.judges.stand_in import serving  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 from tests.helpers.arena_judges import (  # noqa: E402
@@ -45,7 +47,7 @@ from tests.helpers.reward_servers import end, start  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _no_back_off(monkeypatch):
-    monkeypatch.setattr(judge, "BACK_OFF", tenacity.wait_none())
+    monkeypatch.setattr(openai_chat, "BACK_OFF", tenacity.wait_none())
 
 
 # --- questions and answers
@@ -54,7 +56,7 @@ def _no_back_off(monkeypatch):
 def test_realgen_verdicts_are_read_as_the_reference_reads_them():
     golden = json.loads((GOLDENS / "11_arena/arena_parse.json").read_text())
     names = {"first": "image_1", "second": "image_2", None: "unknown"}
-    read = [names[arena.read_realgen(case["response"])] for case in golden["cases"]]
+    read = [names[questions.read_realgen(case["response"])] for case in golden["cases"]]
     assert read == [case["verdict"] for case in golden["cases"]]
     assert {name: read.count(name) for name in golden["counts"]} == golden["counts"]
 
@@ -75,21 +77,23 @@ def test_realgen_verdicts_are_read_as_the_reference_reads_them():
     ],
 )
 def test_balanced_verdicts_are_the_last_line_or_none(reply, verdict):
-    assert arena.read_balanced(reply) == verdict
+    assert questions.read_balanced(reply) == verdict
 
 
 def test_the_questions_do_not_answer_themselves():
     """A judge that repeats what it was asked names no verdict."""
     for name in ("realgen", "balanced"):
-        assert arena.PROTOCOLS[name]["read"](arena.PROTOCOLS[name]["question"]) is None
+        protocol = questions.PROTOCOLS[name]
+        assert protocol.read(protocol.text) is None
 
 
 def test_questions_of_each_protocol(tmp_path):
     evaluated = make(tmp_path, ("base", "photos", "tuned"), lines=4)
 
     def asked(protocol, **changed):
-        made, lacking = arena.questions(evaluated, settings(**changed), protocol, seed=1)
-        assert not lacking
+        protocol = questions.PROTOCOLS[protocol]
+        made, incomplete = questions.make_questions(evaluated, settings(**changed), protocol, seed=1)
+        assert not incomplete
         return sorted((q.first.line, q.first.entry, q.second.entry) for q in made)
 
     both = [
@@ -115,9 +119,9 @@ def test_questions_of_each_protocol(tmp_path):
 
 
 def test_prompts_are_spread_evenly():
-    assert arena.spread(10, 0) == list(range(10))
-    assert arena.spread(10, 4) == [0, 2, 5, 7]
-    assert arena.spread(3, 9) == [0, 1, 2]
+    assert questions.spread(10, 0) == list(range(10))
+    assert questions.spread(10, 4) == [0, 2, 5, 7]
+    assert questions.spread(3, 9) == [0, 1, 2]
 
 
 def test_settings_that_ask_for_what_is_not_there(tmp_path, monkeypatch):
@@ -127,7 +131,7 @@ def test_settings_that_ask_for_what_is_not_there(tmp_path, monkeypatch):
             run(evaluated, tmp_path, "embedded", **changed)
     with pytest.raises(ValueError, match="pairs is 'some'"):
         run(evaluated, tmp_path, "embedded", pairs="some")
-    with pytest.raises(ValueError, match="1 or more"):
+    with pytest.raises(ValueError, match=r"arena\.concurrency is 0; expected 1 or more"):
         run(evaluated, tmp_path, "embedded", concurrency=0)
     with pytest.raises(ValueError, match="protocol is 'fair'"):
         run(evaluated, tmp_path, "embedded", protocol="fair")
@@ -142,12 +146,15 @@ def test_settings_that_ask_for_what_is_not_there(tmp_path, monkeypatch):
     assert "secret" not in str(raised.value)
     monkeypatch.setenv(judge.URL_ENV, "https://api.example.com/v1")
     monkeypatch.setenv(judge.KEY_ENV, "sk-se\ncret")
-    with pytest.raises(ValueError, match="no HTTP header") as raised:
+    with pytest.raises(ValueError, match=f"{judge.KEY_ENV} holds characters that an HTTP") as raised:
         run(evaluated, tmp_path)
     assert "cret" not in str(raised.value)
-    with pytest.raises(ValueError, match="there is only"):
-        arena.check_arena(make(tmp_path, ("base",)).entries, settings(), "embedded")
-    arena.check_arena(evaluated.entries, settings(), "embedded")
+    embedded = make_judge("embedded", settings())
+    with pytest.raises(ValueError, match="there is only 'base'"):
+        arena.check_arena(make(tmp_path, ("base",)).entries, settings(), embedded)
+    arena.check_arena(evaluated.entries, settings(), embedded)
+    with pytest.raises(ValueError, match="no judge 'x'; choose embedded, api or human"):
+        make_judge("x", settings())
 
 
 def test_pictures_are_told_apart_from_those_that_lack(tmp_path):
@@ -199,7 +206,7 @@ def test_answers_are_kept_and_not_asked_for_again(tmp_path):
             evaluated.pictures[0].file
         )  # base, line 0: now the brightest
         digest = hashlib.sha256(evaluated.pictures[0].file.read_bytes()).hexdigest()
-        evaluated.pictures[0] = Scored(**{**vars(evaluated.pictures[0]), "sha256": digest})
+        evaluated.pictures[0] = ScoredPicture(**{**vars(evaluated.pictures[0]), "sha256": digest})
         changed, _ = run(evaluated, tmp_path)
         assert len(server.seen) == 8
         assert {j.verdict for j in changed if j.line == 0 and j.first == "base"} == {"first"}
@@ -228,21 +235,20 @@ def test_an_interrupted_call_has_kept_every_answer(tmp_path):
         return 30.0 if n >= 5 else brighter(n, body)
 
     with judging(stop_at_five) as server, pytest.MonkeyPatch.context() as patch:
-        append = arena.appending
+        storing = arena.storing_answers
 
         @contextlib.contextmanager
-        def interrupting(file):
-            with append(file) as write:
+        def interrupting(file, answers):
+            with storing(file, answers) as keep:
 
-                def write_or_stop(*answer):
-                    record = write(*answer)
-                    if len(kept(tmp_path)) == 4:  # they are in the file, not only on their way
+                def keep_or_stop(*answer):
+                    keep(*answer)
+                    if len(kept(tmp_path)) == 4:  # they are in the file, not only in memory
                         raise KeyboardInterrupt
-                    return record
 
-                yield write_or_stop
+                yield keep_or_stop
 
-        patch.setattr(arena, "appending", interrupting)
+        patch.setattr(arena, "storing_answers", interrupting)
         with pytest.raises(KeyboardInterrupt):
             run(evaluated, tmp_path)
         assert len(kept(tmp_path)) == 4
@@ -312,8 +318,8 @@ def test_failures_are_counted_but_neither_kept_nor_won(tmp_path):
         judgements, said = run(evaluated, tmp_path, max_failures=100)
         assert len(judgements) == len(kept(tmp_path)) == 4
         assert len(server.seen) == 4 + 4 * 3
-        assert "4 questions came to nothing: HTTP 503 overloaded" in said
-        assert "judged 0 of 4 pairs in both orders; the same command goes on" in said
+        assert "4 questions failed: HTTP 503 overloaded" in said
+        assert "judged 0 of 4 pairs in both orders; run the same command again" in said
         broken = False
         judgements, said = run(evaluated, tmp_path)
         assert len(judgements) == 8
@@ -335,7 +341,7 @@ def test_a_judge_that_will_not_answer_is_left_alone_at_once(tmp_path, reply):
         judgements, said = run(make(tmp_path / "pictures"), tmp_path, concurrency=1)
     assert judgements == []
     assert len(server.seen) == 1
-    assert "is left alone" in said
+    assert "stopped asking org/judge-1" in said
     assert "judged 0 of 3 pairs" in said
     assert KEY not in said
 
@@ -344,7 +350,7 @@ def test_a_judge_that_only_fails_is_left_alone(tmp_path):
     with judging(lambda *_: failing(404, "no such model")) as server:
         _, said = run(make(tmp_path / "pictures", lines=10), tmp_path, concurrency=1)
     assert len(server.seen) == 3
-    assert "3 questions in a row came to nothing, the last one: HTTP 404 no such model" in said
+    assert "3 questions in a row failed, the last one: HTTP 404 no such model" in said
 
 
 def test_failures_between_answers_are_not_in_a_row(tmp_path):
@@ -357,8 +363,8 @@ def test_failures_between_answers_are_not_in_a_row(tmp_path):
         )
     assert len(server.seen) == 10
     assert len(judgements) == 5
-    assert "5 questions came to nothing: HTTP 400 too large" in said
-    assert "left alone" not in said
+    assert "5 questions failed: HTTP 400 too large" in said
+    assert "stopped asking" not in said
 
 
 def test_silence_and_absence(tmp_path):
@@ -366,12 +372,12 @@ def test_silence_and_absence(tmp_path):
     with judging(lambda *_: 5.0) as server:
         judgements, said = run(evaluated, tmp_path, timeout=0.1, attempts=2)
         assert len(server.seen) == 4
-        assert "2 questions came to nothing: no answer within 0.1 s" in said
+        assert "2 questions failed: no answer within 0.1 s" in said
         port = server.url.split(":")[2]
     with judging(brighter), pytest.MonkeyPatch.context() as patch:
         patch.setenv(judge.URL_ENV, f"http://127.0.0.1:{port}")
         judgements, said = run(evaluated, tmp_path)
-        assert "2 questions came to nothing: ConnectError" in said
+        assert "2 questions failed: ConnectError" in said
         assert "127.0.0.1" not in said
     assert judgements == []
 
@@ -394,11 +400,11 @@ def test_requests_per_minute(tmp_path):
 
 
 def test_retry_after_is_seconds_or_a_date():
-    assert judge._retry_after("7") == 7
-    assert judge._retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert openai_chat.retry_after("7") == 7
+    assert openai_chat.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     in_a_minute = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-    assert 55 < judge._retry_after(in_a_minute) < 61
-    assert judge._retry_after("") == judge._retry_after("soon") == 0
+    assert 55 < openai_chat.retry_after(in_a_minute) < 61
+    assert openai_chat.retry_after("") == openai_chat.retry_after("soon") == 0
 
 
 def test_the_key_and_the_address_appear_nowhere(tmp_path, caplog, capfd):
@@ -453,19 +459,19 @@ def test_the_stand_in_judges_over_http(tmp_path):
         scored = evaluated.pictures[i]
         Image.fromarray(array).save(scored.file)
         digest = hashlib.sha256(scored.file.read_bytes()).hexdigest()
-        evaluated.pictures[i] = Scored(**{**vars(scored), "sha256": digest})
+        evaluated.pictures[i] = ScoredPicture(**{**vars(scored), "sha256": digest})
     judgements, _ = run(evaluated, tmp_path, "embedded")
     assert {(j.first, j.verdict) for j in judgements} == {("noise", "second"), ("photos", "first")}
     judgements, _ = run(evaluated, tmp_path, "embedded", protocol="realgen")
     reward = make_reward("embedded_held_out", "cpu", {})
-    sent = [np.array(Image.open(io.BytesIO(arena.encode(p, "JPEG")))) for p in evaluated.pictures]
+    sent = [np.array(Image.open(io.BytesIO(questions.encode_picture(p, "JPEG")))) for p in evaluated.pictures]
     scores = [reward(torch.from_numpy(array).permute(2, 0, 1)[None], [""]).item() for array in sent]
     better = 1 if scores[0] > scores[1] else 2
     assert [j.verdict for j in judgements] == [("first", "second")[better - 1]]
     assert judgements[0].reply.startswith(f"More Realistic Image: Image {better}\nReason: ")
     assert (tmp_path / "embedded_held_out" / "realgen.jsonl").exists()
-    same = Evaluated(evaluated.sets, evaluated.entries, [], [evaluated.pictures[0]], [])
-    copied = Scored(**{**vars(evaluated.pictures[0]), "entry": "photos"})
+    same = Results(evaluated.sets, evaluated.entries, [], [evaluated.pictures[0]], [])
+    copied = ScoredPicture(**{**vars(evaluated.pictures[0]), "entry": "photos"})
     same.pictures.append(copied)
     judgements, _ = run(same, tmp_path, "embedded")
     assert {j.verdict for j in judgements} == {"tie"}
@@ -490,10 +496,10 @@ def test_the_stand_in_tells_what_is_wrong(tmp_path):
             (body(url), 400, "1 pictures"),
             (body(url, "https://example.com/a.png"), 400, "data URL"),
             (body(url, "data:image/png;base64,AAAA"), 400, "data URL"),
-            (body(url, url, text="Which?"), 400, "no form of answer"),
+            (body(url, url, text="Which?"), 400, "no known form of answer"),
             (body(url, url, model="gpt"), 404, "'gpt'"),
-            (body(url, url, stream=True), 400, "streamed"),
-            ({"messages": 3}, 400, "no chat"),
+            (body(url, url, stream=True), 400, "does not stream"),
+            ({"messages": 3}, 400, "not a chat"),
         ]
         for sent, status, words in cases:
             answer = httpx2.post(f"{address}/chat/completions", json=sent)

@@ -15,7 +15,7 @@ from PIL import Image
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.realbench.aggregate import leaderboard
 from realgen_jax.realbench.report import write_report
-from realgen_jax.realbench.results import Entry, Evaluated, Judgement, Problem, PromptSet, Scored
+from realgen_jax.realbench.results import Entry, Results, Judgement, Problem, PromptSet, ScoredPicture
 from tests.helpers.browser import browser, console_errors
 
 REWARDS = ("detector", "score")
@@ -24,7 +24,7 @@ NASTY = 'a cat </script><script>throw "out"</script> & <b>a "dog"</b>'
 
 def scored(entry, set, line, copy, *scores, file=Path("x.png")):
     sha256 = hashlib.sha256(f"{entry}{set}{line}{copy}".encode()).hexdigest()
-    return Scored(
+    return ScoredPicture(
         entry, set, line, copy, file, sha256, 64, 64, dict(zip(REWARDS, scores, strict=True))
     )
 
@@ -40,7 +40,7 @@ def settings(**changed):
 def rows_of(pictures, prompts=4, sets=("short",), categories=None, entries="ab", seed=0, **changed):
     every = [PromptSet(name, ["p"] * prompts, categories or [""] * prompts) for name in sets]
     entries = [Entry(name, "model", name) for name in entries]
-    evaluated = Evaluated(every, entries, REWARDS, pictures, [])
+    evaluated = Results(every, entries, REWARDS, pictures, [])
     return leaderboard(evaluated, settings(**changed).evaluate, np.random.default_rng(seed))
 
 
@@ -191,7 +191,7 @@ def evaluation(folder, lines=40, copies=2):
                     scores = np.clip(rng.normal(0.3 + 0.2 * e, 0.15, 2), 0, 1)
                     scores = dict(zip(REWARDS, map(float, scores), strict=True))
                     pictures.append(
-                        Scored(entry.name, one_set.name, line, copy, file, sha256, *size, scores)
+                        ScoredPicture(entry.name, one_set.name, line, copy, file, sha256, *size, scores)
                     )
     problems = [
         Problem(
@@ -211,7 +211,7 @@ def evaluation(folder, lines=40, copies=2):
         Problem("photographs", "short", folder / "00007.png", "other size", "80x48"),
         Problem("photographs", "long", folder / "00007.png", "other size", "80x48"),
     ]
-    return Evaluated(sets, entries, REWARDS, pictures, problems)
+    return Results(sets, entries, REWARDS, pictures, problems)
 
 
 def arena():
