@@ -20,7 +20,7 @@ for module in ("torch", "httpx2", "starlette", "tenacity", "uvicorn"):
 
 
 from realgen_jax.realbench import arena  # noqa: E402
-from realgen_jax.realbench.results import Entry, Results, Judgement, PromptSet, ScoredPicture  # noqa: E402
+from realgen_jax.realbench.results import Entry, Judgement, PromptSet, Results, ScoredPicture  # noqa: E402
 from reward_bridge.judges import api, make_judge  # noqa: E402
 
 KEY = "sk-very/secret+key"

@@ -18,6 +18,12 @@ from rich.console import Console
 from realgen_jax.data import read_categorised
 from realgen_jax.nn.convert import transformer_config
 from realgen_jax.nn.lora import LoraConfig, init_lora, save_lora
+from realgen_jax.realbench.entries import read_entries, weights_of
+from realgen_jax.realbench.evaluate import evaluate_entries
+from realgen_jax.realbench.picture_files import decode
+from realgen_jax.realbench.prompts import read_sets
+from realgen_jax.realbench.report import write_scores
+from realgen_jax.realbench.scores import ScoringError
 from realgen_jax.text_cache import TextCache
 from tests.helpers import golden_config
 from tests.helpers.goldens import PIPELINE
@@ -25,7 +31,10 @@ from tests.helpers.running import ROOT, begin, call, command, until
 
 torch = pytest.importorskip("torch")
 
+from reward_bridge import scorer  # noqa: E402
 from reward_bridge.bridge import RewardError  # noqa: E402
+from reward_bridge.rewards import make_reward  # noqa: E402
+from reward_bridge.rewards.embedded import EmbeddedPromptAccuracy  # noqa: E402
 
 EMBEDDED = ROOT / "realgen_jax" / "embedded"
 SHORT = ["a boat", "a street at night", "three lemons"]
@@ -78,22 +87,30 @@ def setting(tmp_path_factory):
     return SimpleNamespace(config=config, cache=cache, root=root)
 
 
-def run(setting, folder, *, seed=0, remake=False, entries=None, **changes):
-    """An evaluation in `folder`; changes are keys of the config with __ for the dots. The base alone by default."""
-    from realgen_jax.realbench.evaluate import evaluate
-    from realgen_jax.realbench.entries import read_entries
-    from realgen_jax.realbench.prompts import read_sets
+def run(setting, folder, *, seed=0, remake=False, entries=None, rewards=make_reward, **changes):
+    """An evaluation in `folder`; changes are keys of the config with __ for the dots.
 
+    The base alone by default. rewards: (name, device, options) -> a reward.
+    """
     config = setting.config.copy_and_resolve_references()
     config.update_from_flattened_dict(
         {key.replace("__", "."): value for key, value in changes.items()}
     )
-    named = {"loras": [], "models": [], "pictures": [], "photographs": None, "base": True} | (
-        entries or {}
-    )
-    found, sets = read_entries(config.pretrained, **named), read_sets(config.evaluate.prompts)
-    options = {"seed": seed, "remake": remake, "console": Console(), "cache": setting.cache}
-    return evaluate(config, found, sets, folder, **options)
+    named = {"loras": [], "models": [], "pictures": [], "photographs": None, "base": True}
+    devices = dict.fromkeys(config.evaluate.scores, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "make_reward", rewards)
+        return evaluate_entries(
+            config,
+            read_entries(config.pretrained, **named | (entries or {})),
+            read_sets(config.evaluate.prompts),
+            folder,
+            seed=seed,
+            remake=remake,
+            open_scorer=lambda: scorer.open_scorer(config.reward, devices, load=True),
+            encode=lambda prompts, model: setting.cache,
+            console=Console(),
+        )
 
 
 def pictures(folder, entry="base"):
@@ -125,8 +142,6 @@ def whole(setting, tmp_path_factory):
 
 
 def test_the_embedded_prompts_are_pairs_of_the_same_subject():
-    from reward_bridge.rewards.embedded import EmbeddedPromptAccuracy
-
     label, sets = EmbeddedPromptAccuracy("cpu").label, {}
     for name in ("short", "long"):
         sets[name] = read_categorised(EMBEDDED / f"realbench_{name}.jsonl")
@@ -140,8 +155,6 @@ def test_the_embedded_prompts_are_pairs_of_the_same_subject():
 
 
 def test_sets_must_have_as_many_lines_as_each_other(tmp_path):
-    from realgen_jax.realbench.prompts import read_sets
-
     (tmp_path / "a.txt").write_text("a boat on a lake\nsnow\n")
     (tmp_path / "b.jsonl").write_text(
         '{"prompt": "a boat", "category": "scenes"}\n{"prompt": "x"}\n'
@@ -161,8 +174,6 @@ def test_sets_must_have_as_many_lines_as_each_other(tmp_path):
 
 
 def test_entries_have_names_of_their_own(tmp_path):
-    from realgen_jax.realbench.entries import read_entries, weights_of
-
     config = golden_config.get_config().pretrained
     for name in (
         "runs/one/lora",
@@ -181,11 +192,11 @@ def test_entries_have_names_of_their_own(tmp_path):
     one, best = tmp_path / "runs/one/lora", tmp_path / "runs/one/best"
     assert names(one, best, tmp_path / "x=1/two") == ["base", "one", "one-best", "two"]
     assert names(f"mine={one}", base=False) == ["mine"]
-    with pytest.raises(ValueError, match=r"'one' names several entries .*tell them apart"):
+    with pytest.raises(ValueError, match=r"'one' names several entries .*use NAME=PATH"):
         names(one, one)
     with pytest.raises(ValueError, match="'arena' cannot name an entry"):
         names(tmp_path / "arena")
-    with pytest.raises(FileNotFoundError, match="named as lora 'none'"):
+    with pytest.raises(FileNotFoundError, match="given as lora 'none'"):
         names(f"none={tmp_path / 'nothing'}")
     with pytest.raises(ValueError, match="nothing to evaluate"):
         names(base=False)
@@ -248,7 +259,7 @@ def test_what_is_finished_is_not_made_again(setting, tmp_path):
 def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_path):
     run(setting, tmp_path)
     first = pictures(tmp_path)
-    expected = r"base/short were made with something else: guidance 3\.5 then and 2\.0 now; .*--config\.run_name.*--remake"
+    expected = r"base/short were made with other settings: guidance 3\.5 then and 2\.0 now; .*--config\.run_name.*--remake"
     with pytest.raises(ValueError, match=expected):
         run(setting, tmp_path, sample__guidance_scale=2.0)
     assert pictures(tmp_path) == first
@@ -287,23 +298,27 @@ class Counting:
         return images.float().mean((1, 2, 3)) + len(prompts)
 
 
-def counting(monkeypatch):
-    from realgen_jax.realbench import evaluate as benchmark
-
+def counting():
+    """A reward that counts, and what makes it under any name."""
     reward = Counting()
-    monkeypatch.setattr(benchmark, "make_reward", lambda name, device, options: reward)
-    monkeypatch.setattr(benchmark, "missing_rewards", lambda reward, names: [])
-    return reward
+    return reward, lambda name, device, options: reward
 
 
-def test_a_score_that_is_no_number_names_picture_and_reward(setting, tmp_path, monkeypatch):
-    counting(monkeypatch)
-    monkeypatch.setattr(
-        Counting, "__call__", lambda self, images, prompts: torch.tensor([1.0, torch.nan, 1.0])
-    )
+def test_a_score_that_is_no_number_names_picture_and_reward(setting, tmp_path):
+    def broken(images, prompts):
+        return torch.tensor([1.0, torch.nan, 1.0])
+
     entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
-    with pytest.raises(RewardError, match=r"'mean' returned nan .*; found, short: .*00001\.png$"):
-        run(setting, tmp_path / "run", entries=entries, evaluate__scores=("mean",))
+    message = r"'mean' returned nan .*; found, short: .*00001\.png$"
+    with pytest.raises(ScoringError, match=message) as raised:
+        run(
+            setting,
+            tmp_path / "run",
+            entries=entries,
+            rewards=lambda *_: broken,
+            evaluate__scores=("mean",),
+        )
+    assert isinstance(raised.value.__cause__, RewardError)
 
 
 def found_folder(tmp_path, lines=3):
@@ -315,11 +330,9 @@ def found_folder(tmp_path, lines=3):
     return folder
 
 
-def test_nothing_is_scored_twice(setting, tmp_path, monkeypatch):
-    reward, changes = (
-        counting(monkeypatch),
-        {"evaluate__scores": ("mean",), "evaluate__batch_size": 2},
-    )
+def test_nothing_is_scored_twice(setting, tmp_path):
+    reward, rewards = counting()
+    changes = {"evaluate__scores": ("mean",), "evaluate__batch_size": 2, "rewards": rewards}
     entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
     first = run(setting, tmp_path / "run", entries=entries, **changes)
     assert reward.calls == [2, 1, 2, 1]
@@ -342,14 +355,12 @@ def test_nothing_is_scored_twice(setting, tmp_path, monkeypatch):
     assert all(one.scores.keys() == {"mean", "other"} for one in more.pictures)
 
 
-def test_what_was_scored_before_a_reward_failed_is_kept(setting, tmp_path, monkeypatch):
-    reward, changes = (
-        counting(monkeypatch),
-        {"evaluate__scores": ("mean",), "evaluate__batch_size": 1},
-    )
+def test_what_was_scored_before_a_reward_failed_is_kept(setting, tmp_path):
+    reward, rewards = counting()
+    changes = {"evaluate__scores": ("mean",), "evaluate__batch_size": 1, "rewards": rewards}
     entries = {"pictures": [str(found_folder(tmp_path))], "base": False}
     reward.fails = True
-    with pytest.raises(RewardError, match=r"'mean' failed 2 times.*no more"):
+    with pytest.raises(ScoringError, match=r"'mean' failed 2 times.*no more"):
         run(setting, tmp_path / "run", entries=entries, **changes)
     kept = tmp_path / "run" / "evaluation" / "found" / "short" / "scores.jsonl"
     assert len(kept.read_text().splitlines()) == 2
@@ -389,7 +400,7 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
     (photographs / "long" / "00001.jpeg").write_bytes(b"")
     entries = {"pictures": [f"tool={folder}"], "photographs": str(photographs), "base": False}
     found = run(setting, tmp_path / "run", entries=entries)
-    problems = sorted((one.entry, one.set, one.file.name, one.what) for one in found.problems)
+    problems = sorted((one.entry, one.set, one.file.name, one.kind) for one in found.problems)
     assert problems == [
         ("photographs", "long", "00001.jpeg", "unreadable"),
         ("photographs", "long", "00002.png", "missing"),
@@ -414,8 +425,6 @@ def test_what_is_wrong_with_found_pictures_is_named_and_counted(setting, tmp_pat
         ),
         *((("photographs", name, 0, copy, 64)) for name in ("short", "long") for copy in (0, 1)),
     ]
-    from realgen_jax.realbench.report import write_scores
-
     write_scores(tmp_path / "scores.csv", found)
     with (tmp_path / "scores.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -448,8 +457,6 @@ def test_a_folder_without_pictures_is_an_error_before_anything_is_made(setting, 
 
 
 def test_pictures_are_read_upright_opaque_and_in_eight_bits(tmp_path):
-    from realgen_jax.realbench.pictures import decode
-
     def saved(image, name, **options):
         image.save(tmp_path / name, **options)
         return decode((tmp_path / name).read_bytes())

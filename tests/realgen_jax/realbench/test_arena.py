@@ -24,7 +24,7 @@ import httpx2  # noqa: E402
 import tenacity  # noqa: E402
 
 from realgen_jax.realbench import arena, questions  # noqa: E402
-from realgen_jax.realbench.results import Results, Judgement, ScoredPicture  # noqa: E402
+from realgen_jax.realbench.results import Judgement, Results, ScoredPicture  # noqa: E402
 from reward_bridge import openai_chat  # noqa: E402
 from reward_bridge.judges import api as judge  # noqa: E402
 from reward_bridge.judges import make_judge  # noqa: E402
@@ -92,7 +92,9 @@ def test_questions_of_each_protocol(tmp_path):
 
     def asked(protocol, **changed):
         protocol = questions.PROTOCOLS[protocol]
-        made, incomplete = questions.make_questions(evaluated, settings(**changed), protocol, seed=1)
+        made, incomplete = questions.make_questions(
+            evaluated, settings(**changed), protocol, seed=1
+        )
         assert not incomplete
         return sorted((q.first.line, q.first.entry, q.second.entry) for q in made)
 
@@ -146,7 +148,9 @@ def test_settings_that_ask_for_what_is_not_there(tmp_path, monkeypatch):
     assert "secret" not in str(raised.value)
     monkeypatch.setenv(judge.URL_ENV, "https://api.example.com/v1")
     monkeypatch.setenv(judge.KEY_ENV, "sk-se\ncret")
-    with pytest.raises(ValueError, match=f"{judge.KEY_ENV} holds characters that an HTTP") as raised:
+    with pytest.raises(
+        ValueError, match=f"{judge.KEY_ENV} holds characters that an HTTP"
+    ) as raised:
         run(evaluated, tmp_path)
     assert "cret" not in str(raised.value)
     embedded = make_judge("embedded", settings())
@@ -464,7 +468,10 @@ def test_the_stand_in_judges_over_http(tmp_path):
     assert {(j.first, j.verdict) for j in judgements} == {("noise", "second"), ("photos", "first")}
     judgements, _ = run(evaluated, tmp_path, "embedded", protocol="realgen")
     reward = make_reward("embedded_held_out", "cpu", {})
-    sent = [np.array(Image.open(io.BytesIO(questions.encode_picture(p, "JPEG")))) for p in evaluated.pictures]
+    sent = [
+        np.array(Image.open(io.BytesIO(questions.encode_picture(p, "JPEG"))))
+        for p in evaluated.pictures
+    ]
     scores = [reward(torch.from_numpy(array).permute(2, 0, 1)[None], [""]).item() for array in sent]
     better = 1 if scores[0] > scores[1] else 2
     assert [j.verdict for j in judgements] == [("first", "second")[better - 1]]

@@ -15,7 +15,14 @@ from PIL import Image
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.realbench.aggregate import leaderboard
 from realgen_jax.realbench.report import write_report
-from realgen_jax.realbench.results import Entry, Results, Judgement, Problem, PromptSet, ScoredPicture
+from realgen_jax.realbench.results import (
+    Entry,
+    Judgement,
+    Problem,
+    PromptSet,
+    Results,
+    ScoredPicture,
+)
 from tests.helpers.browser import browser, console_errors
 
 REWARDS = ("detector", "score")
@@ -191,7 +198,9 @@ def evaluation(folder, lines=40, copies=2):
                     scores = np.clip(rng.normal(0.3 + 0.2 * e, 0.15, 2), 0, 1)
                     scores = dict(zip(REWARDS, map(float, scores), strict=True))
                     pictures.append(
-                        ScoredPicture(entry.name, one_set.name, line, copy, file, sha256, *size, scores)
+                        ScoredPicture(
+                            entry.name, one_set.name, line, copy, file, sha256, *size, scores
+                        )
                     )
     problems = [
         Problem(
