@@ -83,13 +83,24 @@ class VlmJudge:
         # The picture is encoded inside the gate, so that only `concurrency` of them are in memory.
         async with gate:
             try:
-                tokens = await client.ask(self._body(picture, prompt), top_tokens)
+                tokens = await client.ask(self._body(picture, prompt), self._read)
             except RequestFailed as error:
                 raise ValueError(
                     f"{self.endpoint.url} failed: {error}; check url, model and api_key_env in "
                     "config.reward.options.vlm_judge"
                 ) from error
         return p_yes(tokens)
+
+    def _read(self, response: httpx2.Response) -> list[tuple[str, float]]:
+        try:
+            return top_tokens(response)
+        except (ValueError, LookupError, TypeError) as error:
+            text = self.endpoint.scrub(response.text)[:200]
+            raise ValueError(
+                f"{response.url} answered without the first token's log-probabilities: {text!r}; "
+                "expected choices[0].logprobs.content[0].top_logprobs: use a server and a model "
+                "that return log-probabilities"
+            ) from error
 
     def _body(self, picture: np.ndarray, prompt: str) -> dict[str, Any]:
         """The request: the picture, the question, and the log-probabilities of one token."""
@@ -115,16 +126,12 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def top_tokens(response: httpx2.Response) -> list[tuple[str, float]]:
-    """Return (token, log-probability) of the likeliest tokens at the answer's first position."""
-    try:
-        top = response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return [(entry["token"], float(entry["logprob"])) for entry in top]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{response.url} answered without the first token's log-probabilities: "
-            f"{response.text[:200]!r}; expected choices[0].logprobs.content[0].top_logprobs: use a "
-            "server and a model that return log-probabilities"
-        ) from error
+    """Return (token, log-probability) of the likeliest tokens at the answer's first position.
+
+    Raises ValueError, LookupError or TypeError if the response has none.
+    """
+    top = response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return [(entry["token"], float(entry["logprob"])) for entry in top]
 
 
 def p_yes(tokens: Sequence[tuple[str, float]]) -> float:

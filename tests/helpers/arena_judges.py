@@ -47,7 +47,7 @@ def settings(**changed) -> SimpleNamespace:
 def make(
     folder: Path, entries: Sequence[str] = ("base", "tuned"), lines: int = 3, size: int = 16
 ) -> Results:
-    """Pictures of one colour, brighter from entry to entry; an entry named photo... holds photographs."""
+    """Pictures of one colour, brighter from entry to entry; an entry photo... has photographs."""
     folder.mkdir(exist_ok=True)
     pictures = []
     for e, entry in enumerate(entries):
@@ -94,7 +94,10 @@ def brighter(_: int, body: dict) -> Reply:
 
 @contextlib.contextmanager
 def judging(reply: Callable[[int, dict], Reply]) -> Iterator[SimpleNamespace]:
-    """An endpoint that answers request n (from 1) as told; `seen` are the requests, `times` when they came."""
+    """An endpoint that answers request n, from 1, with `reply(n, body)`.
+
+    `seen` are the requests, `times` when they came.
+    """
     seen, times, lock, done = [], [], threading.Lock(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):

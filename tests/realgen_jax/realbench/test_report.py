@@ -167,7 +167,7 @@ def picture(file, colour, size=(64, 64)):
 
 
 def evaluation(folder, lines=40, copies=2):
-    """Two models and photographs on two sets of prompts; one picture missing, one of another size."""
+    """Two models and photographs on two sets of prompts; one picture is missing."""
     rng = np.random.default_rng(0)
     sets = [
         PromptSet(
@@ -363,7 +363,8 @@ def test_opens_from_a_file_without_errors_and_all_pictures_load(laptop, report):
     script = "return [...document.images].map(i => [i.src.slice(0, 23), i.naturalWidth])"
     sources = laptop.execute_async_script(
         "const tell = arguments[0]; "
-        "Promise.all([...document.images].map(i => i.decode())).then(() => tell(true), e => tell(String(e)))"
+        "Promise.all([...document.images].map(i => i.decode()))"
+        ".then(() => tell(true), e => tell(String(e)))"
     )
     assert sources is True
     shown = laptop.execute_script(script)
@@ -374,7 +375,8 @@ def test_opens_from_a_file_without_errors_and_all_pictures_load(laptop, report):
     )
     assert [name for name in asked if not name.startswith("data:")] == []
     plots = laptop.execute_script(
-        "return [...document.querySelectorAll('.chart')].filter(c => c.offsetParent).map(c => !!c.querySelector('svg'))"
+        "return [...document.querySelectorAll('.chart')]"
+        ".filter(c => c.offsetParent).map(c => !!c.querySelector('svg'))"
     )
     assert plots == [True] * (2 + 1 + 2 + 2)  # distributions, categories, curves, arena
     assert console_errors(laptop) == []
@@ -390,7 +392,8 @@ def test_sets_and_categories_switch_tables(laptop, report):
     laptop.execute_script("scrollTo(0, 0)")
     laptop.find_element("css selector", "[data-pick-set=long]").click()
     laptop.execute_script(
-        "const s = document.getElementById('category'); s.value = 'people'; s.dispatchEvent(new Event('change'))"
+        "const s = document.getElementById('category');"
+        "s.value = 'people'; s.dispatchEvent(new Event('change'))"
     )
     row = one(report.rows, entry="base", set="long", category="people")
     assert laptop.execute_script(visible) == [["Set long, people", f"{row.value:.3f}"]]
@@ -406,7 +409,8 @@ def test_filter_finds_prompts(laptop):
     assert laptop.execute_script(count) == 14
     assert "14 of 80 prompts" in laptop.find_element("id", "found").text
     laptop.execute_script(
-        "const s = document.getElementById('filter-category'); s.value = 'animal'; s.dispatchEvent(new Event('change'))"
+        "const s = document.getElementById('filter-category');"
+        "s.value = 'animal'; s.dispatchEvent(new Event('change'))"
     )
     assert laptop.execute_script(count) == 7
     field.send_keys(" nothing like it")

@@ -25,7 +25,7 @@ from tests.helpers.reward_servers import wait_until  # noqa: E402
 
 @contextlib.contextmanager
 def page(evaluated: Results, folder: Path, **changed) -> Iterator[SimpleNamespace]:
-    """judge_all waiting for a person, in a thread; `judgements` is what it returned once the page has ended it."""
+    """judge_all waits for a person in a thread; `result` has what it returned in the end."""
     said, result = [], []
     thread = threading.Thread(
         target=lambda: result.append(
