@@ -1,6 +1,7 @@
 """RealBench's evaluation: prompts and entries -> pictures -> scores."""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -73,17 +74,16 @@ def evaluate_entries(
         pictures = []
         for task in tasks:
             batches = _batches(task, maker, size, pool)
-            if process_index() == 0:
-                store = ScoreStore(task.folder / "scores.jsonl", keys)
-                side = config.sample.resolution
-                work = PictureScorer(task.entry.name, task.prompt_set, store, scorer, side)
-                label = f"{task.entry.name}, {task.prompt_set.name}"
-                work.score(batches, bars(label, task.count, "pictures"))
-                pictures += work.scored
-                problems += work.problems
-            elif task.weights is not None:
-                for _ in batches:
-                    pass
+            if process_index():
+                deque(batches, maxlen=0)  # only takes part in the sampling
+                continue
+            store = ScoreStore(task.folder / "scores.jsonl", keys)
+            side = config.sample.resolution
+            task_scorer = PictureScorer(task.entry.name, task.prompt_set, store, scorer, side)
+            label = f"{task.entry.name}, {task.prompt_set.name}"
+            task_scorer.score(batches, bars(label, task.count, "pictures"))
+            pictures += task_scorer.scored
+            problems += task_scorer.problems
     return Results(sets, entries, list(config.evaluate.scores), pictures, problems)
 
 
@@ -159,6 +159,8 @@ def _batch_size(wanted: int, mesh: jax.sharding.Mesh) -> int:
 def _batches(
     task: Task, maker: PictureMaker, size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[Picture]]:
+    """A task's pictures; only the first process reads existing ones."""
     if task.weights is None:
-        return read_batches(task.files, len(task.prompt_set.prompts), size, pool)
+        files = {} if process_index() else task.files
+        return read_batches(files, len(task.prompt_set.prompts), size, pool)
     return maker.batches(task, size, pool)

@@ -211,12 +211,12 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
     roles += [(name, "held out") for name in config.reward.held_out]
     roles += [(name, "check, lower is better") for name in config.reward.metrics]
 
-    found = []
+    figures = []
     for name, role in roles:
         figure = _curve(metrics, name, colour(1 if role == "trained on" else 2))
         if figure is not None:
-            found.append({"name": short_name(name), "role": role, "figure": figure})
-    return found
+            figures.append({"name": short_name(name), "role": role, "figure": figure})
+    return figures
 
 
 def _curve(metrics: Metrics, name: str, main_colour: str) -> Figure | None:

@@ -50,7 +50,7 @@ class Failures:
             say(f"WARNING: arena: stopped asking {judge}: {self.stopped}")
 
 
-def make_judge(kind: str, settings: Any):
+def make_judge(kind: str, settings: Any) -> Any:
     """Return the judge of this kind. settings: config.evaluate.arena.
 
     Raises ValueError for an unknown kind, and for `api` if its environment variables are wrong.

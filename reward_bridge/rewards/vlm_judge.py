@@ -63,18 +63,18 @@ class VlmJudge:
         """uint8 [n, h, w, 3] and n prompts -> float32 [n]."""
         gate = asyncio.Semaphore(self.concurrency)
         client = ChatClient(self.endpoint, attempts=self.attempts, timeout=self.timeout)
-        async with client:
-            try:
-                async with asyncio.timeout(self.deadline):
-                    answers = []
-                    for picture, prompt in zip(pictures, prompts, strict=True):
-                        answers.append(self._ask(client, gate, picture, prompt))
-                    return torch.tensor(await asyncio.gather(*answers), dtype=torch.float32)
-            except TimeoutError:
-                raise ValueError(
-                    f"{self.endpoint.url} has not answered {len(prompts)} questions within "
-                    f"{self.deadline:g} s (config.reward.options.vlm_judge.deadline)"
-                ) from None
+        answers = []
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            answers.append(self._ask(client, gate, picture, prompt))
+        try:
+            async with client, asyncio.timeout(self.deadline):
+                scores = await asyncio.gather(*answers)
+        except TimeoutError:
+            raise ValueError(
+                f"{self.endpoint.url} has not answered {len(prompts)} questions within "
+                f"{self.deadline:g} s (config.reward.options.vlm_judge.deadline)"
+            ) from None
+        return torch.tensor(scores, dtype=torch.float32)
 
     async def _ask(
         self, client: ChatClient, gate: asyncio.Semaphore, picture: np.ndarray, prompt: str

@@ -187,7 +187,7 @@ def test_vlm_judge_never_prints_its_key(server, monkeypatch):
     """An endpoint that repeats what it was sent."""
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
     server.reply = lambda number, body: (400, b"wrong key s3cret")
-    with pytest.raises(ValueError, match="HTTP 400 wrong key ...;") as raised:
+    with pytest.raises(ValueError, match=r"HTTP 400 wrong key \.\.\.;") as raised:
         judge(server, api_key_env="JUDGE_KEY")(pictures(1, 16, 16), [""])
     assert "s3cret" not in str(raised.value)
     server.reply = lambda number, body: (200, b"no chat s3cret")
