@@ -20,11 +20,15 @@ def open_scorer(reward_config: Any, devices: Mapping[str, str], *, load: bool) -
     made, or if JAX would not find room on a GPU that both use.
     """
     shared = reserve({*devices.values()}, reward_config.share_gpu)
+
     options = reward_config.options.to_dict()
     rewards = {}
     if load:
         for name, device in devices.items():
             rewards[name] = make_reward(name, device, options.get(name, {}))
+    for device in shared:
+        check_room(device)
+
     bridge = RewardBridge(
         rewards,
         devices,
@@ -32,8 +36,6 @@ def open_scorer(reward_config: Any, devices: Mapping[str, str], *, load: bool) -
         retries=reward_config.retries,
         batch_size=reward_config.batch_size,
     )
-    for device in shared:
-        check_room(device)
     return BridgeScorer(bridge)
 
 
