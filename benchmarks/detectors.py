@@ -21,7 +21,7 @@ from transformers import (
 from reward_bridge.bridge import Reward, RewardBridge
 from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD
 from reward_bridge.rewards.forensic_chat import FAKE, REAL, ForensicChat, token_ids
-from reward_bridge.rewards.omniaid import MixtureDetector, MixtureReward, Sizes
+from reward_bridge.rewards.mixture import MixtureDetector, MixtureReward, Sizes
 from reward_bridge.rewards.qwen_vl import QwenInputs
 
 CLIP_L_336 = {

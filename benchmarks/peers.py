@@ -205,7 +205,7 @@ class Ours:
 
     def iteration(self) -> Any:
         images, record, _ = self.rollout()
-        scores = self.case.bridge.submit(images, self.case.prompts).result()["reward"]
+        scores = self.case.bridge.submit(images, self.case.prompts).result().rewards["reward"]
         return self.update(record, advantages_of(self.case, scores))
 
 

@@ -28,7 +28,7 @@ def encode(cache: TextCache, model: Path, max_tokens: int, dtype: str, device: s
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
-    from reward_bridge.bridge import resolve
+    from reward_bridge.devices import resolve
     from reward_bridge.weights import torch_dtype
 
     disable_progress_bar()

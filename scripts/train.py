@@ -204,11 +204,16 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
             with phase("reward_wait", seconds):
                 found = scores_of_all(pending, run.recipe.layout.images)
                 groups = {
-                    name: found[name].reshape(-1, run.recipe.layout.group)
+                    name: found.rewards[name].reshape(-1, run.recipe.layout.group)
                     for name in config.reward.fn
                 }
-                means = {name: float(scores.mean()) for name, scores in found.items()}
-                learning, rest = begin_learning(run, epoch, means, seeds[run.recipe.layout.calls :])
+                means = {name: float(scores.mean()) for name, scores in found.rewards.items()}
+                references = {
+                    name: float(scores.mean()) for name, scores in found.references.items()
+                }
+                learning, rest = begin_learning(
+                    run, epoch, means, references, seeds[run.recipe.layout.calls :]
+                )
                 advantages = group_advantages(
                     groups, config.reward.fn, global_std=config.sample.global_std
                 )
@@ -228,7 +233,7 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                 for name, values in learnt.items()
                 for key, v in values.items()
             }
-            learnt |= {f"reward/{name}": mean for name, mean in means.items() if name not in groups}
+            learnt |= {f"reward/{name}/references": mean for name, mean in references.items()}
 
             deviation = float(steps[0]["ratio_deviation"]) if steps else 0.0
             if epoch == first and deviation > 0.1 * config.train.clip_range:

@@ -29,10 +29,10 @@ from realgen_jax.realbench.scores import Kept, evaluation_options, reward_keys, 
 from realgen_jax.sharding import batch_devices, make_mesh
 from realgen_jax.text_cache import TextCache, ensure_encoded
 from realgen_jax.training.log import short_name
-from realgen_jax.training.run import missing_rewards, reward_devices
 from reward_bridge.bridge import RewardBridge
-from reward_bridge.dlpack import check_room, reserve
+from reward_bridge.devices import check_room, reserve
 from reward_bridge.rewards import make_reward
+from reward_bridge.setup import missing_rewards, reward_devices
 
 RESAMPLES, ARENA, STANDINGS = range(3)  # streams of the root key, beside the pictures' noise
 MADE = ("model", "lora")
@@ -89,7 +89,9 @@ def evaluate(
 
     # text encoders and rewards come before JAX, which takes what it finds of the memory of its devices
     devices = reward_devices(config.reward, settings.scores)
-    shared = reserve({*devices.values()}, config.reward.share_gpu)
+    allotment = reserve(devices.values(), jax.config.jax_platforms, config.reward.share_gpu)
+    if allotment.visible is not None:
+        jax.config.update("jax_cuda_visible_devices", allotment.visible)
     prompts, caches = [prompt for one in sets for prompt in one.prompts], {}
     for entry in made:
         model = weights[entry.name].model
@@ -113,7 +115,7 @@ def evaluate(
     keys, pictures = reward_keys(settings.scores, options), []
     with contextlib.ExitStack() as leave:
         leave.callback(bridge.close)
-        for device in shared:
+        for device in allotment.shared:
             check_room(device)
         mesh = make_mesh(**config.mesh, devices=jax.devices())
         size = -(-settings.batch_size // batch_devices(mesh)) * batch_devices(mesh)

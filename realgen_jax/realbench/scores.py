@@ -97,7 +97,7 @@ def score(
         for group, texts, pending in groups:
             if pending is not None:
                 try:
-                    kept.add(group, texts, pending.result())
+                    kept.add(group, texts, pending.result().rewards)
                 except RewardError as error:
                     about = group if error.image is None else [group[error.image]]
                     files = " to ".join(

@@ -57,7 +57,8 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
         : max(1, len(rows) // 2)
     ]  # once more, in other company: a reward is to judge a picture by itself
     second = run.bridge.submit(jnp.asarray(pictures[-1][rows]), [texts[i] for i in rows])
-    scores, again = scores_of_all(pending, len(texts)), scores_of_all([(second, rows)], len(texts))
+    scores = scores_of_all(pending, len(texts)).rewards
+    again = scores_of_all([(second, rows)], len(texts)).rewards
     twice = sum_over_processes(np.isin(np.arange(len(texts)), rows).astype(np.int32)) > 0
     change = {name: (scores[name][-len(texts) :] - again[name])[twice] for name in again}
     noise = {f"noise/{name}": np.sqrt(np.mean(values**2) / 2) for name, values in change.items()}

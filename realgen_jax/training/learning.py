@@ -1,19 +1,15 @@
-"""Rewards that learn, within a run: made from the config, told when to learn, kept in its checkpoints."""
+"""Rewards that learn, within a run: told when to learn, kept in its checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from realgen_jax.checkpoint import RestoreError
-from realgen_jax.hosts import coordinator_host, process_count, process_index, tell
+from realgen_jax.hosts import process_index
 from realgen_jax.training.log import RunLog
-from reward_bridge.adversary import Adversary, Settings, join
-from reward_bridge.bridge import PendingScores
-from reward_bridge.learners import make_learner
-from reward_bridge.references import References
+from reward_bridge.bridge import PendingLearning
 
 if TYPE_CHECKING:
     from realgen_jax.training.run import Run
@@ -23,27 +19,6 @@ ADVERSARIES = (
 )
 
 
-def make_adversaries(
-    config: ConfigDict, devices: Mapping[str, str], prompts: Sequence[str]
-) -> dict[str, Adversary]:
-    """The rewards that `config.reward.adversarial` names. Several processes meet, to average gradients."""
-    reward, made = config.reward, {}
-    if not reward.adversarial:
-        return made
-    settings = {
-        name: Settings.read(name, given) for name, given in reward.adversarial.to_dict().items()
-    }
-    references = References(reward.references.path, reward.references.root, prompts)
-    groups = {}
-    if process_count() > 1:
-        groups = join(tell, coordinator_host(), process_index(), process_count(), list(settings))
-    for name, one in settings.items():
-        options = reward.options.to_dict().get(name, {}) | dict(one.options)
-        learner = make_learner(name, devices[name], options)
-        made[name] = Adversary(name, learner, one, references, devices[name], groups.get(name))
-    return made
-
-
 def draw_seeds(run: "Run", epoch: int, count: int) -> list[int]:
     """`count` whole numbers below 2^32 for an epoch, this process's own: of reference pictures, then of updates."""
     key = jax.random.fold_in(jax.random.fold_in(run.key(ADVERSARIES), epoch), process_index())
@@ -51,15 +26,19 @@ def draw_seeds(run: "Run", epoch: int, count: int) -> list[int]:
 
 
 def begin_learning(
-    run: "Run", epoch: int, means: Mapping[str, float], seeds: Sequence[int]
-) -> tuple[PendingScores, bool]:
-    """Have those learn whose schedule says so, from the epoch's mean scores "NAME" and "NAME/references".
+    run: "Run",
+    epoch: int,
+    means: Mapping[str, float],
+    references: Mapping[str, float],
+    seeds: Sequence[int],
+) -> tuple[PendingLearning, bool]:
+    """Have those learn whose schedule says so, from the epoch's mean scores of generated pictures and of references.
 
     Returns what they are about to find, and whether the generator rests meanwhile.
     """
     chosen = {}
     for (name, one), seed in zip(run.adversaries.items(), seeds, strict=True):
-        if one.due(epoch, means[name], means[f"{name}/references"]):
+        if one.due(epoch, means[name], references[name]):
             chosen[name] = seed
         else:
             one.forget()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.checkpoint import Checkpoints, newest_good, read_meta
 from realgen_jax.data import read_prompts
-from realgen_jax.hosts import process_count, put
+from realgen_jax.hosts import coordinator_host, process_count, process_index, put, tell
 from realgen_jax.models.flux.family import Pipeline, load_pipeline, no_model
 from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.nn.lora import init_lora, load_lora
@@ -22,17 +23,12 @@ from realgen_jax.realbench.prompts import read_sets
 from realgen_jax.rollout import Plan
 from realgen_jax.sharding import batch_devices, make_mesh
 from realgen_jax.text_cache import TextCache, ensure_encoded
-from realgen_jax.training.learning import make_adversaries
 from realgen_jax.training.log import changed_keys
 from realgen_jax.training.programs import Recipe, abstract_state, check_mesh, make_recipe
-from reward_bridge.adversary import Adversary
-from reward_bridge.bridge import RewardBridge, resolve
-from reward_bridge.dlpack import check_room, reserve
-from reward_bridge.learners import LEARNERS
-from reward_bridge.metrics import METRICS, make_metric
-from reward_bridge.rewards import REWARDS, make_reward
+from reward_bridge.adversary import Adversary, join
+from reward_bridge.bridge import RewardBridge
+from reward_bridge.setup import open_rewards, reward_problems
 
-FILES = {"path", "base", "clip", "tokenizer"}  # options of rewards that name files or folders
 INIT = 2  # the stream of the run's root key that draws the first weights; train.py has the others
 
 
@@ -65,29 +61,21 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     sample = config.sample
     check(config)
     recipe = make_recipe(config)  # told before gigabytes are loaded
-    devices = reward_devices(config.reward)
-    metrics_device = resolve(config.reward.device)
-    used = {*devices.values()} | ({metrics_device} if config.reward.metrics else set())
-    shared = reserve(used, config.reward.share_gpu)
     prompts, test_prompts = read_prompts(config.prompts.train), read_prompts(config.prompts.test)
     # text encoders and rewards come before JAX, which takes what it finds of the memory of its devices
     sets = read_sets(config.evaluate.prompts) if reports(config) else []
     texts = [*prompts, *test_prompts, *(prompt for one in sets for prompt in one.prompts)]
     cache = ensure_encoded(texts, config.pretrained.model, config.prompts)
-    options = config.reward.options.to_dict()
-    adversaries = make_adversaries(config, devices, prompts)
-    frozen = {
-        name: make_reward(name, devices[name], options.get(name, {}))
-        for name in devices
-        if name not in adversaries
-    }
-    rewards = {name: adversaries.get(name) or frozen[name] for name in devices}
-    metrics = {
-        name: make_metric(name, metrics_device, options.get(name, {}))
-        for name in config.reward.metrics
-    }
-    for device in shared:
-        check_room(device)
+    meet = None
+    if process_count() > 1:
+        meet = partial(join, tell, coordinator_host(), process_index(), process_count())
+    rewards = open_rewards(
+        config.reward,
+        prompts=prompts,
+        hide_from_jax=partial(jax.config.update, "jax_cuda_visible_devices"),
+        jax_platforms=jax.config.jax_platforms,
+        meet=meet,
+    )
     mesh = make_mesh(**config.mesh, devices=jax.devices())
     check_mesh(recipe, mesh)
     if batch_devices(mesh) % process_count():
@@ -107,15 +95,9 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
         cache=cache,
         prompts=prompts,
         test_prompts=test_prompts,
-        bridge=RewardBridge(
-            rewards,
-            devices,
-            deadline=config.reward.deadline,
-            retries=config.reward.retries,
-            batch_size=config.reward.batch_size,
-        ),
-        adversaries=adversaries,
-        metrics=metrics,
+        bridge=rewards.bridge,
+        adversaries=rewards.learning,
+        metrics=rewards.metrics,
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
     )
     return run, state
@@ -165,7 +147,7 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
 
 def check(config: ConfigDict) -> None:
     """Name everything that is missing at once, before anything is loaded."""
-    model, reward, missing = Path(config.pretrained.model), config.reward, []
+    model, missing = Path(config.pretrained.model), []
     if not (model / "model_index.json").exists():
         missing.append(no_model(model))
     for name in ("train", "test"):
@@ -174,27 +156,7 @@ def check(config: ConfigDict) -> None:
                 f"config.prompts.{name} is {config.prompts[name]!r}, which does not exist; expected one prompt a line "
                 "(.txt) or .jsonl. RealGen's own files come with its repository, under dataset/realgen"
             )
-    names = [*reward.fn, *reward.held_out]
-    if twice := {name for name in names if names.count(name) > 1}:
-        missing.append(
-            f"{', '.join(sorted(twice))}: trained on and held out at once, in config.reward; choose one"
-        )
-    for name in reward.adversarial:
-        if name not in reward.fn:
-            missing.append(
-                f"config.reward.adversarial has {name}, which config.reward.fn does not train on"
-            )
-        if "servers" in reward.options.get(name, {}):
-            missing.append(
-                f"{name} is behind servers and cannot learn; take it out of config.reward.adversarial"
-            )
-    missing += missing_rewards(
-        reward, names + (list(config.evaluate.scores) if reports(config) else [])
-    )
-    if unknown := [name for name in reward.metrics if name not in METRICS]:
-        missing.append(
-            f"there is no metric {', '.join(unknown)}; choose from {', '.join(sorted(METRICS))}"
-        )
+    missing += reward_problems(config.reward, config.evaluate.scores if reports(config) else ())
     if config.pretrained.lora and not config.train.lora:
         missing.append(
             "config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters"
@@ -226,48 +188,9 @@ def check(config: ConfigDict) -> None:
         raise ValueError("\n".join(missing))
 
 
-def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
-    """What these rewards lack: a line for each weights file that is not there, and for names that no reward has."""
-    missing, options = [], reward.options.to_dict()
-    local = [
-        name for name in dict.fromkeys(names) if "servers" not in options.get(name, {})
-    ]  # servers know their own
-    for name in local:
-        for option, file in sorted(options.get(name, {}).items()):
-            if option in FILES and file and not Path(file).expanduser().exists():
-                missing.append(
-                    f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
-                    "README.md, Rewards, says where the weights come from"
-                )
-    for kind, wanted, known in (
-        ("reward", [name for name in local if name not in reward.adversarial], REWARDS),
-        ("reward that learns", [name for name in local if name in reward.adversarial], LEARNERS),
-    ):
-        if unknown := [name for name in wanted if name not in known]:
-            missing.append(
-                f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}"
-            )
-    return missing
-
-
 def reports(config: ConfigDict) -> bool:
     """Whether this run ends with RealBench's report."""
     return config.evaluate.after_training and process_count() == 1
-
-
-def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> dict[str, str]:
-    """The torch device of each of these rewards (default: the run's): its own in `reward.devices`, else the CPU for
-    what servers score, else `reward.device`.
-    """
-    run = (*reward.fn, *reward.held_out)
-    names = run if names is None else names
-    remote = {name: "cpu" for name in reward.options if "servers" in reward.options[name]}
-    own = remote | reward.devices.to_dict()
-    if unknown := set(reward.devices) - {*run, *names}:
-        raise ValueError(
-            f"config.reward.devices names {', '.join(sorted(unknown))}, which is no reward of this run"
-        )
-    return {name: resolve(own.get(name, reward.device)) for name in names}
 
 
 def first_state(recipe: Recipe, pipe: Pipeline, key: jax.Array) -> TrainState:

@@ -7,7 +7,7 @@ import numpy as np
 
 from realgen_jax.hosts import own_rows, sum_over_processes
 from realgen_jax.training.run import Run
-from reward_bridge.bridge import PendingScores, RewardError
+from reward_bridge.bridge import PendingScores, RewardError, Scores
 
 Pending = tuple[
     PendingScores, np.ndarray
@@ -26,8 +26,8 @@ def submit(
     return run.bridge.submit(images, [texts[i] for i in rows], only, observe), rows
 
 
-def scores_of_all(pending: Sequence[Pending], images: int) -> dict[str, np.ndarray]:
-    """{reward: float32 [batches x images]}, every process's rows put together. A reward that failed in one process
+def scores_of_all(pending: Sequence[Pending], images: int) -> Scores:
+    """Scores float32 [batches x images], every process's rows put together. A reward that failed in one process
     ends them all.
     """
     found, failure = [], None
@@ -40,13 +40,19 @@ def scores_of_all(pending: Sequence[Pending], images: int) -> dict[str, np.ndarr
         raise failure or RewardError(
             f"a reward failed in {failures} other processes; their output says which and why"
         )
-    scores = {}
-    for name in found[0]:
-        whole = np.zeros((len(found), images), np.float32)
-        for batch, one, (_, rows) in zip(whole, found, pending, strict=True):
-            batch[rows] = one[name]
-        scores[name] = sum_over_processes(whole).ravel()
-    return scores
+
+    def together(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        scores = {}
+        for name in parts[0]:
+            whole = np.zeros((len(parts), images), np.float32)
+            for batch, part, (_, rows) in zip(whole, parts, pending, strict=True):
+                batch[rows] = part[name]
+            scores[name] = sum_over_processes(whole).ravel()
+        return scores
+
+    return Scores(
+        together([one.rewards for one in found]), together([one.references for one in found])
+    )
 
 
 def weighted_mean(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:

@@ -210,23 +210,6 @@ def test_mistakes_are_named_in_one_line_and_leave_nothing(cache, tmp_path, words
     assert not list(tmp_path.iterdir())
 
 
-def test_every_reward_has_a_device(monkeypatch):
-    from realgen_jax.training.run import reward_devices
-
-    reward = ConfigDict({"fn": {"a": 1.0, "b": 1.0}, "held_out": ("c", "d"), "device": "auto"})
-    reward.devices, reward.options = (
-        ConfigDict({"b": "cuda:0"}),
-        ConfigDict({"c": {"servers": ("http://x:1",)}}),
-    )
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert reward_devices(reward) == {"a": "cuda:3", "b": "cuda:0", "c": "cpu", "d": "cuda:3"}
-    reward.devices.e = "cpu"
-    with pytest.raises(
-        ValueError, match=r"config\.reward\.devices names e, which is no reward of this run"
-    ):
-        reward_devices(reward)
-
-
 def test_an_evaluation_finds_rewards_that_look_at_the_batch(monkeypatch):
     """Correlation and repeatability, of pictures 0, 1, ... and rewards made up; the last call is filled up."""
     import jax.numpy as jnp

@@ -5,22 +5,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from reward_bridge.rewards import make_reward
+from reward_bridge.rewards.forensic_chat import QUESTION, p_real
+from reward_bridge.rewards.hpsv3 import ENDING, INSTRUCTION
+from reward_bridge.rewards.qwen_vl import QwenInputs, patchify
 from tests.helpers.goldens import golden
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # noqa: E402
-
-from reward_bridge.rewards import make_reward  # noqa: E402
-from reward_bridge.rewards.forensic_chat import QUESTION, p_real  # noqa: E402
-from reward_bridge.rewards.hpsv3 import ENDING, INSTRUCTION  # noqa: E402
-from reward_bridge.rewards.qwen_vl import QwenInputs, patchify  # noqa: E402
-from tests.reward_bridge.rewards.test_rewards import pictures  # noqa: E402
+from tests.helpers.pictures import pictures
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 TEMPLATE = (  # Qwen2-VL's, without videos and numbered pictures
@@ -363,12 +360,12 @@ def test_hpsv3_names_what_is_wrong(hpsv3, tmp_path):
     file, key = tmp_path / "HPSv3.safetensors", "model.layers.0.mlp.up_proj.weight"
     table = hpsv3.state["model.embed_tokens.weight"]
     for changed, message in (
-        ({"rm_head.6.bias": torch.zeros(2)}, r"1 keys too many, such as 'head\.6\.bias'"),
+        ({"rm_head.6.bias": torch.zeros(2)}, r"1 unexpected keys, such as 'head\.6\.bias'"),
         (
             {"value_head.bias": torch.zeros(2)},
-            r"1 keys that are not of this model, such as 'value_head\.bias'",
+            r"1 keys that do not belong to this model, such as 'value_head\.bias'",
         ),
-        ({key: torch.zeros(3, 32)}, r"up_proj\.weight has shape \(3, 32\), the model \(64, 32\)"),
+        ({key: torch.zeros(3, 32)}, r"up_proj\.weight has shape \(3, 32\), expected \(64, 32\)"),
         ({"model.embed_tokens.weight": table[1:].clone()}, r"embed_tokens\.weight has shape"),
         (
             {key: None},
