@@ -1,6 +1,5 @@
 """Sets up the rewards of a run from its config: checks, devices, loading. Never imports jax.
 
-
 `reward` is config.reward throughout; realgen_jax/config.py explains its keys.
 """
 

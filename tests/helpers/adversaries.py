@@ -11,11 +11,29 @@ from reward_bridge.references import References
 
 SETTINGS = {
     "options": {},
-    "schedule": "threshold", "threshold": 0.6, "margin": 0.1, "learn_epochs": 2, "cycle": 3, "patience": 2,
-    "min_rise": 0.1, "always_first": True, "skip_generator": False, "optimizer": "adamw", "learning_rate": 0.01,
-    "betas": (0.9, 0.999), "weight_decay": 0.01, "batch_size": 4, "history_batch_size": 3, "history_size": 6,
-    "max_passes": 3, "target_accuracy": 1.1, "ema_decay": 0.9, "codec": "none", "quality": 90, "deadline": 60.0,
-}  # fmt: skip
+    "schedule": "threshold",
+    "threshold": 0.6,
+    "margin": 0.1,
+    "learn_epochs": 2,
+    "cycle": 3,
+    "patience": 2,
+    "min_rise": 0.1,
+    "always_first": True,
+    "skip_generator": False,
+    "optimizer": "adamw",
+    "learning_rate": 0.01,
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.01,
+    "batch_size": 4,
+    "history_batch_size": 3,
+    "history_size": 6,
+    "max_passes": 3,
+    "target_accuracy": 1.1,
+    "ema_decay": 0.9,
+    "codec": "none",
+    "quality": 90,
+    "deadline": 60.0,
+}
 
 
 class Brightness:

@@ -8,7 +8,7 @@ from tests.helpers.goldens import golden
 
 
 def pictures(n, height, width, seed=0):
-    """Smooth random pictures: resampling differs less from PIL's than on noise, as on photographs."""
+    """Smooth random pictures, uint8 [n, 3, h, w]: as photographs, easier to resample than noise."""
     small = np.random.default_rng(seed).integers(0, 256, (n, height // 8, width // 8, 3), np.uint8)
     big = [
         np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC))
@@ -18,7 +18,10 @@ def pictures(n, height, width, seed=0):
 
 
 def photographs(height, width):
-    """Eight crops of photographs, uint8 [8, 3, height, width]; where higher than wide, Pillow 13 resizes otherwise."""
+    """Eight crops of photographs, uint8 [8, 3, height, width].
+
+    Not higher than wide: Pillow 13 resizes such pictures in another order.
+    """
     return torch.from_numpy(golden("photographs.npz")["pixels"][::8, :, :height, :width].copy())
 
 

@@ -20,13 +20,14 @@ PROJECTIONS = (
     "out_proj.weight",
     "o_proj.weight",
 )
-WIDTH, SIZE, PATCH = 32, 48, 16
-WIDTH, SIZE, PATCH = 32, 48, 16
-WIDTH, SIZE, PATCH = 32, 48, 16
+WIDTH = 32
+SIZE = 48
+PATCH = 16
 HEADS = {"heads": 4}
 
 
 def make_tower(kind, size=SIZE, patch=PATCH, **options):
+    """A random vision tower of transformers, on DINOv3 or CLIP."""
     sizes = {
         "hidden_size": WIDTH,
         "intermediate_size": 40,
@@ -98,7 +99,10 @@ def make_case(kind, experts=4, outputs=3, rank=3, lora=False, extractor=True, **
 
 
 def save(state, folder):
-    """As their trainer does: wrapped, with the prefix of DataParallel and its command line's arguments."""
+    """Save as the authors' trainer does: wrapped, prefixed by DataParallel, with its arguments.
+
+    Returns the option that names the file.
+    """
     wrapped = {
         "model": {f"module.{key}": value for key, value in state.items()},
         "optimizer": {},

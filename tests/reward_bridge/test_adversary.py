@@ -25,31 +25,31 @@ def folder(tmp_path):
 
 
 def test_it_learns_and_its_average_gives_the_reward(folder):
-    one = adversary(folder, max_passes=20, ema_decay=0.5)
-    before = one(generated(9), [""] * 8)
-    frozen = one.average[3].weight
-    assert frozen is one.learner.model[3].weight  # not a second copy
+    reward = adversary(folder, max_passes=20, ema_decay=0.5)
+    before = reward(generated(9), [""] * 8)
+    frozen = reward.average[3].weight
+    assert frozen is reward.learner.model[3].weight  # not a second copy
     for seed in range(5):
-        found = epoch(one, seed)
+        found = epoch(reward, seed)
     assert found["accuracy"] > 0.9
     assert found["steps"] == 5 * 20 * 2
     assert found["history"] == 6
-    assert (one(generated(9), [""] * 8) < before - 0.1).all()
-    assert not torch.equal(one.average[0].weight, one.learner.model[0].weight)
-    assert not one.average.training
-    assert not one.learner.model.training
+    assert (reward(generated(9), [""] * 8) < before - 0.1).all()
+    assert not torch.equal(reward.average[0].weight, reward.learner.model[0].weight)
+    assert not reward.average.training
+    assert not reward.learner.model.training
 
 
 def test_average_of_the_first_steps_by_hand(folder):
-    one = adversary(folder, max_passes=1, batch_size=0, ema_decay=0.99)
-    w0 = one.learner.model[0].weight.detach().clone()
-    epoch(one, 0)
-    w1 = one.learner.model[0].weight.detach().clone()
-    torch.testing.assert_close(one.average[0].weight, 0.1 * w0 + 0.9 * w1)  # (1 + 0) / (10 + 0)
-    a1 = one.average[0].weight.clone()
-    epoch(one, 1)
+    reward = adversary(folder, max_passes=1, batch_size=0, ema_decay=0.99)
+    w0 = reward.learner.model[0].weight.detach().clone()
+    epoch(reward, 0)
+    w1 = reward.learner.model[0].weight.detach().clone()
+    torch.testing.assert_close(reward.average[0].weight, 0.1 * w0 + 0.9 * w1)  # (1 + 0) / (10 + 0)
+    a1 = reward.average[0].weight.clone()
+    epoch(reward, 1)
     torch.testing.assert_close(
-        one.average[0].weight, 2 / 11 * a1 + 9 / 11 * one.learner.model[0].weight
+        reward.average[0].weight, 2 / 11 * a1 + 9 / 11 * reward.learner.model[0].weight
     )
     plain = adversary(folder, max_passes=1, ema_decay=0.0)
     epoch(plain, 0)
@@ -86,16 +86,17 @@ def test_restored_it_goes_on_to_the_last_bit(folder):
     wrong = Adversary("bright", other.learner, other.settings, other.references, "cpu", None)
     with pytest.raises(
         ValueError,
-        match=r"'bright' has trained other weights than this config trains, such as 3\.(bias|weight)",
+        match=r"in the checkpoint, 'bright' has trained other weights than this config trains, "
+        r"such as 3\.(bias|weight)",
     ):
         wrong.restore(state)
 
 
 def test_a_checkpoint_without_what_was_learnt_is_an_error(folder):
-    one, said = adversary(folder), []
+    reward, said = adversary(folder), []
     saved = {}
     checkpoints = SimpleNamespace(read=lambda epoch, name: saved.get(name))
-    run = SimpleNamespace(adversaries={"bright": one}, checkpoints=checkpoints)
+    run = SimpleNamespace(adversaries={"bright": reward}, checkpoints=checkpoints)
     with pytest.raises(RestoreError, match="checkpoint 4 holds no state of the reward 'bright'"):
         restore(run, 4, SimpleNamespace(say=said.append))
     other = adversary(folder)
@@ -106,21 +107,24 @@ def test_a_checkpoint_without_what_was_learnt_is_an_error(folder):
         RestoreError, match="checkpoint 4: in the checkpoint, 'bright' has trained other weights"
     ):
         restore(run, 4, SimpleNamespace(say=said.append))
-    epoch(one, 0)
-    saved["rewards/bright-0.safetensors"] = state = one.state()
-    epoch(one, 1)
+    epoch(reward, 0)
+    saved["rewards/bright-0.safetensors"] = state = reward.state()
+    epoch(reward, 1)
     restore(run, 4, SimpleNamespace(say=said.append))
-    assert one.state() == state
+    assert reward.state() == state
     assert not said
 
 
 def test_through_the_bridge(folder):
-    one = adversary(folder)
-    assert isinstance(one, TrainableReward)
-    flat = lambda images, prompts: torch.zeros(len(prompts))  # noqa: E731
+    reward = adversary(folder)
+    assert isinstance(reward, TrainableReward)
+
+    def flat(images, prompts):
+        return torch.zeros(len(prompts))
+
     assert not isinstance(flat, TrainableReward)
     bridge = RewardBridge(
-        {"bright": one, "flat": flat},
+        {"bright": reward, "flat": flat},
         dict.fromkeys(("bright", "flat"), "cpu"),
         deadline=20,
         retries=0,
@@ -133,23 +137,23 @@ def test_through_the_bridge(folder):
     assert list(scores.rewards) == ["bright", "flat"]
     assert list(scores.references) == ["bright"]
     assert scores.references["bright"].dtype == np.float32
-    real = one.draw(prompts, 3, 8, 8)
-    np.testing.assert_array_equal(scores.references["bright"], one(real, prompts).detach())
+    real = reward.draw(prompts, 3, 8, 8)
+    np.testing.assert_array_equal(scores.references["bright"], reward(real, prompts).detach())
     found = bridge.learn({"bright": 5}, {"bright": 60.0}).result()
     alone = adversary(folder)
     alone.observe(real, images, prompts)
     assert found == {"bright": alone.update(5)}
-    assert alone.state() == one.state()
+    assert alone.state() == reward.state()
     assert bridge.learn({}, {}).result() == {}
     with pytest.raises(RewardError, match="'bright' failed to learn"):  # nothing was observed since
         bridge.learn({"bright": 5}, {"bright": 60.0}).result()
 
 
 def test_a_loss_that_is_not_finite_ends_it(folder):
-    one = adversary(folder)
-    one.learner.loss = lambda model, real, generated, prompts: (torch.tensor(float("nan")), {})
+    reward = adversary(folder)
+    reward.learner.loss = lambda model, real, generated, prompts: (torch.tensor(float("nan")), {})
     with pytest.raises(FloatingPointError, match="the loss of 'bright' is nan after 0 steps"):
-        epoch(one, 0)
+        epoch(reward, 0)
 
 
 REPLICA = """
@@ -171,18 +175,20 @@ REPLICA = """
     groups = join(tell, "127.0.0.1", rank, 2, ["bright", "other"])
     learner = Brightness()
     learner.model[1].p = 0.0
-    settings = Settings.read("bright", {{**SETTINGS, "batch_size": 0, "history_size": 0, "max_passes": 2}})
-    one = Adversary("bright", learner, settings, References(folder + "/pictures", "", []), "cpu", groups["bright"])
+    changes = {{"batch_size": 0, "history_size": 0, "max_passes": 2}}
+    settings = Settings.read("bright", {{**SETTINGS, **changes}})
+    references = References(folder + "/pictures", "", [])
+    reward = Adversary("bright", learner, settings, references, "cpu", groups["bright"])
     prompts = [f"p{{i}}" for i in range(8)]
-    real, fake, mine = one.draw(prompts, 0, 8, 8), generated(0), slice(4 * rank, 4 * rank + 4)
-    one.observe(real[mine], fake[mine], prompts[mine])
-    found = one.update(rank)
-    torch.save((found, dict(one.average.state_dict())), folder + f"/{{rank}}.pt")
+    real, fake, mine = reward.draw(prompts, 0, 8, 8), generated(0), slice(4 * rank, 4 * rank + 4)
+    reward.observe(real[mine], fake[mine], prompts[mine])
+    found = reward.update(rank)
+    torch.save((found, dict(reward.average.state_dict())), folder + f"/{{rank}}.pt")
     with torch.no_grad():
-        one.average[0].weight += rank  # somebody spoils one of them
-    one.observe(real[mine], fake[mine], prompts[mine])
+        reward.average[0].weight += rank  # somebody spoils one of them
+    reward.observe(real[mine], fake[mine], prompts[mine])
     try:
-        one.update(rank)
+        reward.update(rank)
     except RuntimeError as error:
         print(error)
     distributed.barrier()
@@ -195,21 +201,21 @@ def test_two_replicas_learn_as_one_does(folder, tmp_path):
         file.rename(tmp_path / "pictures" / file.name)
     program = textwrap.dedent(REPLICA.format())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    begin = lambda rank: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-c", program, str(rank), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    outputs = [process.communicate(timeout=90)[0] for process in [begin(rank) for rank in range(2)]]
+    processes = []
+    for rank in range(2):
+        command = [sys.executable, "-c", program, str(rank), str(tmp_path)]
+        processes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+    outputs = [process.communicate(timeout=90)[0] for process in processes]
     (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    one = adversary(tmp_path / "pictures", batch_size=0, history_size=0, max_passes=2)
-    one.learner.model[1].p = 0.0
-    whole = epoch(one, 0)
+    reward = adversary(tmp_path / "pictures", batch_size=0, history_size=0, max_passes=2)
+    reward.learner.model[1].p = 0.0
+    whole = epoch(reward, 0)
     assert first["loss"] == pytest.approx(whole["loss"], abs=1e-6)
-    for name, value in one.average.state_dict().items():
+    for name, value in reward.average.state_dict().items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0)
     assert (
         "the replicas of 'bright' differ: those of processes [1] have other weights" in outputs[0]

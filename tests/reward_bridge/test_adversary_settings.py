@@ -14,8 +14,10 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("schedule", "epochs", "wanted"),
     [
-        ("threshold", [(0.5, 0.9), (0.61, 0.9), (0.6, 0.9)], [True, True, False]),  # the first in any case
-        ("margin", [(0.5, 0.9), (0.5, 0.61), (0.5, 0.55), (0.5, 0.4)], [True, False, True, True]),  # below 0.1
+        # the first epoch in any case, then above 0.6
+        ("threshold", [(0.5, 0.9), (0.61, 0.9), (0.6, 0.9)], [True, True, False]),
+        # below 0.1
+        ("margin", [(0.5, 0.9), (0.5, 0.61), (0.5, 0.55), (0.5, 0.4)], [True, False, True, True]),
         ("every", [(0, 0)] * 7, [True, True, False, True, True, False, True]),
         # a rise by 0.2, then 0.05 and none: two epochs in a row without 0.1; then it counts afresh
         ("plateau", [(0.5, 0), (0.7, 0), (0.75, 0), (0.7, 0), (0.3, 0), (0.35, 0), (0.3, 0)],

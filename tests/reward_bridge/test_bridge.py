@@ -65,7 +65,11 @@ def test_pictures_are_copied_once_for_all_rewards_and_only_where_they_are_in_pie
         assert gather(array, "cpu").shape == array.shape
     assert counted.bytes == copies * array.nbytes
     pointers = []
-    note = lambda x, p: pointers.append(x.data_ptr()) or x.float().mean((1, 2, 3))  # noqa: E731
+
+    def note(x, prompts):
+        pointers.append(x.data_ptr())
+        return x.float().mean((1, 2, 3))
+
     scores = bridge(note, another=note).submit(array, PROMPTS * 2).result().rewards
     np.testing.assert_allclose(scores["odd"], np.asarray(images(8)).mean((1, 2, 3)))
     np.testing.assert_array_equal(scores["odd"], scores["another"])

@@ -75,7 +75,8 @@ def test_a_hanging_reward_does_not_keep_the_process_alive():
     program = """
         import time, jax.numpy as jnp
         from reward_bridge.bridge import RewardBridge
-        bridge = RewardBridge({"slow": lambda x, p: time.sleep(600)}, {"slow": "cpu"}, deadline=0.2, retries=0)
+        slow = {"slow": lambda x, p: time.sleep(600)}
+        bridge = RewardBridge(slow, {"slow": "cpu"}, deadline=0.2, retries=0)
         bridge.submit(jnp.zeros((1, 3, 2, 2), "uint8"), ["x"]).result()
     """
     done = subprocess.run(
@@ -86,7 +87,7 @@ def test_a_hanging_reward_does_not_keep_the_process_alive():
 
 
 def test_a_failed_batch_is_dropped_where_it_is_still_queued():
-    """One reward fails while another is busy: what the busy one has not begun is not scored for nobody."""
+    """One reward fails while another is busy: the busy one skips the failed batch."""
     go_on, seen = threading.Event(), []
 
     def busy(x, prompts):
@@ -174,7 +175,8 @@ def test_an_interrupt_while_scores_are_pending_ends_the_process_at_once():
         import os, signal, threading, time
         import jax.numpy as jnp
         from reward_bridge.bridge import RewardBridge
-        bridge = RewardBridge({"slow": lambda x, p: time.sleep(600)}, {"slow": "cpu"}, deadline=500, retries=0)
+        slow = {"slow": lambda x, p: time.sleep(600)}
+        bridge = RewardBridge(slow, {"slow": "cpu"}, deadline=500, retries=0)
         pending = [bridge.submit(jnp.zeros((1, 3, 2, 2), "uint8"), ["x"]) for _ in range(3)]
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         try:
@@ -192,15 +194,15 @@ def test_an_interrupt_while_scores_are_pending_ends_the_process_at_once():
 
 
 def test_interrupts_at_any_moment_leave_nothing_locked():
-    """1000 of them while batches are handed in and waited for, after each of which the bridge must still score."""
+    """1000 interrupts while batches are submitted and awaited; the bridge scores after each."""
     program = """
         import random, signal, time
         import torch
         from reward_bridge.bridge import RewardBridge
         quick = lambda x, p: torch.ones(len(p))
         slow = lambda x, p: time.sleep(0.0002) or quick(x, p)
-        bridge = RewardBridge({"quick": quick, "slow": slow}, dict.fromkeys(["quick", "slow"], "cpu"), deadline=60,
-                              retries=0)
+        rewards = {"quick": quick, "slow": slow}
+        bridge = RewardBridge(rewards, dict.fromkeys(rewards, "cpu"), deadline=60, retries=0)
         images, interrupts = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 0
         def interrupt(*_):
             raise KeyboardInterrupt

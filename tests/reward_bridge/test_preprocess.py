@@ -22,7 +22,10 @@ def extremes(n, height, width):
 
 
 def by_pil(images, size, mode):
-    """Rows, then columns, in two calls: Pillow 13 begins with the columns where the height shrinks by more."""
+    """Rows, then columns, in two calls.
+
+    Pillow 13 begins with the columns if the height shrinks by more.
+    """
     height, width = size
     found = [
         Image.fromarray(pixels)
@@ -93,7 +96,7 @@ def test_resize_and_crop_takes_the_middle(size, resized, corner):
 
 @pytest.mark.parametrize("picture", ["a", "b"])
 def test_preprocess_goldens(picture):
-    """Two pictures as RealGen's OmniAID server and Long-CLIP prepare them (every 6th, every 4th pixel)."""
+    """Two pictures as RealGen's OmniAID server and Long-CLIP prepare them (some of the pixels)."""
     arrays = golden("10_rewards/preprocess.npz")
     image = torch.from_numpy(arrays[f"{picture}/image_uint8"]).permute(2, 0, 1)[None]
     omniaid = normalize(

@@ -85,8 +85,9 @@ QUALITY = 12  # of JPEG
 
 
 def accuracy_of_real_against_real(folder, side, codec):
-    """Of a detector that is shown the same photographs from lossless files and from poor JPEGs, as a run would
-    show real and generated ones; `side`: of the files.
+    """Accuracy of a detector that learns to tell photographs from the same ones as poor JPEGs.
+
+    A run would show it real and generated pictures instead. `side`: pixels of the files.
     """
     for name in ("lossless", "jpeg"):
         (folder / name).mkdir(parents=True)
@@ -117,8 +118,10 @@ def accuracy_of_real_against_real(folder, side, codec):
 
 @pytest.mark.slow
 def test_real_against_real_stays_at_chance(tmp_path):
-    """What the files are must not show: not their compression, which the codec covers, nor that of larger files, which
-    is gone once they are small. Without the codec it does show.
+    """The files' compression must not show.
+
+    The codec covers it, and that of larger files is gone after the resize. Without the codec it
+    does show.
     """
     assert accuracy_of_real_against_real(tmp_path / "bare", 64, "none") > 0.65
     assert abs(accuracy_of_real_against_real(tmp_path / "coded", 64, "jpeg") - 0.5) < 0.05

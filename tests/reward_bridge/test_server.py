@@ -42,7 +42,8 @@ def test_a_wrong_token_ends_it_at_once(servers, monkeypatch, token):
     before = health(servers.a, "identity")["scored"]
     with pytest.raises(
         RewardError,
-        match=r"reward 'identity', server http://\S+ answered 401: wrong or missing bearer token; use the token in the server's .*_TOKEN$",
+        match=r"reward 'identity', server http://\S+ answered 401: wrong or missing bearer token; "
+        r"use the token in the server's .*_TOKEN$",
     ):
         RemoteReward("identity", [servers.a], token_env="ANOTHER_TOKEN")(make_images([1]), ["x"])
     assert health(servers.a, "identity")["scored"] == before

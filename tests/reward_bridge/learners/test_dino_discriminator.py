@@ -13,7 +13,10 @@ from tests.helpers.random_learners import make, write_dinov2
 
 
 def test_dino_head_matches_the_golden():
-    """Loss, gradients, one step of Adam, reward. The loss is of raw features there, the reward of normalised ones."""
+    """Loss, gradients, one step of Adam, reward.
+
+    In the source, the loss is of raw features and the reward of normalised ones.
+    """
     io = {
         key: torch.from_numpy(value)
         for key, value in golden("11_adversarial/dino_patch.npz").items()

@@ -80,7 +80,9 @@ def test_omniaid_loss_is_of_both_kinds_of_pictures_alike(tmp_path):
 
 
 def test_orthogonality_by_hand():
-    """Beside e0: 3 e1 and (e0 + e1) / 2 overlap by 0, 1/sqrt 2 and 1/sqrt 2; e0 and 2 e0 by 1, three times."""
+    """With main direction e0: 3 e1 and (e0 + e1) / 2 overlap by 0, 1/sqrt 2 and 1/sqrt 2; e0 and
+    2 e0 by 1, three times.
+    """
     e0, e1 = torch.eye(3)[:, :1], torch.eye(3)[:, 1:2]
     assert omniaid._overlap(e0, [3 * e1, (e0 + e1) / 2]).item() == pytest.approx(2**0.5)
     assert omniaid._overlap(e0, [e0, 2 * e0]).item() == pytest.approx(3.0)
@@ -88,7 +90,7 @@ def test_orthogonality_by_hand():
 
 @pytest.mark.parametrize("kind", ["omniaid", "omniaid_dino"])
 def test_dropout_and_checkpointing(kind, tmp_path):
-    """Dropout acts in train mode and on the experts alone; recomputing activations changes no gradient."""
+    """Dropout acts in train mode, on the experts alone; checkpointing changes no gradient."""
     grads = []
     for checkpointing in (True, False):
         learner = make(

@@ -1,4 +1,4 @@
-"""The rewards on a CLIP, against forwards written out here, one picture at a time, with PIL's preprocessing."""
+"""Rewards on a CLIP, against forward passes written out, picture by picture, with PIL's resize."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ NAMES = ("clip_score", "pickscore", "hpsv2", "longclip", "aesthetic")
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """By the reward's name: its options, and its score of one picture and one prompt as the authors compute it."""
+    """By reward: its options, and its score of one picture and prompt as the authors compute it."""
     folder = tmp_path_factory.mktemp("clips")
     model, processor = write_folder(folder)
 
@@ -56,9 +56,15 @@ def cases(tmp_path_factory):
 
     tensor = torch.Generator().manual_seed(1)
     head = torch.nn.Sequential(
-        torch.nn.Linear(DIM, 1024), torch.nn.Dropout(0.2), torch.nn.Linear(1024, 128), torch.nn.Dropout(0.2),
-        torch.nn.Linear(128, 64), torch.nn.Dropout(0.1), torch.nn.Linear(64, 16), torch.nn.Linear(16, 1),
-    ).eval()  # fmt: skip
+        torch.nn.Linear(DIM, 1024),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(1024, 128),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(128, 64),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(64, 16),
+        torch.nn.Linear(16, 1),
+    ).eval()
     for parameter in head.parameters():
         parameter.data = torch.randn(parameter.shape, generator=tensor) / parameter.shape[-1] ** 0.5
     torch.save(
@@ -179,7 +185,7 @@ def test_clip_score_takes_its_folders_statistics(cases, tmp_path):
 
 
 def test_hpsv2_resizes_as_its_package_does_but_for_rounding(cases):
-    """The package resizes the float tensor; torchvision's resize there is torch's, antialiased from 0.17 on."""
+    """The package resizes the float tensor, as torch does, antialiased from torchvision 0.17 on."""
     model, images = cases.rewards["hpsv2"].model, pictures(8, 96, 96)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     features = {}
@@ -197,7 +203,7 @@ def test_hpsv2_resizes_as_its_package_does_but_for_rounding(cases):
 
 
 def test_folders_of_old_versions_load(cases, tmp_path):
-    """pytorch_model.bin, with the position_ids that were saved then, and the end token's id of those configs."""
+    """pytorch_model.bin with position_ids, and a config with the end token's old id."""
     for name in ("config.json", "vocab.json", "merges.txt", "preprocessor_config.json"):
         shutil.copy(cases.folder / name, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -212,7 +218,7 @@ def test_folders_of_old_versions_load(cases, tmp_path):
 
 
 def test_longclip_goldens():
-    """RealGen's Long-CLIP on a tiny random model: features, and the dot product with and without / 100."""
+    """RealGen's Long-CLIP on a tiny random model: features, and both of its scores."""
     file, arrays = (
         GOLDENS / "10_rewards" / "longclip" / "model.safetensors",
         golden("10_rewards/longclip/io.npz"),
@@ -239,7 +245,9 @@ def test_longclip_goldens():
 
 
 def test_longclip_token_goldens():
-    """What RealGen's Long-CLIP makes of four texts. The tokenizer is the part of OpenAI's (MIT) that they need."""
+    """Four texts as RealGen's Long-CLIP tokenizes them, with the part of OpenAI's tokenizer (MIT)
+    that they need.
+    """
     tokenizer = transformers.CLIPTokenizer.from_pretrained(
         GOLDENS / "10_rewards" / "clip_tokenizer"
     )
@@ -302,8 +310,11 @@ def test_pickscore_takes_its_tokenizer_from_elsewhere(cases, tmp_path):
     ],
 )
 def test_what_is_missing_is_named(cases, name, option, missing):
-    message = rf"'nowhere' is neither a file nor a folder with {missing}.*; set config\.reward\.options\.{name}\."
-    with pytest.raises(FileNotFoundError, match=message + option):
+    message = (
+        rf"'nowhere' is neither a file nor a folder with {missing}.*; set "
+        rf"config\.reward\.options\.{name}\.{option}"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
         make_reward(name, "cpu", {**cases.options[name], option: "nowhere"})
 
 

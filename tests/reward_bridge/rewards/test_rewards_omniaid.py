@@ -139,7 +139,9 @@ def test_omniaid_matches_the_goldens(name):
 
 
 def test_published_files_would_fit():
-    """As many tensors and elements as checkpoint_omniaid_dino_v2.pth and effort_clip_L14_trainOn_sdv14.pth hold."""
+    """The numbers of tensors and elements are those of checkpoint_omniaid_dino_v2.pth and
+    effort_clip_L14_trainOn_sdv14.pth.
+    """
     large = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
