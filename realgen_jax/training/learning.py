@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from realgen_jax.checkpoint import RestoreError
-from realgen_jax.hosts import coordinator_host, process_count, process_index, tell
+from realgen_jax.hosts import broadcast_text, coordinator_host, process_count, process_index
 from realgen_jax.training.log import RunLog
 from reward_bridge.adversary import Adversary, Settings, join
 from reward_bridge.bridge import PendingScores
@@ -36,7 +36,9 @@ def make_adversaries(
     references = References(reward.references.path, reward.references.root, prompts)
     groups = {}
     if process_count() > 1:
-        groups = join(tell, coordinator_host(), process_index(), process_count(), list(settings))
+        groups = join(
+            broadcast_text, coordinator_host(), process_index(), process_count(), list(settings)
+        )
     for name, one in settings.items():
         options = reward.options.to_dict().get(name, {}) | dict(one.options)
         learner = make_learner(name, devices[name], options)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from realgen_jax.hosts import own_rows, sum_over_processes
+from realgen_jax.hosts import local_rows, sum_over_processes
 from realgen_jax.training.run import Run
 from reward_bridge.bridge import PendingScores, RewardError
 
@@ -22,7 +22,7 @@ def submit(
     observe: int | None = None,
 ) -> Pending:
     """Have this process's rows of a batch scored; texts has one for every row. `observe`: as the bridge's."""
-    rows = own_rows(images)
+    rows = local_rows(images)
     return run.bridge.submit(images, [texts[i] for i in rows], only, observe), rows
 
 
