@@ -69,7 +69,7 @@ def test_flux_dev_by_hand(tmp_path):
     ("options", "said"),
     [
         (("--config.mesh.fsdp=7",), "does not divide by mesh axis fsdp=7"),
-        (("--config.sample.train_batch_size=20",), "does not fall into groups"),
+        (("--config.sample.train_batch_size=20",), "cannot be divided into groups"),
         (("--devices=6",), "train_batch_size 21 must be a multiple of branches x 6"),
         (("--config.sample.sde_window_size=30",), "a window of 30 steps does not fit"),
         (("--config.pretrained.vae_dtype=int8",), "config.pretrained.vae_dtype is 'int8'"),
