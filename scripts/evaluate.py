@@ -30,6 +30,7 @@ from realgen_jax.training.run import keep_compiled
 from reward_bridge.bridge import RewardError
 
 FLAGS = flags.FLAGS
+ENCODE = [sys.executable, str(Path(__file__).with_name("encode_prompts.py"))]
 config_flags.DEFINE_config_file(
     "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
 )
@@ -74,7 +75,9 @@ def main(_: Sequence[str]) -> None:
                 leave.enter_context(run_lock(folder))
             keep_compiled(config.compilation_cache)
             options = {"seed": FLAGS.seed, "console": console}
-            evaluated = evaluate(config, entries, sets, folder, remake=FLAGS.remake, **options)
+            evaluated = evaluate(
+                config, entries, sets, folder, remake=FLAGS.remake, encode=ENCODE, **options
+            )
             if process_index() == 0:
                 index = build_report(config, evaluated, folder, judge=FLAGS.judge, **options)
                 print(f"report: {index}")

@@ -21,11 +21,13 @@ from rich.progress import track
 from realgen_jax.config import parse_flags
 from realgen_jax.data import read_prompts
 from realgen_jax.models.flux.family import load_pipeline
+from realgen_jax.models.flux.tables import ENCODERS
 from realgen_jax.nn.lora import load_lora
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
 from realgen_jax.text_cache import ensure_encoded
 
 FLAGS = flags.FLAGS
+ENCODE = [sys.executable, str(Path(__file__).with_name("encode_prompts.py"))]
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "flux_grpo.py"
 config_flags.DEFINE_config_file("config", str(CONFIG), "a config of configs/")
 flags.DEFINE_string(
@@ -45,7 +47,7 @@ flags.DEFINE_integer(
 def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     """Write `out/00000.png`, ... for every prompt, `per_prompt` of each, and return the files."""
     config = FLAGS.config
-    cache = ensure_encoded(prompts, config.pretrained.model, config.prompts)
+    cache = ensure_encoded(prompts, config.pretrained.model, ENCODERS, config.prompts, ENCODE)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
     pipe = load_pipeline(config.pretrained, config.sample.resolution, None, mesh)
     adapters = None

@@ -288,6 +288,7 @@ def end_early(
 
 
 FLAGS = flags.FLAGS
+ENCODE = [sys.executable, str(Path(__file__).with_name("encode_prompts.py"))]
 config_flags.DEFINE_config_file(
     "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
 )
@@ -312,7 +313,7 @@ def main(_: Sequence[str]) -> None:
             stop = Preemption(config.preemption_grace)
             folder, epoch = open_run(config, leave)
             keep_compiled(config.compilation_cache)
-            run, state = set_up(config, folder)
+            run, state = set_up(config, folder, ENCODE)
             leave.callback(run.bridge.close)
         except (ValueError, OSError) as error:  # what a person can mend: paths, sizes, names
             sys.exit(f"error: {error}")
@@ -356,7 +357,9 @@ def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
         entries = read_entries(config.pretrained, loras, models, [], None, base=True)
         options = {"seed": 0, "console": console}  # evaluate.py's default: it finds these pictures
         sets = read_sets(config.evaluate.prompts)
-        evaluated = benchmark(config, entries, sets, folder, remake=True, cache=cache, **options)
+        evaluated = benchmark(
+            config, entries, sets, folder, remake=True, encode=ENCODE, cache=cache, **options
+        )
         index = build_report(config, evaluated, folder, judge="embedded", **options)
     except (ValueError, OSError, RewardError) as error:
         again = (

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from realgen_jax.hosts import process_count, process_index, sum_over_processes
+from realgen_jax.models.flux.tables import ENCODERS
 from realgen_jax.realbench.entries import find_pictures, weights_of
 from realgen_jax.realbench.pictures import (
     Sampler,
@@ -47,10 +48,12 @@ def evaluate(
     seed: int,
     remake: bool,
     console: Console,
+    encode: Sequence[str],
     cache: TextCache | None = None,
 ) -> Evaluated:
     """Make what pictures are missing, read the others, and score all of them, into and from `folder`/evaluation.
 
+    encode: the command of the program that encodes prompts, as for `ensure_encoded`.
     cache: embeddings of all prompts by the config's model, where they are at hand. Every process must call it; the
     first one writes and scores, and only its result has pictures. Raises ValueError and OSError for what is wrong with
     the input, before anything is computed, and RewardError, after which another call goes on.
@@ -97,7 +100,7 @@ def evaluate(
             process_count() > 1 or any(holes[entry.name, one.name].any() for one in sets)
         ):
             own = cache if model == config.pretrained.model else None
-            caches[model] = own or ensure_encoded(prompts, model, config.prompts)
+            caches[model] = own or ensure_encoded(prompts, model, ENCODERS, config.prompts, encode)
     options = evaluation_options(config)
     bridge = RewardBridge(
         {

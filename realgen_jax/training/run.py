@@ -15,6 +15,7 @@ from realgen_jax.checkpoint import Checkpoints, newest_good, read_meta
 from realgen_jax.data import read_prompts
 from realgen_jax.hosts import process_count, put
 from realgen_jax.models.flux.family import Pipeline, load_pipeline, no_model
+from realgen_jax.models.flux.tables import ENCODERS
 from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.nn.lora import init_lora, load_lora
 from realgen_jax.objectives.grpo import TrainState
@@ -60,8 +61,11 @@ class Run:
         return jax.random.fold_in(jax.random.key(self.config.seed), stream)
 
 
-def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
-    """Load everything, compile nothing. Returns the run and its first state."""
+def set_up(config: ConfigDict, folder: Path, encode: Sequence[str]) -> tuple[Run, TrainState]:
+    """Load everything, compile nothing. Returns the run and its first state.
+
+    encode: the command of the program that encodes prompts, as for `ensure_encoded`.
+    """
     sample = config.sample
     check(config)
     recipe = make_recipe(config)  # told before gigabytes are loaded
@@ -73,7 +77,7 @@ def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
     # text encoders and rewards come before JAX, which takes what it finds of the memory of its devices
     sets = read_sets(config.evaluate.prompts) if reports(config) else []
     texts = [*prompts, *test_prompts, *(prompt for one in sets for prompt in one.prompts)]
-    cache = ensure_encoded(texts, config.pretrained.model, config.prompts)
+    cache = ensure_encoded(texts, config.pretrained.model, ENCODERS, config.prompts, encode)
     options = config.reward.options.to_dict()
     adversaries = make_adversaries(config, devices, prompts)
     frozen = {

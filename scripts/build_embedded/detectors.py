@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from vae import decode, encode
 
 from realgen_jax.models.flux.family import load_pipeline
+from realgen_jax.models.flux.tables import ENCODERS
 from realgen_jax.nn.lora import load_lora
 from realgen_jax.sharding import make_mesh
 from realgen_jax.text_cache import ensure_encoded
@@ -32,6 +33,7 @@ from reward_bridge.metrics import statistics
 from reward_bridge.rewards.embedded import Classifier, ConvDetector, PoolDetector, to_input
 
 ROOT = Path(__file__).resolve().parents[2]
+ENCODE = [sys.executable, str(ROOT / "scripts" / "encode_prompts.py")]
 REALS, FAKES = 512, 256  # pictures of each photograph
 STEPS, HARDEN_STEPS, BATCH = 1500, 1500, 64
 ROUNDS = 3
@@ -76,7 +78,7 @@ def generated_pictures(
         versions = [grow(scale) for scale in SCALES]
     texts = [text for text, _ in prompts(TEMPLATES)]
     settings = {"cache": str(work / "text"), "max_tokens": 16, "dtype": "float32", "device": "cpu"}
-    cache = ensure_encoded(texts, str(pipeline), ConfigDict(settings))
+    cache = ensure_encoded(texts, pipeline, ENCODERS, ConfigDict(settings), ENCODE)
     run = pipe.sampler(10)
     pictures = []
     for i in range(len(PHOTOS)):

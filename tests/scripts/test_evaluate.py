@@ -67,9 +67,12 @@ def setting(tmp_path_factory):
     model, rng = transformer_config(PIPELINE / "transformer"), np.random.default_rng(0)
     (root / "text").mkdir()
     cache = TextCache(root / "text", list(dict.fromkeys([*SHORT, *LONG])))
-    sizes = ((16, model.joint_attention_dim), (model.pooled_projection_dim,))
+    sizes = {"t5": (16, model.joint_attention_dim), "clip": (model.pooled_projection_dim,)}
     cache.append(
-        *(rng.normal(size=(len(cache.prompts), *size)).astype(np.float32) for size in sizes)
+        {
+            name: rng.normal(size=(len(cache.prompts), *size)).astype(np.float32)
+            for name, size in sizes.items()
+        }
     )
     lora = LoraConfig(rank=2, alpha=4.0)
     for seed in range(2):
@@ -93,7 +96,7 @@ def run(setting, folder, *, seed=0, remake=False, entries=None, **changes):
     )
     found, sets = read_entries(config.pretrained, **named), read_sets(config.evaluate.prompts)
     options = {"seed": seed, "remake": remake, "console": Console(), "cache": setting.cache}
-    return evaluate(config, found, sets, folder, **options)
+    return evaluate(config, found, sets, folder, encode=[], **options)
 
 
 def pictures(folder, entry="base"):

@@ -83,13 +83,14 @@ class Pipeline:
                 for i in range(n)[rows]
             }
         )
-        t5, clip = cache.read([prompts[i] for i in slots])
+        arrays = cache.read([prompts[i] for i in slots])
 
         def place(own: np.ndarray) -> Array:
             rows = lambda index: own[np.searchsorted(slots, np.arange(n)[index[0]])]  # noqa: E731
             return jax.make_array_from_callback((n, *own.shape[1:]), sharding, rows)
 
-        return Cond(place(t5), place(clip), place(np.full(len(slots), guidance, np.float32)))
+        guidances = np.full(len(slots), guidance, np.float32)
+        return Cond(place(arrays["t5"]), place(arrays["clip"]), place(guidances))
 
     def sampler(self, num_steps: int) -> Any:
         """A jitted (params, vae_params, trainable, cond, key, ids int32 [n]) -> uint8 pictures [n, 3, H, W].

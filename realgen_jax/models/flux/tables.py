@@ -129,3 +129,6 @@ BFL_VAE_EDITS = (
     ("conv_shortcut", "nin_shortcut"),
     ("conv_norm_out", "norm_out"),
 )
+
+# Subfolders of the pipeline whose files decide the text embeddings
+ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
