@@ -24,9 +24,9 @@ from realgen_jax.hosts import process_count, process_index, wait_for_all
 from realgen_jax.realbench.benchmark import build_report, evaluate
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.prompts import read_sets
-from realgen_jax.training.log import run_lock
 from realgen_jax.training.preemption import connect_by_flags
 from realgen_jax.training.run import keep_compiled
+from realgen_jax.training.run_folder import run_lock
 from reward_bridge.bridge import RewardError
 
 FLAGS = flags.FLAGS

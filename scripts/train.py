@@ -43,10 +43,11 @@ from realgen_jax.sharding import batch_sharding
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.evaluation import export, report
 from realgen_jax.training.learning import begin_learning, draw_seeds, files, restore
-from realgen_jax.training.log import NoLog, RunLog, run_folder, run_lock
+from realgen_jax.training.log import NoLog, RunLog
 from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import Programs, make_programs
-from realgen_jax.training.run import Run, keep_compiled, reports, resume_from, set_up
+from realgen_jax.training.run import Run, keep_compiled, reports, set_up
+from realgen_jax.training.run_folder import resume_from, run_folder, run_lock
 from realgen_jax.training.scoring import Pending, scores_of_all, submit, weighted_mean
 from reward_bridge.bridge import RewardError
 
@@ -236,16 +237,14 @@ def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) ->
                     f"[bold red]warning[/bold red] on unchanged weights a ratio is {deviation:.1e} away from 1, over a "
                     f"tenth of the clip range {config.train.clip_range:g}: set --config.train.recompute_old=True"
                 )
-            scoring = {
-                f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups
-            }
+            for name in groups:
+                learnt[f"seconds/scoring/{name}"] = run.bridge.seconds[name] - scored[name]
             log.train(
                 epoch + 1,
                 groups,
                 weighted_mean(groups, config.reward.fn),
                 steps,
                 seconds,
-                scoring,
                 learnt,
             )
             if (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:

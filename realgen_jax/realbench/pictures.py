@@ -16,14 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
+from realgen_jax.files import sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
 from realgen_jax.models.flux.family import Pipeline, load_pipeline, no_model
 from realgen_jax.nn.lora import load_lora
 from realgen_jax.realbench.entries import Slot, Weights
 from realgen_jax.realbench.results import PromptSet
 from realgen_jax.sharding import batch_sharding, replicated
-from realgen_jax.text_cache import TextCache, sampled_digest
-from realgen_jax.training.log import write_whole
+from realgen_jax.text_cache import TextCache
 
 MANIFEST = "manifest.json"
 PATHS = ("model", "transformer")  # keys of the manifest that say where, not what
@@ -92,9 +92,7 @@ def write_picture(slot: Slot, file: Path, pixels: np.ndarray) -> Picture:
     """Lossless, and whole or not at all."""
     data = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(data, "PNG")
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(data.getvalue())
-    part.replace(file)
+    write_whole(file, data.getvalue())
     return Picture(
         slot, file, hashlib.sha256(data.getvalue()).hexdigest(), np.ascontiguousarray(pixels)
     )

@@ -1,6 +1,7 @@
 """An evaluation as a page for people (report/index.html, one file that needs no network), as Markdown and as CSV."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -16,11 +17,12 @@ from markupsafe import Markup
 from ml_collections import ConfigDict
 from plotly.offline import get_plotlyjs
 
+from realgen_jax.files import write_whole
 from realgen_jax.realbench import plots
 from realgen_jax.realbench.aggregate import ALL, MEAN, SHARE, Row
 from realgen_jax.realbench.page import main_measure, page_data
 from realgen_jax.realbench.results import Evaluated, Judgement
-from realgen_jax.training.log import short_name, write_whole
+from realgen_jax.training.log import short_name
 
 HERE = Path(__file__).parent
 LISTED = 200  # problems that the page names one by one; the Markdown has them all
@@ -132,13 +134,12 @@ def write_scores(file: Path, evaluated: Evaluated) -> None:
 
 def write_csv(file: Path, head: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
     """nan is an empty cell. Whoever opens the file finds the old table or the new one."""
-    part = file.with_name(file.name + ".part")
-    with part.open("w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(head)
-        for line in lines:
-            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in line])
-    part.replace(file)
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(head)
+    for line in lines:
+        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in line])
+    write_whole(file, table.getvalue())
 
 
 def script_json(value: Any) -> Markup:

@@ -1,7 +1,7 @@
 """Evaluations within a run: test prompts on fixed noise, checks beside the reward, what is shown and kept of them."""
 
-import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from realgen_jax.files import whole_folder
 from realgen_jax.hosts import fetch, process_index, put, sum_over_processes
 from realgen_jax.models.flux.family import Pipeline
 from realgen_jax.nn.convert import save_transformer
@@ -113,16 +114,12 @@ def export(folder: Path, pipe: Pipeline, trainable: Any) -> Path:
 
     All processes must call it; the first one writes.
     """
-    part = folder.with_name(folder.name + ".part")
-    if process_index() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-    if pipe.lora is None:
-        save_transformer(part / "transformer", pipe.model, trainable)
-    elif process_index() == 0:
-        save_lora(part / "pytorch_lora_weights.safetensors", trainable, pipe.lora)
-    if process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+    writes = process_index() == 0
+    with whole_folder(folder) if writes else nullcontext(folder) as part:
+        if pipe.lora is None:
+            save_transformer(part / "transformer", pipe.model, trainable)
+        elif writes:
+            save_lora(part / "pytorch_lora_weights.safetensors", trainable, pipe.lora)
     return folder
 
 

@@ -1,7 +1,6 @@
 """Everything a run needs before its first epoch: checks, model, rewards, the compiled calls' functions, first state."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.checkpoint import Checkpoints, newest_good, read_meta
+from realgen_jax.checkpoint import Checkpoints
 from realgen_jax.data import read_prompts
 from realgen_jax.hosts import process_count, put
 from realgen_jax.models.flux.family import Pipeline, load_pipeline, no_model
@@ -24,7 +23,6 @@ from realgen_jax.rollout import Plan
 from realgen_jax.sharding import batch_devices, make_mesh
 from realgen_jax.text_cache import TextCache, ensure_encoded
 from realgen_jax.training.learning import make_adversaries
-from realgen_jax.training.log import changed_keys
 from realgen_jax.training.programs import Recipe, abstract_state, check_mesh, make_recipe
 from reward_bridge.adversary import Adversary
 from reward_bridge.bridge import RewardBridge, resolve
@@ -130,41 +128,6 @@ def keep_compiled(folder: str) -> None:
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | None:
-    """The epoch of the checkpoint to go on from, None where the run ended before its first one; says what is new.
-
-    Raises ValueError with the keys in which the run computed something else so far, unless `allow_change`.
-    """
-    epoch, found = newest_good(folder / "checkpoints")
-    for line in found:
-        print(f"warning: {line}")
-    if epoch is None:
-        before = json.loads((folder / "config.json").read_text())
-    else:
-        before = read_meta(folder / "checkpoints", epoch)["config"]
-    free, others = changed_keys(before, config.to_dict())
-    if others and not allow_change:
-        raise ValueError(
-            "\n".join(
-                [
-                    f"{folder} computed with another config so far; --allow_config_change goes on all the same:",
-                    *others,
-                ]
-            )
-        )
-    start = "its beginning: there is no checkpoint yet" if epoch is None else f"epoch {epoch}"
-    print(
-        "\n".join(
-            [
-                f"resumed from {start}" + (", with another config:" if free or others else ""),
-                *free,
-                *others,
-            ]
-        )
-    )
-    return epoch
 
 
 def check(config: ConfigDict) -> None:
