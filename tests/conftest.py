@@ -9,15 +9,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")))
 )
 
+import json
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from realgen_jax.files import file_lock
 from realgen_jax.nn.convert import load_transformer, load_vae
 from realgen_jax.nn.lora import make_velocity
 from tests.helpers.goldens import PIPELINE
+from tests.helpers.running import call
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -52,3 +55,20 @@ def cache(tmp_path_factory):
     """Compiled programs and embeddings, shared by all runs of train.py and by pytest's workers."""
     root = tmp_path_factory.getbasetemp()
     return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"
+
+
+@pytest.fixture(scope="session")
+def whole(cache):
+    """The golden config's run of four epochs on one device: its folder, and its output.
+
+    All of pytest's workers share one run. Copy the folder before changing it.
+    """
+    pytest.importorskip("torch")
+    root = cache.parent
+    output = root / "whole.json"
+    with file_lock(root / "whole.lock"):
+        if not output.exists():
+            done = call("train.py", cache, f"--config.run_root={root}", "--config.run_name=whole")
+            assert done.returncode == 0, done.stderr
+            output.write_text(json.dumps({"stdout": done.stdout, "stderr": done.stderr}))
+    return root / "whole", SimpleNamespace(**json.loads(output.read_text()))

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tests.helpers.goldens import ROOT
 
 GOLDEN = ROOT / "tests" / "helpers" / "golden_config.py"
+ADVERSARIAL = ROOT / "tests" / "helpers" / "adversarial_config.py"
 # Compiles in two thirds of the time. Runs are compared with runs that were compiled alike; test_embedded's demo and
 # test_grpo's replay are compiled as a user's.
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}

@@ -20,15 +20,6 @@ from tests.helpers.running import ROOT, call, rows
 pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
-    """Four epochs without interruption."""
-    root = tmp_path_factory.mktemp("runs")
-    done = call("train.py", cache, f"--config.run_root={root}", "--config.run_name=whole")
-    assert done.returncode == 0, done.stderr
-    return root / "whole", done
-
-
 def test_a_run_leaves_what_it_promises(whole):
     folder, done = whole
     kinds = [(row["kind"], row["epoch"]) for row in rows(folder)]
@@ -60,10 +51,10 @@ def test_every_program_compiles_once_and_a_run_is_not_overwritten(cache, tmp_pat
     assert [compiled.count(name) for name in ("sample_call", "update", "run")] == [1, 1, 1]
     again = call("train.py", cache, *where)
     assert again.returncode == 1
-    assert "run exists; go on with that run with --resume" in again.stderr
+    assert "run already holds a run; continue it with --resume" in again.stderr
     other = call("train.py", cache, *where, "--resume", "--config.train.learning_rate=0.5")
-    assert "config.train.learning_rate: 0.001 then, 0.5 now" in other.stderr
-    assert "--allow_config_change goes on all the same" in other.stderr
+    assert "config.train.learning_rate: was 0.001, is now 0.5" in other.stderr
+    assert "--allow_config_change resumes anyway" in other.stderr
 
 
 def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_path):
@@ -185,7 +176,7 @@ def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
         (["--config.train.lerning_rate=1"], ["the config has no key 'lerning_rate'\nDid you mean \"learning_rate\""]),
         (["--config.num_epochs=many"], ["invalid literal for int"]),
         (["--config.sample.sde_window_size=9"], ["a window of 9 steps does not fit sde_window_range"]),
-        (["--config.sample.train_batch_size=6"], ["does not fall into groups of num_image_per_prompt 4"]),
+        (["--config.sample.train_batch_size=6"], ["cannot be divided into groups of num_image_per_prompt 4"]),
         (["--config.train.gradient_accumulation_steps=3"], ["must be a multiple of gradient_accumulation_steps 3"]),
         (["--config.sample.resolution=72"], ["config.sample.resolution is 72; expected a multiple of 16"]),
         (["--config.pretrained.lora=nowhere"], ["nowhere does not exist; expected a LoRA file or folder"]),
