@@ -5,7 +5,7 @@ python scripts/diagnose.py runs/NAME
 
 import sys
 
-from realgen_jax.diagnosis.answer import main
+from realgen_jax.diagnosis.diagnose import main
 
 if __name__ == "__main__":
     sys.exit(main())

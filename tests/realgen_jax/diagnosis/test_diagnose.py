@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from realgen_jax.diagnosis import answer as diagnose
+from realgen_jax.diagnosis import diagnose
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM
 from realgen_jax.diagnosis.metrics import Metrics
 from tests.helpers.goldens import ROOT
@@ -421,7 +421,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 
 def test_it_needs_neither_jax_nor_torch():
-    code = "import sys, realgen_jax.diagnosis.answer; print(*{'jax', 'torch', 'ml_collections'} & set(sys.modules))"
+    code = "import sys, realgen_jax.diagnosis.diagnose; print(*{'jax', 'torch', 'ml_collections'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
