@@ -1,38 +1,36 @@
-"""Why does my reward not rise? Reads a run's metrics and answers in words, with the figures behind each finding.
+"""Diagnose a run: apply all checks to its metrics and describe how the reward develops."""
 
-    python scripts/diagnose.py runs/NAME             for people
-    python scripts/diagnose.py runs/NAME --json      the same for programs
-
-Reads RUN/config.json and RUN/metrics.jsonl, also while the run goes on; loads neither JAX nor PyTorch. Exit status: 0
-for healthy or notes only, 1 for problems, 2 if RUN cannot be judged. The checks and their thresholds are in diagnosis/.
-"""
-
-import argparse
-import json
-import sys
-import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
 
 from realgen_jax.diagnosis import rewards, update
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import Metrics, NotRecorded, Trend, read_run
 
-# Causes before effects: within a severity, this is the order of the answer.
+# Causes come before effects. Findings of one severity are listed in this order.
 CHECKS: tuple[Callable[[Metrics, dict], Finding | None], ...] = (
-    rewards.zero_spread, rewards.drowned_reward, rewards.reward_noise, update.ratio_deviation, update.clip_range,
-    update.no_gradient, update.step_size, update.kl_penalty, update.gradient_norm, update.clip_fraction,
-    update.one_sided_clipping, rewards.held_out, rewards.held_out_correlation, rewards.diversity,
-)  # fmt: skip
-STYLES = {PROBLEM: "bold red", NOTE: "bold yellow", FINE: "green"}
+    rewards.zero_spread,
+    rewards.drowned_reward,
+    rewards.reward_noise,
+    update.ratio_deviation,
+    update.clip_range,
+    update.no_gradient,
+    update.step_size,
+    update.kl_penalty,
+    update.gradient_norm,
+    update.clip_fraction,
+    update.one_sided_clipping,
+    rewards.held_out,
+    rewards.held_out_correlation,
+    rewards.diversity,
+)
 
 
 @dataclass(frozen=True)
 class Answer:
+    """The diagnosis of a run."""
+
     run: str
     verdict: str
     trend: str  # rises, falls, barely rises, barely falls, flat
@@ -41,137 +39,102 @@ class Answer:
     not_recorded: list[str]
 
     def of(self, *severities: str) -> list[Finding]:
+        """The findings of these severities."""
         return [finding for finding in self.findings if finding.severity in severities]
 
 
 def diagnose(run: Path) -> Answer:
-    """All findings, problems first. Raises ValueError for a folder that cannot be judged."""
-    m, config = read_run(run)
-    findings, missing = [], {}
+    """Run all checks; the findings are sorted by severity, problems first.
+
+    Raises ValueError if `run` is not a run's folder or too young, NotRecorded if it has no reward,
+    and KeyError if its config lacks a key.
+    """
+    metrics, config = read_run(run)
+
+    # Checks that cannot run are listed by the value they lack.
+    findings: list[Finding] = []
+    skipped: dict[str, list[str]] = {}
     for check in CHECKS:
         try:
-            findings.append(check(m, config))
+            finding = check(metrics, config)
         except NotRecorded as error:
-            missing.setdefault(str(error), []).append(check.__name__)
-    findings = [finding for finding in findings if finding]
-    explains = (PROBLEM,) if m.word == "falls" else (PROBLEM, NOTE)
-    if not m.rises and not any(finding.severity in explains for finding in findings):
-        findings.append(no_cause(m, config))
-    findings.sort(key=lambda finding: (PROBLEM, NOTE, FINE).index(finding.severity))
-    gone = [f"{key} (for {', '.join(names)})" for key, names in missing.items()]
-    return Answer(str(run), verdict(m, config), m.word, m.trends, findings, gone)
+            skipped.setdefault(str(error), []).append(check.__name__)
+            continue
+        if finding is not None:
+            findings.append(finding)
+
+    # A note explains a reward that does not rise, but not one that falls.
+    explanations = {PROBLEM} if metrics.direction == "falls" else {PROBLEM, NOTE}
+    explained = any(finding.severity in explanations for finding in findings)
+    if not metrics.rises and not explained:
+        findings.append(no_cause(metrics, config))
+
+    order = (PROBLEM, NOTE, FINE)
+    findings.sort(key=lambda finding: order.index(finding.severity))
+    not_recorded = [f"{key} (for {', '.join(checks)})" for key, checks in skipped.items()]
+    return Answer(
+        run=str(run),
+        verdict=verdict(metrics, config),
+        trend=metrics.direction,
+        trends=metrics.trends,
+        findings=findings,
+        not_recorded=not_recorded,
+    )
 
 
-def no_cause(m: Metrics, config: dict) -> Finding:
-    """For a reward that does not rise although no check finds a problem."""
-    trend, s, t = m.trends[0], config["sample"], config["train"]
-    most = max(0.0, trend.slope + trend.margin)
-    figures = [
-        Figure("rise an epoch", trend.slope, f"> {trend.margin:.2g}, the noise", trend.epochs)
-    ]
-    says = f"None of the checks says why. A rise of up to {most:.2g} an epoch could hide in the noise of training."
+def no_cause(metrics: Metrics, config: dict) -> Finding:
+    """The finding for a reward that does not rise although no check explains it."""
+    trend = metrics.trends[0]
+    healthy = f"> {trend.margin:.2g}, the noise"
+    figures = [Figure("rise an epoch", trend.slope, healthy, trend.epochs)]
+
+    hidden = max(0.0, trend.slope + trend.margin)
+    says = (
+        f"No check explains it. A rise of up to {hidden:.2g} per epoch could hide in the noise of "
+        "training."
+    )
+    calls = 2 * config["sample"]["num_batches_per_epoch"]
+    accumulation = 2 * config["train"]["gradient_accumulation_steps"]
+    learning_rate = 2 * config["train"]["learning_rate"]
     remedy = (
-        f"More pictures a step: --config.sample.num_batches_per_epoch={2 * s['num_batches_per_epoch']} "
-        f"--config.train.gradient_accumulation_steps={2 * t['gradient_accumulation_steps']}; more epochs; "
-        f"--config.train.learning_rate={2 * t['learning_rate']:g}. Look in RUN/samples whether high scores mean better "
-        "pictures at all."
+        f"Use more pictures per step (--config.sample.num_batches_per_epoch={calls} "
+        f"--config.train.gradient_accumulation_steps={accumulation}), more epochs, or "
+        f"--config.train.learning_rate={learning_rate:g}. Look at RUN/samples to see whether high "
+        "scores mean better pictures at all."
     )
-    return Finding("no cause found", PROBLEM if m.word == "falls" else NOTE, figures, says, remedy)
+    severity = PROBLEM if metrics.direction == "falls" else NOTE
+    return Finding("no cause found", severity, figures, says, remedy)
 
 
-def verdict(m: Metrics, config: dict) -> str:
-    lead = f"The reward {m.word}" + ", by too little to see" * m.word.startswith("barely")
-    text = [
-        "The reward does not rise: its trend is lost in the noise."
-        if m.word == "flat"
-        else f"{lead}."
-    ]
-    for t in m.trends:
-        text.append(
-            f"In {t.where}, epochs {t.epochs}: {t.slope:+.2g} an epoch (standard error {t.error:.1g}), {t.rise:+.2g} "
-            f"in all, {abs(t.effect):.2g} of the spread within a group."
-        )
-    if learning := config["reward"].get(
-        "adversarial"
-    ):  # runs from before there were such have no key
-        text.append(
-            f"{', '.join(learning)} learnt meanwhile, so that the level of this reward says little; what is held out "
-            "says more."
-        )
-    if len(names := config["reward"]["fn"]) > 1:
-        each = (f"{n} {m.trend(f'reward/{n}', m.recent(f'reward_std/{n}')).word}" for n in names)
-        text.append(f"One by one, in training: {', '.join(each)}.")
-    return " ".join(text)
-
-
-def show(answer: Answer, console: Console) -> None:
-    def say(text: str, style: str = "", indent: str = "") -> None:
-        text = textwrap.fill(
-            text,
-            console.width,
-            initial_indent=indent,
-            subsequent_indent=indent,
-            break_on_hyphens=False,
-        )
-        console.print(escape(text), style=style or None, soft_wrap=True)
-
-    say(answer.verdict, "bold")
-    if not answer.of(PROBLEM, NOTE):
-        say("Healthy: nothing was found.", STYLES[FINE])
-    for finding in answer.of(PROBLEM, NOTE):
-        say("")
-        say(f"{finding.severity}: {finding.name}", STYLES[finding.severity])
-        for text in (finding.says, *map(in_words, finding.figures), f"To do: {finding.remedy}"):
-            say(text, indent="  ")
-    if fine := answer.of(FINE):
-        say("")
-        say("fine:", STYLES[FINE])
-    for finding in fine:
-        short = (
-            f"{f.what} {f.value:.3g}" + f" ({f.healthy})" * bool(f.healthy) for f in finding.figures
-        )
-        say(f"{finding.name}: {'; '.join(short)}", indent="  ")
-    if answer.not_recorded:
-        say("")
-        say(f"not recorded: {'; '.join(answer.not_recorded)}")
-
-
-def in_words(f: Figure) -> str:
-    return (
-        f"{f.what}: {f.value:.3g}"
-        + f", healthy {f.healthy}" * bool(f.healthy)
-        + f" (epochs {f.epochs})"
-    )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's folder, runs/NAME")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    words = parser.parse_args()
-    try:
-        answer = diagnose(words.run)
-    except NotRecorded as error:
-        print(
-            f"error: {words.run} does not hold {error}; expected the metrics of train.py",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyError as error:
-        print(
-            f"error: {words.run} has no key {error} in config.json or metrics.jsonl; expected train.py's",
-            file=sys.stderr,
-        )
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if words.json:
-        print(json.dumps(asdict(answer), indent=2))
+def verdict(metrics: Metrics, config: dict) -> str:
+    """Describe the reward's trend in a few sentences."""
+    direction = metrics.direction
+    if direction == "flat":
+        sentences = ["The reward does not rise: any trend is lost in the noise."]
+    elif direction.startswith("barely"):
+        sentences = [f"The reward {direction}, by too little to see in the pictures."]
     else:
-        show(answer, Console(highlight=False))
-    return 1 if answer.of(PROBLEM) else 0
+        sentences = [f"The reward {direction}."]
 
+    for trend in metrics.trends:
+        sentences.append(
+            f"In {trend.where}, epochs {trend.epochs}: {trend.slope:+.2g} per epoch (standard "
+            f"error {trend.error:.1g}), {trend.rise:+.2g} in all, which is {abs(trend.effect):.2g} "
+            "times the spread within a group."
+        )
 
-if __name__ == "__main__":
-    sys.exit(main())
+    learned = config["reward"].get("adversarial")  # missing in older runs
+    if learned:
+        sentences.append(
+            f"{', '.join(learned)} learned during the run, so the level of this reward says "
+            "little; rely on the held-out checks."
+        )
+
+    names = list(config["reward"]["fn"])
+    if len(names) > 1:
+        directions = []
+        for name in names:
+            trend = metrics.trend(f"reward/{name}", metrics.recent(f"reward_std/{name}"))
+            directions.append(f"{name} {trend.direction}")
+        sentences.append(f"Each reward in training: {', '.join(directions)}.")
+    return " ".join(sentences)
