@@ -1,7 +1,9 @@
-"""The programs of a training run at any size, for the benchmarks: what scripts/programs.py builds from a config.
+"""The programs of a training run at any size, for the benchmarks.
 
-Arguments are abstract (jax.ShapeDtypeStruct) until `fill` makes them on the device, so that a program can be lowered
-without memory. Needs jax, flax, optax and what the model itself imports; no ml_collections, which may be missing.
+They are the programs that realgen_jax/training/programs.py makes from a config. Arguments are
+abstract (jax.ShapeDtypeStruct) until `fill` makes them on the device, so that a program can be
+lowered without memory. Needs jax, flax, optax and what the model itself imports, but not
+ml_collections, which may not be installed.
 """
 
 import re
@@ -33,7 +35,10 @@ from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps
 
 @dataclass(frozen=True)
 class Size:
-    """What programs' shapes hang on; the defaults are RealGen's, preset flux_dev_8xh200 of configs/flux_grpo.py."""
+    """Everything that the programs' shapes depend on.
+
+    The defaults are RealGen's: the preset flux_dev_8xh200 of configs/flux_grpo.py.
+    """
 
     model: FluxConfig = field(default_factory=FluxConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
@@ -47,19 +52,21 @@ class Size:
 
     @property
     def start(self) -> int:
-        """The mean of the window's starts, which are uniform: rollouts take as long as the average one."""
+        """The mean of the window's starts, so that a rollout takes as long as the average one."""
         return (self.bounds[0] + self.bounds[1] - self.window) // 2
 
     @property
     def plan(self) -> Plan:
         sigmas = flux_sigmas(self.steps, self.side**2, SchedulerConfig())
         window = {"window": self.window, "bounds": self.bounds, "branches": self.branches}
-        return replace(
-            make_plan(sigmas, kind="sde", noise_level=0.9, **window), start=jnp.int32(self.start)
-        )
+        plan = make_plan(sigmas, kind="sde", noise_level=0.9, **window)
+        return replace(plan, start=jnp.int32(self.start))
 
     def work(self, slots: int) -> cost.Work:
-        """One rollout call and its update, for the formulas. On a CPU attention writes its scores out."""
+        """One rollout call and its update, for the formulas of operations.
+
+        On a CPU, attention writes its scores to memory.
+        """
         return cost.Work(
             model=self.model,
             vae=self.vae,
@@ -81,19 +88,18 @@ class Size:
 
 @dataclass(frozen=True)
 class Program:
-    """A jitted call, its arguments (weights first) and its useful operations: MFU gives no credit for a second time.
-
-    feeds_back: the first result takes the place of the second argument, which the call consumed.
-    """
+    """A jitted call with its arguments."""
 
     call: Callable
-    arguments: tuple
-    flops: float
-    feeds_back: bool = False
+    arguments: tuple  # weights first
+    flops: float  # useful operations: what is computed a second time does not count for MFU
+    feeds_back: bool = False  # the first result replaces the second argument, which is donated
 
     def after(self, arguments: tuple, result: Any) -> tuple:
-        """The next call's arguments."""
-        return (arguments[0], result[0], *arguments[2:]) if self.feeds_back else arguments
+        """Return the next call's arguments."""
+        if self.feeds_back:
+            return (arguments[0], result[0], *arguments[2:])
+        return arguments
 
 
 def weights(size: Size) -> nnx.State:
@@ -109,28 +115,20 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _cond(size: Size, *rows: int) -> Cond:
-    m = size.model
-    t5 = jax.ShapeDtypeStruct((*rows, size.text, m.joint_attention_dim), m.dtype)
-    return Cond(
-        t5, jax.ShapeDtypeStruct((*rows, m.pooled_projection_dim), m.dtype), _float32(*rows)
-    )
+    model = size.model
+    t5 = jax.ShapeDtypeStruct((*rows, size.text, model.joint_attention_dim), model.dtype)
+    clip = jax.ShapeDtypeStruct((*rows, model.pooled_projection_dim), model.dtype)
+    return Cond(t5, clip, _float32(*rows))
 
 
 def sampling(size: Size, images: int) -> Program:
-    """(weights, latents [n, s, c], cond) -> latents: all steps without noise, of the base model, no decoding."""
+    """(weights, latents [n, s, c], cond) -> latents: ODE sampling by the base model, not decoded."""
     velocity = make_velocity(size.model, None, size.side, size.side)
     ode = ode_steps(flux_sigmas(size.steps, size.side**2, SchedulerConfig()))
     call = jax.jit(lambda params, latents, cond: sample(velocity, params, None, cond, latents, ode))
     flops = images * size.steps * sum(cost.forward_flops(replace(size.work(1), rank=0)).values())
-    return Program(
-        call,
-        (
-            weights(size),
-            _float32(images, size.side**2, size.model.in_channels),
-            _cond(size, images),
-        ),
-        flops,
-    )
+    latents = _float32(images, size.side**2, size.model.in_channels)
+    return Program(call, (weights(size), latents, _cond(size, images)), flops)
 
 
 def decoding(size: Size, images: int) -> Program:
@@ -144,7 +142,7 @@ def decoding(size: Size, images: int) -> Program:
 
 
 def rollouts(size: Size, slots: int) -> Program:
-    """(weights, adapters, cond, keys, plan) -> (latents, trajectory), branches images a slot, no decoding."""
+    """(weights, adapters, cond, keys, plan) -> (latents, trajectory), not decoded."""
     velocity = make_velocity(size.model, LoraConfig(size.rank), size.side, size.side)
     shape = size.side**2, size.model.in_channels
 
@@ -161,10 +159,11 @@ def rollouts(size: Size, slots: int) -> Program:
 
 
 def updating(size: Size, slots: int) -> Program:
-    """(weights, state, batch) -> (state, metrics): one optimizer step on one call, slots x branches images together."""
+    """(weights, state, batch) -> (state, metrics): one optimizer step on one rollout call."""
     velocity = make_velocity(size.model, LoraConfig(size.rank), size.side, size.side)
     optimizer = make_optimizer(1e-4, 0.9, 0.999, 1e-8, 1e-4, 1.0)
-    # RealGen clips at 2e-6, but random trajectories are no policy's: all would be clipped, their gradient zeros
+    # RealGen clips at 2e-6. Random trajectories would then all be clipped, and their gradients
+    # zero.
     loss = LossConfig("guard", "velocity", beta=4e-4, clip_range=1.0, adv_clip_max=5.0)
     call = jax.jit(partial(update, velocity, optimizer, loss, EmaConfig(0.9, 8)), donate_argnums=1)
     trainable = adapters(size)
@@ -194,11 +193,12 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def fill(tree: Any, seed: int = 0) -> Any:
-    """Random arrays on the device in place of abstract ones, one by one, each in its own precision: N(0, 0.02^2).
+    """Replace abstract arrays by random ones on the device, N(0, 0.02^2), each in its own precision.
 
-    Norms' scales are 1; biases, the optimizer's moments and whole numbers 0. What is an array already stays.
+    Norms' scales are 1; biases, the optimizer's moments and integers are 0. Arrays stay as they
+    are.
     """
-    key = jax.random.key(seed, impl="rbg")  # quick to compile, and one pass over the memory
+    key = jax.random.key(seed, impl="rbg")  # compiles quickly, and takes one pass over the memory
 
     def make(path: Any, leaf: Any, i: int) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -217,7 +217,7 @@ def fill(tree: Any, seed: int = 0) -> Any:
 
 
 def start(program: Program, params: Any) -> Callable[[], Any]:
-    """A compiled call on random arguments; a call that feeds back goes on from the call before."""
+    """Compile a program on random arguments. A call that feeds back continues from the last one."""
     arguments = (params, *fill(program.arguments[1:]))
     compiled = program.call.lower(*arguments).compile()
 
@@ -231,7 +231,11 @@ def start(program: Program, params: Any) -> Callable[[], Any]:
 
 
 def tiny(double: int = 2, single: int = 2, **kw: Any) -> Size:
-    """A toy for tests. It has two blocks of each kind, as XLA unrolls a loop of one trip: that is another program."""
+    """A toy for tests.
+
+    It has two blocks of each kind, because XLA unrolls a loop of one iteration into another
+    program.
+    """
     model = FluxConfig(
         num_layers=double,
         num_single_layers=single,
@@ -244,16 +248,5 @@ def tiny(double: int = 2, single: int = 2, **kw: Any) -> Size:
         param_dtype=jnp.float32,
     )
     vae = VaeConfig((8, 8), layers_per_block=1, norm_num_groups=4)
-    return Size(
-        **{
-            "model": model,
-            "vae": vae,
-            "side": 4,
-            "text": 8,
-            "steps": 4,
-            "window": 2,
-            "bounds": (0, 4),
-            "rank": 4,
-            **kw,
-        }
-    )
+    size = Size(model, vae, side=4, text=8, steps=4, window=2, bounds=(0, 4), rank=4)
+    return replace(size, **kw)
