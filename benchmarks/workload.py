@@ -122,7 +122,7 @@ def _cond(size: Size, *rows: int) -> Cond:
 
 
 def sampling(size: Size, images: int) -> Program:
-    """(weights, latents [n, s, c], cond) -> latents: ODE sampling by the base model, not decoded."""
+    """(weights, latents [n, s, c], cond) -> latents: ODE sampling of the base model, undecoded."""
     velocity = make_velocity(size.model, None, size.side, size.side)
     ode = ode_steps(flux_sigmas(size.steps, size.side**2, SchedulerConfig()))
     call = jax.jit(lambda params, latents, cond: sample(velocity, params, None, cond, latents, ode))
@@ -193,7 +193,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def fill(tree: Any, seed: int = 0) -> Any:
-    """Replace abstract arrays by random ones on the device, N(0, 0.02^2), each in its own precision.
+    """Replace abstract arrays by random ones on the device, N(0, 0.02^2), each in its precision.
 
     Norms' scales are 1; biases, the optimizer's moments and integers are 0. Arrays stay as they
     are.
