@@ -1,7 +1,7 @@
 """Start several processes of a program on this machine, as a cluster would on several machines.
 
-    python scripts/launch.py --processes 2 scripts/train.py --config configs/flux_grpo.py
-    --config.run_name=two
+    python scripts/launch.py --processes 2 scripts/train.py --config configs/flux_grpo.py \\
+        --config.run_name=two
 
 On a cluster, use the cluster's own launcher (docs/clusters.md). The output of process 0 is passed
 on as it is, and that of the others with their number in front. If a process fails, its number is

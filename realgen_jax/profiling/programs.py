@@ -112,11 +112,11 @@ def operations(module: bytes) -> list[Operation]:
         caller, caller_path = callers[computation]
         return scope(caller_path, caller) + scope_of(path)
 
-    found = []
+    result = []
     for computation, instructions in paths.items():
         for name, path in instructions:
-            found.append(Operation(name, scope(path, computation), last_name(path)))
-    return found
+            result.append(Operation(name, scope(path, computation), last_name(path)))
+    return result
 
 
 def called_computations(instruction: bytes) -> list[int]:

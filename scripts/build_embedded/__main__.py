@@ -3,9 +3,10 @@
     python scripts/build_embedded [--work build/embedded] [--threads 2]
 
 The photographs ship in the scikit-image and scikit-learn wheels. Takes about two hours on 2 cores.
-Every stage resumes from its last checkpoint. With the same versions and the same number of threads
-it writes the same files. The results are realgen_jax/embedded/ (a FluxPipeline folder and prompts)
-and reward_bridge/embedded/ (rewards).
+Every stage resumes from its last checkpoint. With the same versions and number of threads, a stage
+writes the same files for the same inputs; only the order of equally frequent pairs in CLIP's
+vocabulary is left open by the tokenizers library. The results are realgen_jax/embedded/ (a
+FluxPipeline folder and prompts) and reward_bridge/embedded/ (rewards).
 """
 
 import argparse
