@@ -45,7 +45,7 @@ from measure import RESULTS, machine, median_seconds, print_table, save
 from workload import Program, Size, decoding, fill, rollouts, sampling, tiny, updating
 
 from realgen_jax.models.flux import cost
-from realgen_jax.models.flux.transformer import REMAT_POLICIES
+from realgen_jax.nn.stack import REMAT_POLICIES
 
 # Dense bfloat16, operations a second, by data sheet
 PEAKS = {

@@ -43,7 +43,7 @@ FORBIDDEN = {
 REACHES_ACROSS = {
     f"realgen_jax/{name}.py"
     for name in (
-        "nn/convert", "nn/lora", "nn/vae", "realbench/arena", "realbench/benchmark", "realbench/scores",
+        "nn/convert", "nn/lora", "realbench/arena", "realbench/benchmark", "realbench/scores",
         "training/evaluation", "training/learning", "training/run", "training/scoring",
     )
 } | {"reward_bridge/judges/human.py"}  # fmt: skip

@@ -10,8 +10,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from realgen_jax.models.flux.transformer import unpack
 from realgen_jax.nn.layers import EPS, Linear
+from realgen_jax.nn.tokens import unpack
 from realgen_jax.sharding import BATCH_AXES, batch_devices, constrain
 
 # Of the largest feature map of the pictures that are decoded together: what a CPU's cache holds of it. A large picture

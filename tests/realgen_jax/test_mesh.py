@@ -17,6 +17,7 @@ from realgen_configs.flux_grpo import get_config
 from realgen_jax.models.flux import transformer
 from realgen_jax.models.flux.family import Pipeline
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
+from realgen_jax.nn import stack
 from realgen_jax.nn.convert import abstract, leaves
 from realgen_jax.nn.lora import LoraConfig, init_lora, make_velocity
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
@@ -322,7 +323,8 @@ def test_inside_the_blocks_only_weights_are_gathered(layout):
 
 
 def test_the_count_sees_a_constraint_that_is_gone(monkeypatch):
-    monkeypatch.setattr(transformer, "_rows", lambda tree, mesh: tree)
+    for module in (stack, transformer):
+        monkeypatch.setattr(module, "pin_rows", lambda tree, mesh: tree)
     compiled, _ = compile_update("lora", "fsdp 8")
     assert counts(compiled.as_text()) != TRAFFIC["lora", "fsdp 8"]
 

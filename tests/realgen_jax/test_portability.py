@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from realgen_configs.flux_grpo import get_config
-from realgen_jax.models.flux.transformer import REMAT_POLICIES
-from realgen_jax.nn import layers
+from realgen_jax.nn import attention as attention_module
+from realgen_jax.nn.stack import REMAT_POLICIES
 from realgen_jax.sharding import make_mesh
 from tests.helpers.goldens import ROOT
 
@@ -61,7 +61,7 @@ def test_the_tpu_kernel_computes_attention(mesh):
     mesh = None if mesh is None else make_mesh(*mesh, jax.devices())
     q, k, v, cotangent = operands(256, 2, 128)
     want = jax.jit(partial(value_and_gradients, xla))(q, k, v, cotangent)
-    splash = partial(layers.splash_attention, mesh=mesh, interpret=True)
+    splash = partial(attention_module.splash_attention, mesh=mesh, interpret=True)
     got = jax.jit(partial(value_and_gradients, splash))(q, k, v, cotangent)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
@@ -73,22 +73,24 @@ def test_the_tpu_kernel_computes_attention(mesh):
 )
 def test_sizes_that_do_not_fill_the_kernels_tiles_take_xla(tokens, channels, kernel):
     shape = jax.ShapeDtypeStruct((2, tokens, 2, channels), jnp.bfloat16)
-    traced = jax.jit(layers.attention).trace(shape, shape, shape)
+    traced = jax.jit(attention_module.attention).trace(shape, shape, shape)
     assert (KERNEL in traced.lower(lowering_platforms=("tpu",)).as_text()) == kernel
     assert KERNEL not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_cudnn_is_asked_for_where_there_is_a_gpu(monkeypatch):
     asked, qkv = [], operands(4, 2, 8)[:3]
-    monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_module.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
-        layers.jax.nn,
+        attention_module.jax.nn,
         "dot_product_attention",
         lambda q, k, v, implementation: asked.append(implementation) or q,
     )
-    monkeypatch.setattr(layers, "plain_attention", lambda q, k, v: asked.append("xla") or q)
+    monkeypatch.setattr(
+        attention_module, "plain_attention", lambda q, k, v: asked.append("xla") or q
+    )
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        layers.attention(*(a.astype(dtype) for a in qkv))
+        attention_module.attention(*(a.astype(dtype) for a in qkv))
     assert asked == ["cudnn", "cudnn", "xla"]
 
 
@@ -99,7 +101,7 @@ def test_plain_attention_is_jaxs(dtype, tolerance):
     q = 20 * q
     got, want = (
         jax.tree.map(jnp.float32, value_and_gradients(f, q, k, v, cotangent))
-        for f in (layers.plain_attention, xla)
+        for f in (attention_module.plain_attention, xla)
     )
     for a, b in zip(got, want, strict=True):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
@@ -125,7 +127,7 @@ def test_nothing_of_the_other_platforms_is_left_in_a_cpu_program(remat):
             .compile()
         )
 
-    ours, plain = build(layers.attention), build(layers.plain_attention)
+    ours, plain = build(attention_module.attention), build(attention_module.plain_attention)
     for a, b in zip(jax.tree.leaves(ours(q, k, v)), jax.tree.leaves(plain(q, k, v)), strict=True):
         np.testing.assert_array_equal(a, b)
     zeros = (
@@ -148,4 +150,4 @@ def test_only_attention_asks_what_the_platform_is():
     for file in sorted((ROOT / "realgen_jax").rglob("*.py")):
         if hits := words.findall(file.read_text()):
             found[str(file.relative_to(ROOT))] = sorted(hits)
-    assert found == {"realgen_jax/nn/layers.py": ["default_backend", "platform_dependent"]}
+    assert found == {"realgen_jax/nn/attention.py": ["default_backend", "platform_dependent"]}

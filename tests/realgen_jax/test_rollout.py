@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from realgen_jax.models.flux.transformer import Cond, unpack
+from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.tokens import unpack
 from realgen_jax.nn.vae import Autoencoder
 from realgen_jax.rollout import draw_noise, make_plan, rollout, sample
 from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps, sde_steps

@@ -6,42 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from realgen_jax.nn.attention import attention
 from realgen_jax.nn.layers import (
     MLP,
-    PROJECTION,
     Linear,
     QKNorm,
     apply_rope,
-    attention,
     modulated_norm,
-    rope_table,
     sinusoidal_embedding,
 )
+from realgen_jax.nn.stack import REMAT_POLICIES, pin_rows, scan_blocks
 from realgen_jax.sharding import BATCH_AXES, constrain
 
-
-def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A remat policy that keeps what cuDNN's forward kernel gives, so that the backward pass does not run it again."""
-    return primitive.name.startswith("dot_product_attention_fwd")
-
-
-_policies = jax.checkpoint_policies
-_projections = _policies.save_only_these_names(
-    PROJECTION
-)  # not the adapters' products: cheap, and as large
-REMAT_POLICIES = {
-    "full": _policies.nothing_saveable,  # keeps the blocks' inputs only
-    "attention": _flash_attention,  # and the attentions' outputs, on a GPU
-    "dots": _policies.save_from_both_policies(
-        _projections, _flash_attention
-    ),  # and the projections' outputs
-    "none": _policies.everything_saveable,
-}
 _gelu = partial(jax.nn.gelu, approximate=True)
 
 
@@ -89,11 +71,23 @@ class FluxConfig:
         return self.attention_head_dim * self.num_attention_heads
 
 
-def _rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Pin activations [n, ...]: rows over data and fsdp, tokens and channels whole. Left to itself, GSPMD splits the
-    channels of a block instead of fetching its weights.
+def rope_table(
+    text_tokens: int, height: int, width: int, axes_dims: tuple[int, ...], theta: float = 10000.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [t, d/2] for the sequence [text, image], t = text_tokens + height width.
+
+    Positions are (0, 0, 0) for text and (0, row, column) for the image tokens; frequencies in float64, as diffusers
+    computes them. Shapes are static, so this runs once, on the host, while tracing.
     """
-    return jax.tree.map(lambda a: constrain(a, mesh, BATCH_AXES), tree)
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+    positions = np.concatenate([np.zeros((text_tokens, 3)), image])
+    angles = [
+        positions[:, i, None] * theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+        for i, dim in enumerate(axes_dims)
+    ]
+    table = np.concatenate(angles, axis=-1)
+    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
 
 
 def _qkv(
@@ -128,7 +122,7 @@ class Stream(nnx.Module):
         mesh: Mesh | None,
     ) -> Array:
         """Add the attention's and the feed-forward's gated outputs to the stream x [n, t, D]."""
-        x = _rows(x + gate[:, None] * self.proj(attended), mesh)
+        x = pin_rows(x + gate[:, None] * self.proj(attended), mesh)
         shift, scale, mlp_gate = mlp_modulation
         return x + mlp_gate[:, None] * self.mlp(modulated_norm(x, shift, scale))
 
@@ -235,14 +229,14 @@ class FluxTransformer(nnx.Module):
                 f"x has {x.shape[1]} tokens, but height {height} times width {width} is {height * width}"
             )
         config = self.config
-        x, sigma, cond = _rows((x, sigma, cond), mesh)
+        x, sigma, cond = pin_rows((x, sigma, cond), mesh)
         rope = rope_table(cond.t5.shape[1], height, width, config.axes_dims_rope)
         vec = self.time_in(sinusoidal_embedding(1000.0 * sigma)) + self.vector_in(cond.clip)
         if config.guidance_embeds:
             vec = vec + self.guidance_in(sinusoidal_embedding(1000.0 * cond.guidance))
-        vec = _rows(jax.nn.silu(vec), mesh)
+        vec = pin_rows(jax.nn.silu(vec), mesh)
 
-        img, txt = _rows((self.img_in(x), self.txt_in(cond.t5)), mesh)
+        img, txt = pin_rows((self.img_in(x), self.txt_in(cond.t5)), mesh)
 
         @jax.named_scope("modulation")
         def per_layer(mod: Linear) -> Array:
@@ -253,44 +247,18 @@ class FluxTransformer(nnx.Module):
             return constrain(out, mesh, None, BATCH_AXES)
 
         modulation = per_layer(self.double_img_mod), per_layer(self.double_txt_mod)
-        img, txt = self._scan(
+        img, txt = scan_blocks(
             lambda block, streams, mods: block(*streams, *mods, rope, mesh),
             self.double,
             (img, txt),
             modulation,
+            config.remat,
             mesh,
         )
         both = jnp.concatenate([txt, img], axis=1)
         apply = lambda block, x, mod: block(x, mod, rope, mesh)  # noqa: E731
-        both = self._scan(apply, self.single, both, per_layer(self.single_mod), mesh)
+        both = scan_blocks(apply, self.single, both, per_layer(self.single_mod), config.remat, mesh)
 
-        scale, shift = jnp.split(_rows(self.final_mod(vec), mesh), 2, axis=-1)
+        scale, shift = jnp.split(pin_rows(self.final_mod(vec), mesh), 2, axis=-1)
         out = self.proj_out(modulated_norm(both[:, txt.shape[1] :], shift, scale))
-        return _rows(out.astype(jnp.float32), mesh)
-
-    def _scan(
-        self, apply: Any, blocks: nnx.Module, carry: Any, modulation: Any, mesh: Mesh | None
-    ) -> Any:
-        """Run the stacked blocks in order; the modulation's leading axis is the layer."""
-        graph, weights = nnx.split(blocks)
-
-        def body(carry, layer):
-            weights, modulation = layer
-            return _rows(
-                apply(nnx.merge(graph, weights), _rows(carry, mesh), modulation), mesh
-            ), None
-
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(body, carry, (weights, modulation))[0]
-
-
-def pack(latents: Array) -> Array:
-    """[n, h, w, c] VAE latents -> [n, h/2 w/2, 4c] tokens; channel order (c, dy, dx) as in diffusers."""
-    return rearrange(latents, "n (h dy) (w dx) c -> n (h w) (c dy dx)", dy=2, dx=2)
-
-
-def unpack(tokens: Array, height: int, width: int) -> Array:
-    """[n, height width, 4c] tokens -> [n, 2 height, 2 width, c] VAE latents; inverse of `pack`."""
-    return rearrange(
-        tokens, "n (h w) (c dy dx) -> n (h dy) (w dx) c", h=height, w=width, dy=2, dx=2
-    )
+        return pin_rows(out.astype(jnp.float32), mesh)

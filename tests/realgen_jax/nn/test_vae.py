@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from realgen_jax.models.flux.transformer import pack
 from realgen_jax.nn.convert import abstract, load_vae
+from realgen_jax.nn.tokens import pack
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens, decoded_at_once, to_uint8
 from tests.helpers.goldens import GOLDENS, golden
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer, pack, unpack
+from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
 from realgen_jax.nn.convert import abstract, load_transformer, to_torch
+from realgen_jax.nn.tokens import pack, unpack
 from tests.helpers.goldens import GOLDENS, golden
 
 F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
