@@ -84,10 +84,10 @@ def test_cudnn_is_asked_for_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(
         attention_module.jax.nn,
         "dot_product_attention",
-        lambda q, k, v, implementation: asked.append(implementation) or q,
+        lambda q, k, v, implementation, **_: asked.append(implementation) or q,
     )
     monkeypatch.setattr(
-        attention_module, "plain_attention", lambda q, k, v: asked.append("xla") or q
+        attention_module, "plain_attention", lambda q, k, v, lengths: asked.append("xla") or q
     )
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
         attention_module.attention(*(a.astype(dtype) for a in qkv))
