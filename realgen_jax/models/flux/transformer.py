@@ -206,15 +206,16 @@ class SingleBlock(nnx.Module):
         mod = Modulation(*jnp.split(mod, 3, axis=-1))
         normed = modulated_norm(x, mod.shift, mod.scale)
 
-        # Attention branch [n, t, D].
+        # Attention branch [n, t, 1, D].
         q, k, v = _qkv(normed, self.qkv, self.norm, self.head_dim, mesh)
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
+        attended = attended[:, :, None]
 
         # Feed-forward branch [n, t, 4, D].
         hidden = _gelu(self.mlp(normed, mesh))
 
         # One projection back for both, added through the gate.
-        both = jnp.concatenate([attended[:, :, None], hidden], axis=2)
+        both = jnp.concatenate([attended, hidden], axis=2)
         return x + mod.gate[:, None] * self.proj(both, mesh)
 
 
