@@ -158,7 +158,6 @@ def test_flux_dev_by_hand():
     ("case", "options"),
     [
         ("long", {}),
-        ("text", {"lora": False, "calls": 2}),
         slow("small", {}),
         slow("wide", {"beta": 0.1}),
         slow("wide", {"remat": "dots"}),
