@@ -1,8 +1,10 @@
-# make demo      set up, then train the embedded model (a laptop, minutes)
-# make install   set up only: .venv, with every version pinned by constraints.txt
-# make test      set up, then the tests; make test-slow: the longer ones
+# make demo           set up, then train the embedded model (minutes on a laptop)
+# make install        set up only: .venv, with the versions that constraints.txt pins
+# make test           set up, lint and run the tests
+# make test-slow      set up and run the slow tests
+# make test-install   set up, then install the wheel elsewhere and train with it (a minute)
 #
-# On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build name PyTorch's CPU index:
+# On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build, name PyTorch's CPU index:
 #   make demo EXTRA_INDEX=<the --index-url that pytorch.org/get-started shows for CPU>
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ EXTRAS ?= torch,test
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo install test test-slow lint
+.PHONY: demo install test test-slow test-install lint
 demo: install
 	$(BIN)/python scripts/train.py --config configs/flux_grpo.py
 
@@ -32,3 +34,6 @@ test: lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
+
+test-install: install
+	$(BIN)/python -m pytest -m slow -q tests/test_install.py

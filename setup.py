@@ -1,7 +1,8 @@
-"""The package list. Everything else stands in pyproject.toml.
+"""The list of packages. Everything else is in pyproject.toml.
 
-Commands and shipped configs lie in scripts/ and configs/, where people look for them. They are installed as
-realgen_scripts and realgen_configs, since the bare names would collide with other projects' folders.
+The commands are in scripts/ and the shipped configs in configs/, where people look for them. They
+are installed as realgen_scripts and realgen_configs, because scripts and configs are names that
+other projects use too.
 """
 
 from setuptools import find_packages, setup

@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians of wall-clock times, tables in the terminal, one JSON file per machine kind."""
+"""Shared by the benchmarks: medians of times, tables, and a JSON file for each kind of machine."""
 
 import importlib.metadata
 import json
@@ -13,22 +13,21 @@ from typing import Any
 import jax
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "peft")
 
 
 def machine() -> str:
-    """The accelerator's name, or the CPU's architecture and number of cores."""
-    kind = jax.devices()[0].device_kind
-    return (
-        kind
-        if jax.default_backend() != "cpu"
-        else f"cpu-{platform.machine()}-{os.cpu_count()}-cores"
-    )
+    """Return the accelerator's name, or the CPU's architecture and number of cores."""
+    if jax.default_backend() == "cpu":
+        return f"cpu-{platform.machine()}-{os.cpu_count()}-cores"
+    return jax.devices()[0].device_kind
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns (A B A B ...) so that a slow minute of the machine meets all of them.
+    """Time the calls in turns (A B A B ...) and return the seconds of each.
 
-    A call returns what it computed; arrays of jax are waited for. Each runs once unmeasured before.
+    In turns, a slow minute of the machine affects all of them. Each call runs once before it is
+    timed. It returns what it computed, so that JAX's arrays can be waited for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -41,26 +40,30 @@ def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of a call."""
     return statistics.median(alternate({"": call}, repeats)[""])
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their longest cell; the first is aligned to the left, numbers to the right."""
+    """Print a table. The first column is aligned to the left, the others to the right."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-    for line in (header, ["-" * width for width in widths], *rows):
-        first, *numbers = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join([first, *(cell.strip().rjust(len(cell)) for cell in numbers)]), flush=True)
+    rule = ["-" * width for width in widths]
+    for line in (header, rule, *rows):
+        cells = [line[0].ljust(widths[0])]
+        for cell, width in zip(line[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        print("  ".join(cells), flush=True)
 
 
-def save(benchmark: str, found: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write <folder>/<benchmark>_<machine>.json with the versions beside the figures, and return it."""
+def save(benchmark: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write <folder>/<benchmark>_<machine>.json with the packages' versions; return its path."""
     versions = {}
-    for package in ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "peft"):
+    for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    text = json.dumps({"machine": machine(), "versions": versions, **found}, indent=2)
+    text = json.dumps({"machine": machine(), "versions": versions, **results}, indent=2)
     file = folder / f"{benchmark}_{machine().replace(' ', '-').lower()}.json"
     file.write_text(text + "\n")
     return file

@@ -1,13 +1,17 @@
-"""How cost grows with the work: depth, tokens, batch, window and group; and that compiling does not grow.
+"""Measure how cost grows with depth, tokens, batch, window and group.
 
-    python benchmarks/scaling.py           prints tables and writes benchmarks/results/scaling_<machine>.json; 5 minutes
+    python benchmarks/scaling.py
 
-sweeps     seconds of sampling, a rollout and an update while one size grows, and operations a second by flux/cost.py:
-           a cost that grows faster than the work shows as a rate that falls. Small sizes run below the rate of large
-           ones. group: images of one prompt, in threes that share the steps before the window.
-compile    seconds to trace and lower, and to compile (cold, no cache), from 4 to 57 blocks: the blocks are scanned, so
-           both should stay within 20 %. Median of 3.
-run        20 rollouts and updates, each with its own window: traces and compilations after the first are to be none.
+Prints tables and writes benchmarks/results/scaling_<machine>.json. Takes 5 minutes.
+
+sweeps     seconds of sampling, a rollout and an update while one size grows, and operations per
+           second (operations by realgen_jax/models/cost.py). If a cost grows faster than the
+           work, the rate falls. Small sizes run below the rate of large ones. group: images of one
+           prompt, in threes that share the steps before the window.
+compile    seconds to trace and lower, and to compile (without a cache), from 4 to 57 blocks. The
+           blocks are scanned, so both should stay within 20 %. Median of 3.
+run        20 rollouts and updates, each with a window of its own. Nothing should be traced or
+           compiled after the first.
 """
 
 import argparse
@@ -24,16 +28,14 @@ from measure import RESULTS, alternate, print_table, save
 from workload import Size, fill, rollouts, sampling, start, tiny, updating
 
 from realgen_jax.models.flux.transformer import FluxConfig
-from realgen_jax.objectives.grpo import Batch
+from realgen_jax.update import Batch
 
-DEPTHS = (
-    (2, 2),
-    (3, 5),
-    (6, 13),
-    (19, 38),
-)  # 4, 8, 19 and FLUX.1-dev's 57; one block of a kind would not be a loop
+# Double and single blocks: 4, 8, 19 and FLUX.1-dev's 57. One block of a kind would not be a loop.
+DEPTHS = ((2, 2), (3, 5), (6, 13), (19, 38))
+# The largest ratio of compile times that counts as flat.
 FLAT = 1.2
 ITERATIONS = 20
+PARTS = ("sampling", "rollout", "update")
 EVENTS = {
     "/jax/core/compile/jaxpr_trace_duration": "traces",
     "/jax/core/compile/backend_compile_duration": "compilations",
@@ -42,32 +44,35 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured: the point that every sweep goes through, the sweeps' values, and the depths compiled."""
+    """The point that all sweeps share, the values of each sweep, and the depths to compile."""
 
     base: Size
-    slots: int
+    slots: int  # of a rollout call
     values: dict[str, tuple]
     repeats: int = 3
     depths: tuple[tuple[int, int], ...] = DEPTHS
 
 
 def _medium(heads: int, head_dim: int, dtype: type, **kw: int) -> Size:
-    """12 blocks, one branch."""
-    axes = {64: (8, 28, 28), 128: (16, 56, 56)}[head_dim]
-    names = {
-        "num_layers": 4,
-        "num_single_layers": 8,
-        "joint_attention_dim": 256,
-        "pooled_projection_dim": 64,
-    }
-    widths = {"num_attention_heads": heads, "attention_head_dim": head_dim, "axes_dims_rope": axes}
-    return replace(
-        tiny(branches=1), model=FluxConfig(**names, **widths, dtype=dtype, param_dtype=dtype), **kw
+    """A model of 12 blocks, and one branch."""
+    axes = {64: (8, 28, 28), 128: (16, 56, 56)}
+    model = FluxConfig(
+        num_layers=4,
+        num_single_layers=8,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=256,
+        pooled_projection_dim=64,
+        axes_dims_rope=axes[head_dim],
+        dtype=dtype,
+        param_dtype=dtype,
     )
+    return replace(tiny(branches=1), model=model, **kw)
 
 
 def suites() -> dict[str, Suite]:
-    blocks = (2, 4), (4, 8), (8, 16)
+    """What is measured on a laptop's CPU, on a GPU, and in tests."""
+    blocks = ((2, 4), (4, 8), (8, 16))
     return {
         "tiny": Suite(tiny(branches=1), 1, {"batch": (1,)}, 1, ((2, 2), (4, 8))),
         "cpu": Suite(
@@ -96,8 +101,9 @@ def suites() -> dict[str, Suite]:
 
 
 def point(suite: Suite, sweep: str, value) -> tuple[str, Size, int]:
-    """(what the table calls it, its size, slots of a call)."""
-    base, slots = suite.base, suite.slots
+    """Return a point of a sweep: its label in the table, its size, and the slots of a call."""
+    base = suite.base
+    slots = suite.slots
     if sweep == "depth":
         double, single = value
         model = replace(base.model, num_layers=double, num_single_layers=single)
@@ -112,96 +118,117 @@ def point(suite: Suite, sweep: str, value) -> tuple[str, Size, int]:
 
 
 def sweeps(suite: Suite) -> dict[str, list[dict]]:
-    """Every point's seconds and GFLOP/s; points take turns, and one that several sweeps share runs once."""
-    where = {
-        (sweep, value): point(suite, sweep, value)
-        for sweep, values in suite.values.items()
-        for value in values
-    }
-    programs, calls = {}, {}
-    for _, size, slots in where.values():
+    """Measure seconds and GFLOP/s of every point.
+
+    Points take turns, and a point that several sweeps share runs once.
+    """
+    points = {}
+    for sweep, values in suite.values.items():
+        for value in values:
+            points[sweep, value] = point(suite, sweep, value)
+
+    # Compile each point's programs.
+    programs = {}
+    calls = {}
+    for _, size, slots in points.values():
         if (size, slots, "update") in calls:
             continue
-        params = fill(workload.weights(size))
-        made = sampling(size, slots * size.branches), rollouts(size, slots), updating(size, slots)
-        for part, program in zip(("sampling", "rollout", "update"), made, strict=True):
-            programs[size, slots, part], calls[size, slots, part] = program, start(program, params)
-    seconds = {
-        key: statistics.median(taken) for key, taken in alternate(calls, suite.repeats).items()
-    }
-    found = {sweep: [] for sweep in suite.values}
-    for (sweep, _), (label, size, slots) in where.items():
+        weights = fill(workload.weights(size))
+        point_programs = {
+            "sampling": sampling(size, slots * size.branches),
+            "rollout": rollouts(size, slots),
+            "update": updating(size, slots),
+        }
+        for part, program in point_programs.items():
+            programs[size, slots, part] = program
+            calls[size, slots, part] = start(program, weights)
+
+    # Time them.
+    timings = alternate(calls, suite.repeats)
+    medians = {key: statistics.median(seconds) for key, seconds in timings.items()}
+
+    results = {sweep: [] for sweep in suite.values}
+    for (sweep, _), (label, size, slots) in points.items():
         row: dict = {sweep: int(label)}
-        for part in ("sampling", "rollout", "update"):
+        for part in PARTS:
             key = size, slots, part
-            row[part] = {
-                "seconds": seconds[key],
-                "gflops": programs[key].flops / seconds[key] / 1e9,
-            }
-        found[sweep].append(row)
-    return found
+            gflops = programs[key].flops / medians[key] / 1e9
+            row[part] = {"seconds": medians[key], "gflops": gflops}
+        results[sweep].append(row)
+    return results
 
 
 def compile_once(make, size: Size) -> dict[str, float]:
-    """Seconds to trace and lower, and to compile; and the compiled program's length. Nothing is kept from before."""
+    """Measure seconds to trace and lower, seconds to compile, and the program's length.
+
+    Nothing is cached.
+    """
     jax.clear_caches()
     program = make(size, 1)
     begin = time.perf_counter()
     lowered = program.call.lower(*program.arguments)
-    middle = time.perf_counter()
+    lowered_at = time.perf_counter()
     compiled = lowered.compile()
-    end = time.perf_counter()
+    compiled_at = time.perf_counter()
     return {
-        "lower_seconds": middle - begin,
-        "compile_seconds": end - middle,
+        "lower_seconds": lowered_at - begin,
+        "compile_seconds": compiled_at - lowered_at,
         "instructions": compiled.as_text().count(" = "),
     }
 
 
 def compiling(depths: tuple[tuple[int, int], ...], repeats: int) -> dict:
-    """Rows of each program at each depth, in turns, and how much the deepest needs beside the shallowest."""
-    rows: dict[str, dict[int, list]] = {}
+    """Compile each program at each depth in turns, and compare the deepest with the shallowest."""
+    makers = {"sampling": sampling, "update": updating}
+    runs: dict[str, dict[int, list]] = {name: {} for name in makers}
     for _ in range(repeats):
-        for name, make in (("sampling", sampling), ("update", updating)):
+        for name, make in makers.items():
             for double, single in depths:
-                once = compile_once(make, tiny(double, single))
-                rows.setdefault(name, {}).setdefault(double + single, []).append(once)
-    found = {}
-    for name, of in rows.items():
-        table = [
-            {
-                "blocks": blocks,
-                **{key: statistics.median(one[key] for one in runs) for key in runs[0]},
-            }
-            for blocks, runs in of.items()
-        ]
-        ratios = {
-            f"{key}_ratio": table[-1][key] / table[0][key]
-            for key in ("lower_seconds", "compile_seconds")
-        }
-        found[name] = {"depths": table, **ratios}
-    return found
+                run = compile_once(make, tiny(double, single))
+                runs[name].setdefault(double + single, []).append(run)
+
+    results = {}
+    for name, runs_by_depth in runs.items():
+        table = []
+        for blocks, depth_runs in runs_by_depth.items():
+            row = {"blocks": blocks}
+            for key in depth_runs[0]:
+                row[key] = statistics.median(run[key] for run in depth_runs)
+            table.append(row)
+        results[name] = {"depths": table}
+        for key in ("lower_seconds", "compile_seconds"):
+            results[name][f"{key}_ratio"] = table[-1][key] / table[0][key]
+    return results
 
 
 def whole_run() -> dict[str, int]:
-    """Traces and compilations of the first iteration and of all later ones, whose windows start elsewhere."""
+    """Count traces and compilations of the first iteration, and of all later ones.
+
+    The windows of later iterations start elsewhere.
+    """
     counts: Counter = Counter()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **kw: counts.update([EVENTS[event]] if event in EVENTS else [])
-    )
+
+    def count(event: str, _: float, **kw) -> None:
+        if event in EVENTS:
+            counts[EVENTS[event]] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+
     size = tiny()
-    sample, learn = rollouts(size, 2), updating(size, 2)
-    params, _, cond = fill(sample.arguments[:3])
+    sample = rollouts(size, 2)
+    learn = updating(size, 2)
+    model, _, cond = fill(sample.arguments[:3])
     state, batch = fill(learn.arguments[1:])
-    advantages, first, starts = batch.advantages, {}, set()
+    advantages = batch.advantages
+    first = {}
+    starts = set()
     for i in range(ITERATIONS):
-        latent_key, noise_key, window_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(0), i), 3
-        )
+        key = jax.random.fold_in(jax.random.key(0), i)
+        latent_key, noise_key, window_key = jax.random.split(key, 3)
         plan = size.plan.draw(window_key)
-        _, trajectory = sample.call(params, state.trainable, cond, (latent_key, noise_key), plan)
+        _, trajectory = sample.call(model, state.trainable, cond, (latent_key, noise_key), plan)
         trajectory, conds = jax.tree.map(lambda a: jnp.asarray(a)[None], (trajectory, cond))
-        state, metrics = learn.call(params, state, Batch(trajectory, conds, advantages))
+        state, metrics = learn.call(model, state, Batch(trajectory, conds, advantages))
         jax.block_until_ready(metrics)
         starts.add(int(plan.start))
         if i == 0:
@@ -210,47 +237,49 @@ def whole_run() -> dict[str, int]:
     return {"iterations": ITERATIONS, "window_starts": len(starts), **first, **later}
 
 
-def show_sweeps(found: dict[str, list[dict]]) -> None:
-    parts = "sampling", "rollout", "update"
-    for sweep, rows in found.items():
-        header = [sweep, *(column for part in parts for column in (f"{part}, ms", "GFLOP/s"))]
-        cells = [
-            [
-                str(row[sweep]),
-                *(f"{x:.0f}" for p in parts for x in (1e3 * row[p]["seconds"], row[p]["gflops"])),
-            ]
-            for row in rows
-        ]
+def show_sweeps(results: dict[str, list[dict]]) -> None:
+    """Print a table for each sweep."""
+    for sweep, rows in results.items():
+        header = [sweep]
+        for part in PARTS:
+            header += [f"{part}, ms", "GFLOP/s"]
+        table = []
+        for row in rows:
+            cells = [str(row[sweep])]
+            for part in PARTS:
+                cells.append(f"{1e3 * row[part]['seconds']:.0f}")
+                cells.append(f"{row[part]['gflops']:.0f}")
+            table.append(cells)
         print()
-        print_table(header, cells)
+        print_table(header, table)
 
 
-def show_compiling(found: dict) -> None:
-    rows = [
-        [
-            f"{name}, {row['blocks']} blocks",
-            *(f"{row[key]:.2f}" for key in ("lower_seconds", "compile_seconds")),
-            str(row["instructions"]),
-        ]
-        for name, one in found.items()
-        for row in one["depths"]
-    ]
+def show_compiling(results: dict) -> None:
+    """Print compile times by depth, and whether they are flat."""
+    rows = []
+    for name, program in results.items():
+        for row in program["depths"]:
+            label = f"{name}, {row['blocks']} blocks"
+            seconds = [f"{row['lower_seconds']:.2f}", f"{row['compile_seconds']:.2f}"]
+            rows.append([label, *seconds, str(row["instructions"])])
     print()
     print_table(["program", "trace and lower, s", "compile, s", "instructions"], rows)
-    for name, one in found.items():
-        ratio = one["compile_seconds_ratio"]
+
+    for name, program in results.items():
+        ratio = program["compile_seconds_ratio"]
         verdict = "flat" if 1 / FLAT <= ratio <= FLAT else "NOT flat"
         print(
-            f"{name}: deepest / shallowest {ratio:.2f} to compile ({verdict}; within {FLAT - 1:.0%} is), "
-            f"{one['lower_seconds_ratio']:.2f} to trace and lower"
+            f"{name}: deepest / shallowest {ratio:.2f} to compile ({verdict}: the limit is "
+            f"{FLAT - 1:.0%}), {program['lower_seconds_ratio']:.2f} to trace and lower"
         )
 
 
-def show_run(found: dict[str, int]) -> None:
+def show_run(results: dict[str, int]) -> None:
+    """Print what was compiled after the first iteration."""
     print(
-        f"\n{found['iterations']} iterations with {found['window_starts']} window starts: {found['compilations']} "
-        f"compilations in the first, {found['later_compilations']} in all later ones (and {found['later_traces']} "
-        "traces; 0 expected)"
+        f"\n{results['iterations']} iterations with {results['window_starts']} window starts: "
+        f"{results['compilations']} compilations in the first, {results['later_compilations']} in "
+        f"all later ones (and {results['later_traces']} traces; 0 expected)"
     )
 
 
@@ -262,17 +291,18 @@ def main() -> None:
     parser.add_argument(
         "--size", choices=list(suites()), default=size, help=f"default here: {size}"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
-    options = parser.parse_args()
-    suite = suites()[options.size]
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
+    args = parser.parse_args()
+    suite = suites()[args.size]
+
     jax.config.update("jax_enable_compilation_cache", False)
-    found: dict = {"size": options.size, "compile": compiling(suite.depths, suite.repeats)}
-    show_compiling(found["compile"])
-    found["run"] = whole_run()
-    show_run(found["run"])
-    found["sweeps"] = sweeps(suite)
-    show_sweeps(found["sweeps"])
-    print(f"written to {save('scaling', found, options.out)}")
+    results: dict = {"size": args.size, "compile": compiling(suite.depths, suite.repeats)}
+    show_compiling(results["compile"])
+    results["run"] = whole_run()
+    show_run(results["run"])
+    results["sweeps"] = sweeps(suite)
+    show_sweeps(results["sweeps"])
+    print(f"written to {save('scaling', results, args.out)}")
 
 
 if __name__ == "__main__":

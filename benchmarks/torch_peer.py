@@ -1,9 +1,9 @@
 """RealGen's training step in PyTorch, diffusers and peft: the other side of benchmarks/peers.py.
 
-Written as the reference is (a Python loop over the schedule, one call of diffusers' FluxTransformer2DModel a
-step, the base model reached by switching peft's adapters off), without its defects, so that both sides compute the same
-numbers. Everything float32. Nothing is left out of the reference and nothing slow is put in: embeddings, schedule,
-noise and positions are at hand.
+It is written as the reference is: a Python loop over the schedule, one call of diffusers'
+FluxTransformer2DModel for each step, and the base model by switching peft's adapters off. The
+reference's defects are left out, so that both sides compute the same numbers. Nothing slow is
+added: embeddings, schedule, noise and positions are computed in advance. Everything is float32.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from torch import Tensor
 
 @dataclass
 class TorchModel:
-    """transformer: a PeftModel; side: tokens down and across; positions: theirs, [side^2, 3]."""
+    """The models of a FLUX pipeline."""
 
-    transformer: Any
+    transformer: Any  # a PeftModel
     vae: Any
-    side: int
-    positions: Tensor
+    side: int  # tokens down and across
+    positions: Tensor  # of the image tokens, [side^2, 3]
 
 
 def load(
@@ -35,7 +35,11 @@ def load(
     side: int,
     compiled: bool,
 ) -> TorchModel:
-    """A FluxPipeline folder with LoRA factors under peft's names, `side` tokens down and across."""
+    """Load a FluxPipeline folder, with LoRA factors under peft's names.
+
+    `side`: tokens down and across. Raises ValueError if peft does not know a factor.
+    """
+    # The transformer and its adapters.
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(
         folder / "transformer", torch_dtype=torch.float32
     )
@@ -46,11 +50,12 @@ def load(
         f"base_model.model.{name}.weight": torch.from_numpy(array.copy())
         for name, array in adapters.items()
     }
-    if left := peft.set_peft_model_state_dict(transformer, state).unexpected_keys:
-        raise ValueError(f"peft does not know {left[0]}")
-    vae = diffusers.AutoencoderKL.from_pretrained(
-        folder / "vae", torch_dtype=torch.float32
-    ).requires_grad_(False)
+    unexpected = peft.set_peft_model_state_dict(transformer, state).unexpected_keys
+    if unexpected:
+        raise ValueError(f"peft does not know {unexpected[0]}")
+
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae.requires_grad_(False)
     if compiled:
         transformer.base_model.model.compile()
         vae.decoder.compile()
@@ -62,6 +67,7 @@ def load(
 def velocity(
     model: TorchModel, x: Tensor, sigma: Tensor, cond: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
+    """The transformer's velocity at one noise level: [n, side^2, c]."""
     t5, clip, guidance = cond
     return model.transformer(
         hidden_states=x,
@@ -76,7 +82,7 @@ def velocity(
 
 
 def decode(model: TorchModel, tokens: Tensor) -> Tensor:
-    """Packed latents -> uint8 [n, 3, H, W]."""
+    """Decode packed latents [n, side^2, c] to uint8 [n, 3, H, W]."""
     n, _, c = tokens.shape
     latents = tokens.reshape(n, model.side, model.side, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     latents = latents.reshape(n, c // 4, 2 * model.side, 2 * model.side)
@@ -96,22 +102,26 @@ def sde_step(
     z: Tensor | None,
     x_next: Tensor | None,
 ):
-    """(x_next, log-prob, mean, std, sqrt(dt)) as Flow-GRPO's sde_step_with_logprob; x_next is drawn where not given."""
-    sigma, after = sigmas[i], sigmas[i + 1]
-    dt = after - sigma
+    """A step of Flow-GRPO's sde_step_with_logprob.
+
+    Returns x_next (drawn with the noise `z` if it is not given), its log-probability, the mean, the
+    noise scale and sqrt(dt).
+    """
+    sigma = sigmas[i]
+    dt = sigmas[i + 1] - sigma
     s = noise_level * torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma)))
     mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     std = s * torch.sqrt(-dt)
     if x_next is None:
         x_next = mean + std * z
-    logp = (
-        -((x_next.detach() - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
-    )
+    squares = (x_next.detach() - mean) ** 2
+    logp = -squares / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
     return x_next, logp.mean(dim=(1, 2)), mean, s, torch.sqrt(-dt)
 
 
 @torch.no_grad()
 def sample(model: TorchModel, x: Tensor, sigmas: Tensor, cond: tuple) -> Tensor:
+    """ODE sampling of a batch, decoded."""
     for i in range(len(sigmas) - 1):
         x = x + (sigmas[i + 1] - sigmas[i]) * velocity(model, x, sigmas[i], cond)
     return decode(model, x)
@@ -128,9 +138,10 @@ def rollout(
     branches: int,
     noise_level: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pictures and the window's record: x and x_next and mean [w, n, s, c], logp [w, n]."""
+    """Return pictures and the window's record: x, x_next and mean [w, n, s, c], logp [w, n]."""
     record: dict[str, list[Tensor]] = {"x": [], "x_next": [], "mean": [], "logp": []}
     for i in range(len(sigmas) - 1):
+        # The window begins: repeat each slot for its branches.
         if i == start:
             x, *cond = (a.repeat_interleave(branches, dim=0) for a in (x, *cond))
         v = velocity(model, x, sigmas[i], cond)
@@ -147,10 +158,12 @@ def rollout(
 
 
 def trained(model: TorchModel) -> list[torch.nn.Parameter]:
+    """The adapters' factors."""
     return [p for p in model.transformer.parameters() if p.requires_grad]
 
 
 def make_optimizer(model: TorchModel, train: Any) -> torch.optim.Optimizer:
+    """AdamW with the settings of config.train."""
     betas = (train.adam_beta1, train.adam_beta2)
     return torch.optim.AdamW(
         trained(model),
@@ -173,31 +186,42 @@ def update(
     advantages: Tensor,
     train: Any,
 ) -> dict[str, float]:
-    """One optimizer step of GRPO-Guard over the window, with the KL to the base model; moves the weights and `ema`."""
-    n, window = record["logp"].shape[1], len(record["logp"])
+    """One optimizer step of GRPO-Guard over the window, with KL to the base model.
+
+    Changes the weights and `ema`. Returns the metrics.
+    """
+    window, n = record["logp"].shape
     cond = [a.repeat_interleave(n // len(a), dim=0) for a in cond]
     metrics = {"policy_loss": 0.0, "kl_loss": 0.0}
     for j in range(window):
-        i, x = start + j, record["x"][j]
+        # Replay the step.
+        i = start + j
+        x = record["x"][j]
         v = velocity(model, x, sigmas[i], cond)
         _, logp, mean, s, root_dt = sde_step(
             v, x, sigmas, i, noise_level, None, record["x_next"][j]
         )
+
+        # GRPO-Guard's ratio and loss.
         scale = s * root_dt
         bias = ((mean - record["mean"][j]) ** 2).mean(dim=(1, 2)) / (2 * scale**2)
         ratio = torch.exp(scale * (logp - record["logp"][j] + bias))
         a = advantages.clamp(-train.adv_clip_max, train.adv_clip_max)
         bounded = ratio.clamp(1 - train.clip_range, 1 + train.clip_range)
         policy_loss = torch.maximum(-a * ratio, -a * bounded).mean() / root_dt**2
+
+        # KL to the base model.
         with torch.no_grad(), model.transformer.disable_adapter():
             v_ref = velocity(model, x, sigmas[i], cond)
         kl_loss = ((v - v_ref) ** 2).mean()
+
         ((policy_loss + train.beta * kl_loss) / window).backward()
         metrics["policy_loss"] += float(policy_loss.detach()) / window
         metrics["kl_loss"] += float(kl_loss.detach()) / window
-    metrics["grad_norm"] = float(
-        torch.nn.utils.clip_grad_norm_(trained(model), train.max_grad_norm)
-    )
+
+    # Step and EMA.
+    norm = torch.nn.utils.clip_grad_norm_(trained(model), train.max_grad_norm)
+    metrics["grad_norm"] = float(norm)
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():

@@ -1,9 +1,12 @@
-"""The programs of a training run at any size, for the benchmarks: what scripts/programs.py builds from a config.
+"""The programs of a training run at any size, for the benchmarks.
 
-Arguments are abstract (jax.ShapeDtypeStruct) until `fill` makes them on the device, so that a program can be lowered
-without memory. Needs jax, flax, optax and what the model itself imports; no ml_collections, which may be missing.
+They call what the programs of realgen_jax/training/programs.py call, but that module needs
+ml_collections and grain, which a GPU machine may lack. Needs jax, flax, optax and what the model
+itself imports. Arguments are abstract (jax.ShapeDtypeStruct) until `fill` makes them on the device,
+so that a program can be lowered without memory.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,28 +15,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from realgen_jax.models.flux import cost
-from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
+from realgen_jax.models import cost
+from realgen_jax.models.flux.family import FLUX
+from realgen_jax.models.flux.transformer import FluxConfig
+from realgen_jax.models.model import Model
+from realgen_jax.models.trainable import Lora
 from realgen_jax.nn.convert import abstract
-from realgen_jax.nn.lora import LoraConfig, init_lora, make_velocity
-from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.objectives.grpo import (
-    Batch,
-    EmaConfig,
-    LossConfig,
-    TrainState,
-    make_optimizer,
-    update,
-)
-from realgen_jax.rollout import Plan, Trajectory, draw_noise, make_plan, rollout, sample
-from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps
+from realgen_jax.nn.lora import LoraConfig
+from realgen_jax.nn.vae import Autoencoder, VaeConfig
+from realgen_jax.objectives.grpo import Grpo, LossConfig, guard_loss, velocity_kl
+from realgen_jax.rollout import Plan, Trajectory, draw_latents, sample
+from realgen_jax.sde import ode_steps
+from realgen_jax.sharding import make_mesh
+from realgen_jax.update import Batch, EmaConfig, TrainState, make_optimizer, update
 
 
 @dataclass(frozen=True)
 class Size:
-    """What programs' shapes hang on; the defaults are RealGen's, preset flux_dev_8xh200 of configs/flux_grpo.py."""
+    """Everything that the programs' shapes depend on.
+
+    The defaults are RealGen's: the preset flux_dev_8xh200 of configs/flux_grpo.py.
+    """
 
     model: FluxConfig = field(default_factory=FluxConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
@@ -47,24 +50,45 @@ class Size:
 
     @property
     def start(self) -> int:
-        """The mean of the window's starts, which are uniform: rollouts take as long as the average one."""
+        """The mean of the window's starts, so that a rollout takes as long as the average one."""
         return (self.bounds[0] + self.bounds[1] - self.window) // 2
 
     @property
-    def plan(self) -> Plan:
-        sigmas = flux_sigmas(self.steps, self.side**2, SchedulerConfig())
-        window = {"window": self.window, "bounds": self.bounds, "branches": self.branches}
-        return replace(
-            make_plan(sigmas, kind="sde", noise_level=0.9, **window), start=jnp.int32(self.start)
+    def objective(self) -> Grpo:
+        """GRPO-Guard as RealGen trains it, but for its clip.
+
+        RealGen clips at 2e-6. Random trajectories would then all be clipped, and their gradients
+        zero.
+        """
+        return Grpo(
+            loss=guard_loss,
+            kl=velocity_kl,
+            config=LossConfig(beta=4e-4, clip_range=1.0, adv_clip_max=5.0),
+            sde_type="sde",
+            noise_level=0.9,
+            window=self.window,
+            window_range=self.bounds,
+            branches=self.branches,
         )
 
+    @property
+    def plan(self) -> Plan:
+        plan = self.objective.make_plan(FLUX.Schedule().sigmas(self.steps, self.side**2))
+        return replace(plan, start=jnp.int32(self.start))
+
     def work(self, slots: int) -> cost.Work:
-        """One rollout call and its update, for the formulas. On a CPU attention writes its scores out."""
+        """One rollout call and its update, for the formulas of operations.
+
+        On a CPU, attention writes its scores to memory.
+        """
+        text_shapes = FLUX.text_shapes(self.model, self.text)
         return cost.Work(
+            formulas=FLUX.cost,
             model=self.model,
             vae=self.vae,
             image_tokens=self.side**2,
             text_tokens=self.text,
+            text_elements=sum(math.prod(shape) for shape in text_shapes.values()),
             rank=self.rank,
             images=slots * self.branches,
             slots=slots,
@@ -81,111 +105,128 @@ class Size:
 
 @dataclass(frozen=True)
 class Program:
-    """A jitted call, its arguments (weights first) and its useful operations: MFU gives no credit for a second time.
-
-    feeds_back: the first result takes the place of the second argument, which the call consumed.
-    """
+    """A jitted call with its arguments."""
 
     call: Callable
-    arguments: tuple
-    flops: float
-    feeds_back: bool = False
+    arguments: tuple  # the model first
+    flops: float  # useful operations: what is computed a second time does not count for MFU
+    feeds_back: bool = False  # the first result replaces the second argument, which is donated
 
     def after(self, arguments: tuple, result: Any) -> tuple:
-        """The next call's arguments."""
-        return (arguments[0], result[0], *arguments[2:]) if self.feeds_back else arguments
+        """Return the next call's arguments."""
+        if self.feeds_back:
+            return (arguments[0], result[0], *arguments[2:])
+        return arguments
 
 
-def weights(size: Size) -> nnx.State:
-    return abstract(FluxTransformer, size.model)[1]
-
-
-def adapters(size: Size) -> nnx.State:
-    return jax.eval_shape(lambda: init_lora(size.model, LoraConfig(size.rank), jax.random.key(0)))
+def weights(size: Size) -> Model:
+    """The abstract model, on one device: its leaves are the weights of all programs."""
+    return Model(
+        params=abstract(FLUX.Module, size.model)[1],
+        vae_params=abstract(Autoencoder, size.vae)[1],
+        family=FLUX,
+        config=size.model,
+        vae=size.vae,
+        schedule=FLUX.Schedule(),
+        trainable=Lora(LoraConfig(size.rank)),
+        height=size.side,
+        width=size.side,
+        mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
+    )
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _cond(size: Size, *rows: int) -> Cond:
-    m = size.model
-    t5 = jax.ShapeDtypeStruct((*rows, size.text, m.joint_attention_dim), m.dtype)
-    return Cond(
-        t5, jax.ShapeDtypeStruct((*rows, m.pooled_projection_dim), m.dtype), _float32(*rows)
-    )
+def _cond(model: Model, size: Size, rows: int) -> Any:
+    return model.abstract_cond(rows, size.text, size.model.dtype)
 
 
 def sampling(size: Size, images: int) -> Program:
-    """(weights, latents [n, s, c], cond) -> latents: all steps without noise, of the base model, no decoding."""
-    velocity = make_velocity(size.model, None, size.side, size.side)
-    ode = ode_steps(flux_sigmas(size.steps, size.side**2, SchedulerConfig()))
-    call = jax.jit(lambda params, latents, cond: sample(velocity, params, None, cond, latents, ode))
-    flops = images * size.steps * sum(cost.forward_flops(replace(size.work(1), rank=0)).values())
-    return Program(
-        call,
-        (
-            weights(size),
-            _float32(images, size.side**2, size.model.in_channels),
-            _cond(size, images),
-        ),
-        flops,
-    )
+    """(model, latents [n, s, c], cond) -> latents: ODE sampling of the base model, undecoded."""
+    abstract_model = weights(size)
+    ode = ode_steps(abstract_model.sigmas(size.steps))
+
+    @jax.jit
+    def call(model: Model, latents: jax.Array, cond: Any) -> jax.Array:
+        return sample(partial(model.velocity, None), cond, latents, ode)
+
+    latents = _float32(images, *abstract_model.token_shape)
+    arguments = (abstract_model, latents, _cond(abstract_model, size, images))
+    forward = FLUX.cost.forward_flops(replace(size.work(1), rank=0))
+    return Program(call, arguments, images * size.steps * sum(forward.values()))
 
 
 def decoding(size: Size, images: int) -> Program:
-    """(the autoencoder's weights, latents [n, s, c]) -> uint8 pictures [n, 3, H, W]."""
-    graph, params = abstract(Autoencoder, size.vae)
-    call = jax.jit(
-        lambda params, tokens: decode_tokens(nnx.merge(graph, params), tokens, size.side, size.side)
-    )
-    tokens = _float32(images, size.side**2, size.model.in_channels)
-    return Program(call, (params, tokens), images * cost.decode_flops(size.work(1)))
+    """(model, latents [n, s, c]) -> uint8 pictures [n, 3, H, W]."""
+    abstract_model = weights(size)
+    call = jax.jit(Model.decode)
+    tokens = _float32(images, *abstract_model.token_shape)
+    return Program(call, (abstract_model, tokens), images * cost.decode_flops(size.work(1)))
 
 
 def rollouts(size: Size, slots: int) -> Program:
-    """(weights, adapters, cond, keys, plan) -> (latents, trajectory), branches images a slot, no decoding."""
-    velocity = make_velocity(size.model, LoraConfig(size.rank), size.side, size.side)
-    shape = size.side**2, size.model.in_channels
+    """(model, adapters, cond, keys, plan) -> (latents, trajectory), not decoded."""
+    abstract_model = weights(size)
+    objective = size.objective
+    images = slots * size.branches
 
     @jax.jit
-    def call(params, trainable, cond, keys, plan):
-        latents, noise = draw_noise(*keys, plan, slots, slots, shape)
-        return rollout(velocity, params, trainable, cond, latents, noise, plan)
+    def call(model: Model, trainable: Any, cond: Any, keys: Any, plan: Plan) -> Any:
+        latent_key, noise_key = keys
+        latents = draw_latents(latent_key, slots, slots, model.token_shape)
+        noise = objective.draw_noise(noise_key, plan, images, model.token_shape)
+        return objective.collect(model.velocity, trainable, cond, latents, noise, plan)
 
-    keys = jax.random.key(0), jax.random.key(1)
-    flops = cost.epoch_flops(size.work(slots))["rollout"]
-    return Program(
-        call, (weights(size), adapters(size), _cond(size, slots), keys, size.plan), flops
+    arguments = (
+        abstract_model,
+        abstract_model.trainable.abstract(abstract_model),
+        _cond(abstract_model, size, slots),
+        (jax.random.key(0), jax.random.key(1)),
+        size.plan,
     )
+    return Program(call, arguments, cost.epoch_flops(size.work(slots))["rollout"])
 
 
 def updating(size: Size, slots: int) -> Program:
-    """(weights, state, batch) -> (state, metrics): one optimizer step on one call, slots x branches images together."""
-    velocity = make_velocity(size.model, LoraConfig(size.rank), size.side, size.side)
+    """(model, state, batch) -> (state, metrics): one optimizer step on one rollout call."""
+    abstract_model = weights(size)
+    objective = size.objective
     optimizer = make_optimizer(1e-4, 0.9, 0.999, 1e-8, 1e-4, 1.0)
-    # RealGen clips at 2e-6, but random trajectories are no policy's: all would be clipped, their gradient zeros
-    loss = LossConfig("guard", "velocity", beta=4e-4, clip_range=1.0, adv_clip_max=5.0)
-    call = jax.jit(partial(update, velocity, optimizer, loss, EmaConfig(0.9, 8)), donate_argnums=1)
-    trainable = adapters(size)
-    state = TrainState(
-        trainable,
-        trainable,
-        jax.eval_shape(optimizer.init, trainable),
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
-    images, latent = slots * size.branches, (size.side**2, size.model.in_channels)
-    steps = jax.tree.map(lambda a: a[None, size.start : size.start + size.window], size.plan.noisy)
+    ema = EmaConfig(0.9, 8)
+
+    @partial(jax.jit, donate_argnums=1)
+    def call(model: Model, state: TrainState, batch: Batch) -> Any:
+        return update(objective, optimizer, ema, model.velocity, state, batch)
+
+    # The state.
+    trainable = abstract_model.trainable.abstract(abstract_model)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(trainable, trainable, opt_state, step)
+
+    # One call's trajectory, with the true coefficients of its steps.
+    images = slots * size.branches
+    latent = abstract_model.token_shape
+    window = slice(size.start, size.start + size.window)
     trajectory = Trajectory(
-        _float32(1, size.window + 1, images, *latent),
-        _float32(1, size.window, images, *latent),
-        _float32(1, size.window, images),
-        steps,
+        latents=_float32(1, size.window + 1, images, *latent),
+        mean=_float32(1, size.window, images, *latent),
+        logp=_float32(1, size.window, images),
+        steps=jax.tree.map(lambda values: values[None, window], size.plan.noisy),
     )
+
+    # Its conditioning, with the axis of calls in front.
+    cond = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype),
+        _cond(abstract_model, size, slots),
+    )
+
     epoch = cost.epoch_flops(size.work(slots))
     flops = epoch["useful"] - epoch["rollout"] - epoch["decode"]
-    batch = Batch(trajectory, _cond(size, 1, slots), _float32(1, images))
-    return Program(call, (weights(size), state, batch), flops, feeds_back=True)
+    batch = Batch(trajectory, cond, _float32(1, images))
+    return Program(call, (abstract_model, state, batch), flops, feeds_back=True)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -194,11 +235,12 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def fill(tree: Any, seed: int = 0) -> Any:
-    """Random arrays on the device in place of abstract ones, one by one, each in its own precision: N(0, 0.02^2).
+    """Replace abstract arrays by random ones on the device, N(0, 0.02^2), each in its precision.
 
-    Norms' scales are 1; biases, the optimizer's moments and whole numbers 0. What is an array already stays.
+    Norms' scales are 1; biases, the optimizer's moments and integers are 0. Arrays stay as they
+    are.
     """
-    key = jax.random.key(seed, impl="rbg")  # quick to compile, and one pass over the memory
+    key = jax.random.key(seed, impl="rbg")  # compiles quickly, and takes one pass over the memory
 
     def make(path: Any, leaf: Any, i: int) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -216,9 +258,20 @@ def fill(tree: Any, seed: int = 0) -> Any:
     return structure.unflatten(make(path, leaf, i) for i, (path, leaf) in enumerate(leaves))
 
 
-def start(program: Program, params: Any) -> Callable[[], Any]:
-    """A compiled call on random arguments; a call that feeds back goes on from the call before."""
-    arguments = (params, *fill(program.arguments[1:]))
+def filled(program: Program, weights: Model, seed: int = 0) -> tuple:
+    """A program's arguments on the device: the arrays of `weights`, all others random.
+
+    The model is the program's own otherwise, because its config may name another
+    rematerialisation policy than that of `weights`.
+    """
+    own: Model = program.arguments[0]
+    model = replace(own, params=weights.params, vae_params=weights.vae_params)
+    return (model, *fill(program.arguments[1:], seed))
+
+
+def start(program: Program, weights: Model) -> Callable[[], Any]:
+    """Compile a program on random arguments. A call that feeds back continues from the last one."""
+    arguments = filled(program, weights)
     compiled = program.call.lower(*arguments).compile()
 
     def call() -> Any:
@@ -231,7 +284,11 @@ def start(program: Program, params: Any) -> Callable[[], Any]:
 
 
 def tiny(double: int = 2, single: int = 2, **kw: Any) -> Size:
-    """A toy for tests. It has two blocks of each kind, as XLA unrolls a loop of one trip: that is another program."""
+    """A toy for tests.
+
+    It has two blocks of each kind, because XLA unrolls a loop of one iteration into another
+    program.
+    """
     model = FluxConfig(
         num_layers=double,
         num_single_layers=single,
@@ -244,16 +301,5 @@ def tiny(double: int = 2, single: int = 2, **kw: Any) -> Size:
         param_dtype=jnp.float32,
     )
     vae = VaeConfig((8, 8), layers_per_block=1, norm_num_groups=4)
-    return Size(
-        **{
-            "model": model,
-            "vae": vae,
-            "side": 4,
-            "text": 8,
-            "steps": 4,
-            "window": 2,
-            "bounds": (0, 4),
-            "rank": 4,
-            **kw,
-        }
-    )
+    size = Size(model, vae, side=4, text=8, steps=4, window=2, bounds=(0, 4), rank=4)
+    return replace(size, **kw)

@@ -1,61 +1,69 @@
 """Which rewards scripts/serve_rewards.py serves, where, and within which limits.
 
-    python scripts/serve_rewards.py                                             the embedded rewards, on this machine
-    python scripts/serve_rewards.py --config.host=0.0.0.0 --config.port=8017    for other machines; needs a token
-    python scripts/serve_rewards.py --config configs/serve_rewards.py:realgen   RealGen's three detectors
+    python scripts/serve_rewards.py                                             the embedded rewards
+    python scripts/serve_rewards.py --config.host=0.0.0.0 --config.port=8017    for other machines
+    python scripts/serve_rewards.py --config configs/serve_rewards.py:realgen   RealGen's detectors
 
-For other rewards copy this file: `rewards` names them, `options` gives their constructors' arguments.
+An address that other machines reach needs a token (docs/rewards.md). To serve other rewards, copy
+this file: `rewards` names them, `options` has the arguments of their constructors.
 """
 
+from importlib.resources import files
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-ROOT = Path(__file__).resolve().parent.parent
+REWARDS = files("reward_bridge") / "embedded"
 
 
-def tiny() -> ConfigDict:
-    """The rewards that ship with the package: nothing to download, any machine."""
+def base() -> ConfigDict:
+    """All keys, with no rewards."""
     c = ConfigDict()
-    c.host = (
-        "127.0.0.1"  # this machine only; any other address needs the token in REALGEN_REWARD_TOKEN
-    )
-    c.port = 8017  # 0: a free one
+    # 127.0.0.1: this machine only. Any other address needs the token in REALGEN_REWARD_TOKEN.
+    c.host = "127.0.0.1"
+    c.port = 8017  # 0: any free port
 
-    c.rewards = ("embedded_detector", "embedded_held_out", "embedded_prompt_accuracy", "clip_score")
-    c.options = ConfigDict(
-        {"clip_score": ConfigDict({"path": str(ROOT / "reward_bridge" / "embedded" / "clip")})}
-    )
-    c.device = "auto"  # the GPUs in turn, without one the CPU; cpu, cuda:N
-    c.devices = ConfigDict()  # rewards that have a device of their own, {"omniaid": "cuda:1"}
-    c.batch_size = (
-        0  # most images a reward sees at once; 0: all of a batch. Halved where memory runs out
-    )
+    c.rewards = ()
+    c.options = ConfigDict()  # {reward: its constructor's options}
+    c.device = "auto"  # auto: the GPUs in turn, or the CPU if there is none; or cpu, cuda:N
+    c.devices = ConfigDict()  # rewards with a device of their own: {"omniaid": "cuda:1"}
+    c.batch_size = 0  # images a reward gets at once, halved when out of memory; 0: the whole batch
     c.deadline = 120.0  # seconds for one reward and one batch
     c.retries = 1
 
     c.limits = ConfigDict()
-    c.limits.body_mib = 256.0  # of one request: 85 pictures of 1024x1024
-    c.limits.held_mib = 4096.0  # request bodies that are read, wait or are scored, together
+    c.limits.body_mib = 256.0  # of one request: 85 images of 1024x1024
+    c.limits.held_mib = 4096.0  # of all request bodies being read, waiting or being scored
     c.limits.images = 256  # of one request
-    c.limits.waiting = 1024  # images that wait for one reward
+    c.limits.waiting = 1024  # images waiting for one reward
     c.limits.batch = 64  # images of several requests that are scored together
-    c.limits.gather = 0.005  # seconds that a first request waits for others to join it
-    c.limits.upload = 60.0  # seconds that a body may take to arrive
+    c.limits.gather = 0.005  # seconds a first request waits for others to join it
+    c.limits.upload = 60.0  # seconds a body may take to arrive
+
+    c.lock()
+    c.options.unlock()
+    c.devices.unlock()
+    return c
+
+
+def tiny() -> ConfigDict:
+    """The rewards that ship with the package. Any machine, nothing to download."""
+    c = base()
+    c.rewards = ("embedded_detector", "embedded_held_out", "embedded_prompt_accuracy", "clip_score")
+    c.options.clip_score = ConfigDict({"path": str(REWARDS / "clip")})
     return c
 
 
 def realgen() -> ConfigDict:
-    """What RealGen trains on, from the folders of configs/flux_grpo.py: 20 GiB of GPU memory, and room for batches."""
-    c = tiny()
+    """RealGen's three detectors, from the folders that configs/flux_grpo.py uses.
+
+    They take 20 GiB of GPU memory, and room for the batches.
+    """
+    c = base()
     c.rewards = ("forensic_chat", "omniaid", "longclip")
-    c.options = ConfigDict(
-        {
-            "forensic_chat": ConfigDict({"path": "models/forensic_chat", "dtype": "bfloat16"}),
-            "omniaid": ConfigDict({"path": "models/omniaid", "routing": "patch_mean"}),
-            "longclip": ConfigDict({"path": "models/longclip", "dtype": "float16"}),
-        }
-    )
+    c.options.forensic_chat = ConfigDict({"path": "models/forensic_chat", "dtype": "bfloat16"})
+    c.options.omniaid = ConfigDict({"path": "models/omniaid", "routing": "patch_mean"})
+    c.options.longclip = ConfigDict({"path": "models/longclip", "dtype": "float16"})
     c.deadline = 600.0
     return c
 
@@ -64,9 +72,8 @@ PRESETS = {"tiny": tiny, "realgen": realgen}
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """The preset's config; `preset` is what follows the colon of --config."""
+    """The config of a preset, whose name follows the colon of --config."""
     if preset not in PRESETS:
-        raise ValueError(
-            f"configs/serve_rewards.py has no preset {preset!r}; choose from {', '.join(PRESETS)}"
-        )
+        name = Path(__file__).name
+        raise ValueError(f"{name} has no preset {preset!r}; choose from {', '.join(PRESETS)}")
     return PRESETS[preset]().lock()

@@ -1,10 +1,16 @@
-"""What a resumed run needs, written by Orbax in the background: the training state and the run's metadata.
+"""Checkpoints of a run: arrays and metadata, written by Orbax in the background.
 
-A checkpoint is a folder named after its epoch. Orbax commits it by a rename; SHA256SUMS, the digests of all its files
-(`sha256sum -c` reads them too), is added last and makes it complete, since Orbax restores flipped bits without a word.
+A checkpoint is a folder named after its epoch:
+
+    state/         the arrays, by Orbax
+    meta/          the metadata, meta.json
+    rewards/ ...   files that the caller adds
+    SHA256SUMS     the digests of all other files, as `sha256sum -c` reads them
+
+Orbax commits the folder by a rename. SHA256SUMS is written last and makes the checkpoint complete;
+it is needed because Orbax restores flipped bits without an error.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,128 +20,144 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 
+from realgen_jax.files import sha256_file, write_whole
 from realgen_jax.hosts import process_index, wait_for_all
-from realgen_jax.objectives.grpo import TrainState
 
-SUMS, META = "SHA256SUMS", "meta.json"
-BARRIER_SECONDS = 300  # that hosts wait for one another while saving
+FORMAT = 2  # of a checkpoint; 1 kept the state as nested dictionaries and had no number
+SUMS = "SHA256SUMS"
+META = "meta.json"
+BARRIER_SECONDS = 300  # that processes wait for each other while saving
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written. The older ones are as they were."""
+    """A checkpoint could not be written. Older ones are not affected."""
 
 
 class RestoreError(ValueError):
-    """A checkpoint holds other arrays than asked for."""
+    """A checkpoint does not hold what is to be restored."""
+
+
+# -- Checkpoint folders
 
 
 def _epochs(folder: Path) -> list[int]:
-    """Epochs of the committed checkpoints, complete or not, oldest first."""
-    return (
-        sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.is_dir() else []
-    )
+    """Return the epochs of all committed checkpoints, complete or not, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
 
-def _sums(checkpoint: Path) -> dict[str, str]:
-    """{file: SHA-256} of everything in a checkpoint but SHA256SUMS."""
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Return {file: SHA-256} of all files of a checkpoint except SHA256SUMS."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != SUMS)
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as pool:  # hashing runs beside Python
-        return dict(
-            zip(
-                (f.relative_to(checkpoint).as_posix() for f in files),
-                pool.map(digest, files),
-                strict=True,
-            )
-        )
+    names = [file.relative_to(checkpoint).as_posix() for file in files]
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        return dict(zip(names, pool.map(sha256_file, files), strict=True))
 
 
-def _text(sums: dict[str, str]) -> str:
-    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+def _format_digests(digests: Mapping[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+
+
+def _parse_digests(text: str) -> dict[str, str]:
+    digests = {}
+    for line in text.splitlines():
+        digest, _, name = line.partition("  ")
+        digests[name] = digest
+    return digests
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the digests of a committed checkpoint, which is complete from then on."""
-    part = checkpoint / (SUMS + ".part")
-    part.unlink(missing_ok=True)
-    text = _text(_sums(checkpoint))
-    part.write_text(text)
-    part.rename(checkpoint / SUMS)
+    """Complete a committed checkpoint by writing the digests of its files."""
+    write_whole(checkpoint / SUMS, _format_digests(_digests(checkpoint)))
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a sealed checkpoint, by file; empty where it is as it was written."""
-    now, written = _sums(checkpoint), (checkpoint / SUMS).read_bytes()
-    if written == _text(now).encode():
+def find_damage(checkpoint: Path) -> str:
+    """Describe which files of a complete checkpoint differ from what was written; "" if none do."""
+    current = _digests(checkpoint)
+    written = (checkpoint / SUMS).read_bytes()
+    if written == _format_digests(current).encode():
         return ""
-    before = {}
-    for line in written.decode(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        before[name] = digest
-    lost, changed = (
-        sorted(before.keys() - now.keys()),
-        sorted(n for n in now if before.get(n) != now[n]),
-    )
-    return ", ".join(
-        [f"{name} has changed" for name in changed] + [f"{name} is missing" for name in lost]
-        or [SUMS]
-    )
+
+    expected = _parse_digests(written.decode(errors="replace"))
+    problems = []
+    for name in sorted(current):
+        if expected.get(name) != current[name]:
+            problems.append(f"{name} has changed")
+    for name in sorted(expected.keys() - current.keys()):
+        problems.append(f"{name} is missing")
+    return ", ".join(problems) or f"{SUMS} has changed"
 
 
 def newest_good(folder: Path) -> tuple[int | None, list[str]]:
-    """The epoch of the newest checkpoint whose files are all as they were written, and what was found on the way.
+    """Return the epoch of the newest intact checkpoint (None: no checkpoints), and warnings.
 
-    Call while no run writes into `folder`. What a kill cut off is removed; a damaged checkpoint is moved aside, to
-    damaged-EPOCH. Raises ValueError where there are checkpoints and all of them are damaged.
+    Unfinished checkpoints are removed; damaged ones are renamed to damaged-EPOCH. Call it only
+    while no run writes into `folder`. Raises ValueError if all checkpoints are damaged.
     """
-    found, bad = [], False
-    for part in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(part)
+    warnings = []
+
+    # Remove what a kill left unfinished.
+    for temporary in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(temporary)
     for epoch in _epochs(folder):
         if not (folder / str(epoch) / SUMS).exists():
             shutil.rmtree(folder / str(epoch))
-            found.append(f"checkpoint {epoch} was not finished; it is not used")
-    for epoch in reversed(_epochs(folder)):
+            warnings.append(f"checkpoint {epoch} is incomplete and was removed")
+
+    # Go back to the newest checkpoint that is as it was written.
+    epochs = _epochs(folder)
+    for epoch in reversed(epochs):
         checkpoint = folder / str(epoch)
-        if wrong := damage(checkpoint):
-            bad, aside = True, folder / f"damaged-{epoch}"
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-            found.append(f"checkpoint {epoch} is damaged and was moved to {aside}: {wrong}")
-        else:
-            return epoch, found
-    if bad:
-        raise ValueError(
-            "\n".join(
-                [*found, f"no good checkpoint is left in {folder}; start again with another name"]
-            )
-        )
-    return None, found
+        damage = find_damage(checkpoint)
+        if not damage:
+            return epoch, warnings
+        aside = folder / f"damaged-{epoch}"
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        warnings.append(f"checkpoint {epoch} is damaged and was moved to {aside}: {damage}")
+
+    if epochs:
+        advice = f"no intact checkpoint is left in {folder}; start a new run with another name"
+        raise ValueError("\n".join([*warnings, advice]))
+    return None, warnings
 
 
 def read_meta(folder: Path, epoch: int) -> dict[str, Any]:
-    """A checkpoint's metadata."""
-    return json.loads((folder / str(epoch) / "meta" / META).read_text())
+    """Return a checkpoint's metadata. Raises RestoreError if it has another format than FORMAT."""
+    meta = json.loads((folder / str(epoch) / "meta" / META).read_text())
+    found = meta.pop("format", 1)
+    if found != FORMAT:
+        raise RestoreError(
+            f"checkpoint {epoch} in {folder} has format {found}, and this version reads format "
+            f"{FORMAT} only; start a new run with another --config.run_name, or use the version "
+            "that wrote it"
+        )
+    return meta
 
 
-def _tree(state: TrainState) -> dict[str, Any]:
-    pure = {"trainable": nnx.to_pure_dict(state.trainable), "ema": nnx.to_pure_dict(state.ema)}
-    return {**pure, "opt_state": state.opt_state, "step": state.step}
+# -- Arrays
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a pytree by their paths, such as "trainable.single.qkv.a"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 class Checkpoints:
-    """Saves and restores one run's checkpoints, of which the newest `keep` stay. On several hosts every process takes
-    part and `folder` must be on a file system that all of them see; process 0 seals and removes.
+    """Saves and restores the checkpoints of a run; the newest `keep` are kept.
+
+    With several processes all must make the same calls, and `folder` must be on a file system that
+    they share; process 0 seals and removes.
     """
 
     def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder.absolute(), keep
+        self.folder = folder.absolute()
+        self.keep = keep
+        self.begun: int | None = None  # the epoch of the newest save or restore
+
         handler = ocp.CompositeCheckpointHandler(
             state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler(filename=META)
         )
@@ -143,43 +165,49 @@ class Checkpoints:
             handler, async_options=ocp.AsyncOptions(timeout_secs=BARRIER_SECONDS)
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future | None = None
-        self.begun: int | None = None  # the epoch of the newest save or restore
+        self._pending: Future | None = None  # the save in progress
 
     def newest(self) -> int | None:
-        """The epoch of the newest complete checkpoint."""
+        """Return the epoch of the newest complete checkpoint."""
         return next(self._complete(), None)
 
     def _complete(self) -> Iterator[int]:
-        return (
-            epoch
-            for epoch in reversed(_epochs(self.folder))
-            if (self.folder / str(epoch) / SUMS).exists()
-        )
+        """Yield the epochs of the complete checkpoints, newest first."""
+        for epoch in reversed(_epochs(self.folder)):
+            if (self.folder / str(epoch) / SUMS).exists():
+                yield epoch
 
     def save(
         self,
         epoch: int,
-        state: TrainState,
-        meta: dict[str, Any],
+        tree: Any,
+        meta: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Save after `epoch` epochs; meta is JSON, files (by their names in the checkpoint) are this process's own.
-        Returns once the arrays are copied, the rest is done beside.
+        """Begin to save; return once the arrays are copied and may be donated.
 
-        Raises SaveError where this save could not begin, or the one before it failed.
+        Args:
+          epoch: the number of finished epochs, which becomes the checkpoint's name.
+          tree: a pytree of arrays.
+          meta: JSON values.
+          files: further files by their names in the checkpoint; each process adds its own.
+
+        Raises SaveError if this save cannot begin, or if the save before it failed.
         """
         self.wait()
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.StandardSave(_named_leaves(tree)),
+            meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
         )
         try:
             self._orbax.save(self.folder / str(epoch), args=args)
         except Exception as error:
-            raise self._failed(epoch, error) from error
-        self._pending, self.begun = self._thread.submit(self._finish, epoch, files or {}), epoch
+            raise self._clean_up(epoch, error) from error
+        self.begun = epoch
+        self._pending = self._thread.submit(self._finish, epoch, files or {})
 
     def _finish(self, epoch: int, files: Mapping[str, bytes]) -> None:
+        """Wait for Orbax, add the files, seal, and remove old checkpoints."""
         try:
             self._orbax.wait_until_finished()
             for name, content in files.items():
@@ -190,77 +218,75 @@ class Checkpoints:
                 wait_for_all(f"files of checkpoint {epoch}", BARRIER_SECONDS)
             if process_index() == 0:
                 seal(self.folder / str(epoch))
-                for old in list(self._complete())[self.keep :]:
-                    # first what makes it complete: a kill in between leaves what is known to be unfinished
-                    (self.folder / str(old) / SUMS).unlink()
-                    shutil.rmtree(self.folder / str(old))
+                self._remove_old()
         except Exception as error:
-            raise self._failed(epoch, error) from error
+            raise self._clean_up(epoch, error) from error
 
-    def _failed(self, epoch: int, error: Exception) -> SaveError:
-        """Free what the failed save has taken, and say what happened."""
+    def _remove_old(self) -> None:
+        for epoch in list(self._complete())[self.keep :]:
+            # Without SHA256SUMS, what a kill leaves of the folder is known to be incomplete.
+            (self.folder / str(epoch) / SUMS).unlink()
+            shutil.rmtree(self.folder / str(epoch))
+
+    def _clean_up(self, epoch: int, error: Exception) -> SaveError:
+        """Free the disk space of a failed save, and return the error to raise."""
         if process_index() == 0:
-            for part in (
-                self.folder / str(epoch),
-                *self.folder.glob(f"{epoch}.orbax-checkpoint-tmp*"),
-            ):
+            temporary = self.folder.glob(f"{epoch}.orbax-checkpoint-tmp*")
+            for part in (self.folder / str(epoch), *temporary):
                 if not (part / SUMS).exists():
                     shutil.rmtree(part, ignore_errors=True)
-        self.begun, newest = None, self.newest()
-        kept = (
-            "there is no older one"
-            if newest is None
-            else f"the newest is still that of epoch {newest}"
-        )
+        self.begun = None
+
+        newest = self.newest()
+        if newest is None:
+            remaining = "there is no older one"
+        else:
+            remaining = f"the newest one is still that of epoch {newest}"
         lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else repr(error)
         return SaveError(
-            f"checkpoint {epoch} could not be saved in {self.folder}; {kept}. {lines[0] if lines else error!r}"
+            f"checkpoint {epoch} could not be saved in {self.folder}; {remaining}. {reason}"
         )
 
     def wait(self) -> None:
-        """Wait for the save that is being written. Raises SaveError, once, where it failed."""
-        pending, self._pending = self._pending, None
+        """Wait for the save in progress. Raises SaveError, once, if it failed."""
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 
     def raise_if_failed(self) -> None:
-        """As `wait`, without waiting."""
+        """Raise SaveError, once, if the save in progress has failed already; do not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def read(self, epoch: int, name: str) -> bytes | None:
-        """One of the files saved with a checkpoint; None where it has none of this name."""
+        """Return one of the `files` saved with a checkpoint, None if there is none of this name."""
         file = self.folder / str(epoch) / name
         return file.read_bytes() if file.exists() else None
 
-    def restore(self, epoch: int, like: TrainState) -> TrainState:
-        """The state saved after `epoch` epochs, its arrays placed as those of `like` are, on whatever mesh.
+    def restore(self, epoch: int, like: Any) -> Any:
+        """Return the pytree of a checkpoint, with the structure and the shardings of `like`.
 
-        Raises RestoreError where the checkpoint holds other arrays.
+        The mesh may differ from the one it was saved on. Raises RestoreError if the checkpoint
+        holds other arrays than `like`.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
+        named = _named_leaves(like)
+        shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in named.items()}
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         try:
-            found = self._orbax.restore(
-                self.folder / str(epoch),
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
-            )
+            arrays = self._orbax.restore(self.folder / str(epoch), args=args)["state"]
         except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
             raise RestoreError(
-                f"checkpoint {epoch} in {self.folder} does not fit this config's weights and optimizer "
-                f"({str(error).strip().splitlines()[0]}); train.lora, train.lora_rank and pretrained.model must stay"
+                f"checkpoint {epoch} in {self.folder} does not fit the weights and the optimizer "
+                f"of this config ({reason}); keep train.lora, train.lora_rank and pretrained.model"
             ) from error
-        tree = found["state"]
-        trainable, ema = (
-            jax.tree.map(lambda a: a, like.trainable),
-            jax.tree.map(lambda a: a, like.ema),
-        )
-        nnx.replace_by_pure_dict(trainable, tree["trainable"])
-        nnx.replace_by_pure_dict(ema, tree["ema"])
         self.begun = epoch
-        return TrainState(trainable, ema, tree["opt_state"], tree["step"])
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])
 
     def close(self) -> None:
-        """Wait for the last save, whose failure has been told by then or is raised here."""
+        """Wait for the save in progress and release Orbax. Raises SaveError as `wait`."""
         try:
             self.wait()
         finally:

@@ -1,24 +1,346 @@
-"""How a script's flags are read: absl's, with ml_collections' config, but a mistake is told in one line."""
+"""The training config, every key with default, unit and choices, and the flag --config.
 
+A config file defines `get_config()`, which starts from `base()` and sets what differs:
+
+    from realgen_jax.config import base
+
+    def get_config():
+        c = base()
+        c.pretrained.model = "models/FLUX.1-dev"
+        ...
+        return c
+
+Programs take it as --config FILE, and a shipped one by name, --config flux_grpo:tiny. Every key can
+be set on the command line, --config.train.learning_rate=1e-4. A key that does not exist is an
+error, in a file as on the command line.
+"""
+
+import re
 import sys
+from collections.abc import Callable
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from realgen_jax.config_files import load_config, missing_keys
+
+NO_CONFIG = "error: no config; name one, such as --config flux_grpo"
+
+flags.disclaim_key_flags()  # --help lists --config under the program that calls define_config
+
+
+# -- Keys
+
+
+def base() -> ConfigDict:
+    """All keys of a training config with neutral values: no model, no prompts and no rewards.
+
+    The keys are fixed: a misspelled one raises AttributeError or KeyError. New keys can only be
+    added to the mappings whose keys are names of rewards or of prompt sets.
+    """
+    c = ConfigDict()
+    c.preset = "custom"  # part of the run's default name; get_config() sets it
+    c.seed = 0  # root of all random numbers
+    c.run_name = ""  # the run's folder; empty: preset, date and time
+    c.run_root = "runs"  # where the runs' folders are
+    c.num_epochs = 100
+    c.save_freq = 10  # epochs between checkpoints
+    c.num_checkpoint_limit = 5  # checkpoints to keep, the newest ones
+    c.save_failure = "stop"  # stop, continue: if a checkpoint cannot be written (a full disk)
+    c.preemption_grace = 25.0  # seconds after SIGTERM within which the last save must have started
+    c.eval_freq = 10  # epochs between evaluations; epoch 0 and the last one are always evaluated
+    c.wandb_project = ""  # empty: no Weights & Biases
+    c.compilation_cache = "~/.cache/realgen_jax/xla"  # folder of compiled programs; empty: none
+
+    # Epochs to trace, counted from 1. Take 3 or later: the first ones include compilation.
+    c.profile = ConfigDict({"steps": ()})
+
+    # Mesh axes; -1 takes the devices that the others leave. docs/clusters.md explains the axes.
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    # Assumptions of scripts/preflight.py. Training uses the devices it finds.
+    c.preflight = ConfigDict()
+    c.preflight.devices = 1  # devices that train, if config.mesh leaves the number open
+    c.preflight.mfu = 0.4  # fraction of the devices' peak FLOP/s that is reached
+
+    c.pretrained = _pretrained()
+    c.prompts = _prompts()
+    c.sample = _sample()
+    c.train = _train()
+    c.reward = _reward()
+    c.evaluate = _evaluate()
+
+    c.lock()
+    for mapping in (c.reward.fn, c.reward.options, c.reward.devices, c.reward.adversarial):
+        mapping.unlock()
+    c.evaluate.prompts.unlock()
+    return c
+
+
+def _pretrained() -> ConfigDict:
+    """The model that training starts from."""
+    c = ConfigDict()
+    c.model = ""  # a pipeline folder of diffusers; its model_index.json says which family it is
+    c.family = "FluxPipeline"  # pipeline class that preflight.py assumes if there is no such folder
+    c.transformer = ""  # another transformer: a diffusers folder or BFL's single file
+    c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
+    c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer
+    c.param_dtype = "float32"  # float32, bfloat16: dtype of its frozen weights
+    c.vae_dtype = "float32"  # float32, bfloat16
+
+    # What the backward pass keeps of the forward pass, from the least memory to the most:
+    # full: the inputs of the blocks; attention: also the attention outputs (on NVIDIA GPUs);
+    # dots: also the outputs of all projections; none: everything it needs, nothing is recomputed.
+    c.remat = "full"
+    return c
+
+
+def _prompts() -> ConfigDict:
+    """Prompt files and their text embeddings."""
+    c = ConfigDict()
+    c.train = ""  # .txt, one prompt a line, or .jsonl with "prompt"
+    c.test = ""  # prompts of evaluations, same formats
+    c.max_tokens = 512  # T5 tokens
+    c.cache = "~/.cache/realgen_jax/text"  # folder of text embeddings
+    c.dtype = "float32"  # float32, bfloat16: dtype of the text encoders and embeddings
+    c.device = "auto"  # where the text encoders run, once; choices as for reward.device
+    return c
+
+
+def _sample() -> ConfigDict:
+    """Rollouts and evaluation images."""
+    c = ConfigDict()
+    c.resolution = 512  # pixels a side
+    c.num_steps = 10  # denoising steps of a rollout
+    c.eval_num_steps = 10  # denoising steps of an evaluation
+    c.guidance_scale = 3.5
+    c.train_batch_size = 8  # images of one rollout call, over all devices
+    c.num_image_per_prompt = 8  # group size: images of one prompt
+    c.branches = 1  # images that share the ODE prefix and separate where the SDE window starts
+    c.same_latent = False  # True: the images of a group share the initial noise
+    c.num_batches_per_epoch = 2  # rollout calls
+    c.sde_type = "sde"  # sde, cps
+    c.noise_level = 0.9
+    c.sde_window_size = 3  # steps with noise, the ones that are trained
+    c.sde_window_range = (0, 8)  # [first, end) of the steps in which the window's place is drawn
+    c.global_std = False  # True: advantages are divided by the epoch's std, not the group's
+    c.test_batch_size = 8  # images of one evaluation call
+    c.test_images_per_prompt = 1
+    return c
+
+
+def _train() -> ConfigDict:
+    """The update."""
+    c = ConfigDict()
+    c.lora = True  # False: train all weights, with float32 master copies
+    c.lora_rank = 32
+    c.lora_alpha = 64.0
+    c.lora_init = "gaussian"  # gaussian, kaiming
+    c.loss = "guard"  # grpo, guard
+    c.guard_bias = "sample"  # sample; batch: averaged over the batch as well, as in RealGen's code
+    c.kl = "velocity"  # velocity, mean, mean_reference
+    c.beta = 0.0  # weight of the KL term
+    c.clip_range = 1e-4  # of the policy ratio, around 1
+    c.adv_clip_max = 5.0  # largest absolute advantage
+    c.learning_rate = 1e-4
+    c.adam_beta1 = 0.9
+    c.adam_beta2 = 0.999
+    c.adam_epsilon = 1e-8
+    c.adam_weight_decay = 1e-4
+    c.max_grad_norm = 1.0
+    c.gradient_accumulation_steps = 1  # rollout calls per optimizer step
+    c.num_inner_epochs = 1  # passes over an epoch's images
+    c.ema_decay = 0.9
+    c.ema_update_interval = 1  # optimizer steps between EMA updates
+    c.recompute_old = False  # True: the update's own program recomputes the sampled means first
+    return c
+
+
+def _reward() -> ConfigDict:
+    """Rewards and their devices. docs/rewards.md lists them, their classes have the options."""
+    c = ConfigDict()
+    c.fn = ConfigDict()  # {reward: weight}: what is trained on
+    c.held_out = ()  # rewards that are scored in evaluations and never trained on
+    c.metrics = ()  # metrics of a whole set of images in evaluations; lower is better
+    c.options = ConfigDict()  # {reward: its constructor's options}
+
+    # auto: the last GPU, which JAX then leaves free if there are others; the CPU if there is none.
+    # Or cpu, cuda:N.
+    c.device = "auto"
+    c.share_gpu = False  # True: JAX uses the rewards' GPUs too
+    c.devices = ConfigDict()  # rewards with a device of their own: {"omniaid": "cuda:6"}
+    c.batch_size = 0  # images a reward gets at once, halved when out of memory; 0: all of a call
+    c.deadline = 120.0  # seconds for one reward and one call, retries included
+    c.retries = 1
+
+    # Stop the run once a held-out reward has been `stop_drop` (in its own units) below its best
+    # for `stop_patience` evaluations in a row while the trained reward rose. 0: never.
+    c.stop_drop = 0.05
+    c.stop_patience = 0
+
+    c.adversarial = ConfigDict()  # {reward of fn: adversary()}: rewards that learn during the run
+
+    # Real images for rewards that learn: .jsonl ("prompt", "image" or "images"), .json
+    # ({prompt: [images]}), or a folder of photographs that are used for every prompt. File names
+    # are relative to root; if root is empty, to the folder that path is in.
+    c.references = ConfigDict({"path": "", "root": ""})
+    return c
+
+
+def _evaluate() -> ConfigDict:
+    """RealBench, which scripts/evaluate.py and the report at the end of a run show."""
+    c = ConfigDict()
+
+    # {set: file}, .txt or .jsonl ("prompt", "category"). Line i of all sets describes one scene.
+    c.prompts = ConfigDict()
+    c.images_per_prompt = 1  # RealBench: 1
+    c.batch_size = 8  # images that are generated and scored in one call
+    c.scores = ()  # rewards
+    c.detectors = ()  # scores that are a P(real); the share above 0.5 is reported as well
+    c.confidence = 0.95  # level of all intervals
+    c.resamples = 2000  # bootstrap resamples, over prompts
+    c.report_prompts = 100  # prompts whose images are in the report; its tables have all prompts
+    c.after_training = False  # True: train.py ends with the report
+    c.arena = _arena()
+    return c
+
+
+def _arena() -> ConfigDict:
+    """The arena of RealBench: a judge compares pairs of images."""
+    c = ConfigDict()
+    c.protocol = "balanced"  # balanced: both orders, ties count as ties; realgen: the paper's
+    c.pairs = "all"  # all; photographs: each entry with the photographs; first: each with the first
+    c.prompts = 0  # most prompts per set, evenly spaced; 0: all
+    c.concurrency = 8  # questions in flight
+    c.requests_per_minute = 0.0  # upper limit; 0: no limit
+    c.timeout = 120.0  # seconds for an answer
+    c.attempts = 5  # per question: rate limits, time-outs and unreadable answers are retried
+    c.max_failures = 10  # failed questions in a row after which the judge is given up
+    c.port = 0  # of the page for human judges; 0: any free port
+    return c
+
+
+def adversary() -> ConfigDict:
+    """How a reward learns: a value of config.reward.adversarial, with the numbers of RealGen-V2.
+
+    Sizes count pairs of a real and a generated image, per replica.
+    """
+    c = ConfigDict()
+    c.options = ConfigDict()  # of the learner (reward_bridge/learners/), added to reward.options
+
+    # When it learns.
+    # threshold: in epochs whose mean reward is above `threshold`;
+    # margin: in epochs whose references score less than `margin` above the generated images;
+    # every: in the first `learn_epochs` epochs of each `cycle`;
+    # plateau: once the reward has not risen by `min_rise` for `patience` epochs.
+    c.schedule = "threshold"
+    c.threshold = 0.6
+    c.margin = 0.0
+    c.learn_epochs = 1
+    c.cycle = 1
+    c.patience = 5
+    c.min_rise = 0.01
+    c.always_first = True  # learn in epoch 0, whatever the schedule says
+    c.skip_generator = False  # True: the generator is not updated in epochs in which this learns
+
+    c.optimizer = "adamw"  # adam, adamw
+    c.learning_rate = 4e-5
+    c.betas = (0.9, 0.999)
+    c.weight_decay = 0.01
+
+    c.batch_size = 16  # pairs of this epoch per step; 0: all
+    c.history_batch_size = 16  # pairs of earlier epochs, added to each step
+    c.history_size = 1000  # pairs kept of the epochs it learned in, in host memory and checkpoints
+    c.max_passes = 20  # most passes over the epoch's pairs
+    c.target_accuracy = 0.9  # stop after a pass with this mean accuracy
+
+    # EMA of the weights, which gives the reward: min((1 + steps) / (10 + steps), ema_decay).
+    c.ema_decay = 0.99
+    c.codec = "jpeg"  # none, jpeg: what real and generated images are encoded with after the resize
+    c.quality = 90  # of the codec
+    c.deadline = 600.0  # seconds for one update
+
+    c.lock()
+    c.options.unlock()
+    return c
+
+
+# -- Command line
+
+
+def define_config(default: str | None = None, template: Callable[[], ConfigDict] = base) -> None:
+    """Define the flag --config. Programs that call this pass `parse_flags` to app.run.
+
+    default: the config if the command line names none. template: returns a config with all keys
+    that the program needs; a config that lacks any of them is refused.
+    """
+    usage = "a config file, or a shipped config by name, with a preset: flux_grpo:flux_dev_8xh200"
+    config_flags.DEFINE_config_file("config", None, usage)
+    flags.FLAGS["config"].parser = _ConfigParser(default, template)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """What is left of argv after the flags; exits where they, or the config they name, are wrong."""
+    """Parse the flags and return the other arguments.
+
+    Exits with one line if the flags or the config are wrong.
+    """
+    if "--help" in argv:
+        _show_help()
+        sys.exit()
+
+    flag = flags.FLAGS["config"]
+    default = flag.parser.default
+    if default and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        argv = [argv[0], f"--config={default}", *argv[1:]]
+
     try:
         rest = flags.FLAGS(argv)
-    except (
-        flags.Error
-    ) as error:  # an error inside the config's file comes with its traceback; its last line says it
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+    except flags.UnrecognizedFlagError as error:
+        # Flags of the config's keys exist once there is a config.
+        sys.exit(NO_CONFIG if error.flagname.startswith("config.") else f"error: {error}")
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):  # ml_collections wraps its own message
             error = error.args[0]
         sys.exit(f"error: the config has no key {error.args[0]}")
-    except (ValueError, OSError) as error:
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if flags.FLAGS.config is None:
-        sys.exit("error: name a config: --config configs/flux_grpo.py")
+
+    if flag.value is None:
+        sys.exit(NO_CONFIG)
     return rest
+
+
+def _show_help() -> None:
+    """Print what the program does and its flags.
+
+    absl's own --help only knows the flags of a program that is run as a file, not those of an
+    installed command.
+    """
+    name = flags.FLAGS.find_module_defining_flag("config")
+    module = sys.modules.get(name, sys.modules["__main__"])
+    print(module.__doc__)
+    print(flags.FLAGS.module_help(name))
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Reads the value of --config."""
+
+    def __init__(self, default: str | None, template: Callable[[], ConfigDict]):
+        self.default = default
+        self.template = template
+
+    def parse(self, argument: str) -> ConfigDict:
+        try:
+            config = load_config(argument)
+            missing = missing_keys(config, self.template())
+            if missing:
+                source = f"{self.template.__module__}.{self.template.__name__}()"
+                raise ValueError(
+                    f"{argument} lacks the keys {', '.join(missing)}; start from {source}"
+                )
+        except (ValueError, OSError) as error:
+            raise flags.Error(str(error)) from error
+        return config.lock()
+
+    def flag_type(self) -> str:
+        return "config"

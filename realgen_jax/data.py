@@ -1,4 +1,4 @@
-"""Prompt files, and the order in which a run goes through them."""
+"""Prompt files, the order in which a run uses their prompts, and the layout of a batch."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line (.txt), or one JSON object a line with "prompt" (.jsonl; other keys are left alone).
+    """Read a prompt file: a prompt a line (.txt), or a JSON object with "prompt" a line (.jsonl).
 
     Raises FileNotFoundError, or ValueError naming the first bad line.
     """
@@ -17,7 +17,11 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def read_categorised(path: str | Path) -> list[tuple[str, str]]:
-    """As `read_prompts`, each with its "category"; "" where the line names none."""
+    """Read a prompt file as (prompt, category) pairs.
+
+    The category is the "category" of a JSON line, "" if there is none. Raises FileNotFoundError,
+    or ValueError naming the first bad line.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -27,36 +31,46 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
         raise ValueError(
             f"{path} ends in {path.suffix!r}; expected .txt (one prompt a line) or .jsonl"
         )
+
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where, category = f"{path}, line {number}", ""
+        place = f"{path}, line {number}"
         if not line.strip():
-            raise ValueError(f"{where} is blank; every line is a prompt")
+            raise ValueError(f"{place} is blank; every line must be a prompt")
         if path.suffix == ".jsonl":
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f'{where} is not JSON ({error}); expected {{"prompt": ...}}'
-                ) from error
-            line = record.get("prompt") if isinstance(record, dict) else None
-            if not isinstance(line, str) or not line.strip():
-                raise ValueError(
-                    f'{where} has no "prompt"; expected a JSON object with a text under "prompt"'
-                )
-            category = record.get("category") or ""
-            if not isinstance(category, str):
-                raise ValueError(f'{where} has {category!r} under "category"; expected a text')
-        prompts.append((line.strip(), category.strip()))
+            prompts.append(_parse_record(line, place))
+        else:
+            prompts.append((line.strip(), ""))
+
     if not prompts:
         raise ValueError(f"{path} is empty; expected at least one prompt")
     return prompts
 
 
-def prompt_batches(count: int, groups: int, seed: int) -> grain.DatasetIterator:
-    """Endless batches of `groups` row numbers below `count`; every pass is a new shuffle of all rows.
+def _parse_record(line: str, place: str) -> tuple[str, str]:
+    """Return (prompt, category) of a JSON line; other keys are ignored."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{place} is not JSON ({error}); expected {{"prompt": ...}}') from error
 
-    The iterator's `get_state` and `set_state` carry its position in a checkpoint.
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(
+            f'{place} has no "prompt"; expected a JSON object with a string under "prompt"'
+        )
+
+    category = record.get("category") or ""
+    if not isinstance(category, str):
+        raise ValueError(f'{place} has {category!r} under "category"; expected a string')
+    return prompt.strip(), category.strip()
+
+
+def prompt_batches(count: int, groups: int, seed: int) -> grain.DatasetIterator:
+    """Return endless batches of row numbers, int [groups], each in [0, count).
+
+    Every pass over the rows is a new shuffle. `get_state` and `set_state` of the iterator save and
+    restore its position.
     """
     rows = grain.MapDataset.source(np.arange(count)).seed(seed).shuffle().repeat()
     return iter(rows.batch(groups).to_iter_dataset())
@@ -64,40 +78,46 @@ def prompt_batches(count: int, groups: int, seed: int) -> grain.DatasetIterator:
 
 @dataclass(frozen=True)
 class Layout:
-    """How an epoch's images fall into rollout calls, slots (images that share a prefix) and groups (of one prompt).
+    """How the images of an epoch are divided into rollout calls, slots and groups.
 
-    Images are numbered call by call and, in a call, slot by slot; a group is `group` neighbours in that order, so the
-    epoch's scores reshape to [groups, group]. `images` counts those of one call, over all devices.
+    Images are numbered call by call and, within a call, slot by slot. A slot is `branches`
+    neighbouring images that share a prefix of the rollout; a group is `group` neighbouring images
+    of one prompt. The scores of an epoch therefore reshape to [groups, group].
     """
 
-    calls: int
-    images: int
-    branches: int
-    group: int
+    calls: int  # rollout calls of an epoch
+    images: int  # images of a call, over all devices
+    branches: int  # images of a slot
+    group: int  # images of a group
 
     def check(self, parts: int) -> None:
-        """Raise ValueError for sizes that do not fall together; a call's slots are spread over `parts` devices."""
-        if self.calls * self.images % self.group or (
-            self.images % self.group and self.group % self.images
-        ):
+        """Raise ValueError if sizes do not divide; `parts` devices share the slots of a call."""
+        whole_groups = self.images % self.group == 0
+        whole_calls = self.group % self.images == 0
+        if self.calls * self.images % self.group or not (whole_groups or whole_calls):
             raise ValueError(
-                f"num_batches_per_epoch {self.calls} x train_batch_size {self.images} does not fall into groups of "
-                f"num_image_per_prompt {self.group}: a call must hold whole groups, or a group whole calls"
+                f"num_batches_per_epoch {self.calls} x train_batch_size {self.images} cannot be "
+                f"divided into groups of num_image_per_prompt {self.group}: a call must hold whole "
+                "groups, or a group whole calls"
             )
         if self.group % self.branches or self.images % (self.branches * parts):
             raise ValueError(
-                f"branches {self.branches} must divide num_image_per_prompt {self.group}, and train_batch_size "
-                f"{self.images} must be a multiple of branches x {parts} (the mesh's data x fsdp)"
+                f"branches {self.branches} must divide num_image_per_prompt {self.group}, and "
+                f"train_batch_size {self.images} must be a multiple of branches x {parts} (the "
+                "mesh's data x fsdp)"
             )
 
     @property
     def slots(self) -> int:
+        """Slots of a call."""
         return self.images // self.branches
 
     @property
     def groups(self) -> int:
+        """Groups of an epoch."""
         return self.calls * self.images // self.group
 
     def groups_of_slots(self, call: int) -> np.ndarray:
-        """The group that each slot of a call belongs to: int [slots]."""
-        return (call * self.images + np.arange(self.slots) * self.branches) // self.group
+        """Return the group that each slot of a call belongs to: int [slots]."""
+        first_image = call * self.images + np.arange(self.slots) * self.branches
+        return first_image // self.group

@@ -1,7 +1,8 @@
-"""Sampling. A rollout is an ODE prefix shared by the branches, an SDE window that is recorded, and an ODE suffix.
+"""Sampling: an ODE prefix shared by the branches, an SDE window that is recorded, an ODE suffix.
 
-It is given a velocity function and knows no model: velocity(params, trainable, x, sigma, cond) -> v with
-x [n, s, c], sigma float32 [n], cond a pytree whose leaves have n rows, v float32 [n, s, c].
+Functions here are given a velocity and know no model: velocity(x, sigma, cond) -> v with
+x [n, s, c], sigma float32 [n], cond a pytree whose leaves have n rows, v float32 [n, s, c]. The
+velocity of a policy takes its trained state in front, velocity(trainable, x, sigma, cond).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from jax import Array
 
 from realgen_jax.sde import STOCHASTIC_STEPS, Steps, log_prob, ode_steps
 
-Velocity = Callable[[Any, Any, Array, Array, Any], Array]
+Velocity = Callable[..., Array]
 
 
 @partial(
@@ -26,10 +27,11 @@ Velocity = Callable[[Any, Any, Array, Array, Any], Array]
 )
 @dataclass(frozen=True)
 class Plan:
-    """How a rollout runs: T steps of either kind, and the window [start, start + window) that takes the noisy ones.
+    """How a rollout runs: T steps of either kind, and the window that takes the noisy ones.
 
-    start int32 [] is traced, so a new start never recompiles; it lies in [lo, hi - window] with bounds = (lo, hi).
-    `branches` rows grow out of each slot at the start.
+    The window is [start, start + window). start int32 [] is traced, so that a new start never
+    recompiles; it lies in [lo, hi - window] with bounds = (lo, hi). `branches` rows grow out of
+    each slot at the start of the window.
     """
 
     ode: Steps
@@ -50,8 +52,9 @@ class Plan:
 class Trajectory:
     """What the update needs of a window of w steps.
 
-    latents float32 [w + 1, n, s, c]: before the first step, then after each; mean float32 [w, n, s, c] and logp
-    float32 [w, n] under the policy that sampled; steps: the coefficients, each float32 [w].
+    latents: float32 [w + 1, n, s, c], before the first step and after each. mean: float32
+    [w, n, s, c] and logp: float32 [w, n], under the policy that sampled. steps: the coefficients,
+    each float32 [w].
     """
 
     latents: Array
@@ -69,119 +72,107 @@ def make_plan(
     bounds: tuple[int, int],
     branches: int,
 ) -> Plan:
-    """A plan that starts at the lower bound. Raises ValueError for a window that the bounds or steps cannot hold."""
-    steps = len(sigmas) - 1
-    low, high = bounds
+    """A plan on noise levels float32 [T + 1] that starts at the lower bound.
+
+    kind: a key of STOCHASTIC_STEPS. Raises ValueError for a window that the bounds or the steps
+    cannot hold, and for one without noise.
+    """
     if kind not in STOCHASTIC_STEPS:
-        raise ValueError(f"sde_type is {kind!r}; choose one of {', '.join(STOCHASTIC_STEPS)}")
-    last = steps - 1 if kind == "cps" else steps
-    if not (window > 0 and 0 <= low <= high - window and high <= last):
         raise ValueError(
-            f"a window of {window} steps does not fit sde_window_range {bounds}; expected 0 <= lo, lo + window <= hi "
-            f"and hi <= {last} ({steps} steps{', the last of which has no noise' if kind == 'cps' else ''})"
+            f"config.sample.sde_type is {kind!r}; choose one of {', '.join(STOCHASTIC_STEPS)}"
+        )
+
+    # The last step of cps has no noise, so that nothing can be learnt from it.
+    steps = len(sigmas) - 1
+    last = steps - 1 if kind == "cps" else steps
+    low, high = bounds
+    if not (window > 0 and 0 <= low <= high - window and high <= last):
+        without_noise = ", the last of which has no noise" if kind == "cps" else ""
+        raise ValueError(
+            f"config.sample.sde_window_size {window} does not fit sde_window_range {bounds}; "
+            f"expected 0 <= lo, lo + window <= hi and hi <= {last} ({steps} steps{without_noise})"
         )
     if noise_level <= 0:
         raise ValueError(
-            f"noise_level is {noise_level}; a window needs noise to learn from, expected a value above 0"
+            f"config.sample.noise_level is {noise_level}; a window needs noise to learn from, "
+            "expected a value above 0"
         )
     return Plan(
-        ode_steps(sigmas),
-        STOCHASTIC_STEPS[kind](sigmas, noise_level),
-        jnp.int32(low),
-        window,
-        bounds,
-        branches,
+        ode=ode_steps(sigmas),
+        noisy=STOCHASTIC_STEPS[kind](sigmas, noise_level),
+        start=np.int32(low),  # numpy, so that making a plan does not start JAX
+        window=window,
+        bounds=bounds,
+        branches=branches,
     )
 
 
-def draw_noise(
-    latent_key: Array,
-    noise_key: Array,
-    plan: Plan,
-    slots: int,
-    distinct: int,
-    shape: tuple[int, int],
-) -> tuple[Array, Array]:
-    """Starting latents [slots, s, c], of which `distinct` differ, and the window's noise [w, n, s, c]."""
-    latents = jnp.repeat(
-        jax.random.normal(latent_key, (distinct, *shape)), slots // distinct, axis=0
-    )
-    return latents, jax.random.normal(noise_key, (plan.window, slots * plan.branches, *shape))
+def draw_latents(key: Array, slots: int, distinct: int, shape: tuple[int, int]) -> Array:
+    """First latents float32 [slots, s, c], of which `distinct` differ."""
+    latents = jax.random.normal(key, (distinct, *shape))
+    return jnp.repeat(latents, slots // distinct, axis=0)
 
 
-def policy_step(
-    velocity: Velocity, params: Any, trainable: Any, x: Array, step: Steps, cond: Any
-) -> tuple[Array, Array]:
-    """(mean, v) of one step. Rollout and update both call this, at the same batch size, so that on unchanged weights
-    the mean is the same to the last bit; the barriers keep the compiler from fusing it differently in the two.
+def policy_step(velocity: Velocity, x: Array, step: Steps, cond: Any) -> tuple[Array, Array]:
+    """(mean, v) of one step.
+
+    Rollout and update both call this at the same batch size, so that on unchanged weights the mean
+    is the same to the last bit. The barriers keep the compiler from fusing it differently in the
+    two programs.
     """
-    v = velocity(params, trainable, x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
+    v = velocity(x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
     x, v = jax.lax.optimization_barrier((x, v))
     return jax.lax.optimization_barrier(step.mean(x, v)), v
 
 
-def _integrate(
-    velocity: Velocity,
-    params: Any,
-    trainable: Any,
-    x: Array,
-    cond: Any,
-    ode: Steps,
-    first: Any,
-    stop: Any,
-):
+def _integrate(velocity: Velocity, x: Array, cond: Any, ode: Steps, first: Any, stop: Any) -> Array:
     """Euler steps first, ..., stop - 1; both may be traced."""
 
     def body(i: Array, x: Array) -> Array:
-        step = jax.tree.map(lambda a: jnp.asarray(a)[i], ode)
-        return policy_step(velocity, params, trainable, x, step, cond)[0]
+        step = jax.tree.map(lambda coefficients: jnp.asarray(coefficients)[i], ode)
+        mean, _ = policy_step(velocity, x, step, cond)
+        return mean
 
     return jax.lax.fori_loop(first, stop, body, x)
 
 
-def sample(
-    velocity: Velocity, params: Any, trainable: Any, cond: Any, latents: Array, ode: Steps
-) -> Array:
+def sample(velocity: Velocity, cond: Any, latents: Array, ode: Steps) -> Array:
     """Integrate the ODE from noise to data: latents float32 [n, s, c] -> [n, s, c]."""
-    return _integrate(velocity, params, trainable, latents, cond, ode, 0, ode.sigma.shape[0])
+    return _integrate(velocity, latents, cond, ode, 0, ode.sigma.shape[0])
 
 
 def rollout(
-    velocity: Velocity,
-    params: Any,
-    trainable: Any,
-    cond: Any,
-    latents: Array,
-    noise: Array,
-    plan: Plan,
+    velocity: Velocity, cond: Any, latents: Array, noise: Array, plan: Plan
 ) -> tuple[Array, Trajectory]:
-    """Sample p slots, each of which splits into k branches where the window starts: n = p k images, slot-major.
+    """Sample p slots, each of which splits into k branches where the window starts.
 
-    cond: leaves [p, ...]; latents float32 [p, s, c]; noise float32 [w, n, s, c]. Returns the final latents float32
-    [n, s, c] and the window's Trajectory. Source: RealGen's windowed rollout (Flow-GRPO-Fast).
+    cond: leaves [p, ...]; latents float32 [p, s, c]; noise float32 [w, n, s, c], n = p k images,
+    slot-major. Returns the final latents float32 [n, s, c] and the window's Trajectory.
+    Source: RealGen's windowed rollout (Flow-GRPO-Fast).
     """
     with jax.named_scope("prefix"):
-        x = _integrate(velocity, params, trainable, latents, cond, plan.ode, 0, plan.start)
-    x, cond = jax.tree.map(lambda a: jnp.repeat(a, plan.branches, axis=0), (x, cond))
-    steps = jax.tree.map(
-        lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), plan.start, plan.window), plan.noisy
-    )
+        x = _integrate(velocity, latents, cond, plan.ode, 0, plan.start)
 
-    def body(
-        x: Array, step_and_noise: tuple[Steps, Array]
-    ) -> tuple[Array, tuple[Array, Array, Array]]:
+    # From here on every image has a row of its own.
+    x, cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, plan.branches, axis=0), (x, cond))
+    first = x
+
+    def in_window(coefficients: Array) -> Array:
+        array = jnp.asarray(coefficients)
+        return jax.lax.dynamic_slice_in_dim(array, plan.start, plan.window)
+
+    def body(x: Array, step_and_noise: tuple[Steps, Array]) -> tuple[Array, tuple[Array, ...]]:
         step, z = step_and_noise
-        mean, _ = policy_step(velocity, params, trainable, x, step, cond)
+        mean, _ = policy_step(velocity, x, step, cond)
         x_next = mean + step.std * z
         return x_next, (x_next, mean, log_prob(x_next, mean, step.std))
 
-    first = x
+    steps = jax.tree.map(in_window, plan.noisy)
     with jax.named_scope("window"):
         x, (after, mean, logp) = jax.lax.scan(body, x, (steps, noise))
     trajectory = Trajectory(jnp.concatenate([first[None], after]), mean, logp, steps)
-    stop = plan.ode.sigma.shape[0]
+
     with jax.named_scope("suffix"):
-        x = _integrate(
-            velocity, params, trainable, x, cond, plan.ode, plan.start + plan.window, stop
-        )
+        stop = plan.ode.sigma.shape[0]
+        x = _integrate(velocity, x, cond, plan.ode, plan.start + plan.window, stop)
     return x, trajectory

@@ -1,7 +1,7 @@
-"""One mesh from a laptop to many GPUs, and where every array lives on it.
+"""One mesh from a laptop to many GPUs, and where every array lies on it.
 
-Axes: data (batch), fsdp (batch and parameters), tensor (a parameter's other side). Plain GSPMD: `jax.jit` follows the
-shardings that the arguments arrive with.
+Axes: data (batch), fsdp (batch and parameters), tensor (a parameter's other side). Plain GSPMD:
+`jax.jit` follows the shardings that the arguments arrive with.
 """
 
 import math
@@ -10,62 +10,52 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, P]]  # (pattern of a parameter's path, how it is split)
 
-# The transformer's arrays by dotted path; the first match wins and there is no catch-all. Stacked arrays have the
-# layer in front, which is never split, and fused projections the axis of their parts. Projections into the heads or the
-# MLP split their outputs over `tensor`, bias and all, the ones back out their inputs.
-PARAM_RULES: tuple[tuple[str, P], ...] = (
-    (r"(double\.(img|txt)|single)\.qkv\.kernel", P(None, "fsdp", None, "tensor")),
-    (r"double\.(img|txt)\.mlp\.fc1\.kernel", P(None, "fsdp", "tensor")),
-    (r"double\.(img|txt)\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
-    (r"single\.mlp\.kernel", P(None, "fsdp", None, "tensor")),
-    (r"single\.proj\.kernel", P(None, None, "tensor", "fsdp")),
-    (r"(double_(img|txt)|single)_mod\.kernel", P(None, None, ("fsdp", "tensor"))),
-    (r"(double_(img|txt)|single)_mod\.bias", P(None, ("fsdp", "tensor"))),
-    (r"(img|txt)_in\.kernel", P(None, "fsdp")),
-    (r"(time|guidance|vector)_in\.fc1\.kernel", P("fsdp", "tensor")),
-    (r"(time|guidance|vector)_in\.fc2\.kernel", P("tensor", "fsdp")),
-    (r"final_mod\.kernel", P("fsdp", "tensor")),
-    (r"proj_out\.kernel", P("fsdp", None)),
-    (r"(double\.(img|txt)|single)\.qkv\.bias|single\.mlp\.bias", P(None, None, "tensor")),
-    (r"double\.(img|txt)\.mlp\.fc1\.bias", P(None, "tensor")),
-    (r"(time|guidance|vector)_in\.fc1\.bias", P("tensor")),
-    (r"((img|txt)_in|final_mod|.*proj|proj_out|.*\.fc2)\.bias", P()),
-    (r".*\.norm\.(query|key)", P()),
-)
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """The mesh's three sizes; one of them may be -1 and takes the devices that are left.
+
+    Three positive sizes may use fewer devices than there are. Raises ValueError if they do not fit.
+    """
+    sizes = [data, fsdp, tensor]
+    free = sizes.count(-1)
+    known = math.prod(size for size in sizes if size != -1)
+    fits = free <= 1 and 1 <= known <= devices and min(size for size in sizes if size != -1) > 0
+    if not fits or (free and devices % known):
+        raise ValueError(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {devices} devices; "
+            "they must multiply to at most that number; one of them may be -1 (the rest) "
+            "if the others divide it"
+        )
+    data, fsdp, tensor = (devices // known if size == -1 else size for size in sizes)
+    return data, fsdp, tensor
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of `devices`; one of the sizes may be -1 and takes what is left. Three sizes take the first."""
-    sizes = [data, fsdp, tensor]
-    known = int(np.prod([size for size in sizes if size != -1]))
-    if (
-        sizes.count(-1) > 1
-        or known < 1
-        or known > len(devices)
-        or (-1 in sizes and len(devices) % known)
-    ):
-        raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices; "
-            "they must multiply to at most that number; one of them may be -1 (the rest) if the others divide it"
-        )
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    """A mesh of `devices`. Raises as `mesh_sizes`."""
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     return jax.make_mesh(
-        sizes,
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices[: np.prod(sizes)],
+        sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
     )
 
 
+def abstract_mesh(data: int, fsdp: int, tensor: int, devices: int) -> AbstractMesh:
+    """The mesh's sizes without its devices, to check shapes before JAX starts."""
+    sizes = mesh_sizes(data, fsdp, tensor, devices)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
-    """Pin where x lies, one entry of `spec` an axis from the front, and where its gradient lies too. Without a mesh, or
-    on one device, x itself: the program is the one that knows no mesh.
+    """Pin where x and its gradient lie: one entry of `spec` an axis, from the front.
+
+    Without a mesh or on one device this is x itself, so that the program is the same as one that
+    knows no mesh.
     """
     if mesh is None or mesh.size == 1:
         return x
@@ -73,6 +63,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -81,32 +72,32 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
 
 
-def batch_devices(mesh: Mesh) -> int:
-    """Over how many parts a batch is split."""
+def batch_devices(mesh: Mesh | AbstractMesh) -> int:
+    """The number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def param_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """(dotted path, shape) of a transformer's array -> its sharding, by PARAM_RULES.
+def param_sharding(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """A function (dotted path, shape) -> sharding of a parameter, by a family's rules.
 
-    Raises ValueError for a path that no rule matches and for a side that its mesh axis does not divide.
+    The function raises ValueError unless exactly one rule matches the path, and if a side does not
+    divide by its mesh axis.
     """
 
-    def sharding(leaf: str, shape: tuple[int, ...]) -> NamedSharding:
-        spec = next((spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, leaf)), None)
-        if spec is None:
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        specs = [spec for pattern, spec in rules if re.fullmatch(pattern, path)]
+        if len(specs) != 1:
             raise ValueError(
-                f"no rule of PARAM_RULES (realgen_jax/sharding.py) matches the parameter {leaf}; add one"
+                f"{len(specs)} sharding rules of the model family match the parameter {path}; "
+                "expected exactly one"
             )
-        for size, axes in zip(shape, spec, strict=False):
-            sizes = {
-                axis: mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())
-            }
-            if size % math.prod(sizes.values()):
-                split = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
+        for size, axes in zip(shape, specs[0], strict=False):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            if size % math.prod(mesh.shape[axis] for axis in names):
+                split = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
                 raise ValueError(
-                    f"{leaf} {shape} cannot be split: {size} does not divide by mesh axis {split}"
+                    f"{path} {shape} cannot be split: {size} does not divide by mesh axis {split}"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, specs[0])
 
     return sharding

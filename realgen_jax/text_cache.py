@@ -1,142 +1,219 @@
-"""The cache of text embeddings. The encoders are PyTorch models that run once (scripts/encode_prompts.py); the trainer
-knows only this folder: prompts.json, t5.zarr [prompts, l, joint_dim], clip.zarr [prompts, pooled_dim], progress.json.
+"""The cache of text embeddings on disk.
+
+The text encoders are PyTorch models. They run once, in a process of their own, before training
+starts; the trainer only reads the folder that they leave:
+
+    prompts.json     the prompts, in the order of the rows
+    NAME.zarr        an array with a row for every prompt; the names depend on the model
+    progress.json    the number of rows that are complete, and the names of the arrays
 """
 
-import fcntl
 import hashlib
 import json
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from filelock import FileLock
 
-ENCODE = Path(__file__).parent.parent / "scripts" / "encode_prompts.py"
-_ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-_SAMPLES, _BLOCK = 64, 1 << 16  # of a large file: this many blocks of this many bytes
+from realgen_jax.files import file_lock, sampled_digest, write_whole
+from realgen_jax.models.family import Encoder
 
 
-def sampled_digest(file: Path) -> bytes:
-    """A small file's bytes; of a large one (T5 has 10 GB) its size and blocks from all over it."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(f"{file.name} {size}".encode())
-    with file.open("rb") as stream:
-        if size <= _SAMPLES * _BLOCK:
-            digest.update(stream.read())
-        else:
-            for offset in np.linspace(0, size - _BLOCK, _SAMPLES).astype(np.int64):
-                stream.seek(int(offset))
-                digest.update(stream.read(_BLOCK))
-    return digest.digest()
+def encoders_to_json(encoders: Sequence[Encoder]) -> str:
+    """Return encoders as one command-line argument."""
+    return json.dumps([asdict(encoder) for encoder in encoders])
+
+
+def encoders_from_json(text: str) -> list[Encoder]:
+    """Return the encoders of `encoders_to_json`."""
+    return [Encoder(**fields) for fields in json.loads(text)]
 
 
 def cache_folder(
-    root: str | Path, model: str | Path, prompts: Sequence[str], max_tokens: int, dtype: str
+    root: str | Path,
+    model: str | Path,
+    prompts: Sequence[str],
+    encoders: Sequence[Encoder],
+    **settings: Any,
 ) -> Path:
-    """Where these prompts' embeddings by this model's encoders live: the name is a fingerprint of all of them."""
-    model = Path(model)
-    for name in _ENCODERS:
-        if not (model / name).is_dir():
+    """Return the cache folder of these prompts, named after a fingerprint of all that decides it.
+
+    Args:
+      root: the folder of all caches.
+      model: a pipeline folder of diffusers.
+      prompts: the prompts, in the order of the rows.
+      encoders: the text encoders, whose files decide the embeddings.
+      **settings: JSON values which decide the embeddings too, such as max_tokens and dtype.
+
+    Raises FileNotFoundError if the model lacks one of the subfolders.
+    """
+    fingerprint = [list(prompts), encoders_to_json(encoders), settings]
+    digest = hashlib.sha256(json.dumps(fingerprint).encode())
+
+    subfolders = {folder for encoder in encoders for folder in (encoder.tokenizer, encoder.model)}
+    for name in sorted(subfolders):
+        subfolder = Path(model) / name
+        if not subfolder.is_dir():
             raise FileNotFoundError(
-                f"{model / name} is missing; expected a FluxPipeline folder of diffusers with {name}/"
+                f"{subfolder} is missing; expected a pipeline folder of diffusers with {name}/"
             )
-    files = sorted(
-        file for name in _ENCODERS for file in (model / name).iterdir() if file.is_file()
-    )
-    digest = hashlib.sha256(json.dumps([list(prompts), max_tokens, dtype]).encode())
-    for file in files:
-        digest.update(sampled_digest(file))
+        for file in sorted(subfolder.iterdir()):
+            if file.is_file():
+                digest.update(sampled_digest(file))
     return Path(root).expanduser() / digest.hexdigest()[:20]
 
 
 class TextCache:
-    """Embeddings of a list of prompts. Rows are written in order and never twice, so an interrupted run goes on."""
+    """Named arrays with one row for every prompt of a list.
+
+    Rows are written in order and never twice, so an interrupted encoding continues where it was.
+    """
 
     def __init__(self, folder: Path, prompts: Sequence[str]):
-        self.folder, self.prompts = folder, list(prompts)
+        self.folder = folder
+        self.prompts = list(prompts)
+        self._row = {prompt: row for row, prompt in enumerate(self.prompts)}
         self._arrays: dict[str, ts.TensorStore] = {}
-        self._row = {prompt: i for i, prompt in enumerate(self.prompts)}
 
     @property
     def rows_done(self) -> int:
-        progress = self.folder / "progress.json"
-        return json.loads(progress.read_text())["rows"] if progress.exists() else 0
+        """The number of complete rows."""
+        return self._progress()["rows"]
 
     @property
     def complete(self) -> bool:
         return self.rows_done == len(self.prompts)
 
-    def _open(self, name: str, like: np.ndarray | None = None) -> ts.TensorStore:
-        if name not in self._arrays:
-            spec = {
-                "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": str(self.folder / f"{name}.zarr")},
-            }
-            create = {}
-            if like is not None:
-                chunk = ts.ChunkLayout(chunk_shape=[1, *like.shape[1:]])
-                shape = [len(self.prompts), *like.shape[1:]]
-                create = {
-                    "create": True,
-                    "open": True,
-                    "dtype": like.dtype.name,
-                    "shape": shape,
-                    "chunk_layout": chunk,
-                }
-            self._arrays[name] = ts.open(spec, **create).result()
-        return self._arrays[name]
+    def lock(self) -> FileLock:
+        """Return a context manager for the one process that may write; others wait."""
+        return file_lock(self.folder / "lock")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for one writer; others wait. The lock ends with the process that holds it."""
-        with (self.folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the next n rows of every array, {name: [n, ...]}.
 
-    def append(self, t5: np.ndarray, clip: np.ndarray) -> None:
-        """Write the next rows: t5 [n, l, joint_dim], clip [n, pooled_dim]. They count once both are on the disk.
-
-        One writer at a time (`lock`).
+        They count as complete once all arrays are on disk. Hold `lock` when other processes may
+        write too.
         """
         start = self.rows_done
-        for name, rows in (("t5", t5), ("clip", clip)):
-            self._open(name, rows)[start : start + len(rows)].write(rows).result()
-        progress = self.folder / "progress.json"
-        progress.with_suffix(".tmp").write_text(json.dumps({"rows": start + len(t5)}))
-        progress.with_suffix(".tmp").replace(progress)
+        stop = start
+        for name, rows in arrays.items():
+            stop = start + len(rows)
+            self._create(name, rows)[start:stop].write(rows).result()
 
-    def read(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(t5 [n, l, joint_dim], clip [n, pooled_dim]) of these prompts, in this order."""
-        if not self.complete:
-            done = f"{self.rows_done} of {len(self.prompts)}"
+        progress = {"rows": stop, "arrays": list(arrays)}
+        write_whole(self.folder / "progress.json", json.dumps(progress))
+
+    def rows(self, prompts: Sequence[str]) -> np.ndarray:
+        """Return the rows of these prompts: int [n]. Raises KeyError for an unknown prompt."""
+        return np.array([self._row[prompt] for prompt in prompts], int)
+
+    def read_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Read {name: [n, ...]} of these rows, int [n]. Raises ValueError if rows are missing."""
+        progress = self._progress()
+        if progress["rows"] != len(self.prompts):
             raise ValueError(
-                f"{self.folder} holds {done} prompts; run scripts/encode_prompts.py to the end"
+                f"{self.folder} holds {progress['rows']} of {len(self.prompts)} prompts; run "
+                "scripts/encode_prompts.py to the end"
             )
-        index = np.array([self._row[prompt] for prompt in prompts])
-        t5, clip = (self._open(name)[index].read() for name in ("t5", "clip"))
-        return t5.result(), clip.result()
+        reads = {name: self._open(name)[rows].read() for name in progress["arrays"]}
+        return {name: read.result() for name, read in reads.items()}
+
+    def read(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Read {name: [n, ...]} of these prompts, in this order. Raises as `rows`, `read_rows`."""
+        return self.read_rows(self.rows(prompts))
+
+    def _progress(self) -> dict[str, Any]:
+        file = self.folder / "progress.json"
+        return json.loads(file.read_text()) if file.exists() else {"rows": 0, "arrays": []}
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        path = str(self.folder / f"{name}.zarr")
+        return {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+
+    def _open(self, name: str) -> ts.TensorStore:
+        if name not in self._arrays:
+            self._arrays[name] = ts.open(self._spec(name)).result()
+        return self._arrays[name]
+
+    def _create(self, name: str, rows: np.ndarray) -> ts.TensorStore:
+        """Open an array for writing, creating it for rows like these if it does not exist."""
+        if name not in self._arrays:
+            self._arrays[name] = ts.open(
+                self._spec(name),
+                create=True,
+                open=True,
+                dtype=rows.dtype.name,
+                shape=[len(self.prompts), *rows.shape[1:]],
+                chunk_layout=ts.ChunkLayout(chunk_shape=[1, *rows.shape[1:]]),
+            ).result()
+        return self._arrays[name]
 
 
-def ensure_encoded(prompts: Sequence[str], model: str, settings: Any) -> TextCache:
-    """The finished cache of these prompts, encoding what is missing in a subprocess.
+def open_cache(
+    prompts: Sequence[str], model: str | Path, encoders: Sequence[Encoder], settings: Any
+) -> TextCache:
+    """Return the cache of these prompts with what is encoded so far; create an empty one if needed.
 
-    settings: `config.prompts`, or anything with its cache, max_tokens, dtype and device.
+    Args:
+      prompts: the prompts; duplicates get one row.
+      model: a pipeline folder of diffusers.
+      encoders: the text encoders, whose files decide the embeddings.
+      settings: `config.prompts`, or any object with its cache, max_tokens and dtype.
     """
     prompts = list(dict.fromkeys(prompts))
-    folder = cache_folder(settings.cache, model, prompts, settings.max_tokens, settings.dtype)
-    found = TextCache(folder, prompts)
-    if not found.complete:
+    folder = cache_folder(
+        settings.cache,
+        model,
+        prompts,
+        encoders,
+        max_tokens=settings.max_tokens,
+        dtype=settings.dtype,
+    )
+    cache = TextCache(folder, prompts)
+
+    if not (folder / "prompts.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prompts.json").write_text(json.dumps(prompts))
-        options = {"model": model, "folder": folder}
-        options |= {name: getattr(settings, name) for name in ("max_tokens", "dtype", "device")}
-        arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        if subprocess.run([sys.executable, ENCODE, *arguments], check=False).returncode:
-            raise ChildProcessError(
-                f"the text encoders failed (see above); what they finished is kept in {folder}"
-            )
-    return found
+        with cache.lock():
+            write_whole(folder / "prompts.json", json.dumps(prompts))
+    return cache
+
+
+def ensure_encoded(
+    prompts: Sequence[str],
+    model: str | Path,
+    encoders: Sequence[Encoder],
+    settings: Any,
+    command: Sequence[str],
+) -> TextCache:
+    """Return the complete cache of these prompts; encode what is missing in a subprocess.
+
+    Args:
+      prompts, model, encoders: as of `open_cache`.
+      settings: as of `open_cache`, with the `device` that the encoders run on.
+      command: the program that encodes, such as [sys.executable, "scripts/encode_prompts.py"]. It
+        is called with --model, --folder, --encoders, --max_tokens, --dtype and --device.
+
+    Raises ChildProcessError if the program fails.
+    """
+    cache = open_cache(prompts, model, encoders, settings)
+    if cache.complete:
+        return cache
+
+    options = [
+        f"--model={model}",
+        f"--folder={cache.folder}",
+        f"--encoders={encoders_to_json(encoders)}",
+        f"--max_tokens={settings.max_tokens}",
+        f"--dtype={settings.dtype}",
+        f"--device={settings.device}",
+    ]
+    if subprocess.run([*command, *options], check=False).returncode:
+        raise ChildProcessError(
+            f"the text encoders failed (see above); the finished prompts are kept in {cache.folder}"
+        )
+    return cache

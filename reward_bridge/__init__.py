@@ -1,1 +1,1 @@
-"""Rewards for generated pictures: PyTorch detectors behind one bridge. Imports nothing of realgen_jax."""
+"""Rewards for generated pictures: PyTorch detectors behind a bridge. Never imports realgen_jax."""

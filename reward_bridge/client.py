@@ -2,17 +2,16 @@
 
 import asyncio
 import itertools
-import json
 import os
 import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import httpx2
 import torch
-from safetensors.torch import save
 from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
@@ -20,39 +19,50 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from reward_bridge.bridge import RewardError
+from reward_bridge.reward import RewardError
+from reward_bridge.wire import encode
 
-CONNECT = 5.0  # seconds after which a machine that does not react at all is given up
-CHUNK = 2**18  # bytes
-REST = 30.0  # seconds for which a server that failed is left alone while others work
-TRY_AGAIN = (
-    408,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # the server's trouble; any other status is the request's own
+CONNECT_SECONDS = 5.0  # after which a machine that does not react at all is given up
+REST_SECONDS = 30.0  # for which a server that failed is skipped while others work
+CHUNK_BYTES = 2**18
+
+# Statuses that blame the server. Any other status blames the request itself.
+RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
-class _Trouble(RewardError):
-    """Another attempt may mend it."""
+class _Retryable(RewardError):
+    """Another attempt may succeed."""
 
 
-class _Failed(_Trouble):
-    """The reward itself failed on that server, which had its own retries: another attempt only on another server."""
+class _RewardFailed(_Retryable):
+    """The reward itself failed, after the server's own retries: only another server may succeed."""
+
+
+@dataclass
+class _Slice:
+    """A part of a batch that one server scores."""
+
+    body: bytes
+    images: int
+    turn: int  # which server gets the first attempt
+    attempts: int = 0
+    failed: set[str] = field(default_factory=set)  # servers on which the reward itself failed
+    last_error: str = ""
 
 
 class RemoteReward:
-    """The reward `name` of one or more servers, with the scores that it would give in this process.
+    """The reward `name` of one or more servers, with the scores it would give in this process.
 
-    A batch is cut into as many contiguous slices as there are servers, which score them side by side. A slice that a
-    server does not answer, or answers badly, goes to the next one, `attempts` times at most, after pauses that double
-    up to 15 s and have a random part. All of it ends `deadline` seconds after the call, and a server that hangs gets
-    its share of them: keep it below config.reward.deadline. A wrong token, an unknown reward or too large a request
-    ends it at once, a reward that fails when it has failed on every server. All of these raise RewardError.
+    A batch is cut into as many contiguous slices as there are servers, which score them side by
+    side. A slice whose server fails goes to the next server, at most `attempts` times, after pauses
+    that double up to 15 s and have a random part. Everything ends `deadline` seconds after the
+    call, of which a server that hangs gets its share; choose less than config.reward.deadline. A
+    wrong token, an unknown reward or too large a request ends the call at once; so does a reward
+    that has failed on every server. All of these raise RewardError.
 
-    servers: "http://host:port" each. The bearer token is the environment variable `token_env`, where that is set.
+    servers: a list of "http://host:port".
+    token_env: the environment variable that holds the bearer token, if there is one.
+
     Proxies named in the environment are not used.
     """
 
@@ -64,157 +74,175 @@ class RemoteReward:
         attempts: int = 8,
         token_env: str = "REALGEN_REWARD_TOKEN",
     ):
-        if (
-            isinstance(servers, str)
-            or not servers
-            or not all(_is_address(server) for server in servers)
-        ):
-            raise ValueError(
-                f"reward {name!r}: got servers {servers!r}; expected a list such as ['http://host:8017']"
-            )
+        _check_servers(name, servers)
         if deadline <= 0 or attempts < 1:
             raise ValueError(
-                f"reward {name!r}: got deadline {deadline}, attempts {attempts}; expected more than 0"
+                f"reward {name!r}: got deadline {deadline} and attempts {attempts}; expected more "
+                "than 0"
             )
-        self.name, self.servers = name, [server.rstrip("/") for server in servers]
-        self.deadline, self.attempts = deadline, attempts
+        self.name = name
+        self.servers = [server.rstrip("/") for server in servers]
+        self.deadline = deadline
+        self.attempts = attempts
+
         token = os.environ.get(token_env, "").strip()
         self._headers = {"Authorization": f"Bearer {token}".encode()} if token else {}
         self._tls = ssl.create_default_context()
-        self._rest = dict.fromkeys(self.servers, 0.0)  # until when each is left alone
+        self._skipped_until = dict.fromkeys(self.servers, 0.0)  # time.monotonic()
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        return asyncio.run(self._score(images, list(prompts)))
+        """Score uint8 images [n, 3, h, w] and n prompts: float32 [n]. Raises RewardError."""
+        slices = self._cut(images, list(prompts))
+        return asyncio.run(self._score(slices))
 
-    async def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        n, parts, first = len(prompts), len(self.servers), random.randrange(len(self.servers))
-        bounds = [n * part // parts for part in range(parts + 1)]
-        trouble: dict[int, str] = {}  # the latest of each slice
+    def _cut(self, images: torch.Tensor, prompts: list[str]) -> list[_Slice]:
+        """Contiguous slices, one per server, each beginning with another server."""
+        parts = len(self.servers)
+        bounds = [len(prompts) * part // parts for part in range(parts + 1)]
+        first_turn = random.randrange(parts)
+
+        slices = []
+        for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            if start < stop:
+                body = encode(images[start:stop], prompts[start:stop])
+                slices.append(_Slice(body, stop - start, first_turn + part))
+        return slices
+
+    async def _score(self, slices: Sequence[_Slice]) -> torch.Tensor:
+        """All slices' scores, float32 [n]."""
+        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
         async with httpx2.AsyncClient(
-            headers=self._headers,
-            timeout=httpx2.Timeout(None, connect=CONNECT),
-            verify=self._tls,
-            trust_env=False,
+            headers=self._headers, timeout=timeout, verify=self._tls, trust_env=False
         ) as http:
             try:
                 async with asyncio.timeout(self.deadline) as limit:
-                    slices = [
-                        self._slice(
-                            http,
-                            images[start:stop],
-                            prompts[start:stop],
-                            first + k,
-                            limit.when(),
-                            trouble,
-                        )
-                        for k, (start, stop) in enumerate(itertools.pairwise(bounds))
-                        if start < stop
-                    ]
-                    return torch.cat(await asyncio.gather(*slices))
+                    tasks = [self._score_slice(http, part, limit.when()) for part in slices]
+                    return torch.cat(await asyncio.gather(*tasks))
             except TimeoutError:
-                latest = "; ".join(trouble.values()) or f"no answer from {', '.join(self.servers)}"
+                errors = [part.last_error for part in slices if part.last_error]
+                reason = "; ".join(errors) or f"no answer from {', '.join(self.servers)}"
                 raise RewardError(
                     f"reward {self.name!r} has no scores after {self.deadline:g} s "
-                    f"(config.reward.options.{self.name}.deadline): {latest}"
+                    f"(config.reward.options.{self.name}.deadline): {reason}"
                 ) from None
 
-    async def _slice(
-        self,
-        http: httpx2.AsyncClient,
-        images: torch.Tensor,
-        prompts: list[str],
-        turn: int,
-        end: float,
-        trouble: dict[int, str],
+    async def _score_slice(
+        self, http: httpx2.AsyncClient, part: _Slice, end: float
     ) -> torch.Tensor:
-        """The scores of a slice, from whichever server gives them before `end` (the event loop's time)."""
-        body = save({"images": images.cpu().contiguous()}, {"prompts": json.dumps(prompts)})
-        failed = set()
+        """A slice's scores, float32 [n], from whichever server gives them before `end`.
+
+        `end` is a time of the event loop.
+        """
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.attempts),
+            wait=wait_exponential_jitter(multiplier=0.5, max=15, jitter=0.5),
+            retry=retry_if_exception_type(_Retryable),
+            reraise=True,
+        )
         try:
-            async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(self.attempts),
-                wait=wait_exponential_jitter(multiplier=0.5, max=15, jitter=0.5),
-                retry=retry_if_exception_type(_Trouble),
-                reraise=True,
-            ):
-                with attempt:
-                    done = attempt.retry_state.attempt_number - 1
-                    rested = self._rested()
-                    server = rested[(turn + done) % len(rested)]
-                    left = end - asyncio.get_running_loop().time()
-                    try:
-                        return await self._ask(
-                            http,
-                            server,
-                            body,
-                            len(prompts),
-                            left / max(1, len(self.servers) - done),
-                        )
-                    except _Trouble as error:
-                        trouble[turn] = str(error)
-                        self._rest[server] = time.monotonic() + REST
-                        failed |= {server} if isinstance(error, _Failed) else set()
-                        if len(failed) == len(self.servers):
-                            raise RewardError(str(error)) from error
-                        raise
-        except _Trouble as error:
-            raise RewardError(f"{error} (given up after {self.attempts} attempts)") from error
+            return await retrying(self._attempt, http, part, end)
+        except _Retryable as error:
+            raise RewardError(f"{error} (gave up after {self.attempts} attempts)") from error
+
+    async def _attempt(self, http: httpx2.AsyncClient, part: _Slice, end: float) -> torch.Tensor:
+        """One attempt to score a slice; remembers a server that fails."""
+        candidates = self._available()
+        server = candidates[(part.turn + part.attempts) % len(candidates)]
+
+        # A server that hangs must leave time for the servers that were not tried yet.
+        untried = max(1, len(self.servers) - part.attempts)
+        seconds = (end - asyncio.get_running_loop().time()) / untried
+        part.attempts += 1
+        try:
+            return await self._ask(http, server, part, seconds)
+        except _Retryable as error:
+            part.last_error = str(error)
+            self._skipped_until[server] = time.monotonic() + REST_SECONDS
+            if isinstance(error, _RewardFailed):
+                part.failed.add(server)
+            if len(part.failed) == len(self.servers):
+                raise RewardError(str(error)) from error
+            raise
 
     async def _ask(
-        self, http: httpx2.AsyncClient, server: str, body: bytes, count: int, seconds: float
+        self, http: httpx2.AsyncClient, server: str, part: _Slice, seconds: float
     ) -> torch.Tensor:
-        """One attempt at one server."""
-        where = f"reward {self.name!r}, server {server}"
+        """Send one request and check the answer: float32 [n]."""
+        source = f"reward {self.name!r}, server {server}"
         try:
             async with asyncio.timeout(seconds):
                 answer = await http.post(
                     f"{server}/score/{quote(self.name, safe='')}",
-                    headers={"Content-Length": str(len(body))},
-                    content=_chunks(body),
+                    headers={"Content-Length": str(len(part.body))},
+                    content=_chunks(part.body),
                 )
         except TimeoutError:
-            raise _Trouble(f"{where}: no answer within {seconds:.3g} s") from None
+            raise _Retryable(f"{source}: no answer within {seconds:.3g} s") from None
         except httpx2.TransportError as error:
-            raise _Trouble(f"{where}: {type(error).__name__} {error}") from error
-        if answer.status_code != 200:
-            kind = _Trouble if answer.status_code in TRY_AGAIN else RewardError
-            kind = _Failed if answer.status_code == 500 else kind
-            raise kind(f"{where} answered {answer.status_code}: {_error_text(answer)}")
-        try:
-            scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
-        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise _Trouble(
-                f"{where}: the answer holds no list of scores ({type(error).__name__}: {error})"
-            ) from error
-        if scores.shape != (count,) or not scores.isfinite().all():
-            raise _Trouble(
-                f"{where} answered {list(scores.shape)} scores, {int((~scores.isfinite()).sum())} of them not finite; "
-                f"expected {count} finite numbers"
-            )
-        return scores
+            raise _Retryable(f"{source}: {type(error).__name__} {error}") from error
 
-    def _rested(self) -> list[str]:
-        """The servers without recent trouble, or all where there are none."""
+        if answer.status_code != 200:
+            raise _status_error(answer, source)
+        return _read_scores(answer, source, part.images)
+
+    def _available(self) -> list[str]:
+        """The servers without a recent failure, or all servers if each has failed."""
         now = time.monotonic()
-        return [server for server in self.servers if self._rest[server] <= now] or self.servers
+        available = [server for server in self.servers if self._skipped_until[server] <= now]
+        return available or self.servers
 
 
 async def _chunks(body: bytes) -> AsyncIterator[bytes]:
-    """In pieces, since each layer of HTTP copies what it is given."""
-    for start in range(0, len(body), CHUNK):
-        yield body[start : start + CHUNK]
+    """The body in pieces: each layer of HTTP copies what it is given."""
+    for start in range(0, len(body), CHUNK_BYTES):
+        yield body[start : start + CHUNK_BYTES]
 
 
-def _is_address(server: str) -> bool:
-    try:
-        url = httpx2.URL(server)
-    except (httpx2.InvalidURL, TypeError):
-        return False
-    return url.scheme in ("http", "https") and bool(url.host)
+def _status_error(answer: httpx2.Response, source: str) -> RewardError:
+    message = f"{source} answered {answer.status_code}: {_error_text(answer)}"
+    if answer.status_code == 500:
+        return _RewardFailed(message)
+    if answer.status_code in RETRIED_STATUSES:
+        return _Retryable(message)
+    return RewardError(message)
 
 
 def _error_text(answer: httpx2.Response) -> str:
     try:
         return answer.json()["error"]
-    except (KeyError, TypeError, ValueError):  # not from reward_bridge/server.py
+    except (KeyError, TypeError, ValueError):  # the answer is not from reward_bridge/server.py
         return answer.text[:200]
+
+
+def _read_scores(answer: httpx2.Response, source: str, images: int) -> torch.Tensor:
+    """The scores of an answer, float32 [images], all finite."""
+    try:
+        scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise _Retryable(
+            f"{source}: the answer has no list of scores ({type(error).__name__}: {error})"
+        ) from error
+    if scores.shape != (images,) or not scores.isfinite().all():
+        bad = int((~scores.isfinite()).sum())
+        raise _Retryable(
+            f"{source} answered {list(scores.shape)} scores, {bad} of them not finite; expected "
+            f"{images} finite numbers"
+        )
+    return scores
+
+
+def _check_servers(name: str, servers: Sequence[str]) -> None:
+    is_list = bool(servers) and not isinstance(servers, str)
+    if not is_list or not all(_is_address(server) for server in servers):
+        raise ValueError(
+            f"reward {name!r}: got servers {servers!r}; expected a list such as "
+            "['http://host:8017']"
+        )
+
+
+def _is_address(server: object) -> bool:
+    try:
+        url = httpx2.URL(server)
+    except (httpx2.InvalidURL, TypeError):
+        return False
+    return url.scheme in ("http", "https") and bool(url.host)

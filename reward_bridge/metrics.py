@@ -1,6 +1,6 @@
-"""Checks on a whole set of pictures, where a reward judges one at a time."""
+"""Measures of a whole set of pictures, where a reward judges one picture at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,16 @@ from safetensors.numpy import load_file
 
 from reward_bridge.rewards.embedded import FOLDER, load_classifier, to_input
 
+Metric = Callable[[np.ndarray], float]  # of pictures, uint8 [n, 3, h, w]
+
 
 def frechet_distance(
     mean: np.ndarray, cov: np.ndarray, mean_ref: np.ndarray, cov_ref: np.ndarray
 ) -> float:
-    """Fréchet distance of two Gaussians (FID, arXiv 1706.08500): |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)).
+    """Fréchet distance of two Gaussians, means [d] and covariances [d, d] (FID, arXiv 1706.08500).
 
-    The eigenvalues of C C_r are those of a positive semi-definite matrix; rounding's negatives count as zero.
+    |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)). The eigenvalues of C C_r are those of a positive
+    semi-definite matrix, so negative ones are rounding errors and count as zero.
     """
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov @ cov_ref).real, 0, None))
     return float(
@@ -30,43 +33,48 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class EmbeddedFrechet:
-    """Distance to 2,048 fresh crops of the training squares, in the classifier's features. Lower is better."""
+    """Distance to 2,048 fresh crops of the training squares, in the classifier's features.
+
+    Lower is better.
+    """
 
     REAL = "real_features"
 
     def __init__(self, device: str):
         reference = load_file(FOLDER / f"{self.REAL}.safetensors")
-        self.mean, self.cov = reference["mean"], reference["cov"]
-        self.model, self.device = load_classifier(device), device
+        self.mean = reference["mean"]
+        self.cov = reference["cov"]
+        self.model = load_classifier(device)
+        self.device = device
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, 3, h, w] -> float32 [n, 64]."""
         with torch.inference_mode():
-            return (
-                self.model.features(to_input(torch.from_numpy(images).to(self.device)))
-                .cpu()
-                .numpy()
-            )
+            pixels = to_input(torch.from_numpy(images).to(self.device))
+            return self.model.features(pixels).cpu().numpy()
 
     def __call__(self, images: np.ndarray) -> float:
-        return frechet_distance(*statistics(self.features(images)), self.mean, self.cov)
+        mean, cov = statistics(self.features(images))
+        return frechet_distance(mean, cov, self.mean, self.cov)
 
 
 class EmbeddedFrechetHeldOut(EmbeddedFrechet):
-    """The same to crops of the held-out squares, of which nothing was ever trained on."""
+    """Distance to crops of the held-out squares, on which nothing was ever trained."""
 
     REAL = "held_out_features"
 
 
 class EmbeddedSharpness:
-    """The mean difference between neighbouring pixels, in shares of 255."""
+    """Mean difference between neighbouring pixels, as a fraction of 255."""
 
     def __init__(self, device: str):
         pass
 
     def __call__(self, images: np.ndarray) -> float:
         x = images.astype(np.float32) / 255
-        return float((np.abs(np.diff(x, axis=2)).mean() + np.abs(np.diff(x, axis=3)).mean()) / 2)
+        vertical = np.abs(np.diff(x, axis=2)).mean()
+        horizontal = np.abs(np.diff(x, axis=3)).mean()
+        return float((vertical + horizontal) / 2)
 
 
 METRICS = {
@@ -76,8 +84,8 @@ METRICS = {
 }
 
 
-def make_metric(name: str, device: str, options: Mapping[str, Any]):
-    """Build a check. Raises ValueError for a name that is not in METRICS."""
+def make_metric(name: str, device: str, options: Mapping[str, Any]) -> Metric:
+    """Build a metric on a torch device. Raises ValueError for a name that is not in METRICS."""
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}; choose from {', '.join(sorted(METRICS))}")
     return METRICS[name](device=device, **options)

@@ -1,107 +1,177 @@
-"""Prompts -> text embeddings on disk, once, by the model's own PyTorch encoders (CLIP and T5).
+"""Encode prompts with the text encoders of a pipeline, once, and keep the embeddings on disk.
 
-    python scripts/encode_prompts.py --model models/FLUX.1-dev --prompts prompts.txt --max_tokens 512
+    python scripts/encode_prompts.py --model models/FLUX.1-dev --prompts prompts.txt
 
-train.py, sample.py call it by themselves, as a process of its own: T5-XXL's 10 GB never share the trainer's memory.
-An interrupted call goes on where it stopped; the folder it prints is named after the prompts and the encoders.
+train.py, sample.py and evaluate.py run this program themselves, in a process of its own, so that
+the encoders (T5-XXL has 10 GB) never share memory with the trainer. An interrupted call continues
+where it stopped. The program prints the cache folder, which is named after prompts and encoders.
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import torch
+from rich.progress import track
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from realgen_jax.data import read_prompts
-from realgen_jax.text_cache import TextCache, ensure_encoded
+from realgen_jax.models import get_family
+from realgen_jax.models.family import Encoder
+from realgen_jax.models.loading import pipeline_class
+from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
+from reward_bridge.devices import resolve
+from reward_bridge.weights import torch_dtype
 
 BATCH = 16  # prompts of one forward pass
 
+Encode = Callable[[list[str]], torch.Tensor]  # n prompts -> [n, ...]
 
-def encode(cache: TextCache, model: Path, max_tokens: int, dtype: str, device: str) -> None:
-    """Run both encoders over the prompts that are still missing."""
-    if cache.complete:  # by another process, while this one waited for the lock
+
+@dataclass(frozen=True)
+class Settings:
+    """How the encoders run. max_tokens: of a prompt, for encoders without a length of their own."""
+
+    max_tokens: int
+    dtype: torch.dtype
+    device: str
+
+
+def t5_states(tokenizer: Path, model: Path, settings: Settings) -> Encode:
+    """The last states of T5's encoder, [n, max_tokens, d].
+
+    There is no attention mask, as in FLUX: T5 attends to its padding.
+    """
+    tokenize = AutoTokenizer.from_pretrained(tokenizer)
+    t5 = T5EncoderModel.from_pretrained(model, dtype=settings.dtype).eval().to(settings.device)
+
+    def encode(prompts: list[str]) -> torch.Tensor:
+        ids = token_ids(tokenize, prompts, settings.max_tokens)
+        return t5(ids.to(settings.device)).last_hidden_state
+
+    return encode
+
+
+def clip_pooled(tokenizer: Path, model: Path, settings: Settings) -> Encode:
+    """CLIP's pooled vector without its projection, [n, d]."""
+    tokenize = AutoTokenizer.from_pretrained(tokenizer)
+    clip = CLIPTextModel.from_pretrained(model, dtype=settings.dtype).eval().to(settings.device)
+    length = clip.config.max_position_embeddings
+
+    def encode(prompts: list[str]) -> torch.Tensor:
+        ids = token_ids(tokenize, prompts, length)
+        return clip(ids.to(settings.device)).pooler_output
+
+    return encode
+
+
+# A family's encoders (realgen_jax/models) name these.
+RECIPES = {"t5_states": t5_states, "clip_pooled": clip_pooled}
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> torch.Tensor:
+    """Tokenize prompts to exactly `length` tokens, cut or padded: int64 [n, length]."""
+    tokens = tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids
+
+
+def load_encoders(
+    folder: Path, encoders: Sequence[Encoder], settings: Settings
+) -> dict[str, Encode]:
+    """{array: its encoder} of a pipeline folder. Raises ValueError for an unknown recipe."""
+    loaded = {}
+    for encoder in encoders:
+        if encoder.recipe not in RECIPES:
+            raise ValueError(
+                f"there is no text encoder {encoder.recipe!r}; choose one of {', '.join(RECIPES)}"
+            )
+        load = RECIPES[encoder.recipe]
+        loaded[encoder.array] = load(folder / encoder.tokenizer, folder / encoder.model, settings)
+    return loaded
+
+
+@torch.inference_mode()
+def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse.Namespace) -> None:
+    """Encode the prompts that the cache does not hold yet."""
+    if cache.complete:
         return
-    import torch
-    from rich.progress import track
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
-    from transformers.utils.logging import disable_progress_bar
-
-    from reward_bridge.bridge import resolve
-    from reward_bridge.weights import torch_dtype
-
-    disable_progress_bar()
-    device = resolve(device)
-    clip = (
-        CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch_dtype(dtype))
-        .eval()
-        .to(device)
-    )
-    t5 = (
-        T5EncoderModel.from_pretrained(model / "text_encoder_2", dtype=torch_dtype(dtype))
-        .eval()
-        .to(device)
-    )
-    clip_tokenizer, t5_tokenizer = (
-        AutoTokenizer.from_pretrained(model / n) for n in ("tokenizer", "tokenizer_2")
-    )
-
-    def ids(tokenizer, texts: list[str], length: int) -> "torch.Tensor":
-        padded = tokenizer(
-            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return padded.input_ids.to(device)
-
-    def to_numpy(x: "torch.Tensor") -> np.ndarray:
-        x = x.cpu().contiguous()
-        return (
-            x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            if x.dtype == torch.bfloat16
-            else x.numpy()
-        )
+    settings = Settings(args.max_tokens, torch_dtype(args.dtype), resolve(args.device))
+    loaded = load_encoders(args.model, encoders, settings)
 
     starts = range(cache.rows_done, len(cache.prompts), BATCH)
-    for start in track(
-        starts, description=f"encoding {len(cache.prompts)} prompts", transient=True
-    ):
-        texts = cache.prompts[start : start + BATCH]
-        with torch.inference_mode():  # no attention mask, as in FLUX: T5 attends to its padding
-            pooled = clip(
-                ids(clip_tokenizer, texts, clip.config.max_position_embeddings)
-            ).pooler_output
-            states = t5(ids(t5_tokenizer, texts, max_tokens)).last_hidden_state
-        cache.append(to_numpy(states), to_numpy(pooled))
+    description = f"encoding {len(cache.prompts)} prompts"
+    for start in track(starts, description=description, transient=True):
+        prompts = cache.prompts[start : start + BATCH]
+        cache.append({name: to_numpy(encode(prompts)) for name, encode in loaded.items()})
 
 
-def main() -> None:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Copy a tensor to the host; numpy has bfloat16 only through ml_dtypes."""
+    tensor = tensor.cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", type=Path, required=True, help="FluxPipeline folder of diffusers"
-    )
+    parser.add_argument("--model", type=Path, required=True, help="pipeline folder of diffusers")
     parser.add_argument("--prompts", nargs="+", help="prompt files (.txt, .jsonl)")
-    parser.add_argument("--cache", default="~/.cache/realgen_jax/text")
+    parser.add_argument("--cache", default="~/.cache/realgen_jax/text", help="root of all caches")
     parser.add_argument(
-        "--folder", type=Path, help="a cache folder that already holds prompts.json"
+        "--folder", type=Path, help="instead of --prompts: a cache folder that holds prompts.json"
     )
-    parser.add_argument("--max_tokens", type=int, default=512, help="T5 tokens")
+    parser.add_argument(
+        "--encoders", help="with --folder: the text encoders as JSON; default: the pipeline's own"
+    )
+    parser.add_argument("--max_tokens", type=int, default=512, help="tokens of a prompt (T5)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument(
-        "--device", default="auto", help="auto (the last GPU, else the CPU), cpu, cuda:N"
+        "--device", default="auto", help="auto (the last GPU, or the CPU if none), cpu, cuda:N"
     )
     args = parser.parse_args()
-    if args.folder is None:
-        if not args.prompts:
-            parser.error("name the prompt files with --prompts")
-        prompts = [prompt for file in args.prompts for prompt in read_prompts(file)]
-        cache = ensure_encoded(prompts, str(args.model), args)
+    if args.folder is None and not args.prompts:
+        parser.error("name the prompt files with --prompts")
+    return args
+
+
+def find_encoders(args: argparse.Namespace) -> Sequence[Encoder]:
+    """The encoders that are named, or those of the pipeline's family."""
+    if args.encoders:
+        return encoders_from_json(args.encoders)
+    pipeline = pipeline_class(args.model)
+    return get_family(pipeline).encoders
+
+
+def main() -> None:
+    args = parse_args()
+    disable_progress_bar()
+    try:
+        encoders = find_encoders(args)
+        if args.folder:
+            prompts = json.loads((args.folder / "prompts.json").read_text())
+            cache = TextCache(args.folder, prompts)
+        else:
+            prompts = [prompt for file in args.prompts for prompt in read_prompts(file)]
+            cache = open_cache(prompts, args.model, encoders, args)
+
+        # Another process may be encoding the same prompts; the lock waits until it is done.
+        with cache.lock():
+            encode_missing(cache, encoders, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if not args.folder:
         print(cache.folder)
-        return
-    cache = TextCache(args.folder, json.loads((args.folder / "prompts.json").read_text()))
-    with cache.lock():
-        encode(cache, args.model, args.max_tokens, args.dtype, args.device)
 
 
 if __name__ == "__main__":

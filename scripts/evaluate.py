@@ -1,11 +1,13 @@
 """RealBench: how real the pictures of models, LoRAs and folders look, in one report.
 
     python scripts/evaluate.py --config configs/flux_grpo.py --lora runs/NAME/lora
-    python scripts/evaluate.py --config configs/flux_grpo.py:flux_dev_8xh200 --lora runs/NAME/lora \\
-        --pictures gpt=pictures/gpt-image --photographs dataset/realbench/photographs --judge api
+    python scripts/evaluate.py --config configs/flux_grpo.py:flux_dev_8xh200 \\
+        --lora runs/NAME/lora --pictures gpt=pictures/gpt-image \\
+        --photographs dataset/realbench/photographs --judge api
 
-Prompts, pictures of a prompt, rewards and intervals are the config's (`config.evaluate`). Pictures and scores are kept
-in runs/NAME/evaluation, and a call that was stopped goes on where it was. The report is runs/NAME/report/index.html.
+Prompts, pictures per prompt, rewards and intervals are set in the config (`config.evaluate`).
+Pictures and scores are kept in runs/NAME/evaluation; the same command continues after a stop. The
+report is runs/NAME/report/index.html. docs/realbench.md explains all of it.
 """
 
 import contextlib
@@ -16,96 +18,159 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
-from realgen_jax.config import parse_flags
-from realgen_jax.hosts import process_count, process_index, wait_for_all
-from realgen_jax.realbench.benchmark import build_report, evaluate
+from realgen_jax.config import define_config, parse_flags
+from realgen_jax.hosts import hide_gpus, process_count, process_index, wait_for_all
+from realgen_jax.models.prompts import embed_prompts
+from realgen_jax.realbench.arena import check_arena
 from realgen_jax.realbench.entries import read_entries
+from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import read_sets
-from realgen_jax.training.log import run_lock
+from realgen_jax.realbench.summarize import summarize
+from realgen_jax.text_cache import TextCache
 from realgen_jax.training.preemption import connect_by_flags
-from realgen_jax.training.run import keep_compiled
-from reward_bridge.bridge import RewardError
+from realgen_jax.training.programs import keep_compiled
+from realgen_jax.training.run_folder import run_lock
+from realgen_jax.training.scoring import ScoringError
+from reward_bridge.bridge import RewardBridge, RewardError
+from reward_bridge.judges import make_judge
+from reward_bridge.setup import missing_rewards, open_rewards
+
+# The program that makes text embeddings, in a process of its own.
+ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
-)
+define_config()
 flags.DEFINE_multi_string(
-    "lora", [], "[NAME=]PATH of a LoRA: a run's lora/ or best/, a peft folder, diffusers' file"
+    "lora", [], "[NAME=]PATH of a LoRA: a run's lora/ or best/, a peft folder or a diffusers file"
 )
 flags.DEFINE_multi_string(
     "model", [], "[NAME=]FOLDER of another FluxPipeline, or of a run's exported transformer"
 )
 flags.DEFINE_multi_string(
-    "pictures", [], "[NAME=]FOLDER of pictures made by something else: 00000.png, 00001.png, ..."
+    "pictures", [], "[NAME=]FOLDER of existing pictures: 00000.png, 00001.png, ..."
 )
 flags.DEFINE_string(
     "photographs", None, "[NAME=]FOLDER of photographs: 00000.jpg belongs to line 0 of the prompts"
 )
-flags.DEFINE_bool("base", True, "the config's own model is an entry too; --nobase leaves it out")
+flags.DEFINE_bool("base", True, "include the config's own model; --nobase leaves it out")
 flags.DEFINE_integer(
-    "seed", 0, "root of the pictures' noise, of the intervals and of the arena's order"
+    "seed", 0, "seed of the pictures' noise, the intervals and the order of the arena's questions"
 )
-flags.DEFINE_bool("remake", False, "make pictures again that were made with something else")
-flags.DEFINE_enum(
-    "judge", "none", ["none", "embedded", "api", "human"], "who compares pictures in the arena"
+flags.DEFINE_bool("remake", False, "replace pictures that were made with other settings")
+flags.DEFINE_string(
+    "judge",
+    "none",
+    "who compares pictures in the arena: none; embedded, the demo's held-out detector; api, a "
+    "model behind an OpenAI-compatible endpoint; human, you; or module:Class of your own",
 )
 
 
-def main(_: Sequence[str]) -> None:
+def run(_: Sequence[str]) -> None:
+    """Evaluate, and end with a one-line error for what the user can mend."""
     logging.set_verbosity(logging.WARNING)
-    config, console, folder = FLAGS.config, Console(highlight=False), None
-    with contextlib.ExitStack() as leave:
-        try:
-            connect_by_flags()
-            sets = read_sets(config.evaluate.prompts)
-            named = (FLAGS.lora, FLAGS.model, FLAGS.pictures, FLAGS.photographs, FLAGS.base)
-            entries = read_entries(config.pretrained, *named)
-            if FLAGS.judge != "none":
-                from realgen_jax.realbench.arena import check_arena
+    try:
+        connect_by_flags()
+        evaluate(FLAGS.config, Console(highlight=False))
+    except (ValueError, OSError, RewardError, ScoringError) as error:
+        sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: lost the connection to another process ({reason})")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
-                check_arena(entries, config.evaluate.arena, FLAGS.judge)
-            folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
-            if process_index() == 0:
-                print(f"preset {config.preset} -> {folder}")
-                leave.enter_context(run_lock(folder))
-            keep_compiled(config.compilation_cache)
-            options = {"seed": FLAGS.seed, "console": console}
-            evaluated = evaluate(config, entries, sets, folder, remake=FLAGS.remake, **options)
-            if process_index() == 0:
-                index = build_report(config, evaluated, folder, judge=FLAGS.judge, **options)
-                print(f"report: {index}")
-            wait_for_all("evaluated")
-        except (ValueError, OSError, RewardError) as error:  # what a person can mend
-            sys.exit(f"error: {error}")
-        except jax.errors.JaxRuntimeError as error:
-            if process_count() == 1:
-                raise
-            sys.exit(
-                f"error: the connection to another process broke ({str(error).splitlines()[0]})"
+
+def evaluate(config: ConfigDict, console: Console) -> None:
+    """Check the flags, evaluate the entries they name, and write the report."""
+    # -- Check everything that needs no model.
+    sets = read_sets(config.evaluate.prompts)
+    entries = read_entries(
+        config.pretrained, FLAGS.lora, FLAGS.model, FLAGS.pictures, FLAGS.photographs, FLAGS.base
+    )
+    judge = None
+    if FLAGS.judge != "none":
+        judge = make_judge(FLAGS.judge, config.evaluate.arena)
+        check_arena(entries, config.evaluate.arena, judge)
+    missing = missing_rewards(config.reward, config.evaluate.scores)
+    if missing:
+        raise ValueError("\n".join(missing))
+    folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
+
+    with contextlib.ExitStack() as stack:
+        if process_index() == 0:
+            print(f"preset {config.preset} -> {folder}")
+            stack.enter_context(run_lock(folder))
+        keep_compiled(config.compilation_cache)
+
+        def embed(prompts: Sequence[str], model: str) -> TextCache:
+            return embed_prompts(prompts, config.pretrained, config.prompts, ENCODE, model)
+
+        try:
+            # -- Make, read and score the pictures.
+            results = evaluate_entries(
+                config,
+                entries,
+                sets,
+                folder,
+                seed=FLAGS.seed,
+                remake=FLAGS.remake,
+                open_scorer=lambda: load_scorer(config),
+                encode=embed,
+                console=console,
             )
+
+            # -- Compare them.
+            if process_index() == 0:
+                index = summarize(
+                    config, results, folder, judge=judge, seed=FLAGS.seed, console=console
+                )
+                print(f"report: {index}")
         except KeyboardInterrupt:
             sys.exit(
-                f"stopped; to go on: the same command with --config.run_name={folder.name if folder else 'NAME'}"
+                f"stopped; to continue, run the same command with --config.run_name={folder.name}"
             )
+        wait_for_all("evaluated")
 
 
-def evaluation_folder(config: ConfigDict, words: Sequence[str]) -> Path:
-    """config.run_name's, else that of the run which the first LoRA or model lies in, else preset, date and time."""
+def load_scorer(config: ConfigDict) -> RewardBridge:
+    """Load the rewards of config.evaluate.scores, in the first process only."""
+    return open_rewards(
+        config.reward,
+        list(config.evaluate.scores),
+        hide_from_jax=hide_gpus,
+        jax_platforms=jax.config.jax_platforms,
+        load=process_index() == 0,
+    ).bridge
+
+
+def evaluation_folder(config: ConfigDict, values: Sequence[str]) -> Path:
+    """Return the folder for pictures and report. values: those of --lora and --model.
+
+    It is config.run_name's; otherwise that of the run to which the first LoRA or model belongs;
+    otherwise a new one with preset, date and time. Raises ValueError if several processes would
+    choose a new one each.
+    """
     if config.run_name:
         return Path(config.run_root) / config.run_name
-    for word in words:
-        path = Path(word.partition("=")[2] if "=" in word.partition("/")[0] else word).expanduser()
-        for run in path.parents:
-            if (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-                return run
+    for value in values:
+        name, equals, path = value.partition("=")
+        has_name = equals and "/" not in name
+        for folder in Path(path if has_name else value).expanduser().parents:
+            if (folder / "metrics.jsonl").exists() and (folder / "config.json").exists():
+                return folder
     if process_count() > 1:
         raise ValueError("several processes need one folder: set --config.run_name")
     return Path(config.run_root) / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def main() -> None:
+    app.run(run, flags_parser=parse_flags)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

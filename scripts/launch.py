@@ -1,9 +1,11 @@
-"""Several processes of one program on this machine, as a cluster would start them on several.
+"""Start several processes of a program on this machine, as a cluster would on several machines.
 
-    python scripts/launch.py --processes 2 scripts/train.py --config configs/flux_grpo.py --config.run_name=two
+    python scripts/launch.py --processes 2 scripts/train.py --config configs/flux_grpo.py \\
+        --config.run_name=two
 
-On a cluster its own launcher does this (docs/clusters.md). What process 0 prints is shown as it is, the others' lines
-carry their number. When one process ends badly, its number is told and the others are stopped.
+On a cluster, use the cluster's own launcher (docs/clusters.md). The output of process 0 is passed
+on as it is, and that of the others with their number in front. If a process fails, its number is
+printed and the others are stopped.
 """
 
 import argparse
@@ -16,69 +18,92 @@ import time
 from collections.abc import Sequence
 
 
-def start(words: Sequence[str], processes: int) -> list[subprocess.Popen]:
-    """The program's processes, which meet on a free port of this machine."""
+def start(program: Sequence[str], processes: int) -> list[subprocess.Popen]:
+    """Start the processes. They meet at a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+
     running = []
-    for i in range(processes):
+    for number in range(processes):
         flags = [
             f"--coordinator=127.0.0.1:{port}",
             f"--num_processes={processes}",
-            f"--process_id={i}",
+            f"--process_id={number}",
         ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if i else {}
-        running.append(subprocess.Popen([sys.executable, *words, *flags], **pipes))
-        if i:
-            threading.Thread(target=_show, args=(i, running[i]), daemon=True).start()
+        command = [sys.executable, *program, *flags]
+        if number == 0:
+            process = subprocess.Popen(command)
+        else:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            threading.Thread(target=pass_on, args=(number, process), daemon=True).start()
+        running.append(process)
     return running
 
 
-def _show(number: int, process: subprocess.Popen) -> None:
+def pass_on(number: int, process: subprocess.Popen) -> None:
+    """Print a process's output with its number in front of each line."""
     for line in process.stdout:
         print(f"[{number}] {line}", end="", flush=True)
 
 
 def wait(running: Sequence[subprocess.Popen]) -> int:
-    """Wait for all; returns the exit status. The first that ends badly is named, and ends the others."""
+    """Wait for all processes and return the exit status. If one fails, stop the others."""
     while True:
         codes = [process.poll() for process in running]
-        if bad := [(i, code) for i, code in enumerate(codes) if code]:
-            number, code = bad[0]
-            how = (
-                f"was killed by {signal.Signals(-code).name}"
-                if code < 0
-                else f"ended with status {code}"
-            )
-            print(
-                f"error: process {number} of {len(running)} {how}; the others are stopped",
-                file=sys.stderr,
-            )
-            for process in running:
-                process.kill()
-            return code if code > 0 else 128 - code
+        for number, code in enumerate(codes):
+            if code:
+                return stop(running, number, code)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.1)
+
+
+def stop(running: Sequence[subprocess.Popen], number: int, code: int) -> int:
+    """Report the failed process, kill the others and return the exit status."""
+    how = f"ended with status {code}"
+    status = code
+    if code < 0:  # killed by a signal; shells return 128 plus its number
+        how = f"was killed by {signal.Signals(-code).name}"
+        status = 128 - code
+    print(
+        f"error: process {number} of {len(running)} {how}; the others are stopped",
+        file=sys.stderr,
+    )
+    for process in running:
+        process.kill()
+    return status
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument(
+        "--processes", type=int, required=True, help="number of processes, 1 or more"
+    )
     parser.add_argument(
         "program", nargs=argparse.REMAINDER, help="a Python program and its arguments"
     )
     args = parser.parse_args()
-    if args.processes < 1 or not args.program:
-        parser.error("name the number of processes, 1 or more, and a program")
+    if args.processes < 1:
+        parser.error(f"--processes is {args.processes}; expected 1 or more")
+    if not args.program:
+        parser.error("no program given; expected a Python program and its arguments")
+
     running = start(args.program, args.processes)
-    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in running])
+
+    def terminate(*_) -> None:
+        for process in running:
+            process.terminate()
+
+    # A cluster sends SIGTERM before it takes a machine away; the processes handle it.
+    signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(wait(running))
-    except KeyboardInterrupt:  # the terminal has sent it to all of them
+    except KeyboardInterrupt:  # the terminal sends it to every process
         sys.exit(max(process.wait() for process in running))
 
 

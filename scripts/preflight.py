@@ -1,11 +1,12 @@
-"""What a run will need, before a GPU is paid for: memory of each device, operations, seconds of an iteration.
+"""Estimate what a run needs: memory per device, operations and seconds per iteration.
 
-    python scripts/preflight.py --config configs/flux_grpo.py:flux_dev_8xh200
-    python scripts/preflight.py --config ... --config.mesh.fsdp=4 --devices=8 --mfu=0.35 --json=report.json
+    python scripts/preflight.py --config configs/flux_grpo.py:flux_dev_8xh200 python
+    scripts/preflight.py --config ... --config.mesh.fsdp=4 --devices=8 --mfu=0.35 --json=report.json
 
-No accelerator, no weights: the run's own programs are traced, lowered and (--nocompile: not) compiled on CPU devices
-that stand for the target's, so what does not divide or fit together is told here. Arguments' bytes come from their
-shardings, activations and operations from the formulas of realgen_jax/flux/cost.py.
+Needs neither an accelerator nor weights. The run's own programs are traced, lowered and compiled
+(unless --nocompile is given) on CPU devices that stand for the target's, so sizes that do not
+divide or fit together are errors here. The bytes of arguments come from their shardings.
+Activations and operations come from the formulas in realgen_jax/models (cost.py).
 """
 
 import json
@@ -15,51 +16,59 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from realgen_jax.config import parse_flags
-from realgen_jax.models.flux.family import described
+from realgen_jax.config import define_config, parse_flags
+from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.report import build, make_report
 from realgen_jax.preflight.tables import show
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
-)
+define_config()
 flags.DEFINE_integer(
-    "devices", 0, "devices that train; 0: config.mesh's, or config.preflight.devices", lower_bound=0
+    "devices",
+    0,
+    "number of devices that train; 0: the product of config.mesh's axes or, if that is unknown, "
+    "config.preflight.devices",
+    lower_bound=0,
 )
 flags.DEFINE_float(
-    "mfu", 0.0, "share of the peak that is reached; 0: config.preflight.mfu", 0.0, 1.0
+    "mfu", 0.0, "fraction of peak FLOP/s that is reached; 0: config.preflight.mfu", 0.0, 1.0
 )
 flags.DEFINE_bool(
-    "compile", True, "compile the programs, and compare their arguments' bytes with the shardings'"
+    "compile", True, "compile the programs and show the size of their arguments according to XLA"
 )
-flags.DEFINE_string("json", None, "write all figures to this file")
+flags.DEFINE_string("json", None, "also write all figures to this file")
 
 
 def target_devices(config: ConfigDict) -> int:
-    sizes = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
-    known = sizes[0] * sizes[1] * sizes[2] if min(sizes) > 0 else 0
-    return FLAGS.devices or known or config.preflight.devices
+    """Return the number of devices to estimate for."""
+    if FLAGS.devices:
+        return FLAGS.devices
+    mesh = config.mesh
+    if min(mesh.data, mesh.fsdp, mesh.tensor) > 0:
+        return mesh.data * mesh.fsdp * mesh.tensor
+    return config.preflight.devices
 
 
-def main(_: Sequence[str]) -> None:
+def run(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config = FLAGS.config
     jax.config.update("jax_platforms", "cpu")
     try:
-        devices, mfu = target_devices(config), FLAGS.mfu or config.preflight.mfu
+        # One CPU device for each target device.
+        devices = target_devices(config)
         jax.config.update("jax_num_cpu_devices", devices)
+
         report = make_report(config, devices)
-        found = build(report, FLAGS.compile)
+        arguments = build(report, FLAGS.compile)
         figures = show(
             report,
-            found,
-            mfu,
-            described(config.pretrained),
-            lambda need: changes(report, need, make_report),
+            arguments,
+            FLAGS.mfu or config.preflight.mfu,
+            sizes_on_disk(config.pretrained),
+            lambda room: changes(report, room, make_report),
         )
         if FLAGS.json:
             Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
@@ -67,5 +76,9 @@ def main(_: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+def main() -> None:
+    app.run(run, flags_parser=parse_flags)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

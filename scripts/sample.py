@@ -1,10 +1,12 @@
 """Prompts to pictures, with or without a LoRA.
 
     python scripts/sample.py "a photo of a tabby cat" --out pictures
-    python scripts/sample.py --prompts prompts.txt --lora runs/NAME/lora --config configs/flux_grpo.py:flux_dev_8xh200
+    python scripts/sample.py --prompts prompts.txt --lora runs/NAME/lora \\
+        --config configs/flux_grpo.py:flux_dev_8xh200
 
-Model, size, steps and guidance are the config's (`config.pretrained`, `config.sample.resolution`, `eval_num_steps`,
-`guidance_scale`) and can be overridden, --config.sample.resolution=512. Picture i depends on --seed and i alone.
+Model, size, steps and guidance are those of the config (config.pretrained and
+config.sample.resolution, eval_num_steps, guidance_scale) and can be set on the command line,
+--config.sample.resolution=512. Picture i depends on --seed and i alone.
 """
 
 import sys
@@ -14,20 +16,22 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 from PIL import Image
 from rich.progress import track
 
-from realgen_jax.config import parse_flags
+from realgen_jax.config import define_config, parse_flags
 from realgen_jax.data import read_prompts
-from realgen_jax.models.flux.family import load_pipeline
-from realgen_jax.nn.lora import load_lora
+from realgen_jax.models.loading import load_model
+from realgen_jax.models.prompts import embed_prompts
+from realgen_jax.models.trainable import Lora
+from realgen_jax.nn.lora import read_lora_config
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
-from realgen_jax.text_cache import ensure_encoded
+
+# The program that makes text embeddings, in a process of its own.
+ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
 
 FLAGS = flags.FLAGS
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "flux_grpo.py"
-config_flags.DEFINE_config_file("config", str(CONFIG), "a config of configs/")
+define_config("flux_grpo")
 flags.DEFINE_string(
     "prompts", None, "a prompt file (.txt, .jsonl) instead of prompts on the command line"
 )
@@ -45,34 +49,40 @@ flags.DEFINE_integer(
 def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     """Write `out/00000.png`, ... for every prompt, `per_prompt` of each, and return the files."""
     config = FLAGS.config
-    cache = ensure_encoded(prompts, config.pretrained.model, config.prompts)
+
+    # Text embeddings come before JAX takes the memory of its devices.
+    cache = embed_prompts(prompts, config.pretrained, config.prompts, ENCODE)
+
+    # The model, with room for the LoRA if there is one.
     mesh = make_mesh(**config.mesh, devices=jax.devices())
-    pipe = load_pipeline(config.pretrained, config.sample.resolution, None, mesh)
+    model = load_model(config.pretrained, config.sample.resolution, mesh)
     adapters = None
-    if path := FLAGS.lora or config.pretrained.lora:
-        lora, adapters = load_lora(path, pipe.model)
-        pipe = pipe.with_lora(lora)
-    parts = batch_devices(mesh)
-    batch = -(-FLAGS.batch // parts) * parts
-    run = pipe.sampler(config.sample.eval_num_steps)
+    lora = FLAGS.lora or config.pretrained.lora
+    if lora:
+        model = model.with_trainable(Lora(read_lora_config(lora)))
+        adapters = model.trainable.load(model, lora)
+
+    # Calls of equal size: the last one is filled up, and what is over is dropped.
+    devices = batch_devices(mesh)
+    batch = -(-FLAGS.batch // devices) * devices
+    sample = model.sampler(config.sample.eval_num_steps)
+    key = jax.random.key(FLAGS.seed)
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for start in track(range(0, len(texts), batch), description="sampling", transient=True):
-        ids = np.arange(
-            start, start + batch, dtype=np.int32
-        )  # the last call is filled up, what is over is dropped
-        cond = pipe.cond(cache, [texts[i % len(texts)] for i in ids], config.sample.guidance_scale)
-        images = run(
-            adapters, cond, jax.random.key(FLAGS.seed), jax.device_put(ids, batch_sharding(mesh))
-        )
-        for i, pixels in zip(ids[: len(texts) - start], np.asarray(images), strict=False):
-            files.append(out / f"{i:05}.png")
+        numbers = np.arange(start, start + batch, dtype=np.int32)
+        call_texts = [texts[number % len(texts)] for number in numbers]
+        cond = model.cond(cache, call_texts, config.sample.guidance_scale)
+        ids = jax.device_put(numbers, batch_sharding(mesh))
+        images = np.asarray(sample(model, adapters, cond, key, ids))
+        for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):
+            files.append(out / f"{number:05}.png")
             Image.fromarray(pixels.transpose(1, 2, 0)).save(files[-1])
     return files
 
 
-def main(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     prompts = list(argv[1:])
     try:
@@ -86,5 +96,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(files)} pictures in {FLAGS.out}")
 
 
+def main() -> None:
+    app.run(run, flags_parser=parse_flags)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

@@ -1,10 +1,10 @@
-"""The stand-in judge of the arena: a reward behind an OpenAI-compatible endpoint, for this machine only.
+"""A stand-in for a hosted judge: a reward behind an OpenAI-compatible endpoint on this machine.
 
     python scripts/serve_judge.py                             the embedded held-out detector
     python scripts/serve_judge.py --reward=effort --device=cuda:0
 
-scripts/evaluate.py --judge=embedded starts one by itself; with --judge=api, any program that compares two pictures
-through such an endpoint can be tried against it.
+Use it to try `scripts/evaluate.py --judge=api`, or any other program that compares two pictures
+through such an endpoint. `--judge=embedded` needs no server.
 """
 
 import sys
@@ -13,26 +13,28 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from reward_bridge.judges.stand_in import MARGIN, serving
+from reward_bridge.judges.reward import EMBEDDED, MARGIN
+from reward_bridge.judges.stand_in import serving
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
-    "reward", "embedded_held_out", "whose higher score wins; a name of reward_bridge/rewards"
+    "reward", EMBEDDED, "the reward that scores the pictures, a name of reward_bridge/rewards"
 )
-flags.DEFINE_string("device", "cpu", "the reward's torch device")
-flags.DEFINE_integer("port", 8018, "0 takes a free one")
-flags.DEFINE_float("margin", MARGIN, "scores closer than this are a tie")
+flags.DEFINE_string("device", "cpu", "torch device of the reward")
+flags.DEFINE_integer("port", 8018, "port to listen on; 0 takes a free one")
+flags.DEFINE_float("margin", MARGIN, "scores that differ by less are a tie")
 
 
-def main(_: Sequence[str]) -> None:
+def run(_: Sequence[str]) -> None:
+    """Serve until Ctrl-C."""
     try:
         with serving(FLAGS.reward, FLAGS.port, FLAGS.device, FLAGS.margin) as address:
             print(
                 f"{FLAGS.reward} judges at {address}\n"
-                f"is it up?  curl {address}/models\n"
-                f"use it     REALGEN_JUDGE_URL={address} REALGEN_JUDGE_MODEL={FLAGS.reward} "
+                f"check  curl {address}/models\n"
+                f"use    REALGEN_JUDGE_URL={address} REALGEN_JUDGE_MODEL={FLAGS.reward} "
                 "python scripts/evaluate.py --judge=api ...\n"
-                "stop       Ctrl-C",
+                "stop   Ctrl-C",
                 flush=True,
             )
             while True:
@@ -43,5 +45,9 @@ def main(_: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+def main() -> None:
+    app.run(run)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,10 +1,12 @@
-"""Rewards over HTTP, for a trainer in another environment or on another machine.
+"""Serves rewards over HTTP, for a trainer in another environment or on another machine.
 
-    python scripts/serve_rewards.py                                                     the embedded rewards, any laptop
-    REALGEN_REWARD_TOKEN=... python scripts/serve_rewards.py --config.host=0.0.0.0      for other machines
+The embedded rewards, on any laptop:
+    python scripts/serve_rewards.py
 
-The trainer uses a served reward where its config says so, with the same token in its environment:
+For other machines:
+    REALGEN_REWARD_TOKEN=... python scripts/serve_rewards.py --config.host=0.0.0.0
 
+The trainer needs the same token in its environment, and this in its config:
     c.reward.options.embedded_detector = ConfigDict({"servers": ("http://host:8017",)})
 """
 
@@ -13,80 +15,99 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from absl import app, flags
-from ml_collections import config_flags
 
-from realgen_jax.config import parse_flags
-from reward_bridge.bridge import RewardBridge, resolve
+from realgen_configs import serve_rewards
+from realgen_jax.config import define_config, parse_flags
+from reward_bridge.batching import Limits
+from reward_bridge.bridge import RewardBridge
+from reward_bridge.devices import resolve
 from reward_bridge.rewards import make_reward
-from reward_bridge.server import TOKEN_ENV, Limits, bind, serve
+from reward_bridge.server import TOKEN_ENV, bind, serve
 
 FLAGS = flags.FLAGS
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "serve_rewards.py"
-config_flags.DEFINE_config_file("config", str(CONFIG), "a config such as configs/serve_rewards.py")
+define_config("serve_rewards", template=serve_rewards.base)
 
 
-def place(rewards: Sequence[str], device: str, own: Mapping[str, str]) -> dict[str, str]:
-    """The torch device of every reward; "auto" takes the GPUs in turn. Raises ValueError for one that is not there."""
-    if unknown := own.keys() - set(rewards):
+def place(rewards: Sequence[str], device: str, devices: Mapping[str, str]) -> dict[str, str]:
+    """The torch device of every reward: its own in `devices`, else `device`.
+
+    "auto" takes the GPUs in turn, or the CPU if there is none. Raises ValueError for a device that
+    does not exist, and for a name in `devices` that is not among the rewards.
+    """
+    unknown = sorted(devices.keys() - set(rewards))
+    if unknown:
         raise ValueError(
-            f"config.devices names {', '.join(sorted(unknown))}, not in config.rewards"
+            f"config.devices has {', '.join(unknown)}, not in config.rewards ({', '.join(rewards)})"
         )
-    turns = itertools.cycle([f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"])
-    wanted = {name: own.get(name, device) for name in rewards}
-    return {
-        name: next(turns) if device == "auto" else resolve(device)
-        for name, device in wanted.items()
-    }
+
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    turns = itertools.cycle(gpus or ["cpu"])
+    placed = {}
+    for name in rewards:
+        wanted = devices.get(name, device)
+        placed[name] = next(turns) if wanted == "auto" else resolve(wanted)
+    return placed
 
 
 def describe(address: str, devices: Mapping[str, str], token: str) -> str:
-    width = max(map(len, devices))
+    """What the user needs to know once the server runs."""
     if token:
-        access = f"the one in {TOKEN_ENV}; the trainer needs it there too"
+        access = f"from {TOKEN_ENV}; the trainer needs the same one"
     else:
-        access = f"none, everyone on this machine may ask; to set one, put it into {TOKEN_ENV}, here and for the trainer"
-    return "\n".join(
-        [
-            f"serving {len(devices)} rewards at {address}",
-            *(f"  {reward:{width}}  on {device}" for reward, device in devices.items()),
-            f"token      {access}",
-            f"is it up?  curl {address}/healthz",
-            f'use it     c.reward.options.{next(iter(devices))} = ConfigDict({{"servers": ("{address}",)}}), in the '
-            "trainer's config",
-            "stop       Ctrl-C",
-        ]
-    )
+        access = (
+            f"none: everyone on this machine has access; set {TOKEN_ENV} here and for the trainer "
+            "to require one"
+        )
+
+    lines = [f"serving {len(devices)} rewards at {address}"]
+    width = max(map(len, devices))
+    for reward, device in devices.items():
+        lines.append(f"  {reward:{width}}  on {device}")
+
+    first = next(iter(devices))
+    lines += [
+        f"  token   {access}",
+        f"  check   curl {address}/healthz",
+        f'  use     c.reward.options.{first} = ConfigDict({{"servers": ("{address}",)}}) in the '
+        "trainer's config",
+        "  stop    Ctrl-C",
+    ]
+    return "\n".join(lines)
 
 
 def address_of(listener: socket.socket) -> str:
-    """Where others find it: this machine's name, where it listens on all its addresses."""
+    """The URL of a listening socket; this machine's name if it listens on all addresses."""
     host, port = listener.getsockname()[:2]
-    host = (
-        socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    )
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    elif ":" in host:
+        host = f"[{host}]"
     return f"http://{host}:{port}"
 
 
-def main(_: Sequence[str]) -> None:
-    config, token = FLAGS.config, os.environ.get(TOKEN_ENV, "").strip()
+def run(_: Sequence[str]) -> None:
+    config = FLAGS.config
+    token = os.environ.get(TOKEN_ENV, "").strip()
     try:
+        # What can be refused at once.
         if not config.rewards:
-            raise ValueError("config.rewards is empty: nothing to serve")
+            raise ValueError("config.rewards is empty; expected the name of one reward or more")
         limits = Limits(**config.limits)
         devices = place(config.rewards, config.device, config.devices.to_dict())
         listener = bind(config.host, config.port, token)
+
+        # The rewards themselves.
         print(f"loading {', '.join(devices)} ...", flush=True)
         options = config.options.to_dict()
-        rewards = {
-            name: make_reward(name, device, options.get(name, {}))
-            for name, device in devices.items()
-        }
+        rewards = {}
+        for name, device in devices.items():
+            rewards[name] = make_reward(name, device, options.get(name, {}))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
     bridge = RewardBridge(
         rewards,
         devices,
@@ -101,5 +122,9 @@ def main(_: Sequence[str]) -> None:
         print("stopped")
 
 
+def main() -> None:
+    app.run(run, flags_parser=parse_flags)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

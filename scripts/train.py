@@ -1,392 +1,366 @@
-"""GRPO training: the walk of one batch, in the order in which it happens.
+"""Train a text-to-image model by reinforcement learning: the loop, in the order of execution.
 
-    python scripts/train.py --config configs/flux_grpo.py                     the embedded model, on any laptop
-    python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200     RealGen's recipe
-    python scripts/train.py --config ... --config.run_name=NAME --resume      go on with a run
-    python scripts/launch.py --processes 2 scripts/train.py --config ...      several processes (docs/clusters.md)
+    python scripts/train.py --config configs/flux_grpo.py                  the embedded model
+    python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200  RealGen's recipe
+    python scripts/train.py --config ... --config.run_name=NAME --resume   go on with a run
+    python scripts/launch.py --processes 2 scripts/train.py --config ...   several processes
 
 prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> update -> checkpoint
                                                     `-> rewards that learn -'
 
-At the end, where config.evaluate.after_training says so, RealBench's report on the run (scripts/evaluate.py).
+The run ends with RealBench's report if config.evaluate.after_training says so. docs/training.md and
+docs/clusters.md have the rest.
 """
 
 import contextlib
-import copy
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
-from realgen_jax.checkpoint import RestoreError, SaveError, read_meta
-from realgen_jax.config import parse_flags
-from realgen_jax.data import prompt_batches
-from realgen_jax.hosts import process_count, process_index, put, sum_over_processes
+from realgen_jax.advantages import group_advantages
+from realgen_jax.checkpoint import RestoreError, SaveError
+from realgen_jax.config import define_config, parse_flags
+from realgen_jax.data import prompt_batches, read_prompts
+from realgen_jax.hosts import (
+    broadcast_text,
+    coordinator_host,
+    hide_gpus,
+    process_count,
+    process_index,
+    sum_over_processes,
+)
+from realgen_jax.models.prompts import embed_prompts
+from realgen_jax.models.trainable import make_trainable
 from realgen_jax.nn.convert import leaves
-from realgen_jax.objectives.grpo import Batch, TrainState, group_advantages
 from realgen_jax.profiling.step_traces import StepTraces, phase
-from realgen_jax.realbench.benchmark import build_report
-from realgen_jax.realbench.benchmark import evaluate as benchmark
-from realgen_jax.realbench.entries import BASE, TAKEN, read_entries
+from realgen_jax.realbench.entries import BASE, RESERVED, read_entries
+from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import SAFE, read_sets
-from realgen_jax.sharding import batch_sharding
+from realgen_jax.realbench.summarize import summarize
 from realgen_jax.text_cache import TextCache
-from realgen_jax.training.evaluation import export, report
-from realgen_jax.training.learning import begin_learning, draw_seeds, files, restore
-from realgen_jax.training.log import NoLog, RunLog, run_folder, run_lock
+from realgen_jax.training.epoch import (
+    latents_of,
+    sample_epoch,
+    update_epoch,
+    wait_for,
+    warn_of_deviation,
+)
+from realgen_jax.training.evaluation import evaluate_if_due, export
+from realgen_jax.training.learning import begin_learning, draw_seeds
+from realgen_jax.training.log import NoLog, RunLog, step_columns
 from realgen_jax.training.preemption import Preemption, connect_by_flags
-from realgen_jax.training.programs import Programs, make_programs
-from realgen_jax.training.run import Run, keep_compiled, reports, resume_from, set_up
-from realgen_jax.training.scoring import Pending, scores_of_all, submit, weighted_mean
-from reward_bridge.bridge import RewardError
+from realgen_jax.training.programs import keep_compiled, make_programs
+from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
+from realgen_jax.training.run_folder import resume_from, run_folder, run_lock
+from realgen_jax.training.saving import Saver, stop_if_not_finite
+from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
+from realgen_jax.update import TrainState
+from reward_bridge.adversary import join
+from reward_bridge.bridge import RewardBridge, RewardError
+from reward_bridge.devices import gpus_for_jax
+from reward_bridge.judges import make_judge
+from reward_bridge.setup import Rewards, open_rewards, reward_devices, reward_problems
 
-TRAIN = 1  # a stream of the run's root key, beside evaluation.EVAL and set_up.INIT
 
+def train(
+    run: Run,
+    state: TrainState,
+    log: RunLog | NoLog,
+    preemption: Preemption,
+    resumed: int | None,
+) -> bool:
+    """Train until `num_epochs` are done, a held-out reward ends the run, or SIGTERM does.
 
-def sample_epoch(
-    run: Run, programs: Programs, trainable: Any, epoch: int, rows: np.ndarray, seeds: Sequence[int]
-) -> tuple[list[tuple], list[Pending], list[jax.Array]]:
-    """Sample every call of an epoch and hand its pictures to the rewards, which score while the next call runs.
-
-    rows int [groups]: the epoch's prompts; seeds: one a call, for the reference pictures that go with its own. Returns
-    the calls' (trajectory, cond), their pending scores and flags.
+    resumed: the epoch of the checkpoint to go on from. Returns whether the run is over.
     """
-    sample, layout = run.config.sample, run.recipe.layout
-    epoch_key = jax.random.fold_in(run.key(TRAIN), epoch)
-    calls, pending, finite = [], [], []
-    for call in range(layout.calls):
-        groups = layout.groups_of_slots(call)
-        prompts = [run.prompts[rows[group]] for group in groups]
-        cond = run.cond(prompts)
-        start_key, noise_key, latent_key = jax.random.split(jax.random.fold_in(epoch_key, call), 3)
-        if (
-            sample.same_latent
-        ):  # one latent for a group, also where the group goes on in the next call
-            latent_key = jax.random.fold_in(epoch_key, layout.calls + int(groups[0]))
-        images, trajectory, ok = programs.sample(
-            run.pipe.params,
-            run.pipe.vae_params,
-            trainable,
-            cond,
-            (latent_key, noise_key),
-            run.plan.draw(start_key),
-        )
-        texts = [prompt for prompt in prompts for _ in range(layout.branches)]
-        pending.append(submit(run, images, texts, [*run.config.reward.fn], seeds[call]))
-        calls.append((trajectory, cond))
-        finite.append(ok)
-    return calls, pending, finite
-
-
-_stack = jax.jit(lambda *trees: jax.tree.map(lambda *a: jnp.stack(a), *trees))
-
-
-def improve(
-    run: Run, programs: Programs, state: TrainState, calls: list[tuple], advantages: np.ndarray
-) -> tuple[TrainState, list[dict]]:
-    """The epoch's optimizer steps. advantages float32 [calls, images]. Returns each step's metrics."""
-    t, metrics = run.config.train, []
-    advantages = put(advantages, batch_sharding(run.pipe.mesh, axis=1))
-    batches = [
-        _stack(
-            *(Batch(*calls[c], advantages[c]) for c in range(i, i + t.gradient_accumulation_steps))
-        )
-        for i in range(0, len(calls), t.gradient_accumulation_steps)
-    ]
-    if t.recompute_old:
-        batches = [programs.recompute(run.pipe.params, state.trainable, batch) for batch in batches]
-    for _ in range(t.num_inner_epochs):
-        for batch in batches:
-            state, step_metrics = programs.update(run.pipe.params, state, batch)
-            metrics.append(step_metrics)
-    return state, jax.device_get(metrics)
-
-
-def stop_if_not_finite(values: Mapping[str, float], epoch: int, phase: str, run: Run) -> None:
-    """Raise FloatingPointError naming epoch, phase and values; nothing of this epoch has been saved."""
-    if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-        with contextlib.suppress(SaveError):
-            run.checkpoints.wait()
-        newest = run.checkpoints.newest()
-        good = (
-            f"--resume goes on from the newest good checkpoint, epoch {newest}"
-            if newest
-            else "there is no checkpoint yet"
-        )
-        raise FloatingPointError(
-            f"epoch {epoch}, {phase}: {', '.join(bad)} not finite; {good} ({run.checkpoints.folder}). If it "
-            "happens again, lower config.train.learning_rate or config.sample.noise_level"
-        )
-
-
-def train(run: Run, state: TrainState, stop: Preemption, resumed: int | None) -> bool:
-    """Sample, score, improve and save until `num_epochs` are done, the held-out rewards say that it is enough, or
-    SIGTERM ends it. `resumed` is the epoch of the checkpoint to go on from. Returns whether the run is over.
-    """
-    config, folder, programs = run.config, run.folder, make_programs(run.recipe, run.pipe)
-    data = prompt_batches(len(run.prompts), run.recipe.layout.groups, config.seed)
-    first, history = 0, {}
+    config = run.config
+    weights = config.reward.fn
+    layout = run.recipe.layout
+    programs = make_programs(run.recipe, run.model)
+    data = prompt_batches(len(run.prompts), layout.groups, config.seed)
+    saver = Saver(run, data, log)
+    first = 0
     if resumed is not None:
-        state, meta = (
-            run.checkpoints.restore(resumed, state),
-            read_meta(run.checkpoints.folder, resumed),
-        )
-        first, history = resumed, meta["history"]
-        for name, size in meta[
-            "batch_sizes"
-        ].items():  # what memory allowed; other batches round otherwise
-            run.bridge.batch_sizes[name] = min(
-                filter(None, (size, run.bridge.batch_sizes[name])), default=0
-            )
-        data.set_state(meta["data"])
-    log = NoLog()
-    if process_index() == 0:
-        describe = parameter_overview.get_parameter_overview(
-            dict(leaves(state.trainable)), include_stats=False
-        )
-        (folder / "trainable.txt").write_text(describe + "\n")
-        log = RunLog(folder, config.to_dict(), first, config.num_epochs, config.wandb_project)
-    if resumed is not None:
-        restore(run, resumed, log)
+        state = saver.restore(resumed, state)
+        first = resumed
 
-    def remembered() -> dict[str, Any]:
-        """All of the run but its arrays, as it is now; the config has the seed, the root of all keys."""
-        kept = {
-            "data": data.get_state(),
-            "history": copy.deepcopy(history),
-            "config": config.to_dict(),
-        }
-        return kept | {"batch_sizes": dict(run.bridge.batch_sizes)}
-
-    with log, StepTraces(folder, config.profile.steps, log) as traces:
+    with log, StepTraces(run.folder, config.profile.steps, log) as traces:
         for epoch in range(first, config.num_epochs + 1):
             traces.begin(epoch + 1)
-            meta = remembered()
-            if stop.wanted_anywhere():
-                end_early(run, log, stop, epoch, state, meta)
+            seconds = {}
+            scoring_before = dict(run.scorer.seconds)
+
+            # What a save goes back to if SIGTERM interrupts this epoch.
+            start = saver.snapshot(epoch, state)
+            if preemption.wanted_anywhere():
+                saver.leave(start, preemption)
                 return False
-            if epoch % config.eval_freq == 0 or epoch == config.num_epochs:
-                if reasons := report(run, programs, log, epoch, state.ema, history):
-                    log.say(
-                        f"[bold red]stopped[/bold red] after {epoch} epochs: {'; '.join(reasons)}"
-                    )
-                    break
-                if epoch == config.num_epochs:
-                    break
-            seconds, scored = {}, dict(run.bridge.seconds)
+
+            # -- Evaluate. The last evaluation ends the run, and so do held-out rewards that fall.
+            if evaluate_if_due(run, programs, log, epoch, state.ema, saver.history):
+                break
+
+            # -- Sample. Each call's pictures go to the rewards while the next call samples.
             with phase("sample", seconds):
-                seeds = draw_seeds(run, epoch, run.recipe.layout.calls + len(run.adversaries))
-                calls, pending, finite = sample_epoch(
-                    run, programs, state.trainable, epoch, next(data), seeds
-                )
-                for ok, (one, _) in zip(finite, pending, strict=True):
-                    ok.block_until_ready()
-                    if (
-                        process_count() == 1
-                    ):  # rather now than when all calls are through; several must agree
-                        one.raise_if_failed()
-                        if stop.wanted():
-                            end_early(run, log, stop, epoch, state, meta)
-                            return False
-                sampled = {"latents": 0.0 if all(finite) else float("nan")}
-                stop_if_not_finite(sampled, epoch, "rollout (velocity)", run)
+                seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
+                calls = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
+                interrupted = wait_for(calls, preemption)
+            if interrupted:
+                saver.leave(start, preemption)
+                return False
+            stop_if_not_finite(latents_of(calls), epoch, "rollout (velocity)", run)
 
             with phase("reward_wait", seconds):
-                found = scores_of_all(pending, run.recipe.layout.images)
-                groups = {
-                    name: found[name].reshape(-1, run.recipe.layout.group)
-                    for name in config.reward.fn
-                }
-                means = {name: float(scores.mean()) for name, scores in found.items()}
-                learning, rest = begin_learning(run, epoch, means, seeds[run.recipe.layout.calls :])
-                advantages = group_advantages(
-                    groups, config.reward.fn, global_std=config.sample.global_std
+                # -- Score. Waits for the slowest reward: {reward: [groups, group]}.
+                scores = scores_of_all([call.scores for call in calls], layout.images)
+                groups = scores.grouped(weights, layout.group)
+
+                # -- Advantages within the pictures of one prompt: [groups, group].
+                advantages = group_advantages(groups, weights, global_std=config.sample.global_std)
+
+                # -- Learn: rewards whose schedule says so, in threads of their own.
+                learning = begin_learning(
+                    run.scorer, run.learning, epoch, scores, seeds[layout.calls :]
                 )
 
+            # -- Update, unless the generator rests while its rewards learn.
             with phase("update", seconds):
                 steps = []
-                if not rest:
-                    advantages = advantages.reshape(run.recipe.layout.calls, -1)
-                    state, steps = improve(run, programs, state, calls, advantages)
-                for step in steps:
-                    stop_if_not_finite(step, epoch, "update", run)
-
+                if not learning.generator_rests:
+                    state, steps = update_epoch(run, programs, state, calls, advantages, epoch)
             with phase("reward_learning", seconds):
-                learnt = learning.result()
-            learnt = {
-                f"learning/{name}/{key}": v
-                for name, values in learnt.items()
-                for key, v in values.items()
-            }
-            learnt |= {f"reward/{name}": mean for name, mean in means.items() if name not in groups}
+                details = learning.result()
 
-            deviation = float(steps[0]["ratio_deviation"]) if steps else 0.0
-            if epoch == first and deviation > 0.1 * config.train.clip_range:
-                log.say(
-                    f"[bold red]warning[/bold red] on unchanged weights a ratio is {deviation:.1e} away from 1, over a "
-                    f"tenth of the clip range {config.train.clip_range:g}: set --config.train.recompute_old=True"
-                )
-            scoring = {
-                f"scoring/{name}": run.bridge.seconds[name] - scored[name] for name in groups
-            }
-            log.train(
-                epoch + 1,
-                groups,
-                weighted_mean(groups, config.reward.fn),
-                steps,
-                seconds,
-                scoring,
-                learnt,
-            )
-            if (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:
-                save(run, log, epoch + 1, state, remembered())
-            tolerate(run, log, run.checkpoints.raise_if_failed)
-        stop.reached()
-        tolerate(run, log, run.checkpoints.wait)
-        log.say(f"trained weights: {export(folder / 'lora', run.pipe, state.ema)}")
+            # -- Log.
+            for name, mean in scores.reference_means().items():
+                details[f"reward/{name}/references"] = mean
+            for name in weights:
+                scoring = run.scorer.seconds[name] - scoring_before[name]
+                details[f"seconds/scoring/{name}"] = scoring
+            if epoch == first:
+                warn_of_deviation(log, steps, config.train.clip_range)
+            columns = step_columns(steps, run.recipe.objective.largest_metrics)
+            log.train(epoch + 1, groups, weighted_mean(groups, weights), columns, seconds, details)
+
+            # -- Save.
+            saver.save_if_due(epoch + 1, state)
+
+        preemption.reached()
+        saver.wait()
+        log.say(f"trained weights: {export(run.folder / 'lora', run.model, state.ema)}")
     return True
 
 
-@partial(jax.profiler.annotate_function, name="checkpoint")
-def tolerate(run: Run, log: RunLog, action: Callable[[], None]) -> None:
-    """Do what a failed save may end, where `config.save_failure` says so."""
-    try:
-        action()
-    except SaveError as error:
-        if run.config.save_failure == "stop":
-            raise
-        log.say(f"[bold red]warning[/bold red] {error}; the run goes on (config.save_failure)")
+def open_log(run: Run, state: TrainState, first: int) -> RunLog | NoLog:
+    """The run's log, in the first process only; also writes the table of trained arrays."""
+    if process_index():
+        return NoLog()
+    arrays = dict(leaves(state.trainable))
+    overview = parameter_overview.get_parameter_overview(arrays, include_stats=False)
+    (run.folder / "trainable.txt").write_text(overview + "\n")
+    config = run.config
+    return RunLog(run.folder, config.to_dict(), first, config.num_epochs, config.wandb_project)
 
 
-def save(run: Run, log: RunLog, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Begin a checkpoint, once the one before is written."""
-    tolerate(run, log, run.checkpoints.wait)
-    tolerate(run, log, lambda: run.checkpoints.save(epoch, state, meta, files(run)))
+# -- Set-up and command line.
 
-
-def end_early(
-    run: Run, log: RunLog, stop: Preemption, epoch: int, state: TrainState, meta: dict[str, Any]
-) -> None:
-    """Save what there was when the epoch began, where that is not saved yet."""
-    stop.reached()
-    if run.checkpoints.begun != epoch:
-        save(run, log, epoch, state, meta)
-    run.checkpoints.wait()
-    log.say(
-        f"stopped by SIGTERM, saved after {epoch} epochs; to go on: --config.run_name={run.folder.name} --resume"
-    )
-
+# The program that makes text embeddings, in a process of its own.
+ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config", None, "configs/flux_grpo.py, or configs/flux_grpo.py:PRESET"
-)
+define_config()
 flags.DEFINE_bool("resume", False, "go on with config.run_name, or with this preset's latest run")
 flags.DEFINE_bool(
-    "auto_resume", False, "as --resume where config.run_name exists, else start it: for schedulers"
+    "auto_resume", False, "resume config.run_name if it exists, else start it: for schedulers"
 )
 flags.DEFINE_bool(
     "allow_config_change", False, "resume with a config that computes something else than before"
 )
 
 
-def main(_: Sequence[str]) -> None:
+def run_training(_: Sequence[str]) -> None:
+    """Set up, train and report; what the user can mend ends with one line."""
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_logger().setLevel(
-        "CRITICAL"
-    )  # what Orbax logs with tracebacks comes as an error of ours
-    config, leave = FLAGS.config, contextlib.ExitStack()
-    with leave:
+    # Orbax logs failures with tracebacks; they come as errors of ours.
+    logging.get_absl_logger().setLevel("CRITICAL")
+    config = FLAGS.config
+    with contextlib.ExitStack() as stack:
         try:
             connect_by_flags()
-            stop = Preemption(config.preemption_grace)
-            folder, epoch = open_run(config, leave)
+            preemption = Preemption(config.preemption_grace)
+            folder, epoch = open_run(config, stack)
             keep_compiled(config.compilation_cache)
-            run, state = set_up(config, folder)
-            leave.callback(run.bridge.close)
-        except (ValueError, OSError) as error:  # what a person can mend: paths, sizes, names
+            run, state, rewards = load_run(config, folder)
+            stack.callback(rewards.bridge.close)
+            resumed = agree_on_checkpoint(epoch)
+            log = open_log(run, state, resumed or 0)
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
+
         try:
-            # which checkpoint it is the first process has found out
-            resumed = int(
-                sum_over_processes(
-                    np.int32([0 if process_index() or epoch is None else epoch + 1])
-                )[0]
-            )
-            over = train(run, state, stop, resumed - 1 if resumed else None)
-        except (OSError, RewardError, FloatingPointError, SaveError, RestoreError) as error:
+            over = train(run, state, log, preemption, resumed)
+        except (OSError, RewardError, ScoringError, FloatingPointError) as error:
+            sys.exit(f"error: {error}")
+        except (SaveError, RestoreError) as error:
             sys.exit(f"error: {error}")
         except jax.errors.JaxRuntimeError as error:
             if process_count() == 1:
                 raise
-            sys.exit(
-                f"error: the connection to another process broke ({str(error).splitlines()[0]})"
-            )
+            reason = str(error).splitlines()[0]
+            sys.exit(f"error: the connection to another process broke ({reason})")
         except KeyboardInterrupt:
             sys.exit(f"stopped; to go on: --config.run_name={folder.name} --resume")
         finally:
-            stop.reached()
-            with contextlib.suppress(SaveError):  # told above, or less than what is being told
+            preemption.reached()
+            # A failed save was reported above, or matters less than what is being reported.
+            with contextlib.suppress(SaveError):
                 run.checkpoints.close()
+
         if over and reports(config):
-            run.bridge.close()
+            # The report loads models and rewards of its own.
+            rewards.bridge.close()
             cache = run.cache
-            del run, state  # their memory is the report's now
+            del run, state, rewards
             report_run(config, folder, cache)
 
 
-def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
-    """RealBench's report on the run: its weights beside those it began with. SIGTERM ends it as it ends any program."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    console, kind = Console(highlight=False), "lora" if config.train.lora else "model"
-    free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *TAKEN)
-    trained = [f"{folder.name if free else 'trained'}={folder / 'lora'}"]
-    try:
-        loras, models = (trained, []) if config.train.lora else ([], trained)
-        entries = read_entries(config.pretrained, loras, models, [], None, base=True)
-        options = {"seed": 0, "console": console}  # evaluate.py's default: it finds these pictures
-        sets = read_sets(config.evaluate.prompts)
-        evaluated = benchmark(config, entries, sets, folder, remake=True, cache=cache, **options)
-        index = build_report(config, evaluated, folder, judge="embedded", **options)
-    except (ValueError, OSError, RewardError) as error:
-        again = (
-            f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
-        )
-        sys.exit(f"error: the run is over, but not its report: {error}\nto make it: {again}")
-    print(f"report: {index}")
+def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int | None]:
+    """The run's folder, and the epoch of the checkpoint to go on from.
 
-
-def open_run(config: ConfigDict, leave: contextlib.ExitStack) -> tuple[Path, int | None]:
-    """The run's folder, locked by the first process until `leave` closes, and the epoch of the checkpoint that it goes
-    on from.
+    The first process locks the folder until `stack` closes; only it knows the epoch.
     """
     if process_count() > 1 and not config.run_name:
         raise ValueError("several processes need one name for their run: set --config.run_name")
-    if (
-        process_index()
-    ):  # its folder may not exist yet, and what it goes on from the first process says
+    if process_index():
         return Path(config.run_root) / config.run_name, None
-    there = (Path(config.run_root) / config.run_name / "config.json").exists() and bool(
-        config.run_name
-    )
-    resume = FLAGS.resume or (FLAGS.auto_resume and there)
+
+    exists = (Path(config.run_root) / config.run_name / "config.json").exists()
+    resume = FLAGS.resume or (FLAGS.auto_resume and bool(config.run_name) and exists)
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
     print(
-        f"preset {config.preset} -> {folder}   (another preset: --config configs/flux_grpo.py:flux_dev_8xh200)"
+        f"preset {config.preset} -> {folder}   "
+        "(another preset: --config configs/flux_grpo.py:flux_dev_8xh200)"
     )
-    leave.enter_context(run_lock(folder))
-    return folder, resume_from(folder, config, FLAGS.allow_config_change) if resume else None
+    stack.enter_context(run_lock(folder))
+    if not resume:
+        return folder, None
+    return folder, resume_from(folder, config, FLAGS.allow_config_change)
+
+
+def agree_on_checkpoint(epoch: int | None) -> int | None:
+    """Tell all processes which checkpoint the first one has found."""
+    number = 0 if process_index() or epoch is None else epoch + 1
+    number = int(sum_over_processes(np.int32([number]))[0])
+    return number - 1 if number else None
+
+
+def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards]:
+    """Check everything, then load embeddings, rewards and the model, in this order.
+
+    Text encoders and rewards come before JAX, which takes what it finds of its devices' memory.
+    """
+    # Nothing is loaded before all of the config is known to fit together.
+    report_scores = list(config.evaluate.scores) if reports(config) else []
+    check(config, reward_problems(config.reward, report_scores))
+    check_shapes(config, device_count(config.reward))
+
+    prompts = read_prompts(config.prompts.train)
+    test_prompts = read_prompts(config.prompts.test)
+    texts = [*prompts, *test_prompts]
+    if reports(config):
+        for prompt_set in read_sets(config.evaluate.prompts):
+            texts += prompt_set.prompts
+    cache = embed_prompts(texts, config.pretrained, config.prompts, ENCODE)
+
+    # Rewards that learn in several processes average their gradients.
+    meet = None
+    if process_count() > 1:
+        meet = partial(join, broadcast_text, coordinator_host(), process_index(), process_count())
+    rewards = open_rewards(
+        config.reward,
+        prompts=prompts,
+        hide_from_jax=hide_gpus,
+        jax_platforms=jax.config.jax_platforms,
+        meet=meet,
+    )
+    run, state = set_up(
+        config,
+        folder,
+        cache=cache,
+        prompts=prompts,
+        test_prompts=test_prompts,
+        scorer=rewards.bridge,
+        learning=rewards.learning,
+        metrics=rewards.metrics,
+    )
+    return run, state, rewards
+
+
+def device_count(reward: ConfigDict) -> int:
+    """The devices that JAX will train on; on GPUs they are counted without starting JAX."""
+    devices = reward_devices(reward).values()
+    gpus = gpus_for_jax(devices, jax.config.jax_platforms, reward.share_gpu)
+    return gpus * process_count() if gpus else len(jax.devices())
+
+
+def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
+    """RealBench's report on the run: its weights beside those it began with."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    console = Console(highlight=False)
+    kind = make_trainable(config.train).entry
+    is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
+    name = folder.name if is_free else "trained"
+    trained = [f"{name}={folder / 'lora'}"]
+    entries = {"loras": [], "models": [], f"{kind}s": trained}
+
+    def embeddings(prompts: Sequence[str], model: str) -> TextCache:
+        if model == config.pretrained.model:
+            return cache
+        return embed_prompts(prompts, config.pretrained, config.prompts, ENCODE, model)
+
+    def scorer() -> RewardBridge:
+        return open_rewards(
+            config.reward,
+            list(config.evaluate.scores),
+            hide_from_jax=hide_gpus,
+            jax_platforms=jax.config.jax_platforms,
+        ).bridge
+
+    try:
+        # The same seed as evaluate.py's default, so that it finds these pictures.
+        results = evaluate_entries(
+            config,
+            read_entries(config.pretrained, **entries, pictures=[], photographs=None, base=True),
+            read_sets(config.evaluate.prompts),
+            folder,
+            seed=0,
+            remake=True,
+            open_scorer=scorer,
+            encode=embeddings,
+            console=console,
+        )
+        judge = make_judge("embedded", config.evaluate.arena)
+        index = summarize(config, results, folder, judge=judge, seed=0, console=console)
+    except (ValueError, OSError, RewardError, ScoringError) as error:
+        command = (
+            f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
+        )
+        sys.exit(f"error: the run is over, but its report failed: {error}\nto make it: {command}")
+    print(f"report: {index}")
+
+
+def main() -> None:
+    app.run(run_training, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

@@ -1,1 +1,1 @@
-"""What diagnose.py reads, and the checks it makes."""
+"""Checks that explain why a run's reward does not rise, from the metrics the run has written."""

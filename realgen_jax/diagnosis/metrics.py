@@ -1,140 +1,175 @@
-"""A run's metrics as diagnose.py reads them: series, recent medians, and the reward's trend."""
+"""Read a run's metrics: time series, recent medians and the trend of the reward."""
 
+import contextlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy import stats
 
-MIN_EPOCHS = (
-    4  # a line through two points has no uncertainty, one through three hardly any evidence
-)
-QUANTILE = 0.975  # of Student's t: a slope counts when significant at 5 %, two-sided
-SMALL_EFFECT = (
-    0.2  # of the spread within a group: Cohen's "small" effect; less cannot be seen in the pictures
-)
+# A line through two points has no uncertainty, and one through three has hardly any evidence.
+MIN_EPOCHS = 4
+# Quantile of Student's t: a slope counts if it is significant at 5 %, two-sided.
+QUANTILE = 0.975
+# Fraction of the spread within a group. Cohen's "small" effect; nobody sees less in the pictures.
+SMALL_EFFECT = 0.2
 
 
 class NotRecorded(LookupError):
-    """A figure that the run's metrics do not hold."""
+    """The run's metrics lack a value. The message names it, such as "train update_norm"."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A least-squares line over epochs. `rise` is over the whole span, `effect` the same over the spread in a group."""
+    """A least-squares line through a metric's values over epochs."""
 
-    where: str
+    where: str  # "training" or "evaluations"
     epochs: str
-    slope: float
-    error: float  # the slope's standard error
-    margin: float  # half of its 95 % interval
-    rise: float
-    effect: float
+    slope: float  # per epoch
+    error: float  # standard error of the slope
+    margin: float  # half the width of the slope's 95 % confidence interval
+    rise: float  # over all epochs
+    effect: float  # the rise divided by the reward's spread within a group
 
     @property
-    def word(self) -> str:
+    def direction(self) -> str:
+        """Rises, falls, barely rises, barely falls or flat."""
         if abs(self.slope) <= self.margin:
             return "flat"
-        grows = "rises" if self.slope > 0 else "falls"
-        return grows if abs(self.effect) >= SMALL_EFFECT else f"barely {grows}"
+        direction = "rises" if self.slope > 0 else "falls"
+        if abs(self.effect) < SMALL_EFFECT:
+            return f"barely {direction}"
+        return direction
 
 
 class Metrics:
-    """The rows of metrics.jsonl. "Recent" is the median over the last third of the epochs."""
+    """The rows of metrics.jsonl. "Recent" means the last third of the epochs, and at least two."""
 
     def __init__(self, rows: list[dict[str, Any]]):
-        self.rows = {
-            kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")
-        }
+        self.rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+        for row in rows:
+            if row["kind"] in self.rows:
+                self.rows[row["kind"]].append(row)
 
     def series(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, values) of the rows that hold a finite value. Raises NotRecorded where none does."""
-        found = [
-            (row["epoch"], row[key]) for row in self.rows[kind] if np.isfinite(row.get(key, np.nan))
-        ]
-        if not found:
+        """The epochs and finite values of a metric, float64 [n] each.
+
+        Raises NotRecorded if there is no finite value.
+        """
+        epochs = []
+        values = []
+        for row in self.rows[kind]:
+            value = row.get(key, np.nan)
+            if np.isfinite(value):
+                epochs.append(row["epoch"])
+                values.append(value)
+
+        if not values:
             raise NotRecorded(f"{kind} {key}")
-        epochs, values = np.array(found, np.float64).T
-        return epochs, values
+        return np.array(epochs, np.float64), np.array(values, np.float64)
 
     @property
     def window(self) -> int:
+        """The number of recent epochs."""
         return max(2, len(self.rows["train"]) // 3)
 
     @property
-    def recently(self) -> str:
-        return span([row["epoch"] for row in self.rows["train"][-self.window :]])
+    def recent_epochs(self) -> str:
+        return span(row["epoch"] for row in self.rows["train"][-self.window :])
 
     def recent(self, key: str) -> float:
-        return float(np.median(self.series(key)[1][-self.window :]))
+        """The median of a training metric over the recent epochs."""
+        _, values = self.series(key)
+        return float(np.median(values[-self.window :]))
 
     def trend(self, key: str, spread: float, kind: str = "train") -> Trend:
-        """Raises NotRecorded where there are fewer than three values."""
+        """The trend of a metric; `spread` is the reward's standard deviation within a group.
+
+        Raises NotRecorded if there are fewer than three values.
+        """
         epochs, values = self.series(key, kind)
         if len(epochs) < 3:
             raise NotRecorded(f"three rows of {kind} {key}")
-        x, y = epochs - epochs.mean(), values - values.mean()
-        slope, free = float(x @ y / (x @ x)), len(x) - 2
-        error = float(np.sqrt(np.sum((y - slope * x) ** 2) / free / (x @ x)))
+
+        # linregress gives no standard error for values that are all the same.
+        slope = 0.0
+        error = 0.0
+        if np.ptp(values) > 0:
+            line = stats.linregress(epochs, values)
+            slope = float(line.slope)
+            error = float(line.stderr)
         rise = slope * float(np.ptp(epochs))
-        where = "training" if kind == "train" else "evaluations"
         return Trend(
-            where,
-            span(epochs),
-            slope,
-            error,
-            float(stdtrit(free, QUANTILE)) * error,
-            rise,
-            rise / max(spread, 1e-12),
+            where="training" if kind == "train" else "evaluations",
+            epochs=span(epochs),
+            slope=slope,
+            error=error,
+            margin=float(stats.t.ppf(QUANTILE, len(epochs) - 2)) * error,
+            rise=rise,
+            effect=rise / max(spread, 1e-12),
         )
 
     @cached_property
     def trends(self) -> list[Trend]:
-        """The reward's, in training and, where there are three or more, in evaluations: same prompts, same noise."""
-        spread = float(np.median(self.series("reward_std")[1]))
-        found = [self.trend("reward", spread)]
-        try:
-            return [*found, self.trend("reward", spread, "eval")]
-        except NotRecorded:
-            return found
+        """The reward's trend in training and, if there are three or more, in evaluations.
+
+        Evaluations use the same prompts and the same noise each time, so their trend is less noisy.
+        """
+        _, spreads = self.series("reward_std")
+        spread = float(np.median(spreads))
+        trends = [self.trend("reward", spread)]
+        with contextlib.suppress(NotRecorded):
+            trends.append(self.trend("reward", spread, "eval"))
+        return trends
 
     @cached_property
-    def word(self) -> str:
-        """rises, falls, barely rises, barely falls or flat: what either trend shows, a fall first."""
-        words = [trend.word for trend in self.trends]
-        return next(
-            (w for w in ("falls", "rises", "barely falls", "barely rises") if w in words), "flat"
-        )
+    def direction(self) -> str:
+        """Where the reward goes, by the clearer of the two trends; a fall counts first."""
+        directions = {trend.direction for trend in self.trends}
+        for direction in ("falls", "rises", "barely falls", "barely rises"):
+            if direction in directions:
+                return direction
+        return "flat"
 
     @property
     def rises(self) -> bool:
-        return self.word == "rises"
+        return self.direction == "rises"
 
 
-def span(epochs: Any) -> str:
+def span(epochs: Iterable[float]) -> str:
+    """The first and the last epoch, such as "9-12"."""
+    epochs = list(epochs)
     return f"{int(min(epochs))}-{int(max(epochs))}"
 
 
 def read_run(run: Path) -> tuple[Metrics, dict]:
-    """(metrics, config). Raises ValueError for what is no run folder, or too young a run."""
+    """Read metrics.jsonl and config.json of a run.
+
+    Raises ValueError if `run` is not a run's folder or has fewer than MIN_EPOCHS finished epochs.
+    """
     for name in ("config.json", "metrics.jsonl"):
         if not (run / name).is_file():
             raise ValueError(
-                f"{run} is no run folder: it has no {name}; expected what train.py leaves, runs/NAME"
+                f"{run} is not a run's folder: it has no {name}; expected a folder written by "
+                "train.py, such as runs/NAME"
             )
+
     rows = []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # still being written, or cut off by a kill
+        except json.JSONDecodeError:  # still being written, or cut off when the run was killed
             break
+
     metrics = Metrics(rows)
-    if (found := len(metrics.rows["train"])) < MIN_EPOCHS:
+    finished = len(metrics.rows["train"])
+    if finished < MIN_EPOCHS:
         raise ValueError(
-            f"{run} holds {found} finished epochs; expected {MIN_EPOCHS} or more (a run that ended earlier because "
-            "values were not finite needs a lower --config.train.learning_rate)"
+            f"{run} has {finished} finished epochs; expected {MIN_EPOCHS} or more (if the run "
+            "stopped at non-finite values, lower --config.train.learning_rate)"
         )
     return metrics, json.loads((run / "config.json").read_text())

@@ -1,209 +1,293 @@
-"""Checks on rewards and on what is looked at beside them: what the advantages are made of, and what they lead to."""
+"""Checks on rewards: what the advantages consist of, and how untrained metrics change."""
 
 import numpy as np
 
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import Metrics, NotRecorded, span
 
-# Groups without spread give no gradient (DAPO, arXiv 2503.14476, 3.2): at a half, the batch costs twice what
-# it teaches; at a fifth, the gradient's noise has grown by a tenth, 1 / sqrt(0.8).
-NO_SPREAD, NO_SPREAD_NOTE = 0.5, 0.2
-ADVANTAGE_EPS = 1e-4  # group_advantages divides by a group's std plus this
-# A hundredth of the advantages is lost in their sampling noise, 1 / sqrt(n), for any batch under 10,000 pictures; a
-# tenth is heard, but decides nowhere.
-DROWNED, DROWNED_NOTE = 0.01, 0.1
-# Reliability, the share of a score's variance that comes from the picture: 1 - noise^2 / spread^2. Below a half, most
-# of what is learnt from is noise; 0.8 is what test theory asks of a measurement that ranks.
-UNRELIABLE, UNRELIABLE_NOTE = 0.5, 0.8
+# Groups without spread give no gradient (DAPO, arXiv 2503.14476, section 3.2). With half of the
+# groups, the batch costs twice what it teaches; with a fifth, the gradient's noise has grown by a
+# tenth, 1 / sqrt(0.8).
+NO_SPREAD = 0.5
+NO_SPREAD_NOTE = 0.2
 
-HELD_OUT_FALL = (
-    0.2  # of the spread over pictures: a small effect again; evaluations share their noise
-)
-HELD_OUT_FALL_PLAIN = 0.02  # where no spread was recorded: train.py's
-# Lower is better here. Evaluations of a run that learns nothing lie within 5 % of each other, so 1.2 is real; against
-# the best, which is the luckiest of many, more is asked: the demo's Frechet distance ends at 1.19 of its best.
-OVER_FIRST, OVER_BEST = 1.2, 1.5
-UNRELATED = 0.1  # a correlation that explains 1 % of the variance
-COLLAPSE = 0.25  # of the first spread, as in train.py
+# group_advantages divides by a group's standard deviation plus this.
+ADVANTAGE_EPS = 1e-4
+
+# Share of a reward in the advantages. A hundredth is lost in sampling noise, 1 / sqrt(n), for any
+# batch under 10,000 pictures. A tenth has an effect, but decides nothing.
+DROWNED = 0.01
+DROWNED_NOTE = 0.1
+
+# Reliability: the share of a score's variance that comes from the picture, 1 - noise^2 / spread^2.
+# Below a half, most of what is learned is noise. Test theory asks for 0.8 from a measurement that
+# ranks.
+UNRELIABLE = 0.5
+UNRELIABLE_NOTE = 0.8
+
+# Fall of a held-out reward, as a fraction of its spread over pictures: again a small effect.
+# Evaluations share noise.
+HELD_OUT_FALL = 0.2
+# The absolute fall, if no spread was recorded. The same as in train.py.
+HELD_OUT_FALL_PLAIN = 0.02
+
+# Metrics for which lower is better. Evaluations of a run that learns nothing stay within 5 % of
+# each other, so 1.2 times the first value is real. The best value is the luckiest of many, so the
+# limit there is higher: the Frechet distance of the demo ends at 1.19 times its best.
+OVER_FIRST = 1.2
+OVER_BEST = 1.5
+
+# A correlation of 0.1 explains 1 % of the variance.
+UNRELATED = 0.1
+
+# Fraction of the first spread that is left. The same as in train.py.
+COLLAPSE = 0.25
 
 
-def zero_spread(m: Metrics, config: dict) -> Finding:
-    """Groups in which no reward tells the pictures apart."""
-    share, sample = m.recent("zero_spread"), config["sample"]
-    figures = [Figure("groups without any spread", share, f"<= {NO_SPREAD_NOTE:g}", m.recently)]
+def zero_spread(metrics: Metrics, config: dict) -> Finding:
+    """Find groups in which every picture gets the same reward."""
+    sample = config["sample"]
+    share = metrics.recent("zero_spread")
+    figures = [
+        Figure("groups without any spread", share, f"<= {NO_SPREAD_NOTE:g}", metrics.recent_epochs)
+    ]
     if share <= NO_SPREAD_NOTE:
         return Finding("zero-spread groups", FINE, figures)
+
+    severity = PROBLEM if share > NO_SPREAD else NOTE
     says = (
-        f"In {share:.0%} of the groups all pictures score the same. Their advantages are zero: they cost as much as "
-        "the others and teach nothing."
+        f"In {share:.0%} of the groups all pictures get the same score. Their advantages are zero: "
+        "they cost as much as the others and teach nothing."
     )
     remedy = (
-        "A reward with finer steps, prompts that are neither solved nor hopeless, more pictures a group: "
-        f"--config.sample.num_image_per_prompt={2 * sample['num_image_per_prompt']}, or more noise: "
-        f"--config.sample.noise_level={1.2 * sample['noise_level']:.2g}."
+        "Use a reward with finer steps, prompts that are neither solved nor hopeless, more "
+        "pictures per group "
+        f"(--config.sample.num_image_per_prompt={2 * sample['num_image_per_prompt']}) or more "
+        f"noise (--config.sample.noise_level={1.2 * sample['noise_level']:.2g})."
     )
-    return Finding(
-        "zero-spread groups", PROBLEM if share > NO_SPREAD else NOTE, figures, says, remedy
-    )
+    return Finding("zero-spread groups", severity, figures, says, remedy)
 
 
-def shares(m: Metrics, config: dict) -> dict[str, float]:
-    """Each reward's share of the combined advantage; empty where no reward has any.
+def shares(metrics: Metrics, config: dict) -> dict[str, float]:
+    """Return each reward's share of the combined advantage; empty if no reward has any spread.
 
-    Rewards are normalised one by one, so a reward's part is its weight, times std / (std + eps) in the groups where it
-    has any spread and zero in the others. The size of its scores plays no part.
+    Each reward is normalised on its own. Its share is therefore proportional to its weight times
+    std / (std + eps) in the groups where it has some spread, and zero in the others. The scale of
+    its scores does not matter.
     """
     parts = {}
     for name, weight in config["reward"]["fn"].items():
         if not weight:
             continue
-        some = 1.0 - m.recent(f"zero_spread/{name}")
-        std = m.recent(f"reward_std/{name}") / some if some > 0 else 0.0
-        parts[name] = abs(weight) * some * std / (std + ADVANTAGE_EPS)
+        with_spread = 1.0 - metrics.recent(f"zero_spread/{name}")
+        std = 0.0
+        if with_spread > 0:
+            std = metrics.recent(f"reward_std/{name}") / with_spread
+        parts[name] = abs(weight) * with_spread * std / (std + ADVANTAGE_EPS)
+
     total = sum(parts.values())
-    return {name: part / total for name, part in parts.items()} if total > 0 else {}
+    if total <= 0:
+        return {}
+    return {name: part / total for name, part in parts.items()}
 
 
-def drowned_reward(m: Metrics, config: dict) -> Finding | None:
-    """The trained reward with the least say in the advantages."""
-    weights, found = config["reward"]["fn"], shares(m, config)
-    if len(found) < 2:
+def drowned_reward(metrics: Metrics, config: dict) -> Finding | None:
+    """Check the reward that contributes least to the advantages."""
+    weights = config["reward"]["fn"]
+    reward_shares = shares(metrics, config)
+    if len(reward_shares) < 2:
         return None
-    name = min(found, key=found.get)
-    share, by_weight = found[name], abs(weights[name]) / sum(map(abs, weights.values()))
-    std, none = m.recent(f"reward_std/{name}"), m.recent(f"zero_spread/{name}")
+
+    name = min(reward_shares, key=reward_shares.get)
+    share = reward_shares[name]
+    by_weight = abs(weights[name]) / sum(map(abs, weights.values()))
+    std = metrics.recent(f"reward_std/{name}")
+    without_spread = metrics.recent(f"zero_spread/{name}")
+    recent = metrics.recent_epochs
     figures = [
-        Figure(f"{name}: share of the advantages", share, f">= {DROWNED_NOTE:g}", m.recently),
-        Figure(f"{name}: share of the weights", by_weight, "", m.recently),
-        Figure(f"{name}: spread within a group", std, f"far above {ADVANTAGE_EPS:g}", m.recently),
-        Figure(f"{name}: groups without spread", none, f"<= {NO_SPREAD_NOTE:g}", m.recently),
+        Figure(f"{name}: share of the advantages", share, f">= {DROWNED_NOTE:g}", recent),
+        Figure(f"{name}: share of the weights", by_weight, "", recent),
+        Figure(f"{name}: spread within a group", std, f"far above {ADVANTAGE_EPS:g}", recent),
+        Figure(f"{name}: groups without spread", without_spread, f"<= {NO_SPREAD_NOTE:g}", recent),
     ]
     if share >= DROWNED_NOTE:
         return Finding("one reward drowning the others", FINE, figures[:1])
+
+    # Either its weight is too small, or its spread.
     says = f"{name} makes up {share:.2%} of the advantages; the other rewards decide alone."
     if share > 0.5 * by_weight:
-        says += " Each reward is divided by its own spread, so it is the weights that do this."
-        remedy = f"--config.reward.fn.{name}={max(weights.values()):g}, as the largest, or drop it."
+        says += " Each reward is divided by its own spread, so the weights are the cause."
+        largest = max(weights.values())
+        remedy = f"Set --config.reward.fn.{name}={largest:g}, the largest weight, or drop it."
     else:
         says += (
-            f" Its weight would give it {by_weight:.2%}, but its spread ({std:.2g}; none at all in {none:.0%} of the "
-            f"groups) vanishes beside the {ADVANTAGE_EPS:g} that is added to it before the division."
+            f" Its weight would give it {by_weight:.2%}, but its spread ({std:.2g}; none at all in "
+            f"{without_spread:.0%} of the groups) vanishes beside the {ADVANTAGE_EPS:g} that is "
+            "added before the division."
         )
-        remedy = "Scale its scores up in the reward's own file, use a finer reward, or drop it."
-    return Finding(
-        "one reward drowning the others",
-        PROBLEM if share < DROWNED else NOTE,
-        figures,
-        says,
-        remedy,
-    )
+        remedy = "Scale its scores up in the reward's code, use a finer reward, or drop it."
+    severity = PROBLEM if share < DROWNED else NOTE
+    return Finding("one reward drowning the others", severity, figures, says, remedy)
 
 
-def reward_noise(m: Metrics, config: dict) -> Finding | None:
-    """The trained reward that differs most between two scorings of one picture, against what it is to tell apart."""
-    found = {}
+def reward_noise(metrics: Metrics, config: dict) -> Finding | None:
+    """Check the least reliable reward: how much it differs between two scorings of one picture.
+
+    The noise is compared to the spread within a group, which is what the reward has to tell apart.
+    """
+    reliabilities = {}
+    noises = {}
     for name in config["reward"]["fn"]:
-        epochs, values = m.series(f"noise/{name}", "eval")
-        noise, spread = float(np.median(values)), m.recent(f"reward_std/{name}")
+        _, values = metrics.series(f"noise/{name}", "eval")
+        spread = metrics.recent(f"reward_std/{name}")
         if spread > 0:
-            found[name] = (max(0.0, 1.0 - (noise / spread) ** 2), noise, spread, span(epochs))
-    if not found:
+            noises[name] = float(np.median(values))
+            reliabilities[name] = max(0.0, 1.0 - (noises[name] / spread) ** 2)
+    if not reliabilities:
         return None
-    name = min(found, key=lambda n: found[n][0])
-    reliability, noise, spread, when = found[name]
+
+    name = min(reliabilities, key=reliabilities.get)
+    reliability = reliabilities[name]
+    noise = noises[name]
+    spread = metrics.recent(f"reward_std/{name}")
+    evaluations, _ = metrics.series(f"noise/{name}", "eval")
+    recent = metrics.recent_epochs
     figures = [
-        Figure(f"{name}: reliability", reliability, f">= {UNRELIABLE_NOTE:g}", m.recently),
-        Figure(f"{name}: noise between two scorings", noise, "", when),
-        Figure(f"{name}: spread within a group", spread, "", m.recently),
+        Figure(f"{name}: reliability", reliability, f">= {UNRELIABLE_NOTE:g}", recent),
+        Figure(f"{name}: noise between two scorings", noise, "", span(evaluations)),
+        Figure(f"{name}: spread within a group", spread, "", recent),
     ]
     if reliability >= UNRELIABLE_NOTE:
         return Finding("reward noise", FINE, figures[:1])
+
+    severity = PROBLEM if reliability < UNRELIABLE else NOTE
     says = (
-        f"{name} gives one picture different scores: the noise is {noise / spread:.0%} of its spread within a group, "
-        "and dividing by that spread makes full advantages of it."
+        f"{name} gives the same picture different scores: the noise is {noise / spread:.0%} of its "
+        "spread within a group. Advantages are divided by that spread, so they are largely noise."
     )
     remedy = (
-        "Make the reward repeatable (evaluation mode, no sampling, no dependence on the other pictures of a batch) or "
-        f"average several scorings; until then give it less weight: --config.reward.fn.{name}="
-        f"{config['reward']['fn'][name] / 4:g}."
+        "Make the reward deterministic (evaluation mode, no sampling, no dependence on the other "
+        "pictures of a batch) or average several scorings. Until then, lower its weight: "
+        f"--config.reward.fn.{name}={config['reward']['fn'][name] / 4:g}."
     )
-    return Finding(
-        "reward noise", PROBLEM if reliability < UNRELIABLE else NOTE, figures, says, remedy
-    )
+    return Finding("reward noise", severity, figures, says, remedy)
 
 
-def fall_limit(m: Metrics, name: str) -> float:
+def fall_limit(metrics: Metrics, name: str) -> float:
+    """Return how far a held-out reward may fall below its best value, in units of the reward."""
     try:
-        return HELD_OUT_FALL * float(m.series(f"std/{name}", "eval")[1].max())
+        _, spreads = metrics.series(f"std/{name}", "eval")
     except NotRecorded:
         return HELD_OUT_FALL_PLAIN
+    return HELD_OUT_FALL * float(spreads.max())
 
 
-def held_out(m: Metrics, config: dict) -> Finding:
-    """What the run looks at and does not train on: the last evaluation against the best and, for metrics, the first."""
-    reward, t, figures, worse = config["reward"], config["train"], [], []
-    if not [*reward["held_out"], *reward["metrics"]]:
+def held_out(metrics: Metrics, config: dict) -> Finding:
+    """Check held-out rewards and metrics: the last value against the best and the first."""
+    reward = config["reward"]
+    names = [*reward["held_out"], *reward["metrics"]]
+    if not names:
         raise NotRecorded("a check: config.reward.held_out and config.reward.metrics are empty")
-    for name in [*reward["held_out"], *reward["metrics"]]:
-        epochs, values = m.series(name, "eval")
-        if lower := name in reward["metrics"]:
-            best, limit = values.min(), min(OVER_FIRST * values[0], OVER_BEST * values.min())
+
+    figures = []
+    worse = []
+    for name in names:
+        epochs, values = metrics.series(name, "eval")
+        first = values[0]
+        last = values[-1]
+        if name in reward["metrics"]:  # lower is better
+            best = values.min()
+            limit = min(OVER_FIRST * first, OVER_BEST * best)
+            healthy = f"<= {limit:.3g}"
+            is_worse = last > limit
         else:
-            best, limit = values.max(), values.max() - fall_limit(m, name)
-        healthy = f"{'<=' if lower else '>='} {limit:.3g}, best {best:.3g}, first {values[0]:.3g}"
-        figures.append(Figure(name, float(values[-1]), healthy, span(epochs)))
-        if (values[-1] > limit) if lower else (values[-1] < limit):
+            best = values.max()
+            limit = best - fall_limit(metrics, name)
+            healthy = f">= {limit:.3g}"
+            is_worse = last < limit
+        healthy = f"{healthy}, best {best:.3g}, first {first:.3g}"
+        figures.append(Figure(name, float(last), healthy, span(epochs)))
+        if is_worse:
             worse.append(name)
     if not worse:
         return Finding("held-out checks", FINE, figures)
-    says = f"{', '.join(worse)} got worse, and nothing trains on that. "
-    if m.rises:
-        says += "The reward rises meanwhile: the model learns the reward's weaknesses (arXiv 2210.10760)."
-        remedy = f"Use a checkpoint from before, and more KL: --config.train.beta={max(10 * t['beta'], 1e-3):g}."
+
+    says = f"{', '.join(worse)} got worse, and nothing is trained on that. "
+    if metrics.rises:
+        beta = max(10 * config["train"]["beta"], 1e-3)
+        says += (
+            "The reward rises, so the model exploits the reward's weaknesses (arXiv 2210.10760)."
+        )
+        remedy = f"Use an earlier checkpoint, and more KL: --config.train.beta={beta:g}."
     else:
+        learning_rate = config["train"]["learning_rate"] / 10
         says += "The reward does not rise either: training damages the pictures."
-        remedy = f"If nothing above explains it: --config.train.learning_rate={t['learning_rate'] / 10:g}."
+        remedy = (
+            "If no finding above explains it, lower the learning rate: "
+            f"--config.train.learning_rate={learning_rate:g}."
+        )
     return Finding("held-out checks", PROBLEM, figures, says, remedy)
 
 
-def held_out_correlation(m: Metrics, config: dict) -> Finding | None:
-    """Whether a held-out reward and the trained one agree on which pictures are better."""
-    figures, unrelated = [], []
+def held_out_correlation(metrics: Metrics, config: dict) -> Finding | None:
+    """Check that the held-out rewards and the trained one agree on which pictures are better."""
+    figures = []
+    unrelated = []
     for name in config["reward"]["held_out"]:
-        if m.series(f"std/{name}", "eval")[1][-1] == 0:
-            continue  # one score for all pictures correlates with nothing
-        epochs, values = m.series(f"correlation/{name}", "eval")
+        # A reward that gives every picture the same score has no correlation.
+        _, spreads = metrics.series(f"std/{name}", "eval")
+        if spreads[-1] == 0:
+            continue
+
+        epochs, values = metrics.series(f"correlation/{name}", "eval")
         healthy = f">= {UNRELATED:g}, first {values[0]:.2g}"
         figures.append(Figure(f"{name} with the reward", float(values[-1]), healthy, span(epochs)))
         if values[-1] < UNRELATED:
             unrelated.append(name)
+
+    if not figures:
+        return None
     if not unrelated:
-        return Finding("correlation", FINE, figures) if figures else None
-    says = f"{', '.join(unrelated)} prefers other pictures than the trained reward: by that check a rise is no progress."
-    remedy = "Train on a reward of the check's kind as well (--config.reward.fn.NAME=1.0), or drop a check that is moot."
+        return Finding("correlation", FINE, figures)
+    says = (
+        f"{', '.join(unrelated)} prefers other pictures than the trained reward. By that check, a "
+        "rising reward is no progress."
+    )
+    remedy = (
+        "Also train on a reward of the same kind as the check (--config.reward.fn.NAME=1.0), or "
+        "remove the check if it is not meaningful."
+    )
     return Finding("correlation", NOTE, figures, says, remedy)
 
 
-def diversity(m: Metrics, config: dict) -> Finding:
-    """Whether the pictures of a prompt have become alike, as far as the reward can tell."""
-    (epochs, groups), (evals, tests) = m.series("reward_std"), m.series("prompt_std", "eval")
-    limit, figures = f">= {COLLAPSE:g}", []
-    for what, first, last, when in (
-        ("test prompts' spread, last over first", tests[0], tests[-1], evals),
-        (
-            "groups' spread, recent over first",
-            np.median(groups[: m.window]),
-            m.recent("reward_std"),
-            epochs,
-        ),
-    ):
-        if first > 0:  # a single picture a test prompt has no spread
-            figures.append(Figure(what, float(last / first), limit, span(when)))
+def diversity(metrics: Metrics, config: dict) -> Finding:
+    """Check that the pictures of a prompt still differ, as far as the reward can tell."""
+    epochs, groups = metrics.series("reward_std")
+    evaluations, tests = metrics.series("prompt_std", "eval")
+    first_groups = np.median(groups[: metrics.window])
+    healthy = f">= {COLLAPSE:g}"
+
+    # The first spread is zero if there is only one picture for each test prompt.
+    figures = []
+    if tests[0] > 0:
+        share = float(tests[-1] / tests[0])
+        figures.append(
+            Figure("test prompts' spread, last over first", share, healthy, span(evaluations))
+        )
+    if first_groups > 0:
+        share = float(metrics.recent("reward_std") / first_groups)
+        figures.append(Figure("groups' spread, recent over first", share, healthy, span(epochs)))
     if all(figure.value >= COLLAPSE for figure in figures):
         return Finding("diversity", FINE, figures)
-    says = "The pictures of a prompt score more and more alike: the reward is exhausted, or the model draws one picture."
-    remedy = (
-        "Look at RUN/samples. If they are alike, hold the model closer: "
-        f"--config.train.beta={max(10 * config['train']['beta'], 1e-3):g}; if the reward is at its best, stop here."
+
+    beta = max(10 * config["train"]["beta"], 1e-3)
+    says = (
+        "The scores of a prompt's pictures become more and more alike: either the reward is "
+        "exhausted, or the model always draws the same picture."
     )
-    return Finding("diversity", NOTE if m.rises else PROBLEM, figures, says, remedy)
+    remedy = (
+        "Look at RUN/samples. If the pictures are alike, keep the model closer to the base: "
+        f"--config.train.beta={beta:g}. If the reward is at its maximum, stop here."
+    )
+    severity = NOTE if metrics.rises else PROBLEM
+    return Finding("diversity", severity, figures, says, remedy)

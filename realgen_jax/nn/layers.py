@@ -1,7 +1,11 @@
-"""The parts FLUX's blocks are made of. Shapes: n images, t tokens, D channels, h heads of d channels."""
+"""Layers that the transformers of all model families share.
+
+Shapes: n images, t tokens, D channels, h heads of d channels each. A leading `stack` is (layers,)
+for the parameters of a block that is scanned over (see nn/stack.py), and () elsewhere.
+"""
 
 import math
-from dataclasses import fields
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,25 +15,22 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from realgen_jax.sharding import BATCH_AXES, constrain
-
-LANES = 128  # a TPU's vector register is so wide
-EPS = 1e-6  # of every normalisation in FLUX
-PROJECTION = "projection"  # what rematerialisation knows the large products by
+EPS = 1e-6  # default of all norms
+PROJECTION = "projection"  # checkpoint name for the outputs of the large matmuls
 _lecun = nnx.initializers.lecun_normal()
 
 
 class Linear(nnx.Module):
-    """y = x W + b, computed in `dtype`, with an optional LoRA: y += alpha/r (x A) B (arXiv 2106.09685).
+    """y = x W + b in `dtype`, with an optional LoRA: y += alpha/r (x A) B (arXiv 2106.09685).
 
-    kernel [*stack, *in, *out], bias [*stack, *out]. `stack` is (layers,) for a block that is scanned over, else ().
-    A fused projection keeps its parts apart on an axis of their own, (3, D) out of qkv: the mesh axis `tensor` then
-    splits each part by itself and no head is cut. Each part has its own LoRA factors, which is what peft trains on the
-    separate projections: lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out].
+    kernel [*stack, *in, *out], bias [*stack, *out].
+
+    A fused projection keeps its parts on an axis of their own, for instance (3, D) for qkv. The
+    mesh axis `tensor` then splits each part separately and never cuts a head. Each part has its
+    own LoRA factors, which is what peft trains on the separate projections:
+    lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out].
     """
 
     def __init__(
@@ -41,47 +42,79 @@ class Linear(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
         stack: tuple[int, ...] = (),
+        bias: bool = True,
     ):
-        ins, outs = np.atleast_1d(n_in).tolist(), np.atleast_1d(n_out).tolist()
-        self.dtype, self.axes_in, self.axes_out = dtype, len(ins), len(outs)
-        kernel = _lecun(rngs.params(), (*stack, np.prod(ins), np.prod(outs)), param_dtype)
-        self.kernel = nnx.Param(kernel.reshape(*stack, *ins, *outs))
-        self.bias = nnx.Param(jnp.zeros((*stack, *outs), param_dtype))
+        shape_in = np.atleast_1d(n_in).tolist()
+        shape_out = np.atleast_1d(n_out).tolist()
+        self.dtype = dtype
+        self.axes_in = len(shape_in)
+        self.axes_out = len(shape_out)
+
+        # The initial variance depends on the number of inputs, so draw the kernel as a matrix.
+        kernel = _lecun(rngs.params(), (*stack, np.prod(shape_in), np.prod(shape_out)), param_dtype)
+        self.kernel = nnx.Param(kernel.reshape(*stack, *shape_in, *shape_out))
+        self.bias = nnx.Param(jnp.zeros((*stack, *shape_out), param_dtype)) if bias else None
+
+        # Filled in by lora.with_lora.
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
     def __call__(self, x: Array, mesh: Mesh | None = None) -> Array:
-        """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out].
+        """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
+        x = x.astype(self.dtype)
+        kernel = self.kernel[...].astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
-        Where `tensor` splits no parts, they are one axis in the product: XLA's CPU turns the kernel for the gradient
-        of x over several axes, which costs a sixth of that product.
-        """
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
         if kernel.ndim > self.axes_in + self.axes_out:
-            # batched over the layers: as one product XLA copies all kernels into another layout, in every call
-            rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
-            return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,)))) + bias[:, None]
-        lead, outs = x.shape[: x.ndim - self.axes_in], kernel.shape[self.axes_in :]
-        if mesh is None or mesh.shape["tensor"] == 1:
-            y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(outs))
-        else:
-            y = jnp.tensordot(x, kernel, self.axes_in)
-        y = checkpoint_name(y.reshape(*lead, *outs), PROJECTION) + bias
+            y = _all_layers(x, kernel)
+            return y if bias is None else y + bias[:, None]
+
+        y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
+        if bias is not None:
+            y = y + bias
+
         if self.lora_a is not None:
             delta = lora_product(x, self.lora_a[...], self.lora_b[...])
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
 
+    def _product(self, x: Array, kernel: Array, mesh: Mesh | None) -> Array:
+        """x W, [..., *in] -> [..., *out]."""
+        lead = x.shape[: x.ndim - self.axes_in]
+        shape_out = kernel.shape[self.axes_in :]
+
+        # Where `tensor` does not split the parts, treat them as one axis: for the gradient of x
+        # over several axes, XLA's CPU backend transposes the kernel, which costs a sixth of the
+        # product.
+        if mesh is None or mesh.shape["tensor"] == 1:
+            y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(shape_out))
+        else:
+            y = jnp.tensordot(x, kernel, self.axes_in)
+        return y.reshape(*lead, *shape_out)
+
+
+def _all_layers(x: Array, kernel: Array) -> Array:
+    """x W for the kernels of all layers: [n, in], [layers, in, out] -> [layers, n, out].
+
+    Batched over the layers: as one large product, XLA would copy all kernels into another layout in
+    every call.
+    """
+    rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
+    return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,))))
+
 
 @jax.custom_vjp
 def lora_product(x: Array, a: Array, b: Array) -> Array:
-    """(x A) B part by part, x [..., in], A float32 [in, parts, r], B float32 [parts, r, out] -> x's dtype [..., parts,
-    out].
+    """(x A) B for each part of a fused projection.
 
-    A product for each part, as XLA computes a batched one transposed; and gradients by hand, as autodiff's would turn
-    the wide factor of each (x, or the gradient of the output) where turning the narrow one is enough. Those of A and B
-    are summed in float32, whatever x's dtype.
+    x [..., in], A float32 [in, parts, r], B float32 [parts, r, out]
+    -> [..., parts, out] in x's dtype.
+
+    One product for each part, because XLA computes a batched one transposed. The gradients are
+    written by hand: autodiff would transpose the wide factor of each product (x, or the output's
+    gradient), although transposing the narrow one is enough. The gradients of A and B accumulate
+    in float32, whatever x's dtype.
     """
     return _lora_forward(x, a, b)[0]
 
@@ -93,24 +126,39 @@ def _lora_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...
 
 
 def _lora_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    """g [..., parts, out]. With y = low B and low = x A: dlow = g B', dB = low' g, dA = x' dlow."""
     x, low, a, b = saved
-    rows, part, last = [*range(x.ndim - 1)], [x.ndim - 1], [x.ndim]
-    summed = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    g_low = jnp.moveaxis(
-        jax.lax.dot_general(g, b.astype(g.dtype), ((last, [2]), (part, [0]))), 0, -2
-    )
-    g_b = summed(low, g, ((rows, rows), (part, part)))
-    g_a = jnp.moveaxis(summed(g_low, x, ((rows, rows), ([], []))), -1, 0)
-    return jnp.tensordot(g_low, a.astype(g.dtype), axes=((-2, -1), (1, 2))), g_a, g_b
+    rows = list(range(x.ndim - 1))
+    part = [x.ndim - 1]
+    last = [x.ndim]
+    in_float32 = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+    # [parts, ..., r] -> [..., parts, r]
+    g_low = jax.lax.dot_general(g, b.astype(g.dtype), ((last, [2]), (part, [0])))
+    g_low = jnp.moveaxis(g_low, 0, -2)
+
+    # Sums over all rows; [parts, r, in] -> [in, parts, r] for A.
+    g_b = in_float32(low, g, ((rows, rows), (part, part)))
+    g_a = jnp.moveaxis(in_float32(g_low, x, ((rows, rows), ([], []))), -1, 0)
+
+    g_x = jnp.tensordot(g_low, a.astype(g.dtype), axes=((-2, -1), (1, 2)))
+    return g_x, g_a, g_b
 
 
 lora_product.defvjp(_lora_forward, _lora_backward)
 
 
 class MLP(nnx.Module):
-    """Linear, activation, Linear: the embedders (SiLU) and the feed-forwards (GELU, tanh form) of FLUX."""
+    """Linear, activation, Linear: [..., n_in] -> [..., n_out]. Embedders and feed-forwards."""
 
-    def __init__(self, n_in: int, n_hidden: int, n_out: int, activation: Any, **kw: Any):
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: int,
+        n_out: int,
+        activation: Callable[[Array], Array],
+        **kw: Any,
+    ):
         self.activation = activation
         self.fc1 = Linear(n_in, n_hidden, **kw)
         self.fc2 = Linear(n_hidden, n_out, **kw)
@@ -120,137 +168,64 @@ class MLP(nnx.Module):
 
 
 class QKNorm(nnx.Module):
-    """Root-mean-square norm of queries and keys over a head's channels, each with a learned scale [*stack, d]."""
+    """RMS norm of queries and keys [..., d] over a head's channels; two scales [*stack, d]."""
 
-    def __init__(self, head_dim: int, *, param_dtype: Any, stack: tuple[int, ...] = ()):
+    def __init__(
+        self, head_dim: int, *, param_dtype: Any, stack: tuple[int, ...] = (), eps: float = EPS
+    ):
+        self.eps = eps
         self.query = nnx.Param(jnp.ones((*stack, head_dim), param_dtype))
         self.key = nnx.Param(jnp.ones((*stack, head_dim), param_dtype))
 
     def __call__(self, q: Array, k: Array) -> tuple[Array, Array]:
-        return rms_norm(q, self.query[...]), rms_norm(k, self.key[...])
+        q = rms_norm(q, self.query[...], self.eps)
+        k = rms_norm(k, self.key[...], self.eps)
+        return q, k
 
 
-def rms_norm(x: Array, scale: Array) -> Array:
-    """x / rms(x) * scale over the last axis; statistics in float32."""
+def rms_norm(x: Array, scale: Array, eps: float = EPS) -> Array:
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 over the last axis. x [..., d], scale [d]."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
-    """AdaLN: LayerNorm(x) (1 + scale) + shift, no learned affine. x [n, t, D], shift and scale [n, D]."""
+def modulated_norm(x: Array, shift: Array, scale: Array, eps: float = EPS) -> Array:
+    """AdaLN (arXiv 2212.09748): LayerNorm(x) (1 + scale) + shift, without a learned affine map.
+
+    x [n, t, D], shift and scale [n, D]. Statistics in float32.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * (1 + scale[:, None]) + shift[:, None]
 
 
 def sinusoidal_embedding(t: Array, dim: int = 256) -> Array:
-    """float32 [n] -> [n, dim]: cosines, then sines, of t exp(-ln(10000) k / (dim/2)).
+    """Cosines, then sines, of t exp(-ln(10000) k / (dim/2)) for k < dim/2: float32 [n] -> [n, dim].
 
-    The exponents are rounded to float32 as PyTorch rounds them: at t = 1000 one last bit moves an angle by 6e-5.
+    The exponents are rounded to float32 as in PyTorch: at t = 1000, a difference in the last bit
+    moves an angle by 6e-5.
     """
-    exponents = (
-        np.float32(-np.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
-    )
+    half = dim // 2
+    exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rope_table(
-    text_tokens: int, height: int, width: int, axes_dims: tuple[int, ...], theta: float = 10000.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [t, d/2] for the sequence [text, image], t = text_tokens + height width.
-
-    Positions are (0, 0, 0) for text and (0, row, column) for the image tokens; frequencies in float64, as diffusers
-    computes them. Shapes are static, so this runs once, on the host, while tracing.
-    """
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
-    positions = np.concatenate([np.zeros((text_tokens, 3)), image])
-    angles = [
-        positions[:, i, None] * theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-        for i, dim in enumerate(axes_dims)
-    ]
-    table = np.concatenate(angles, axis=-1)
-    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
-
-
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate neighbouring channel pairs of x [n, t, h, d] by the angles of cos, sin [t, d/2] (arXiv 2104.09864)."""
+    """Rotate neighbouring channel pairs of x [n, t, h, d] by position (RoPE, arXiv 2104.09864).
+
+    cos and sin are [t, d/2] if all images have the same positions, else [n, t, d/2].
+    """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, None], sin[:, None]
-    return (
-        jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-        .reshape(x.shape)
-        .astype(x.dtype)
-    )
+    even = pairs[..., 0]
+    odd = pairs[..., 1]
 
+    # All heads rotate alike.
+    cos = cos[..., None, :]
+    sin = sin[..., None, :]
 
-@jax.named_scope("attention")
-def attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array:
-    """Softmax attention over all tokens, no mask: [n, t, h, d] -> [n, t, h d].
-
-    The only place that asks what the platform is. CUDA and 16 bits: cuDNN's flash kernel, chosen while tracing because
-    it refuses to be traced where it is not installed. TPU and sizes that fill its tiles: Pallas' splash kernel, chosen
-    while lowering, so that a TPU's program can be built on any machine. XLA in all other cases.
-    """
-    q, k, v = (constrain(a, mesh, BATCH_AXES, None, "tensor") for a in (q, k, v))
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    elif q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
-        out = jax.lax.platform_dependent(
-            q, k, v, tpu=partial(splash_attention, mesh=mesh), default=plain_attention
-        )
-    else:
-        out = plain_attention(q, k, v)
-    return out.reshape(*out.shape[:2], -1)
-
-
-def plain_attention(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(d)) v as written: [n, t, h, d] -> [n, t, h, d]. Scores in float32.
-
-    Divided by the sum at the end, on [t, d] instead of [t, t]: its gradient takes XLA's CPU 40 % of the time of
-    jax.nn.dot_product_attention's.
-    """
-    scaled, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
-    scores = jnp.einsum("nhtd,nhsd->nhts", scaled, k, preferred_element_type=jnp.float32)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum(
-        "nhts,nhsd->nhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return jnp.swapaxes((out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype), 1, 2)
-
-
-def splash_attention(
-    q: Array, k: Array, v: Array, mesh: Mesh | None = None, interpret: bool = False
-) -> Array:
-    """Attention by Pallas' TPU kernel: [n, t, h, d] -> [n, t, h, d], t a multiple of LANES.
-
-    The kernel is opaque to GSPMD, so each device is handed its own rows and heads. It does not scale q by d^-1/2.
-    """
-
-    def local(q: Array, k: Array, v: Array) -> Array:
-        tokens, heads, channels = q.shape[1:]
-        block = next(size for size in (512, 256, LANES) if tokens % size == 0)
-        names = [
-            field.name for field in fields(splash.BlockSizes) if field.name.startswith("block_")
-        ]
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads),
-            block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * channels**-0.5, k, v))
-        return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
-
-    if mesh is None:
-        return local(q, k, v)
-    spec = P(BATCH_AXES, None, "tensor")
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
-    )(q, k, v)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)

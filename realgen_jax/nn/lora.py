@@ -1,6 +1,7 @@
-"""Low-rank adapters (arXiv 2106.09685) on the projections that RealGen trains, and their files."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): where they sit, how they start, and their files."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,30 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from realgen_jax.models.flux.tables import DIFFUSERS
-from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
-from realgen_jax.nn.convert import Tensors, abstract
+from realgen_jax.nn.convert import Table
 from realgen_jax.nn.layers import Linear
-from realgen_jax.rollout import Velocity
+from realgen_jax.nn.tensors import Tensors
 
-# RealGen's targets (SPEC: attention projections of all blocks, feed-forwards of the double blocks). Its suffix rule
-# "attn.to_q" also hits the single blocks, but not their proj_mlp and proj_out.
-TARGETS = (
-    "double.img.qkv", "double.img.proj", "double.img.mlp.fc1", "double.img.mlp.fc2",
-    "double.txt.qkv", "double.txt.proj", "double.txt.mlp.fc1", "double.txt.mlp.fc2", "single.qkv",
-)  # fmt: skip
+PEFT_FILE = "adapter_model.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank r, alpha (the product is scaled by alpha / r) and peft's name for the start of A; B starts at zero."""
+    """Rank r, alpha (the product is scaled by alpha / r) and peft's name for the start of A.
+
+    B starts at zero. Raises ValueError for values that cannot train.
+    """
 
     rank: int = 64
     alpha: float = 128.0
     init: str = "gaussian"
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora_rank is {self.rank}; expected 1 or more")
+        if self.alpha <= 0:
+            raise ValueError(f"lora_alpha is {self.alpha:g}; expected a number above 0")
+        if self.init not in INITS:
+            raise ValueError(f"lora_init is {self.init!r}; choose one of {', '.join(INITS)}")
 
 
 def _gaussian(key: Array, shape: tuple[int, ...], rank: int) -> Array:
@@ -41,196 +46,192 @@ def _gaussian(key: Array, shape: tuple[int, ...], rank: int) -> Array:
 
 
 def _kaiming(key: Array, shape: tuple[int, ...], rank: int) -> Array:
-    """peft's default, uniform with bound 1 / sqrt(in). shape is [layers, in, groups, r]."""
+    """peft's default, uniform with bound 1 / sqrt(in). shape is [layers, in, parts, r]."""
     return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / np.sqrt(shape[1])
 
 
 INITS = {"gaussian": _gaussian, "kaiming": _kaiming}
 
 
-def _linear(model: FluxTransformer, path: str) -> Linear:
-    module = model
+def with_lora(
+    network: nnx.Module, targets: Sequence[str], config: LoraConfig, key: Array
+) -> nnx.Module:
+    """Attach float32 adapters to the target projections of `network`, in place, and return it.
+
+    Targets are dotted paths of stacked Linear modules, kernels [layers, in, (parts,) out].
+    """
+    for number, path in enumerate(targets):
+        linear = _submodule(network, path)
+        layers, n_in, *parts, n_out = linear.kernel.shape
+        parts = parts or [1]
+
+        start = INITS[config.init]
+        shape = (layers, n_in, *parts, config.rank)
+        linear.lora_a = nnx.LoRAParam(start(jax.random.fold_in(key, number), shape, config.rank))
+        linear.lora_b = nnx.LoRAParam(jnp.zeros((layers, *parts, config.rank, n_out)))
+        linear.lora_scale = config.alpha / config.rank
+    return network
+
+
+def _submodule(network: nnx.Module, path: str) -> Linear:
+    module = network
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
-def with_lora(model: FluxTransformer, config: LoraConfig, key: Array) -> FluxTransformer:
-    """Attach float32 adapters to every target of `model`, in place, and return it."""
-    for i, path in enumerate(TARGETS):
-        linear = _linear(model, path)
-        layers, n_in, *parts, n_out = linear.kernel.shape
-        parts = parts or [1]
-        a = INITS[config.init](
-            jax.random.fold_in(key, i), (layers, n_in, *parts, config.rank), config.rank
-        )
-        linear.lora_a = nnx.LoRAParam(a)
-        linear.lora_b = nnx.LoRAParam(jnp.zeros((layers, *parts, config.rank, n_out)))
-        linear.lora_scale = config.alpha / config.rank
-    return model
+# -- Files. An adapter is a pair of factors, A [r, in] and B [out, r] in torch's layout.
 
 
-def init_lora(model: FluxConfig, config: LoraConfig, key: Array) -> nnx.State:
-    """The adapters' first state. Same key, same state, whatever the mesh."""
-    if config.init not in INITS:
-        raise ValueError(f"lora init is {config.init!r}; choose one of {', '.join(INITS)}")
+@dataclass(frozen=True)
+class _Factor:
+    """Where one module's factor lies in our arrays: the array, its layer, its part."""
 
-    @jax.jit
-    def create(key: Array) -> nnx.State:
-        return nnx.state(with_lora(FluxTransformer(model, nnx.Rngs(0)), config, key), nnx.LoRAParam)
+    variable: nnx.Variable
+    layer: int
+    part: int
+    letter: str  # A or B
 
-    return create(key)
+    def view(self, array: np.ndarray) -> np.ndarray:
+        """The factor in `array`: A [in, r] or B [r, out]; torch's layout is its transpose."""
+        if self.letter == "A":
+            return array[self.layer, :, self.part]
+        return array[self.layer, self.part]
 
 
-def _modules(adapters: nnx.State) -> dict[str, tuple[nnx.Variable, int, int]]:
-    """{diffusers module: (the array that holds its factor, layer, group)}, keyed with ".lora_A" or ".lora_B"."""
-    found = {}
+def _factors(adapters: nnx.State, table: Table) -> dict[str, _Factor]:
+    """{"torch module.lora_A" or "….lora_B": factor} of all adapters, by diffusers' names."""
+    factors = {}
     for path, variable in nnx.to_flat_state(adapters):
-        *target, factor = map(str, path)
+        *target, name = map(str, path)
+        letter = name[-1].upper()
         for layer in range(variable.shape[0]):
-            for group, part in enumerate(DIFFUSERS[".".join(target)]):
-                found[f"{part.module.format(layer)}.lora_{factor[-1].upper()}"] = (
-                    variable,
-                    layer,
-                    group,
-                )
-    return found
+            for number, part in enumerate(table.rows[".".join(target)]):
+                module = part.module.format(layer + part.first)
+                factors[f"{module}.lora_{letter}"] = _Factor(variable, layer, number, letter)
+    return factors
 
 
-def _pick(array: np.ndarray, layer: int, group: int, factor: str) -> np.ndarray:
-    """The view of one module's factor: A [in, r] or B [r, out]. Torch's layout is its transpose."""
-    return array[layer, :, group] if factor == "A" else array[layer, group]
+def lora_tensors(adapters: nnx.State, table: Table) -> dict[str, np.ndarray]:
+    """{"torch module.lora_A" or "….lora_B": array}, A [r, in] and B [out, r]."""
+    hosts = {}
+    for _, variable in nnx.to_flat_state(adapters):
+        hosts[id(variable)] = np.asarray(variable.get_value())
+
+    tensors = {}
+    for name, factor in _factors(adapters, table).items():
+        view = factor.view(hosts[id(factor.variable)])
+        tensors[name] = np.ascontiguousarray(view.T)
+    return tensors
 
 
-def lora_tensors(adapters: nnx.State) -> dict[str, np.ndarray]:
-    """{diffusers module.lora_A or .lora_B: array in torch's layout}, A [r, in] and B [out, r]."""
-    hosts = {id(v): np.asarray(v.get_value()) for _, v in nnx.to_flat_state(adapters)}
-    return {
-        name: np.ascontiguousarray(_pick(hosts[id(variable)], layer, group, name[-1]).T)
-        for name, (variable, layer, group) in _modules(adapters).items()
-    }
-
-
-def save_lora(file: str | Path, adapters: nnx.State, config: LoraConfig) -> None:
-    """Write `pytorch_lora_weights.safetensors` as diffusers' `load_lora_weights` reads it, alpha included."""
-    tensors = lora_tensors(adapters)
-    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
-    metadata = {
+def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table: Table) -> None:
+    """Write the file that diffusers' `load_lora_weights` reads, rank and alpha in its header."""
+    tensors = lora_tensors(adapters, table)
+    modules = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    header = {
         "transformer.r": config.rank,
         "transformer.lora_alpha": config.alpha,
-        "transformer.target_modules": names,
+        "transformer.target_modules": modules,
     }
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {f"transformer.{name}.weight": array for name, array in tensors.items()},
-        file,
-        metadata={
-            "lora_adapter_metadata": json.dumps(metadata)
-        },  # one entry: safetensors shuffles several
+        folder / DIFFUSERS_FILE,
+        # One entry only: safetensors does not keep the order of several.
+        metadata={"lora_adapter_metadata": json.dumps(header)},
     )
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], float | None]:
-    """{module.lora_A or .lora_B: array} of a peft folder or a diffusers file, and its alpha if it says one."""
-    folder_config = None
+def _lora_file(path: Path) -> Path:
+    """The LoRA's file: `path`, or what lies in the folder of peft or diffusers."""
     if path.is_dir():
-        peft, diffusers = (
-            path / "adapter_model.safetensors",
-            path / "pytorch_lora_weights.safetensors",
+        for name in (PEFT_FILE, DIFFUSERS_FILE):
+            if (path / name).exists():
+                return path / name
+        raise FileNotFoundError(
+            f"{path} holds neither {PEFT_FILE} (peft) nor {DIFFUSERS_FILE} (diffusers)"
         )
-        if not peft.exists() and not diffusers.exists():
-            raise FileNotFoundError(
-                f"{path} holds neither {peft.name} (peft) nor {diffusers.name} (diffusers)"
-            )
-        if peft.exists():
-            folder_config = json.loads((path / "adapter_config.json").read_text())
-        path = peft if peft.exists() else diffusers
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a LoRA file or folder")
-    tensors = Tensors(path)
-    found, alphas = {}, set()
-    for key in sorted(tensors.keys()):
-        name = key.removeprefix("base_model.model.").removeprefix("transformer.")
-        value = tensors.read(key)
-        if name.endswith(".alpha"):
-            alphas.add(float(value))
-        else:
-            found[name.removesuffix(".weight").removesuffix(".default")] = value
-    if folder_config is not None:
-        alphas = {float(folder_config["lora_alpha"])}
-    elif metadata := tensors.metadata().get("lora_adapter_metadata"):
-        alphas = {float(json.loads(metadata)["transformer.lora_alpha"])}
+    return path
+
+
+def _stated_alpha(path: Path, file: Path, tensors: Tensors) -> float | None:
+    """The alpha that the files state: peft's config, the header, or tensors named ".alpha"."""
+    if path.is_dir() and file.name == PEFT_FILE:
+        return float(json.loads((path / "adapter_config.json").read_text())["lora_alpha"])
+    header = tensors.metadata().get("lora_adapter_metadata")
+    if header:
+        return float(json.loads(header)["transformer.lora_alpha"])
+
+    alphas = {float(tensors.read(key)) for key in tensors.keys() if key.endswith(".alpha")}  # noqa: SIM118
     if len(alphas) > 1:
         raise ValueError(
-            f"{path} has different alphas for different modules ({sorted(alphas)}); expected one"
+            f"{file} has different alphas for different modules ({sorted(alphas)}); expected one"
         )
-    return found, alphas.pop() if alphas else None
+    return alphas.pop() if alphas else None
 
 
-def load_lora(path: str | Path, model: FluxConfig) -> tuple[LoraConfig, nnx.State]:
-    """Read adapters from a peft folder (RealGen's published form) or a diffusers file.
+def _lora_names(tensors: Tensors) -> dict[str, str]:
+    """{"torch module.lora_A" or "….lora_B": the file's key}."""
+    names = {}
+    for key in sorted(tensors.keys()):
+        name = key.removeprefix("base_model.model.").removeprefix("transformer.")
+        if not name.endswith(".alpha"):
+            names[name.removesuffix(".weight").removesuffix(".default")] = key
+    return names
 
-    Rank and alpha are the file's; a file that states no alpha means alpha = rank, as diffusers reads it. Raises
-    ValueError naming the first module that is missing, unknown or of another shape.
+
+def read_lora_config(path: str | Path) -> LoraConfig:
+    """Rank and alpha of a LoRA file or folder; only its header is read.
+
+    A file that states no alpha means alpha = rank, as diffusers reads it. Raises FileNotFoundError,
+    or ValueError for a file without adapters.
     """
     path = Path(path)
-    found, alpha = _read(path)
-    first = next((v for k, v in found.items() if k.endswith(".lora_A")), None)
-    if first is None:
+    file = _lora_file(path)
+    tensors = Tensors(file)
+    keys = [key for name, key in _lora_names(tensors).items() if name.endswith(".lora_A")]
+    if not keys:
         raise ValueError(
-            f"{path} holds no key that ends in .lora_A.weight; expected a LoRA for the FLUX transformer"
+            f"{file} holds no key that ends in .lora_A.weight; expected a LoRA of the transformer"
         )
-    config = LoraConfig(
-        rank=first.shape[0], alpha=float(first.shape[0]) if alpha is None else alpha
-    )
-    adapters = jax.tree.map(
-        lambda x: np.empty(x.shape, np.float32),
-        jax.eval_shape(lambda: init_lora(model, config, jax.random.key(0))),
-    )
-    modules = _modules(adapters)
-    if missing := sorted(modules.keys() - found.keys()):
-        raise ValueError(
-            f"{path} lacks {missing[0]} ({len(missing)} modules in all); a LoRA here covers every target"
-        )
-    if unknown := sorted(found.keys() - modules.keys()):
-        raise ValueError(
-            f"{path} holds {unknown[0]} ({len(unknown)} in all), which is none of the targets of this model"
-        )
-    for name, (variable, layer, group) in modules.items():
-        view = _pick(variable.get_value(), layer, group, name[-1])
-        if found[name].T.shape != view.shape:
-            raise ValueError(
-                f"{name} in {path} has shape {found[name].shape}; expected {view.T.shape}"
-            )
-        view[:] = found[name].T
-    return config, jax.tree.map(jnp.asarray, adapters)
+    rank = tensors.shape(keys[0])[0]
+    alpha = _stated_alpha(path, file, tensors)
+    return LoraConfig(rank, float(rank) if alpha is None else alpha)
 
 
-def make_velocity(
-    model: FluxConfig, lora: LoraConfig | None, height: int, width: int, mesh: Mesh | None = None
-) -> Velocity:
-    """velocity(params, trainable, x, sigma, cond) for pictures of height x width patches (16 pixels each).
+def read_lora(path: str | Path, like: nnx.State, table: Table) -> nnx.State:
+    """The adapters of a peft folder (RealGen's published form) or a diffusers file.
 
-    With adapters, `trainable` is their state and None means the base model. Without (full fine-tuning), `trainable` is
-    the transformer's whole state and None means `params`, a frozen copy. Activations lie on `mesh` if there is one.
+    like: the adapters' abstract state for the file's rank. Raises ValueError naming the first
+    module that is missing, unknown or of another shape.
     """
-    if mesh is not None and model.num_attention_heads % mesh.shape["tensor"]:
+    file = _lora_file(Path(path))
+    tensors = Tensors(file)
+    names = _lora_names(tensors)
+    adapters = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), like)
+    factors = _factors(adapters, table)
+
+    missing = sorted(factors.keys() - names.keys())
+    if missing:
         raise ValueError(
-            f"num_attention_heads {model.num_attention_heads} does not divide by mesh axis "
-            f"tensor={mesh.shape['tensor']}; attention is split by whole heads"
+            f"{file} lacks {missing[0]} ({len(missing)} modules in all); "
+            "a LoRA here covers every target"
         )
-    base, _ = abstract(FluxTransformer, model)
-    adapted = base
-    if lora is not None:
-        build = lambda: with_lora(FluxTransformer(model, nnx.Rngs(0)), lora, jax.random.key(0))  # noqa: E731
-        adapted = nnx.split(nnx.eval_shape(build))[0]
+    unknown = sorted(names.keys() - factors.keys())
+    if unknown:
+        raise ValueError(
+            f"{file} holds {unknown[0]} ({len(unknown)} in all), "
+            "which is none of the targets of this model"
+        )
 
-    def velocity(
-        params: nnx.State, trainable: nnx.State | None, x: Array, sigma: Array, cond: Cond
-    ) -> Array:
-        if trainable is None:
-            return nnx.merge(base, params)(x, sigma, cond, height, width, mesh)
-        states = (trainable,) if lora is None else (params, trainable)
-        return nnx.merge(adapted, *states)(x, sigma, cond, height, width, mesh)
-
-    return velocity
+    for name, factor in factors.items():
+        tensor = tensors.read(names[name])
+        view = factor.view(factor.variable.get_value())
+        if tensor.T.shape != view.shape:
+            raise ValueError(f"{name} in {file} has shape {tensor.shape}; expected {view.T.shape}")
+        view[:] = tensor.T
+    return jax.tree.map(jnp.asarray, adapters)

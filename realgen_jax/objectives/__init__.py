@@ -1,1 +1,23 @@
-"""What is optimised: losses and their records of a rollout."""
+"""Objectives: what a rollout keeps, the gradient of a batch, and what follows an epoch.
+
+An objective is one file here and one line in OBJECTIVES; realgen_jax/update.py has the interface.
+"""
+
+from functools import partial
+from typing import Any
+
+from realgen_jax.objectives.grpo import grpo_loss, guard_loss, make_grpo
+from realgen_jax.update import Objective
+
+# config.train.loss -> a function (config.train, config.sample) -> Objective
+OBJECTIVES = {
+    "grpo": partial(make_grpo, grpo_loss),
+    "guard": partial(make_grpo, guard_loss),
+}
+
+
+def make_objective(train: Any, sample: Any) -> Objective:
+    """The objective that `config.train.loss` names. Raises ValueError for an unknown one."""
+    if train.loss not in OBJECTIVES:
+        raise ValueError(f"loss is {train.loss!r}; choose one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[train.loss](train, sample)

@@ -1,1 +1,1 @@
-"""What scripts/preflight.py is made of."""
+"""Estimate memory, operations and time of a run before it starts."""

@@ -1,4 +1,4 @@
-"""A run on paper: its programs' arguments as ShapeDtypeStructs on the target's mesh, and what they cost."""
+"""A run on paper: its programs' arguments as ShapeDtypeStructs on the target's mesh, and costs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,14 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
-from realgen_jax.models.flux import cost
-from realgen_jax.models.flux.family import Pipeline, abstract_pipeline
-from realgen_jax.models.flux.transformer import Cond
-from realgen_jax.objectives.grpo import Batch
-from realgen_jax.rollout import Trajectory
+from realgen_jax.models import cost
+from realgen_jax.models.loading import abstract_model
+from realgen_jax.models.model import Model
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from realgen_jax.training.programs import (
     Programs,
@@ -23,128 +20,159 @@ from realgen_jax.training.programs import (
     make_programs,
     make_recipe,
 )
+from realgen_jax.update import Batch
 
-# the code is never run; what the compiler plans to hold is the same
+# The code is never run; what the compiler plans to hold is the same.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(frozen=True)
 class Report:
-    """A run on paper; bytes are one device's."""
+    """A run on paper; bytes are those of one device.
+
+    parts: of the batch. held: what stays in memory (weights, trained arrays, optimizer state).
+    phases: {phase: {what: bytes}}. flops: of an iteration, over all devices.
+    """
 
     recipe: Recipe
-    pipe: Pipeline
+    model: Model
     work: cost.Work
-    parts: int  # of the batch
+    parts: int
     devices: int
-    held: dict[str, int]  # what stays: weights, trained arrays, optimizer state
+    held: dict[str, int]
     phases: dict[str, dict[str, float]]
     flops: dict[str, float]
 
     @property
     def peak(self) -> float:
-        return sum(self.held.values()) + max(sum(phase.values()) for phase in self.phases.values())
+        """Bytes of the phase that needs the most."""
+        largest = max(sum(phase.values()) for phase in self.phases.values())
+        return sum(self.held.values()) + largest
 
 
 def device_bytes(tree: Any) -> int:
     """Bytes of an abstract tree on one device."""
-    return sum(
-        a.dtype.itemsize * int(np.prod(a.sharding.shard_shape(a.shape), dtype=np.int64))
-        for a in jax.tree.leaves(tree)
-    )
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        total += leaf.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    return total
 
 
 def make_report(config: ConfigDict, devices: int) -> Report:
-    """Raises ValueError for what does not exist, divide or fit together, as train.py would."""
+    """The report of a config on this many devices.
+
+    Raises ValueError for what does not exist, divide or fit together, as scripts/train.py would.
+    """
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
-    parts = batch_devices(mesh)
     check_mesh(recipe, mesh)
-    pipe = abstract_pipeline(config.pretrained, config.sample.resolution, recipe.lora, mesh)
-    recipe.plan(pipe)
-    state, work = abstract_state(recipe, pipe), make_work(recipe, pipe)
-    trainable = device_bytes(state.trainable)
+    model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
+    recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+
+    state = abstract_state(recipe, model)
+    trained = device_bytes(state.trainable)
     held = {
-        "transformer": device_bytes(pipe.params),
-        "autoencoder": device_bytes(pipe.vae_params),
-        "trained": trainable,
+        "transformer": device_bytes(model.params),
+        "autoencoder": device_bytes(model.vae_params),
+        "trained": trained,
         "EMA": device_bytes(state.ema),
         "optimizer": device_bytes(state.opt_state),
     }
-    phases = cost.phase_bytes(work, parts, trainable)
-    return Report(recipe, pipe, work, parts, mesh.size, held, phases, cost.epoch_flops(work))
+    work = make_work(recipe, model)
+    parts = batch_devices(mesh)
+    return Report(
+        recipe=recipe,
+        model=model,
+        work=work,
+        parts=parts,
+        devices=mesh.size,
+        held=held,
+        phases=cost.phase_bytes(work, parts, trained),
+        flops=cost.epoch_flops(work),
+    )
 
 
-def make_work(recipe: Recipe, pipe: Pipeline) -> cost.Work:
-    """The formulas' sizes."""
-    sample, t = recipe.config.sample, recipe.config.train
+def make_work(recipe: Recipe, model: Model) -> cost.Work:
+    """The sizes that the formulas take."""
+    sample = recipe.config.sample
+    train = recipe.config.train
     low, high = sample.sde_window_range
+    mesh = model.mesh.shape
+    text_shapes = model.family.text_shapes(model.config, recipe.config.prompts.max_tokens)
     return cost.Work(
-        model=pipe.model,
-        vae=nnx.merge(pipe.vae_graph, pipe.vae_params).config,
-        image_tokens=pipe.token_shape[0],
+        formulas=model.family.cost,
+        model=model.config,
+        vae=model.vae,
+        image_tokens=model.token_shape[0],
         text_tokens=recipe.config.prompts.max_tokens,
-        rank=recipe.lora.rank if recipe.lora else 0,
+        text_elements=sum(int(np.prod(shape)) for shape in text_shapes.values()),
+        rank=recipe.trainable.rank,
         images=recipe.layout.images,
         slots=recipe.layout.slots,
         steps=sample.num_steps,
         window=sample.sde_window_size,
         prefix=(low + high - sample.sde_window_size) / 2,
         calls=recipe.layout.calls,
-        inner_epochs=t.num_inner_epochs,
-        reference=t.beta > 0,
-        recompute=t.recompute_old,
-        weight_parts=pipe.mesh.shape["fsdp"] * pipe.mesh.shape["tensor"],
+        inner_epochs=train.num_inner_epochs,
+        reference=train.beta > 0,
+        recompute=train.recompute_old,
+        weight_parts=mesh["fsdp"] * mesh["tensor"],
     )
 
 
-def sample_arguments(recipe: Recipe, pipe: Pipeline) -> tuple:
-    """Of programs.sample, as ShapeDtypeStructs on the mesh."""
-    slots, model, config = recipe.layout.slots, pipe.model, recipe.config
-    rows, dtype = batch_sharding(pipe.mesh), jnp.dtype(config.prompts.dtype)
-    cond = Cond(
-        jax.ShapeDtypeStruct(
-            (slots, config.prompts.max_tokens, model.joint_attention_dim), dtype, sharding=rows
-        ),
-        jax.ShapeDtypeStruct((slots, model.pooled_projection_dim), dtype, sharding=rows),
-        jax.ShapeDtypeStruct((slots,), jnp.float32, sharding=rows),
+def sample_arguments(recipe: Recipe, model: Model) -> tuple:
+    """The arguments of programs.sample as ShapeDtypeStructs on the mesh."""
+    config = recipe.config
+    cond = model.abstract_cond(
+        recipe.layout.slots, config.prompts.max_tokens, jnp.dtype(config.prompts.dtype)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(pipe.mesh))
-    trainable = abstract_state(recipe, pipe).trainable
-    return pipe.params, pipe.vae_params, trainable, cond, (key, key), recipe.plan(pipe)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(model.mesh))
+    trainable = abstract_state(recipe, model).trainable
+    plan = recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+    return model, trainable, cond, (key, key), plan
 
 
-def update_arguments(recipe: Recipe, pipe: Pipeline, programs: Programs) -> tuple:
-    """Of programs.update: the calls of one step, stacked."""
-    arguments = sample_arguments(recipe, pipe)
-    _, t, _ = jax.eval_shape(programs.sample, *arguments)
+def update_arguments(recipe: Recipe, model: Model, programs: Programs) -> tuple:
+    """The arguments of programs.update: the calls of one optimizer step, stacked."""
+    arguments = sample_arguments(recipe, model)
+    _, record, _ = jax.eval_shape(programs.sample, *arguments)
     calls = recipe.config.train.gradient_accumulation_steps
+    images = recipe.layout.images
 
-    def stack(a: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
-        where = replicated(pipe.mesh) if axis is None else batch_sharding(pipe.mesh, axis=axis)
-        return jax.ShapeDtypeStruct((calls, *a.shape), a.dtype, sharding=where)
+    def stack(leaf: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
+        sharding = replicated(model.mesh)
+        if axis is not None:
+            sharding = batch_sharding(model.mesh, axis=axis)
+        return jax.ShapeDtypeStruct((calls, *leaf.shape), leaf.dtype, sharding=sharding)
 
-    trajectory = Trajectory(
-        stack(t.latents, 2),
-        stack(t.mean, 2),
-        stack(t.logp, 2),
-        jax.tree.map(lambda a: stack(a, None), t.steps),
-    )
-    cond = jax.tree.map(lambda a: stack(a, 1), arguments[3])
-    advantages = stack(jax.ShapeDtypeStruct((recipe.layout.images,), jnp.float32), 1)
-    return pipe.params, abstract_state(recipe, pipe), Batch(trajectory, cond, advantages)
+    def stack_record(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """What a rollout records has the images on its second axis, or is the same for all."""
+        has_images = leaf.ndim > 1 and leaf.shape[1] == images
+        return stack(leaf, 2 if has_images else None)
+
+    record = jax.tree.map(stack_record, record)
+    cond = jax.tree.map(lambda leaf: stack(leaf, 1), arguments[2])
+    advantages = stack(jax.ShapeDtypeStruct((images,), jnp.float32), 1)
+    return model, abstract_state(recipe, model), Batch(record, cond, advantages)
 
 
 def build(report: Report, compile: bool) -> dict[str, int]:
-    """Trace and lower the run's two large programs; their arguments' bytes on one device, by XLA, where compiled."""
-    recipe, pipe = report.recipe, report.pipe
-    programs = make_programs(recipe, pipe)
-    sample = programs.sample.trace(*sample_arguments(recipe, pipe)).lower()
-    update = programs.update.trace(*update_arguments(recipe, pipe, programs)).lower()
-    if not compile:
-        return {}
-    return {
-        name: lowered.compile(QUICK).memory_analysis().argument_size_in_bytes
-        for name, lowered in (("sample", sample), ("update", update))
+    """Trace and lower the run's two large programs.
+
+    Returns the bytes of their arguments on one device, by XLA, if they are compiled.
+    """
+    recipe = report.recipe
+    model = report.model
+    programs = make_programs(recipe, model)
+    lowered = {
+        "sample": programs.sample.trace(*sample_arguments(recipe, model)).lower(),
+        "update": programs.update.trace(*update_arguments(recipe, model, programs)).lower(),
     }
+    sizes = {}
+    if compile:
+        for name, program in lowered.items():
+            memory = program.compile(QUICK).memory_analysis()
+            sizes[name] = memory.argument_size_in_bytes
+    return sizes

@@ -1,6 +1,5 @@
-"""The figures of preflight.py as tables for people and as JSON for machines."""
+"""Print a preflight report as tables."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,296 +7,220 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from realgen_jax.models.flux import cost
+from realgen_jax.models import cost
+from realgen_jax.preflight.advice import Tried, advice
+from realgen_jax.preflight.figures import (
+    ACCELERATORS,
+    GIB,
+    TERA,
+    Accelerator,
+    accelerator,
+    figures,
+)
+from realgen_jax.preflight.report import Report
 
-GIB = 2**30
-TERA = 1e12
-
-# name: (dense bf16 TFLOP/s, GiB that a program sees). NVIDIA's data sheets of A100 (2021), H100 and H200 SXM (2024);
-# cloud.google.com/tpu/docs, "TPU v5p" and "TPU v6e" (a chip each).
-ACCELERATORS = {
-    "A100 80 GB": (312, 79.0),
-    "H100 SXM": (989, 78.0),
-    "H200 SXM": (989, 139.0),
-    "TPU v5p": (459, 95.0),
-    "TPU v6e": (918, 31.2),
-}
-USABLE = 0.95  # of that memory: the rest goes to the driver's context, the kernels' workspaces, and holes
-KEPT_SIDE = 518  # the most pixels a side that a reward that learns keeps of a picture
-DEFAULT_FRACTION = 0.75  # of a GPU that JAX claims at its start
-
-WORDS = {
-    "transformer": "transformer, frozen",
-    "autoencoder": "autoencoder",
-    "trained": "{trained}",
-    "EMA": "their average (EMA)",
-    "optimizer": "Adam's two moments",
-    "trajectories": "trajectories of {calls} calls{twice}",
-    "embeddings": "text embeddings{twice}",
-    "pictures": "pictures, until they are scored",
-    "gradients": "gradients, sum and present call",
-    "activations": "activations at their peak",
-}
+PETA = 1e15
 
 
 def show(
-    report: Any,
+    report: Report,
     arguments: dict[str, int],
     mfu: float,
     described: bool,
-    changes: Callable[[float], tuple[list, list]],
+    changes: Callable[[float], tuple[Tried, Tried]],
 ) -> dict[str, Any]:
-    """Print the tables and return their figures. changes(bytes): what makes the run fit into so many bytes a device."""
+    """Print the tables and return their figures.
+
+    Args:
+        report: The run's report.
+        arguments: The programs' argument bytes according to XLA; empty if they were not compiled.
+        mfu: The fraction of peak FLOP/s that is reached.
+        described: Whether the model's own config files were found.
+        changes: Returns the changes that make the run fit into a number of bytes per device, and
+            all changes that were tried.
+    """
     console = Console(highlight=False, width=None)
-    config = report.recipe.config
+
+    # What is computed, and on what.
     if not described:
-        sizes = (
-            "no config.json beside its weights"
-            if config.pretrained.transformer
-            else "no such folder"
-        )
-        console.print(
-            f"[yellow]{config.pretrained.model}[/yellow]: {sizes}; the sizes are those of FLUX.1-dev"
-        )
+        console.print(default_sizes(report))
     console.print(summary(report))
+
+    # Memory and operations.
     console.print(bytes_table(report))
     if arguments:
-        text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in arguments.items())
+        sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in arguments.items())
         console.print(
-            f"Both programs compile for this mesh. Arguments by XLA, GiB a device: {text}\n"
+            "Both programs compile for this mesh. Size of their arguments according to XLA, in GiB "
+            f"per device: {sizes}\n"
         )
     else:
         console.print("Both programs trace and lower for this mesh.\n")
     console.print(flops_table(report))
-    rows = [accelerator(report, name, mfu) for name in ACCELERATORS]
-    console.print(time_table(report, rows, mfu))
-    for line in advice(report, rows, changes):
+
+    # Time, and whether it fits.
+    accelerators = [accelerator(report, name, mfu) for name in ACCELERATORS]
+    console.print(time_table(report, accelerators, mfu))
+    for line in advice(report, accelerators, changes):
         console.print(line)
-    return figures(report, arguments, mfu, rows)
+    return figures(report, arguments, mfu, accelerators)
 
 
-def summary(report: Any) -> str:
-    layout, config, mesh = report.recipe.layout, report.recipe.config, report.pipe.mesh.shape
-    steps = layout.calls // config.train.gradient_accumulation_steps * config.train.num_inner_epochs
-    what = (
-        f"LoRA of rank {report.recipe.lora.rank}"
-        if report.recipe.lora
-        else "all weights, float32 masters"
-    )
-    side, each = config.sample.resolution, layout.images // report.parts
-    where = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+def default_sizes(report: Report) -> str:
+    """Say that the sizes of the family's published model are used instead of the model's own."""
+    model = report.recipe.config.pretrained.model
+    published = report.model.family.published
+    return f"[yellow]{model}[/yellow]: no such folder; using the sizes of {published}"
+
+
+def summary(report: Report) -> str:
+    """Describe an iteration in a few lines."""
+    recipe = report.recipe
+    layout = recipe.layout
+    work = report.work
+
+    trained = "all weights, float32 masters"
+    if recipe.trainable.rank:
+        trained = f"LoRA of rank {recipe.trainable.rank}"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report.model.mesh.shape.items())
+    side = recipe.config.sample.resolution
+    per_device = layout.images // report.parts
+    train = recipe.config.train
+    steps = layout.calls // train.gradient_accumulation_steps * train.num_inner_epochs
     return (
-        f"[bold]{config.preset}[/bold]  {what}, on {report.devices} training devices ({where})\n"
-        f"an iteration: {layout.calls * layout.images} images of {side} x {side} pixels, {layout.groups} prompts with "
-        f"{layout.group} images each, in {layout.calls} calls of {layout.images} ({each} a device); {steps} optimizer "
-        f"steps; the window of {report.work.window} steps begins after {report.work.prefix:g} of {report.work.steps} "
-        "on average\n"
+        f"[bold]{recipe.config.preset}[/bold]  {trained}, on {report.devices} training devices "
+        f"({mesh})\n"
+        f"One iteration: {layout.calls * layout.images} images of {side} x {side} pixels "
+        f"({layout.groups} prompts, {layout.group} images each) in {layout.calls} calls of "
+        f"{layout.images} images ({per_device} per device), then {steps} optimizer steps. "
+        f"The window of {work.window} steps starts after {work.prefix:g} of {work.steps} steps on "
+        "average.\n"
     )
 
 
-def bytes_table(report: Any) -> Table:
-    trained = "LoRA, float32" if report.recipe.lora else "trained weights, float32"
-    table = Table(
-        title="Memory of one device, GiB", box=box.SIMPLE, title_justify="left", title_style="bold"
-    )
-    for name in ("", "sampling", "update"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, size in report.held.items():
-        table.add_row(WORDS[name].format(trained=trained), *[f"{size / GIB:.2f}"] * 2)
-    sample, update = report.phases["sample"], report.phases["update"]
-    for name in dict.fromkeys([*sample, *update]):
-        twice = ", twice in the update" if name in ("trajectories", "embeddings") else ""
-        label = WORDS[name].format(calls=report.work.calls, twice=twice)
-        table.add_row(
-            label, *(f"{p[name] / GIB:.2f}" if name in p else "-" for p in (sample, update))
-        )
-    held = sum(report.held.values())
-    totals = [f"{(held + sum(p.values())) / GIB:.1f}" for p in (sample, update)]
-    table.add_section()
-    table.add_row("in all", *totals, style="bold")
-    return table
-
-
-def flops_table(report: Any) -> Table:
-    work, forward = report.work, cost.forward_flops(report.work)
-    per_image = sum(forward.values()) - forward["lora"]
-    table = Table(
-        title="Operations of an iteration, PFLOP",
-        box=box.SIMPLE,
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("")
-    table.add_column("all devices", justify="right")
-    table.add_column("what it is")
-    flops, steps = report.flops, work.steps
-    products = f"{per_image / TERA:.1f} TFLOP a step and image"
-    remat = {
-        "full": "all blocks twice",
-        "attention": "projections twice" if work.flash else "all blocks twice",
-        "dots": "elementwise operations twice" if work.flash else "attention twice",
-        "none": "nothing twice",
-    }[work.model.remat]
-    reference = ", and the reference" if work.reference else ""
-    rows = {
-        "rollout": f"{steps} steps, {work.prefix:g} of them for {work.images // work.slots} images at once; {products}",
-        "decode": f"{cost.decode_flops(work) / TERA:.1f} TFLOP a picture",
-        "update": f"{work.window} steps, forward and backward, {remat}{reference}",
-        "total": "",
-        "useful": "without what is computed a second time",
-    }
-    for name, text in rows.items():
-        table.add_row(
-            name, f"{flops[name] / 1e15:,.1f}", text, style="bold" if name == "total" else None
-        )
-    return table
-
-
-def accelerator(report: Any, name: str, mfu: float) -> dict[str, Any]:
-    """Seconds of an iteration, whether it fits, and the share of the memory that JAX has to be given."""
-    tflops, gib = ACCELERATORS[name]
-    fraction = report.peak / (gib * GIB)
-    return {
-        "name": name,
-        "seconds": report.flops["total"] / (report.devices * tflops * TERA * mfu),
-        "sample_seconds": (report.flops["rollout"] + report.flops["decode"])
-        / (report.devices * tflops * TERA * mfu),
-        "fits": fraction <= USABLE,
-        "share": fraction,
-        "fraction": None if "TPU" in name else fraction_for(fraction),
-    }
-
-
-def time_table(report: Any, rows: list[dict], mfu: float) -> Table:
-    title = f"An iteration at {mfu:.0%} of the peak, on {report.devices} of each"
+def new_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """Return an empty table with left-aligned columns, then right-aligned ones."""
     table = Table(title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
-    for name in ("", "sampling", "update", "together", "GiB", "fits", "fraction"):
-        table.add_column(name, justify="right" if name not in ("", "fits") else "left")
-    for row in rows:
-        sample, both = row["sample_seconds"], row["seconds"]
-        need = f"{report.peak / GIB:.1f} of {ACCELERATORS[row['name']][1]:.0f}"
-        fits = "[green]yes[/green]" if row["fits"] else "[red]no[/red]"
-        fraction = f"{row['fraction']:.2f}" if row["fits"] and row["fraction"] else "-"
-        table.add_row(
-            row["name"], clock(sample), clock(both - sample), clock(both), need, fits, fraction
-        )
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
     return table
 
 
-def fraction_for(share: float) -> float:
-    """XLA_CLIENT_MEM_FRACTION for a run that needs this share of a GPU: a tenth more, in steps of 0.05."""
-    return min(USABLE, math.ceil(share * 1.1 / 0.05) * 0.05)
+def bytes_table(report: Report) -> Table:
+    """The memory of one device while sampling and while updating."""
+    table = new_table("Memory of one device, GiB", ("",), ("sampling", "update"))
+    labels = memory_labels(report)
+
+    # What stays in memory all the time.
+    for name, size in report.held.items():
+        gib = f"{size / GIB:.2f}"
+        table.add_row(labels[name], gib, gib)
+
+    # What one of the two phases needs.
+    phases = [report.phases["sample"], report.phases["update"]]
+    for name in dict.fromkeys([*phases[0], *phases[1]]):
+        cells = [f"{phase[name] / GIB:.2f}" if name in phase else "-" for phase in phases]
+        table.add_row(labels[name], *cells)
+
+    held = sum(report.held.values())
+    totals = [f"{(held + sum(phase.values())) / GIB:.1f}" for phase in phases]
+    table.add_section()
+    table.add_row("total", *totals, style="bold")
+    return table
+
+
+def memory_labels(report: Report) -> dict[str, str]:
+    """What the names of a report's sizes mean."""
+    trained = "LoRA" if report.recipe.trainable.rank else "trained weights"
+    return {
+        "transformer": "transformer, frozen",
+        "autoencoder": "autoencoder",
+        "trained": f"{trained}, float32",
+        "EMA": "moving average (EMA)",
+        "optimizer": "Adam's two moments",
+        "trajectories": f"trajectories of {report.work.calls} calls, twice in the update",
+        "embeddings": "text embeddings, twice in the update",
+        "pictures": "pictures waiting for scores",
+        "gradients": "gradients: the sum and the current call's",
+        "activations": "activations at their peak",
+    }
+
+
+def flops_table(report: Report) -> Table:
+    """The operations of an iteration over all devices."""
+    table = new_table("Operations of an iteration, PFLOP", ("",), ("all devices",))
+    table.add_column("details")
+    for name, details in flops_details(report).items():
+        style = "bold" if name == "total" else None
+        table.add_row(name, f"{report.flops[name] / PETA:,.1f}", details, style=style)
+    return table
+
+
+def flops_details(report: Report) -> dict[str, str]:
+    """What the operations of each part are."""
+    work = report.work
+    forward = work.formulas.forward_flops(work)
+    per_image = (sum(forward.values()) - forward["lora"]) / TERA
+    decode = cost.decode_flops(work) / TERA
+    branches = work.images // work.slots
+
+    # What rematerialisation computes a second time. A flash kernel keeps its scores on the chip.
+    recomputed = {
+        "full": "all blocks computed twice",
+        "attention": "all blocks computed twice",
+        "dots": "attention computed twice",
+        "none": "nothing computed twice",
+    }
+    if work.flash:
+        recomputed["attention"] = "projections computed twice"
+        recomputed["dots"] = "elementwise operations computed twice"
+    update = f"{work.window} steps, forward and backward, {recomputed[work.model.remat]}"
+    if work.reference:
+        update += ", and the reference"
+    return {
+        "rollout": (
+            f"{work.steps} steps, {work.prefix:g} of them for {branches} images at once; "
+            f"{per_image:.1f} TFLOP per step and image"
+        ),
+        "decode": f"{decode:.1f} TFLOP per picture",
+        "update": update,
+        "total": "",
+        "useful": "without recomputation",
+    }
+
+
+def time_table(report: Report, accelerators: list[Accelerator], mfu: float) -> Table:
+    """The time of an iteration on each kind of accelerator, and whether the run fits."""
+    table = new_table(
+        f"One iteration at {mfu:.0%} of peak FLOP/s, on {report.devices} of each",
+        ("",),
+        ("sampling", "update", "total", "GiB"),
+    )
+    table.add_column("fits")
+    table.add_column("fraction", justify="right")
+    for estimate in accelerators:
+        _, gib = ACCELERATORS[estimate.name]
+        fraction = "-"
+        if estimate.fits and estimate.fraction:
+            fraction = f"{estimate.fraction:.2f}"
+        table.add_row(
+            estimate.name,
+            clock(estimate.sample_seconds),
+            clock(estimate.seconds - estimate.sample_seconds),
+            clock(estimate.seconds),
+            f"{report.peak / GIB:.1f} of {gib:.0f}",
+            "[green]yes[/green]" if estimate.fits else "[red]no[/red]",
+            fraction,
+        )
+    return table
 
 
 def clock(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def advice(
-    report: Any, rows: list[dict], changes: Callable[[float], tuple[list, list]]
-) -> list[str]:
-    """What the tables mean, and for every accelerator that is too small what was tried and fits."""
-    lines = [
-        "Not counted: the rewards (they score beside the next call), evaluations, checkpoints, communication. "
-        "Activations are an estimate: within 15 % of XLA's on CPU devices, also over fsdp; a split over tensor needs "
-        "less; not yet compared with a GPU or TPU.",
-        f"fraction: start with this XLA_CLIENT_MEM_FRACTION where it is above {DEFAULT_FRACTION} (what JAX claims of a "
-        "GPU unless told otherwise), or where rewards share the GPU; they have the rest.",
-        *learners(report.recipe),
-    ]
-    for row in rows:
-        if row["fits"]:
-            continue
-        room = USABLE * ACCELERATORS[row["name"]][1] * GIB
-        fitting, tried = changes(room)
-        lines.append(
-            f"\n[bold]{row['name']}[/bold]: {report.peak / GIB:.1f} GiB of {room / GIB:.1f} that can be used"
-        )
-        if not fitting:
-            best = min((one.peak for _, one in tried), default=report.peak)
-            lines.append(
-                f"  No change that was tried fits; the best needs {best / GIB:.1f} GiB.{other_counts(report)}"
-            )
-        lines += [f"  fits with {describe(report, change, one)}" for change, one in fitting[:3]]
-    return lines
-
-
-def learners(recipe: Any) -> list[str]:
-    """What rewards that learn do in an epoch, and what their history takes."""
-    lines, pairs = [], recipe.layout.calls * recipe.layout.images
-    side = min(recipe.config.sample.resolution, KEPT_SIDE)
-    for name, a in recipe.config.reward.adversarial.items():
-        steps = a.max_passes * -(-pairs // (a.batch_size or pairs))
-        history = 2 * 3 * side**2 * a.history_size / GIB
-        rest = (
-            f" The generator rests in {a.learn_epochs} of {a.cycle} epochs."
-            if a.skip_generator
-            else ""
-        )
-        lines.append(
-            f"{name} learns: up to {steps:,} steps in such an epoch, of {a.batch_size or pairs} + "
-            f"{a.history_batch_size} pairs, all processes together. Its history takes up to {history:.2g} GiB in host "
-            f"memory, and in every checkpoint, for every process.{rest}"
-        )
-    return lines
-
-
-def other_counts(report: Any) -> str:
-    """The nearest numbers of devices that can share the weights, where this one cannot."""
-    width, n = report.work.model.hidden_dim, report.devices
-    if width % n == 0 and n > 1:
-        return " Take more devices."
-    able = [m for m in range(2, width + 1) if width % m == 0]
-    near = sorted({max((m for m in able if m < n), default=able[0]), min(m for m in able if m > n)})
-    text = " or ".join(map(str, near))
-    split = f"split the weights' width of {width} (mesh.fsdp)"
-    return (
-        f" {text} devices could {split}." if n == 1 else f" {n} devices cannot {split}, {text} can."
-    )
-
-
-def describe(report: Any, change: dict[str, Any], one: Any) -> str:
-    """The change as options, and what it moves most."""
-    options = " ".join(f"--config.{key}={value}" for key, value in change.items())
-    before, after = sizes(report), sizes(one)
-    what = max(before, key=lambda name: before[name] - after[name])
-    return (
-        f"{options}\n    ({what} {before[what] / GIB:.1f} -> {after[what] / GIB:.1f} GiB, "
-        f"in all {report.peak / GIB:.1f} -> {one.peak / GIB:.1f})"
-    )
-
-
-def sizes(report: Any) -> dict[str, float]:
-    phases = {
-        f"{name} ({phase})": size for phase, p in report.phases.items() for name, size in p.items()
-    }
-    return {**report.held, **phases}
-
-
-def figures(report: Any, arguments: dict[str, int], mfu: float, rows: list[dict]) -> dict[str, Any]:
-    layout, work = report.recipe.layout, report.work
-    return {
-        "preset": report.recipe.config.preset,
-        "devices": report.devices,
-        "mesh": dict(report.pipe.mesh.shape),
-        "images": layout.calls * layout.images,
-        "prompts": layout.groups,
-        "mean_prefix": work.prefix,
-        "bytes": {
-            "held": report.held,
-            **report.phases,
-            "peak": report.peak,
-            "arguments_by_xla": arguments,
-        },
-        "flops": {
-            **report.flops,
-            "forward": cost.forward_flops(work),
-            "update_image_step": cost.update_flops(work),
-        },
-        "mfu": mfu,
-        "accelerators": {
-            row["name"]: {k: v for k, v in row.items() if k != "name"} for row in rows
-        },
-    }
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,1 +1,1 @@
-"""Traces of a run and what they say."""
+"""Write traces of chosen epochs, and summarise where their time goes."""

@@ -1,4 +1,4 @@
-"""Traces of chosen epochs (`config.profile.steps`), for profile_summary.py and xprof; and the phases of an epoch."""
+"""Write profiler traces of chosen epochs (`config.profile.steps`); time an epoch's phases."""
 
 import contextlib
 import time
@@ -14,13 +14,16 @@ STEP = "epoch"  # the name of a step in its trace
 
 
 class StepTraces:
-    """Writes FOLDER/profile/step_N while the Nth epoch runs, for the N in `steps`, counted from 1.
+    """Context manager that writes FOLDER/profile/step_N while epoch N runs, for every N in `steps`.
 
-    Every process traces its own devices. Whatever ends the run closes a trace that is open.
+    Epochs are counted from 1. Every process traces its own devices. An open trace is closed however
+    the run ends.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int], log: RunLog | NoLog):
-        self._folder, self._steps, self._log = folder / "profile", steps, log
+        self._folder = folder / "profile"
+        self._steps = steps
+        self._log = log
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "StepTraces":
@@ -30,25 +33,29 @@ class StepTraces:
         self._open.close()
 
     def begin(self, step: int) -> None:
-        """An epoch begins, and the one before is over."""
+        """End the previous epoch's trace, if any, and start one for this epoch if it is wanted."""
         self._open.close()
-        if step in self._steps:
-            folder, options = self._folder / f"step_{step}", jax.profiler.ProfileOptions()
-            folder.mkdir(parents=True, exist_ok=True)
-            options.python_tracer_level = (
-                0  # it would record every call of a Python function, and slow them all
-            )
-            options.session_id = (
-                f"process_{process_index()}"  # a file is named by host, which processes may share
-            )
-            self._open.callback(self._log.say, f"trace: python scripts/profile_summary.py {folder}")
-            self._open.enter_context(jax.profiler.trace(folder, profiler_options=options))
-            self._open.enter_context(jax.profiler.StepTraceAnnotation(STEP, step_num=step))
+        if step not in self._steps:
+            return
+
+        folder = self._folder / f"step_{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        options = jax.profiler.ProfileOptions()
+        # Recording every call of a Python function would slow all of them down.
+        options.python_tracer_level = 0
+        # Trace files are named by host, and processes may share one.
+        options.session_id = f"process_{process_index()}"
+
+        # Closed in reverse order: the message comes once the trace is complete.
+        self._open.callback(self._log.say, f"trace: python scripts/profile_summary.py {folder}")
+        self._open.enter_context(jax.profiler.trace(folder, profiler_options=options))
+        self._open.enter_context(jax.profiler.StepTraceAnnotation(STEP, step_num=step))
 
 
 @contextlib.contextmanager
 def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """A phase of an epoch, in the trace and in seconds[name]."""
+    """Mark a phase of an epoch in the trace and store its duration in `seconds[name]`."""
     start = time.perf_counter()
     with jax.profiler.TraceAnnotation(name):
         yield

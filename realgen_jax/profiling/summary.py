@@ -1,137 +1,158 @@
-"""Where an epoch's time goes, from a trace that `--config.profile.steps=3` has train.py write; no viewer is needed.
+"""Summarise the trace of an epoch in three tables.
 
-    python scripts/profile_summary.py runs/NAME                  the last of the run's traces
-    python scripts/profile_summary.py runs/NAME/profile/step_3   this one; or a single .xplane.pb file
-
-Three tables, each of which adds up to the wall-clock time of the epoch: what the program waited for, which scope of the
-compiled programs the devices were in, which operations they ran. An operation has the time in which nothing that it
-contains, or that began after it, runs on the same device.
+Each table adds up to the wall-clock time of the epoch: what the program waited for, which scope of
+the compiled programs the devices were in, and which operations they ran. The time of an operation
+excludes operations that it contains, or that began after it and run on the same device.
 """
 
-import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 
-from realgen_jax.profiling.trace_reading import (
-    PHASES,
-    SCOPES,
-    Operation,
-    Trace,
-    read_trace,
-    self_times,
+from realgen_jax.profiling.programs import SCOPES, Operation
+from realgen_jax.profiling.trace_reading import PHASES, Trace, read_trace, self_times
+
+NO_SCOPES = (
+    "Few operations have a scope. If the compilation cache holds programs of older code, trace",
+    "again with --config.compilation_cache= (empty). Kernels of a CUDA graph may have no scope",
+    "either: trace with XLA_FLAGS=--xla_gpu_enable_command_buffer= to list them one by one.",
 )
 
-HOW = "--config.profile.steps=3 has train.py write one"
-NO_SCOPES = """Few operations have a scope. Programs that older code has left in the compilation cache have none: trace
-once more with --config.compilation_cache= (empty). Nor may kernels of a CUDA graph: trace with
-XLA_FLAGS=--xla_gpu_enable_command_buffer= to have them one by one."""
+NAME_WIDTH = 30
+PATH_WIDTH = 41
 
 
 def trace_files(path: Path) -> list[Path]:
-    """The traces, one a process, of a run's last traced step, of a step's folder, or of a single file."""
+    """Return the trace files, one for each process.
+
+    `path` is a run's folder (its last traced epoch is used), an epoch's folder or a single file.
+    Raises FileNotFoundError if there is no trace.
+    """
     if path.is_file():
         return [path]
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; expected a run's folder, a step's, or an .xplane.pb file"
+            f"{path} does not exist; expected a run's folder, an epoch's folder or an .xplane.pb "
+            "file"
         )
-    steps = [(int(f.name.removeprefix("step_")), f) for f in path.glob("profile/step_*")]
-    folder = max(steps)[1] if steps else path
-    if not (files := sorted(folder.rglob("*.xplane.pb"))):
-        raise FileNotFoundError(f"{folder} holds no trace, an .xplane.pb file; {HOW}")
+
+    folder = path
+    steps = {int(step.name.removeprefix("step_")): step for step in path.glob("profile/step_*")}
+    if steps:
+        folder = steps[max(steps)]
+
+    files = sorted(folder.rglob("*.xplane.pb"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no trace, an .xplane.pb file; train.py writes one with "
+            "--config.profile.steps=3"
+        )
     return files
 
 
-def row(name: str, ns: float, whole: float, text: str = "") -> str:
-    return f"  {name:<30}{ns / 1e6:>10.1f}{100 * ns / whole:>7.1f}{text}".rstrip()
+def summary(files: list[Path], top: int, depth: int) -> list[str]:
+    """Return the lines to print: the `top` operations and `depth` levels of scopes.
+
+    Times are means over processes and devices.
+    """
+    traces = [read_trace(file) for file in files]
+    wall = sum(trace.end - trace.start for trace in traces) / len(traces)
+    times, counts = mean_times(traces)
+
+    # The head: which files, which devices.
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    names = sorted({name for trace in traces for name in trace.devices})
+    number = sum(len(trace.devices) for trace in traces)
+    mean = f": means of {number} devices" if number > 1 else ""
+    lines = [f"{files[0]}{more}", f"{', '.join(names)}{mean}"]
+
+    # The tables.
+    columns = f"{'ms':>10}{'%':>7}"
+    if any(trace.phases for trace in traces):
+        lines += ["", f"  {'phase of the program':<{NAME_WIDTH}}{columns}"]
+        lines += phase_rows(traces, wall)
+    lines += ["", f"  {'scope on the device':<{NAME_WIDTH}}{columns}"]
+    lines += scope_rows(times, wall, depth)
+    lines += ["", f"  {'operation':<{NAME_WIDTH}}{columns}{'count':>7}  scope and what it does"]
+    lines += operation_rows(times, counts, wall, top)
+
+    in_scopes = sum(ns for operation, ns in times.items() if operation.scope)
+    if in_scopes < 0.5 * sum(times.values()):
+        lines += ["", *NO_SCOPES]
+    return lines
+
+
+def mean_times(traces: list[Trace]) -> tuple[Counter[Operation], Counter[Operation]]:
+    """Return the ns and the number of runs of each operation, as means over all devices."""
+    number = sum(len(trace.devices) for trace in traces)
+    times: Counter[Operation] = Counter()
+    counts: Counter[Operation] = Counter()
+    for trace in traces:
+        for events in trace.devices.values():
+            for operation, ns in self_times(events, trace.start, trace.end).items():
+                times[operation] += ns / number
+            for event in events:
+                counts[event.operation] += 1 / number
+    return times, counts
+
+
+def row(name: str, ns: float, wall: float, text: str = "") -> str:
+    """Format a row: milliseconds, and the share of the wall-clock time."""
+    milliseconds = ns / 1e6
+    share = 100 * ns / wall
+    return f"  {name:<{NAME_WIDTH}}{milliseconds:>10.1f}{share:>7.1f}{text}".rstrip()
 
 
 def phase_rows(traces: list[Trace], wall: float) -> list[str]:
-    ns = {name: sum(trace.phases.get(name, 0) for trace in traces) / len(traces) for name in PHASES}
-    rows = [row(name, value, wall) for name, value in ns.items()]
-    return [*rows, row("other", wall - sum(ns.values()), wall), row("wall-clock", wall, wall)]
+    """A row for each phase of the epoch, and one for what is left."""
+    phases = {}
+    for name in PHASES:
+        phases[name] = sum(trace.phases.get(name, 0) for trace in traces) / len(traces)
+
+    rows = [row(name, ns, wall) for name, ns in phases.items()]
+    rows.append(row("other", wall - sum(phases.values()), wall))
+    rows.append(row("wall-clock", wall, wall))
+    return rows
 
 
 def scope_rows(times: Counter[Operation], wall: float, depth: int) -> list[str]:
-    """A row for every scope down to `depth`, those inside it below; then what has none, and what is left."""
-    ns = Counter()
-    for (_, scope, _), value in times.items():
-        for level in range(1, min(len(scope), depth) + 1):
-            ns[scope[:level]] += value
-    rows = [
-        row("  " * (len(scope) - 1) + scope[-1], ns[scope], wall)
-        for scope in sorted(ns, key=lambda scope: [SCOPES.index(name) for name in scope])
-    ]
-    busy, bare = (
-        sum(times.values()),
-        sum(value for operation, value in times.items() if not operation.scope),
-    )
-    return [
-        *rows,
-        row("no scope", bare, wall),
-        row("idle", wall - busy, wall),
-        row("wall-clock", wall, wall),
-    ]
+    """A row for each scope down to `depth`, inner scopes indented below outer ones."""
+    # An operation counts for every scope that it is in.
+    scopes: Counter[tuple[str, ...]] = Counter()
+    for operation, ns in times.items():
+        for level in range(1, min(len(operation.scope), depth) + 1):
+            scopes[operation.scope[:level]] += ns
+
+    rows = []
+    for scope in sorted(scopes, key=lambda scope: [SCOPES.index(name) for name in scope]):
+        indent = "  " * (len(scope) - 1)
+        rows.append(row(f"{indent}{scope[-1]}", scopes[scope], wall))
+
+    no_scope = sum(ns for operation, ns in times.items() if not operation.scope)
+    rows.append(row("no scope", no_scope, wall))
+    rows.append(row("idle", wall - sum(times.values()), wall))
+    rows.append(row("wall-clock", wall, wall))
+    return rows
 
 
 def operation_rows(
     times: Counter[Operation], counts: Counter[Operation], wall: float, top: int
 ) -> list[str]:
-    rows, shown = [], times.most_common(top)
-    for operation, ns in shown:
-        name, path = operation.name, "/".join((*operation.scope, operation.does))
-        name, path = (
-            name if len(name) < 31 else name[:27] + "...",
-            path if len(path) < 42 else "..." + path[-38:],
-        )
+    """A row for each of the `top` operations, and one for all others."""
+    largest = times.most_common(top)
+    rows = []
+    for operation, ns in largest:
+        name = operation.name
+        if len(name) > NAME_WIDTH:
+            name = f"{name[: NAME_WIDTH - 3]}..."
+        path = "/".join((*operation.scope, operation.does))
+        if len(path) > PATH_WIDTH:
+            path = f"...{path[3 - PATH_WIDTH :]}"
         rows.append(row(name, ns, wall, f"{counts[operation]:>7.0f}  {path}"))
-    rest = sum(times.values()) - sum(ns for _, ns in shown)
-    count = sum(counts.values()) - sum(counts[operation] for operation, _ in shown)
-    rows.append(row(f"{len(times) - len(shown)} others", rest, wall, f"{count:>7.0f}"))
-    return [*rows, row("idle", wall - sum(times.values()), wall), row("wall-clock", wall, wall)]
 
-
-def summary(files: list[Path], top: int, depth: int) -> list[str]:
-    """The lines to print: means over processes and devices."""
-    traces = [read_trace(file) for file in files]
-    devices = [(trace, events) for trace in traces for events in trace.devices.values()]
-    wall = sum(trace.end - trace.start for trace in traces) / len(traces)
-    times, counts = Counter(), Counter()
-    for trace, events in devices:
-        for operation, ns in self_times(events, trace.start, trace.end).items():
-            times[operation] += ns / len(devices)
-        for event in events:
-            counts[event.operation] += 1 / len(devices)
-    names = ", ".join(sorted({name for trace in traces for name in trace.devices}))
-    mean = f": means of {len(devices)} devices" if len(devices) > 1 else ""
-    lines = [f"{files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}", f"{names}{mean}"]
-    head = f"{'ms':>10}{'%':>7}"
-    if any(trace.phases for trace in traces):
-        lines += ["", f"  {'phase of the program':<30}{head}", *phase_rows(traces, wall)]
-    lines += ["", f"  {'scope on the device':<30}{head}", *scope_rows(times, wall, depth)]
-    lines += ["", f"  {'operation':<30}{head}{'count':>7}  scope and what it does"]
-    lines += operation_rows(times, counts, wall, top)
-    if sum(ns for operation, ns in times.items() if operation.scope) < 0.5 * sum(times.values()):
-        lines += ["", *NO_SCOPES.splitlines()]
-    return lines
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "trace", type=Path, help="a run's folder, a step's (profile/step_3), or an .xplane.pb file"
-    )
-    parser.add_argument("--top", type=int, default=20, help="how many operations to show")
-    parser.add_argument("--depth", type=int, default=2, help="how many levels of scopes to show")
-    words = parser.parse_args()
-    try:
-        print("\n".join(summary(trace_files(words.trace), words.top, words.depth)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    others = f"{len(times) - len(largest)} others"
+    rest = sum(times.values()) - sum(ns for _, ns in largest)
+    count = sum(counts.values()) - sum(counts[operation] for operation, _ in largest)
+    rows.append(row(others, rest, wall, f"{count:>7.0f}"))
+    rows.append(row("idle", wall - sum(times.values()), wall))
+    rows.append(row("wall-clock", wall, wall))
+    return rows

@@ -1,4 +1,4 @@
-"""From scores of pictures to a leaderboard: means as RealBench takes them, with bootstrap intervals over prompts."""
+"""From scores of pictures to a leaderboard: RealBench's means, with intervals over prompts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,18 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.realbench.results import Evaluated
+from realgen_jax.realbench.bootstrap import draw_in_blocks, ratio_intervals
+from realgen_jax.realbench.results import Results
 
 ALL = "all"  # the sets together
-MEAN, SHARE = "mean", "share above 0.5"
-BLOCK = 1 << 22  # numbers of a block of resamples: 32 MB
+MEAN = "mean"
+SHARE = "share above 0.5"
+Measure = tuple[str, str]  # reward; MEAN or SHARE
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of the leaderboard, how sure it is, and how far it lies from the first entry's.
+    """One number of the leaderboard, its interval, and its difference from the first entry.
 
-    nan: there is no such number (no pictures, fewer than two prompts, the first entry's difference from itself).
+    nan: there is no such number (no pictures, fewer than two prompts, the first entry itself).
     """
 
     entry: str
@@ -30,104 +32,154 @@ class Row:
     high: float
     pictures: int
     prompts: int
-    difference: float  # over prompts, those that both entries have pictures of
+    difference: float  # over the prompts that both entries have pictures of
     difference_low: float
     difference_high: float
 
 
-def leaderboard(evaluated: Evaluated, settings: ConfigDict, rng: np.random.Generator) -> list[Row]:
-    """Rows by set, category, measure and entry. settings: config.evaluate.
+@dataclass(frozen=True)
+class _Table:
+    """An entry's scores, added up by unit: a line of a set, numbered set * lines + line."""
 
-    Values are means over the pictures that exist (RealBench). Prompts are drawn for the intervals, not pictures: copies
-    of a prompt, and its short and long variants, stay together. A row does not depend on which others there are.
+    sums: np.ndarray  # float64 [units, measures]
+    counts: np.ndarray  # int64 [units]
+
+    def only(self, units: np.ndarray) -> "_Table":
+        """units: bool [units]; the others become empty."""
+        return _Table(self.sums * units[:, None], self.counts * units)
+
+
+def leaderboard(results: Results, settings: ConfigDict, rng: np.random.Generator) -> list[Row]:
+    """Return the rows, ordered by set, category, measure and entry. settings: config.evaluate.
+
+    Values are means over the pictures that exist, as in RealBench. Intervals resample prompts, not
+    pictures: the copies of a prompt and its short and long variant stay together. A row does not
+    depend on which other entries there are.
     """
-    measures = [(name, MEAN) for name in evaluated.rewards]
-    measures = [
-        one for m in measures for one in ([m, (m[0], SHARE)] if m[0] in settings.detectors else [m])
-    ]
-    scores = np.array(
-        [
-            [p.scores[name] if kind == MEAN else p.scores[name] > 0.5 for name, kind in measures]
-            for p in evaluated.pictures
-        ],
-        np.float64,
-    ).reshape(-1, len(measures))
-    lines = max((len(one.prompts) for one in evaluated.sets), default=0)
-    index = {one.name: i for i, one in enumerate(evaluated.sets)}
-    entry = np.array([p.entry for p in evaluated.pictures])
-    unit = np.array(
-        [index[p.set] * lines + p.line for p in evaluated.pictures], np.int64
-    )  # a prompt of a set
-    sums, counts = {}, {}
-    for one in evaluated.entries:
-        own, size = entry == one.name, len(index) * lines
-        counts[one.name] = np.bincount(unit[own], minlength=size)
-        columns = [np.bincount(unit[own], scores[own, m], size) for m in range(len(measures))]
-        sums[one.name] = np.stack(columns, axis=1)
+    measures = _measures(results, settings)
+    lines = max((len(prompt_set.prompts) for prompt_set in results.sets), default=0)
+    tables = _tables(results, measures, lines)
+    first = results.entries[0].name
     seed = int(rng.integers(1 << 62))
-    first, rows = evaluated.entries[0].name, []
-    for name, category, inside in _slices(evaluated, lines):
-        found = {}
-        for one in counts:
-            count, total = counts[one] * inside, sums[one] * inside[:, None]
-            value = _estimate(total, count, lines, settings, seed)
-            both = (count > 0) & (counts[first] > 0)
-            gap = total[both] / count[both, None] - sums[first][both] / counts[first][both, None]
-            spread = np.zeros_like(total)
-            spread[both] = gap
-            difference = _estimate(spread, both.astype(np.int64), lines, settings, seed)
-            found[one] = (
-                value,
-                difference if one != first else np.full_like(difference, np.nan),
-                count,
-            )
+
+    rows = []
+    for set_name, category, units in _slices(results, lines):
+        # -- Every entry's numbers on this slice, and its differences from the first entry.
+        reference = tables[first].only(units)
+        numbers = {}
+        for entry, whole in tables.items():
+            table = whole.only(units)
+            values = _estimate(table, lines, settings, seed)
+            differences = np.full_like(values, np.nan)
+            if entry != first:
+                differences = _estimate(_gaps(table, reference), lines, settings, seed)
+            numbers[entry] = (table, values, differences)
+
+        # -- One row for each measure and entry.
         for m, (measure, kind) in enumerate(measures):
-            for one, (value, difference, count) in found.items():
-                numbers = [float(v) for v in value[:, m]], [float(v) for v in difference[:, m]]
-                sizes = int(count.sum()), int((count > 0).sum())
-                rows.append(
-                    Row(one, name, category, measure, kind, *numbers[0], *sizes, *numbers[1])
+            for entry, (table, values, differences) in numbers.items():
+                value, low, high = values[:, m].tolist()
+                difference, difference_low, difference_high = differences[:, m].tolist()
+                row = Row(
+                    entry=entry,
+                    set=set_name,
+                    category=category,
+                    measure=measure,
+                    kind=kind,
+                    value=value,
+                    low=low,
+                    high=high,
+                    pictures=int(table.counts.sum()),
+                    prompts=int((table.counts > 0).sum()),
+                    difference=difference,
+                    difference_low=difference_low,
+                    difference_high=difference_high,
                 )
+                rows.append(row)
     return rows
 
 
-def _slices(evaluated: Evaluated, lines: int) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(set, category, which units belong to it: bool [sets x lines]), overall before categories."""
-    names = [one.name for one in evaluated.sets]
-    category = np.full((len(names), lines), "", object)
-    for i, one in enumerate(evaluated.sets):
-        category[i, : len(one.prompts)] = list(one.categories)
-    categories = ["", *sorted({c for one in evaluated.sets for c in one.categories if c})]
-    for name in [*names, ALL] if len(names) > 1 else names:
-        inside = np.array([name in (ALL, other) for other in names])[:, None]
-        for one in categories:
-            yield name, one, (inside & ((category == one) | (one == ""))).ravel()
+def _measures(results: Results, settings: ConfigDict) -> list[Measure]:
+    """Each reward's mean; for a detector also the share of pictures that it takes for real."""
+    measures = []
+    for name in results.rewards:
+        measures.append((name, MEAN))
+        if name in settings.detectors:
+            measures.append((name, SHARE))
+    return measures
 
 
-def _estimate(
-    sums: np.ndarray, counts: np.ndarray, lines: int, settings: ConfigDict, seed: int
-) -> np.ndarray:
-    """[3, measures]: sum / count and its percentile interval. sums [units, measures], counts [units]; what is drawn is
-    a line with all its units. Lines without any are left out, so that no resample is empty.
+def _tables(results: Results, measures: list[Measure], lines: int) -> dict[str, _Table]:
+    """Every entry's sums and counts by unit."""
+    set_index = {prompt_set.name: i for i, prompt_set in enumerate(results.sets)}
+    units = len(set_index) * lines
+
+    # -- All pictures as arrays: float64 [pictures, measures], and what they belong to.
+    scores = np.zeros((len(results.pictures), len(measures)))
+    unit = np.zeros(len(results.pictures), np.int64)
+    for i, picture in enumerate(results.pictures):
+        unit[i] = set_index[picture.set] * lines + picture.line
+        for m, (name, kind) in enumerate(measures):
+            score = picture.scores[name]
+            scores[i, m] = score if kind == MEAN else score > 0.5
+    entry = np.array([picture.entry for picture in results.pictures])
+
+    # -- Add them up.
+    tables = {}
+    for participant in results.entries:
+        mine = entry == participant.name
+        sums = np.zeros((units, len(measures)))
+        for m in range(len(measures)):
+            sums[:, m] = np.bincount(unit[mine], scores[mine, m], units)
+        tables[participant.name] = _Table(sums, np.bincount(unit[mine], minlength=units))
+    return tables
+
+
+def _gaps(table: _Table, reference: _Table) -> _Table:
+    """The differences of means by unit; a unit counts once if both have pictures of it."""
+    both = (table.counts > 0) & (reference.counts > 0)
+    gaps = np.zeros_like(table.sums)
+    means = table.sums[both] / table.counts[both, None]
+    gaps[both] = means - reference.sums[both] / reference.counts[both, None]
+    return _Table(gaps, both.astype(np.int64))
+
+
+def _slices(results: Results, lines: int) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(set, category, its units as bool [sets * lines]); all categories first, then each."""
+    names = [prompt_set.name for prompt_set in results.sets]
+    category_of = np.full((len(names), lines), "", object)
+    for i, prompt_set in enumerate(results.sets):
+        category_of[i, : len(prompt_set.prompts)] = list(prompt_set.categories)
+    categories = ["", *sorted(set(category_of.ravel()) - {""})]
+
+    set_names = [*names, ALL] if len(names) > 1 else names
+    for set_name in set_names:
+        in_set = np.array([set_name in (ALL, name) for name in names])[:, None]
+        for category in categories:
+            in_category = (category_of == category) | (category == "")
+            yield set_name, category, (in_set & in_category).ravel()
+
+
+def _estimate(table: _Table, lines: int, settings: ConfigDict, seed: int) -> np.ndarray:
+    """[3, measures]: the means over pictures and both ends of their intervals.
+
+    What is drawn is a line with all its units. Lines without pictures are left out, so that no
+    resample is empty.
     """
-    sums = sums.reshape(-1, lines, sums.shape[-1]).sum(axis=0)
-    counts = counts.reshape(-1, lines).sum(axis=0)
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    n = len(counts)
-    found = np.full((3, sums.shape[1]), np.nan)
-    if n == 0:
-        return found
-    found[0] = sums.sum(axis=0) / counts.sum()
-    if n < 2 or settings.resamples < 1:
-        return found
-    rng = np.random.default_rng((seed, n))  # as many lines, the same resamples
-    columns, means = np.column_stack([sums, counts]), []
-    block = max(1, BLOCK // n)
-    for start in range(0, settings.resamples, block):
-        size = min(block, settings.resamples - start)
-        drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-        totals = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n) @ columns
-        means.append(totals[:, :-1] / totals[:, -1:])
-    tail = 50 * (1 - settings.confidence)
-    found[1:] = np.percentile(np.concatenate(means), [tail, 100 - tail], axis=0)
-    return found
+    sums = table.sums.reshape(-1, lines, table.sums.shape[-1]).sum(axis=0)
+    counts = table.counts.reshape(-1, lines).sum(axis=0)
+    sums = sums[counts > 0]
+    counts = counts[counts > 0]
+
+    estimate = np.full((3, sums.shape[1]), np.nan)
+    if len(counts) == 0:
+        return estimate
+    estimate[0] = sums.sum(axis=0) / counts.sum()
+    if len(counts) < 2 or settings.resamples < 1:
+        return estimate
+
+    # The same resamples for all numbers over the same count of lines.
+    rng = np.random.default_rng((seed, len(counts)))
+    draws = draw_in_blocks(len(counts), settings.resamples, rng)
+    estimate[1:] = ratio_intervals(draws, sums, counts, settings.confidence)
+    return estimate

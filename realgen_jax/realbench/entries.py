@@ -1,4 +1,4 @@
-"""Who is compared: the config's model, LoRAs, other models, and folders of pictures that something else has made."""
+"""Who is compared: the config's model, LoRAs, other models, and folders of existing pictures."""
 
 import re
 from collections import Counter
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from realgen_jax.realbench.picture_files import Slot
 from realgen_jax.realbench.prompts import SAFE
 from realgen_jax.realbench.results import Entry, Problem, PromptSet
 
 BASE = "base"  # the name of the config's own model
-TAKEN = ("arena",)  # folders beside those of the entries
+RESERVED = ("arena",)  # folders beside those of the entries
 PICTURE = re.compile(r"(\d{5,})(?:_(\d+))?\.(?:png|jpe?g|webp)", re.IGNORECASE)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-Slot = tuple[int, int]  # line of the prompts, copy
+WEIGHT_FILES = ("pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 
 
 def read_entries(
@@ -27,76 +27,85 @@ def read_entries(
     photographs: str | None,
     base: bool,
 ) -> list[Entry]:
-    """The entries that flags name as [NAME=]PATH, the config's own model first.
+    """Return the entries that flags name as [NAME=]PATH, the config's own model first.
 
-    Raises FileNotFoundError for what does not exist and ValueError for names that are taken or cannot be a folder's.
+    Raises FileNotFoundError for a path that does not exist, and ValueError for a name that is used
+    twice, reserved or cannot name a folder, and if there is no entry.
     """
-    entries = [Entry(BASE, "model", pretrained.model)] if base else []
-    for kind, words in (
-        ("lora", loras),
-        ("model", models),
-        ("folder", pictures),
-        ("photographs", [photographs]),
-    ):
-        entries += [_entry(kind, word) for word in words if word]
+    entries = []
+    if base:
+        entries.append(Entry(BASE, "model", pretrained.model))
+    entries += [_entry("lora", value) for value in loras]
+    entries += [_entry("model", value) for value in models]
+    entries += [_entry("folder", value) for value in pictures]
+    if photographs:
+        entries.append(_entry("photographs", photographs))
     if not entries:
         raise ValueError(
-            "nothing to evaluate: --nobase leaves out the config's model and no other entry is named"
+            "nothing to evaluate: --nobase leaves out the config's model and there is no other "
+            "entry; add --lora, --model, --pictures or --photographs"
         )
+
     for entry in entries:
-        if not SAFE.fullmatch(entry.name) or entry.name in TAKEN:
+        if not SAFE.fullmatch(entry.name) or entry.name in RESERVED:
             raise ValueError(
-                f"{entry.name!r} cannot name an entry: expected letters, digits, '.', '_', '+', '-' and none of "
-                f"{', '.join(TAKEN)}; --lora NAME=PATH gives it another name"
+                f"{entry.name!r} cannot name an entry: expected letters, digits, '.', '_', '+', "
+                f"'-' and none of {', '.join(RESERVED)}; --lora NAME=PATH gives it another name"
             )
         if not Path(entry.source).expanduser().exists():
             raise FileNotFoundError(
-                f"{entry.source} does not exist; it was named as {entry.kind} {entry.name!r}"
+                f"{entry.source} does not exist; it was given as {entry.kind} {entry.name!r}"
             )
-    if twice := [name for name, n in Counter(entry.name for entry in entries).items() if n > 1]:
-        paths = ", ".join(entry.source for entry in entries if entry.name == twice[0])
-        raise ValueError(
-            f"{twice[0]!r} names several entries ({paths}); tell them apart with NAME=PATH"
-        )
+
+    for name, count in Counter(entry.name for entry in entries).items():
+        if count > 1:
+            paths = ", ".join(entry.source for entry in entries if entry.name == name)
+            raise ValueError(f"{name!r} names several entries ({paths}); use NAME=PATH")
     return entries
 
 
-def _entry(kind: str, word: str) -> Entry:
-    name, equals, path = word.partition("=")
-    if not equals or "/" in name:  # a path may contain =
-        name, path = "photographs" if kind == "photographs" else default_name(word), word
-    return Entry(name, kind, path)
+def _entry(kind: str, value: str) -> Entry:
+    """The entry of a flag's value, [NAME=]PATH. A path may contain "=" as well."""
+    name, equals, path = value.partition("=")
+    if equals and "/" not in name:
+        return Entry(name, kind, path)
+    name = "photographs" if kind == "photographs" else default_name(value)
+    return Entry(name, kind, value)
 
 
 def default_name(path: str) -> str:
-    """What an entry is called by its path: runs/NAME/lora is NAME, runs/NAME/best NAME-best."""
-    where = Path(path).expanduser().absolute()
-    if where.suffix == ".safetensors":
-        generic = where.stem in ("pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
-        where = where.parent if generic else where.with_suffix("")
-    if where.name == "transformer":
-        where = where.parent
-    name = {"lora": where.parent.name, "best": f"{where.parent.name}-best"}.get(
-        where.name, where.name
-    )
+    """Return an entry's name by its path: runs/NAME/lora is NAME, runs/NAME/best is NAME-best."""
+    folder = Path(path).expanduser().absolute()
+    if folder.suffix == ".safetensors":
+        folder = folder.parent if folder.stem in WEIGHT_FILES else folder.with_suffix("")
+    if folder.name == "transformer":
+        folder = folder.parent
+
+    if folder.name == "lora":
+        name = folder.parent.name
+    elif folder.name == "best":
+        name = f"{folder.parent.name}-best"
+    else:
+        name = folder.name
     return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._+-]+", "-", name).strip("-")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the pictures of a `model` or `lora` entry are made with; empty where there is no such file."""
+    """The files that the pictures of a `model` or `lora` entry are made with; "" for none."""
 
     model: str  # FluxPipeline folder
-    transformer: str  # instead of the folder's
+    transformer: str  # replaces the folder's
     lora: str
 
 
 def weights_of(entry: Entry, pretrained: ConfigDict) -> Weights:
-    """Raises ValueError for a folder that is none of a model."""
+    """Return an entry's weights. Raises ValueError for a folder that holds no model."""
     if entry.kind == "lora":
         return Weights(pretrained.model, pretrained.transformer, entry.source)
     if entry.name == BASE:
         return Weights(pretrained.model, pretrained.transformer, pretrained.lora)
+
     path = Path(entry.source).expanduser()
     if (path / "model_index.json").exists():
         return Weights(entry.source, "", "")
@@ -104,52 +113,78 @@ def weights_of(entry: Entry, pretrained: ConfigDict) -> Weights:
         if transformer.is_file() or (transformer / "config.json").exists():
             return Weights(pretrained.model, str(transformer), "")
     raise ValueError(
-        f"{entry.source} holds neither model_index.json (a FluxPipeline folder of diffusers) nor config.json (its "
-        "transformer, as a run of config.train.lora=False leaves it)"
+        f"{entry.source} holds neither model_index.json (a FluxPipeline folder of diffusers) nor "
+        "config.json (its transformer, as a run with config.train.lora=False leaves it)"
     )
 
 
 def find_pictures(
     entry: Entry, sets: Sequence[PromptSet]
 ) -> tuple[dict[str, dict[Slot, Path]], list[Problem]]:
-    """The pictures of a `folder` or `photographs` entry, {set: {(line, copy): file}}. A line without any is a Problem,
-    and so is a picture that no line is called for.
+    """Return the pictures of a `folder` or `photographs` entry, {set: {(line, copy): file}}.
 
-    FOLDER/<set>/ holds a set's pictures; where there is no such folder, FOLDER itself stands for every set.
-    Raises ValueError where there is no picture at all.
+    FOLDER/<set>/ holds a set's pictures; without such a folder, FOLDER itself stands for every set.
+    A line without a picture is a Problem, and so is a picture without a line. Raises ValueError if
+    there is no picture at all, or if two files are the same picture.
     """
     folder = Path(entry.source).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"{entry.source} is no folder; {entry.name!r} needs one with 00000.png, 00001.png, ..."
+            f"{entry.source} is not a folder; {entry.name!r} needs one with 00000.png, 00001.png, "
+            "..."
         )
-    split = any((folder / one.name).is_dir() for one in sets)
-    found, problems = {}, []
-    for one in sets:
-        place, files, number = folder / one.name if split else folder, {}, len(one.prompts)
-        for file in sorted(place.iterdir()) if place.is_dir() else []:
-            match = PICTURE.fullmatch(file.name)
-            if match is None or int(match[1]) >= number:
-                if file.suffix.lower() in SUFFIXES:
-                    detail = f"expected 00000.png to {number - 1:05}.png, further ones of a line 00000_1.png"
-                    problems.append(Problem(entry.name, one.name, file, "extra", detail))
-                continue
-            slot = int(match[1]), int(match[2] or 0)
-            if slot in files:
-                raise ValueError(
-                    f"{files[slot]} and {file} are both picture {slot[1]} of line {slot[0]}; keep one"
-                )
-            files[slot] = file
-        if not files and place.is_dir():
+
+    has_set_folders = any((folder / prompt_set.name).is_dir() for prompt_set in sets)
+    pictures = {}
+    problems = []
+    for prompt_set in sets:
+        set_folder = folder / prompt_set.name if has_set_folders else folder
+        files, extra = _pictures_in(set_folder, len(prompt_set.prompts))
+        if not files and set_folder.is_dir():
             raise ValueError(
-                f"{place} holds no picture of {entry.name!r}; expected {{line:05}}.png, .jpg, .jpeg or .webp, "
-                f"00000.png to {number - 1:05}.png"
+                f"{set_folder} holds no picture of {entry.name!r}; expected {{line:05}}.png, .jpg, "
+                f".jpeg or .webp, 00000.png to {len(prompt_set.prompts) - 1:05}.png"
             )
-        for line in sorted(set(range(number)) - {line for line, _ in files}):
-            problems.append(
-                Problem(
-                    entry.name, one.name, place / f"{line:05}.png", "missing", f"of line {line}"
-                )
+        pictures[prompt_set.name] = files
+        problems += _problems(entry, prompt_set, set_folder, files, extra)
+    return pictures, problems
+
+
+def _pictures_in(folder: Path, lines: int) -> tuple[dict[Slot, Path], list[Path]]:
+    """({(line, copy): file}, pictures without a line); both empty if there is no folder."""
+    files: dict[Slot, Path] = {}
+    extra = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = PICTURE.fullmatch(file.name)
+        if match is None or int(match[1]) >= lines:
+            if file.suffix.lower() in SUFFIXES:
+                extra.append(file)
+            continue
+        slot = int(match[1]), int(match[2] or 0)
+        if slot in files:
+            raise ValueError(
+                f"{files[slot]} and {file} are both picture {slot[1]} of line {slot[0]}; keep one"
             )
-        found[one.name] = files
-    return found, problems
+        files[slot] = file
+    return files, extra
+
+
+def _problems(
+    entry: Entry,
+    prompt_set: PromptSet,
+    folder: Path,
+    files: dict[Slot, Path],
+    extra: Sequence[Path],
+) -> list[Problem]:
+    """The pictures without a line, and the lines without a picture."""
+    lines = len(prompt_set.prompts)
+    expected = f"expected 00000.png to {lines - 1:05}.png, more pictures of a line as 00000_1.png"
+    problems = [Problem(entry.name, prompt_set.name, file, "extra", expected) for file in extra]
+
+    present = {line for line, _ in files}
+    for line in range(lines):
+        if line not in present:
+            file = folder / f"{line:05}.png"
+            problem = Problem(entry.name, prompt_set.name, file, "missing", f"of line {line}")
+            problems.append(problem)
+    return problems

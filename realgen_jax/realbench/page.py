@@ -1,10 +1,10 @@
-"""What the report's page is filled with: prompts with their scores, and the pictures that are inside it."""
+"""The data in the report's page: prompts with their scores, and the pictures inside the page."""
 
+import base64
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,182 +12,234 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from realgen_jax.realbench.pictures import data_url, read_image
-from realgen_jax.realbench.results import Evaluated, Judgement, Scored
+from realgen_jax.realbench.picture_files import read_image
+from realgen_jax.realbench.results import Judgement, Results, ScoredPicture
 
-SIDE = 384  # pixels of a picture inside the page, at most
-LOSSLESS = (
-    128  # up to this side a picture is kept as it is: little to gain, and every pixel is looked at
-)
-SHOWN = 8  # gains, losses, best, worst
+SIDE = 384  # pixels; the longest side of a picture inside the page
+LOSSLESS = 128  # pixels; smaller pictures are stored without loss, as every pixel is looked at
+SHOWN = 8  # gains, losses, best and worst, each
 REPLY = 600  # characters of a judge's reply
 Item = tuple[str, int, int]  # set, line, copy
-
-GENERATED = ("model", "lora")  # kinds of entries whose pictures start from the same noise
-
-
-def main_measure(evaluated: Evaluated, settings: ConfigDict) -> str:
-    """The reward by which pictures are put in order: the first detector, else the first reward."""
-    return next(
-        (name for name in evaluated.rewards if name in settings.detectors), evaluated.rewards[0]
-    )
+Group = dict[str, Any]  # an entry's pictures at both ends of a scale: "most" and "least"
 
 
-def by_item(evaluated: Evaluated) -> dict[Item, dict[str, Scored]]:
-    """Every entry's picture of a set, line and copy."""
-    found: dict[Item, dict[str, Scored]] = defaultdict(dict)
-    for picture in evaluated.pictures:
-        found[picture.set, picture.line, picture.copy][picture.entry] = picture
-    return found
+def main_measure(results: Results, settings: ConfigDict) -> str:
+    """Return the reward that orders pictures: the first detector, or else the first reward."""
+    for name in results.rewards:
+        if name in settings.detectors:
+            return name
+    return results.rewards[0]
+
+
+def by_item(results: Results) -> dict[Item, dict[str, ScoredPicture]]:
+    """Return {(set, line, copy): {entry: its picture}}."""
+    items: dict[Item, dict[str, ScoredPicture]] = defaultdict(dict)
+    for picture in results.pictures:
+        items[picture.set, picture.line, picture.copy][picture.entry] = picture
+    return items
 
 
 def pairs(
-    evaluated: Evaluated, items: Mapping[Item, Mapping[str, Scored]], measure: str
-) -> list[dict[str, Any]]:
-    """The largest gains and losses of each generated entry against the first, where that is generated too."""
-    first, *others = evaluated.entries
-    if first.kind not in GENERATED:
+    results: Results, items: Mapping[Item, Mapping[str, ScoredPicture]], measure: str
+) -> list[Group]:
+    """Return each generated entry's largest gains and losses against the first entry.
+
+    Only generated pictures start from the same noise, so there is nothing to compare if the first
+    entry is not generated.
+    """
+    first, *others = results.entries
+    if not first.is_generated:
         return []
-    found = []
+    groups = []
     for other in others:
-        if other.kind in GENERATED:
-            change = {
-                item: of[other.name].scores[measure] - of[first.name].scores[measure]
-                for item, of in items.items()
-                if first.name in of and other.name in of
-            }
-            gains = sum(value > 0 for value in change.values())
-            if change:
-                found.append(
-                    {"entry": other.name, "pairs": len(change), "gains": gains, **_ends(change)}
-                )
-    return found
+        if not other.is_generated:
+            continue
+        changes = {}
+        for item, pictures in items.items():
+            if first.name in pictures and other.name in pictures:
+                before = pictures[first.name].scores[measure]
+                changes[item] = pictures[other.name].scores[measure] - before
+        if changes:
+            gains = sum(change > 0 for change in changes.values())
+            group = {"entry": other.name, "pairs": len(changes), "gains": gains}
+            groups.append(group | _ends(changes))
+    return groups
 
 
-def extremes(evaluated: Evaluated, measure: str) -> list[dict[str, Any]]:
-    """Each entry's pictures that score highest and lowest."""
-    found = []
-    for entry in evaluated.entries:
-        own = {
-            (p.set, p.line, p.copy): p.scores[measure]
-            for p in evaluated.pictures
-            if p.entry == entry.name
-        }
-        if len(own) > 1:
-            found.append({"entry": entry.name, **_ends(own)})
-    return found
+def extremes(results: Results, measure: str) -> list[Group]:
+    """Return each entry's pictures with the highest and the lowest scores."""
+    groups = []
+    for entry in results.entries:
+        scores = {}
+        for picture in results.pictures:
+            if picture.entry == entry.name:
+                scores[picture.set, picture.line, picture.copy] = picture.scores[measure]
+        if len(scores) > 1:
+            groups.append({"entry": entry.name} | _ends(scores))
+    return groups
 
 
 def _ends(values: Mapping[Item, float]) -> dict[str, list[Item]]:
-    """The items of the largest and of the smallest values: one a prompt, and of half of the prompts at most."""
-    up = sorted(values, key=lambda item: values[item])
-    least, most = (
-        {item[:2]: item for item in reversed(order)} for order in (up, up[::-1])
-    )  # the first one stays
+    """The items with the largest and the smallest values.
+
+    One item per prompt, and at most half of the prompts, so that none is at both ends.
+    """
+    ascending = sorted(values, key=lambda item: values[item])
+    least = _first_of_each_prompt(ascending)
+    most = _first_of_each_prompt(ascending[::-1])
     count = min(SHOWN, -(-len(most) // 2))
     return {
-        "most": sorted(most.values(), key=lambda item: -values[item])[:count],
-        "least": sorted(least.values(), key=lambda item: values[item])[:count],
+        "most": sorted(most, key=lambda item: -values[item])[:count],
+        "least": sorted(least, key=lambda item: values[item])[:count],
     }
 
 
-def inside(
-    evaluated: Evaluated, settings: ConfigDict, shown: Sequence[Mapping[str, Any]]
-) -> set[Item]:
-    """The items whose pictures are embedded: the first copy of lines spread evenly, and all that is in `shown`."""
-    lines = max((len(one.prompts) for one in evaluated.sets), default=0)
-    spread = np.linspace(0, lines - 1, min(settings.report_prompts, lines)).round().astype(int)
-    found = {(one.name, int(line), 0) for one in evaluated.sets for line in spread}
-    return found.union(*(group[side] for group in shown for side in ("most", "least")))
+def _first_of_each_prompt(items: Sequence[Item]) -> list[Item]:
+    """The first item of each set and line, in the reverse order of `items`."""
+    first = {}
+    for item in reversed(items):
+        first[item[:2]] = item
+    return list(first.values())
+
+
+def embedded_items(results: Results, settings: ConfigDict, groups: Sequence[Group]) -> set[Item]:
+    """Return the items whose pictures are inside the page.
+
+    These are the first copies of evenly spread lines, and everything that is in `groups`.
+    """
+    lines = max((len(prompt_set.prompts) for prompt_set in results.sets), default=0)
+    count = min(settings.report_prompts, lines)
+    items = set()
+    for line in np.linspace(0, lines - 1, count).round().astype(int):
+        for prompt_set in results.sets:
+            items.add((prompt_set.name, int(line), 0))
+    for group in groups:
+        items.update(group["most"])
+        items.update(group["least"])
+    return items
 
 
 def thumbnail(file: Path) -> str:
-    """A picture as WebP in a data URL, at most SIDE pixels a side, as the rewards saw it."""
-    small = read_image(file.read_bytes())
-    lossless = max(small.size) <= LOSSLESS
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", lossless=lossless, quality=80, method=4)
-    return data_url(buffer.getvalue(), "webp")
+    """Return a picture, as the rewards saw it, as WebP in a data URL, at most SIDE pixels wide."""
+    image = read_image(file.read_bytes())
+    lossless = max(image.size) <= LOSSLESS
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", lossless=lossless, quality=80, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def embed(pictures: Sequence[Scored]) -> tuple[dict[str, int], list[str]]:
-    """({sha256: place}, data URLs); files that are equal are one."""
+def embed(pictures: Sequence[ScoredPicture]) -> tuple[dict[str, int], list[str]]:
+    """Return ({sha256: index}, data URLs). Files with the same content are stored once."""
     files = {picture.sha256: picture.file for picture in pictures}
     with ThreadPoolExecutor() as pool:
-        return {sha256: i for i, sha256 in enumerate(files)}, list(
-            pool.map(thumbnail, files.values())
-        )
+        images = list(pool.map(thumbnail, files.values()))
+    return {sha256: i for i, sha256 in enumerate(files)}, images
 
 
 def page_data(
-    folder: Path, evaluated: Evaluated, settings: ConfigDict, judgements: Sequence[Judgement]
+    folder: Path, results: Results, settings: ConfigDict, judgements: Sequence[Judgement]
 ) -> tuple[dict[str, Any], list[str]]:
-    """(what the page's script reads, data URLs that it refers to by their place)."""
-    measure, items = main_measure(evaluated, settings), by_item(evaluated)
-    groups = pairs(evaluated, items, measure), extremes(evaluated, measure)
-    chosen = inside(evaluated, settings, [*groups[0], *groups[1]])
-    places, images = embed([p for item in sorted(chosen) for p in items.get(item, {}).values()])
-    entry = {one.name: i for i, one in enumerate(evaluated.entries)}
+    """Return what the page's script reads, and the data URLs to which it refers by index.
 
-    def described(picture: Scored) -> list[Any]:
-        shown = (picture.set, picture.line, picture.copy) in chosen
-        file = (
-            picture.file.relative_to(folder)
-            if picture.file.is_relative_to(folder)
-            else picture.file.name
-        )
-        scores = [round(float(picture.scores[name]), 4) for name in evaluated.rewards]
-        place = places[picture.sha256] if shown else -1
-        return [
-            entry[picture.entry],
-            picture.copy,
-            place,
-            picture.width,
-            picture.height,
-            str(file),
-            scores,
-        ]
+    folder: the run's, to which picture files are named relative.
+    """
+    # -- What is shown, and the pictures for it.
+    measure = main_measure(results, settings)
+    items = by_item(results)
+    pair_groups = pairs(results, items, measure)
+    extreme_groups = extremes(results, measure)
+    chosen = embedded_items(results, settings, [*pair_groups, *extreme_groups])
+    pictures = []
+    for item in sorted(chosen):
+        pictures += items.get(item, {}).values()
+    index, images = embed(pictures)
 
-    answers = defaultdict(list)
-    for one in judgements:
-        answers[one.set, one.line].append(
-            [entry[one.first], entry[one.second], one.verdict, one.reply[:REPLY]]
-        )
-    prompts = list(_prompts(evaluated, described, answers))
+    # -- Prompts with their pictures and answers.
+    prompts = list(_Prompts(folder, results, chosen, index, judgements))
     place = {(prompt["set"], prompt["line"]): i for i, prompt in enumerate(prompts)}
+    entry_index = {entry.name: i for i, entry in enumerate(results.entries)}
 
-    def referred(group: Mapping[str, Any]) -> dict[str, Any]:
-        lists = {
-            side: [(place[item[:2]], item[2]) for item in group[side]] for side in ("most", "least")
-        }
-        return {**group, **lists, "entry": entry[group["entry"]]}
+    def refer(group: Group) -> Group:
+        """The group with prompts and entry by index, as the page knows them."""
+        references = {"entry": entry_index[group["entry"]]}
+        for side in ("most", "least"):
+            references[side] = [(place[item[:2]], item[2]) for item in group[side]]
+        return group | references
 
     data = {
-        "entries": [one.name for one in evaluated.entries],
-        "rewards": list(evaluated.rewards),
-        "main": list(evaluated.rewards).index(measure),
+        "entries": list(entry_index),
+        "rewards": list(results.rewards),
+        "main": list(results.rewards).index(measure),
         "prompts": prompts,
-        "pairs": [referred(group) for group in groups[0]],
-        "extremes": [referred(group) for group in groups[1]],
+        "pairs": [refer(group) for group in pair_groups],
+        "extremes": [refer(group) for group in extreme_groups],
     }
     return data, images
 
 
-def _prompts(evaluated: Evaluated, described: Any, answers: Mapping) -> Iterator[dict[str, Any]]:
-    def line(picture: Scored) -> tuple[str, int]:
-        return picture.set, picture.line
+class _Prompts:
+    """Iterates over all prompts, each as the page's script reads it."""
 
-    pictures = {
-        key: list(group) for key, group in groupby(sorted(evaluated.pictures, key=line), line)
-    }
-    order = {one.name: i for i, one in enumerate(evaluated.entries)}
-    for one in evaluated.sets:
-        for i, (text, category) in enumerate(zip(one.prompts, one.categories, strict=True)):
-            own = sorted(pictures.get((one.name, i), ()), key=lambda p: (p.copy, order[p.entry]))
-            row = {"set": one.name, "line": i, "text": text, "category": category}
-            yield {
-                **row,
-                "pictures": [described(p) for p in own],
-                "answers": answers.get((one.name, i), []),
-            }
+    def __init__(
+        self,
+        folder: Path,
+        results: Results,
+        chosen: set[Item],
+        index: Mapping[str, int],
+        judgements: Sequence[Judgement],
+    ):
+        """chosen: items whose pictures are inside the page; index: {sha256: index of the image}."""
+        self.folder = folder
+        self.results = results
+        self.chosen = chosen
+        self.index = index
+        self.entry_index = {entry.name: i for i, entry in enumerate(results.entries)}
+
+        self.pictures: dict[tuple[str, int], list[ScoredPicture]] = defaultdict(list)
+        for picture in results.pictures:
+            self.pictures[picture.set, picture.line].append(picture)
+        self.answers = defaultdict(list)
+        for judgement in judgements:
+            answer = [
+                self.entry_index[judgement.first],
+                self.entry_index[judgement.second],
+                judgement.verdict,
+                judgement.reply[:REPLY],
+            ]
+            self.answers[judgement.set, judgement.line].append(answer)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for prompt_set in self.results.sets:
+            for line, text in enumerate(prompt_set.prompts):
+                key = prompt_set.name, line
+                pictures = sorted(
+                    self.pictures.get(key, []),
+                    key=lambda picture: (picture.copy, self.entry_index[picture.entry]),
+                )
+                yield {
+                    "set": prompt_set.name,
+                    "line": line,
+                    "text": text,
+                    "category": prompt_set.categories[line],
+                    "pictures": [self._describe(picture) for picture in pictures],
+                    "answers": self.answers.get(key, []),
+                }
+
+    def _describe(self, picture: ScoredPicture) -> list[Any]:
+        """A picture as report.js reads it: the order of these values is fixed there."""
+        image = -1
+        if (picture.set, picture.line, picture.copy) in self.chosen:
+            image = self.index[picture.sha256]
+        file = picture.file.name
+        if picture.file.is_relative_to(self.folder):
+            file = str(picture.file.relative_to(self.folder))
+        return [
+            self.entry_index[picture.entry],
+            picture.copy,
+            image,
+            picture.width,
+            picture.height,
+            file,
+            [round(float(picture.scores[name]), 4) for name in self.results.rewards],
+        ]

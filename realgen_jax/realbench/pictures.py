@@ -1,8 +1,6 @@
-"""Pictures on disk: made here, from noise that depends on seed, line and copy alone, or read as they were found."""
+"""Pictures made by a model, from noise that depends on seed, line and copy alone."""
 
-import base64
 import hashlib
-import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,274 +12,271 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
 
+from realgen_jax.files import sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
-from realgen_jax.models.flux.family import Pipeline, load_pipeline, no_model
-from realgen_jax.nn.lora import load_lora
-from realgen_jax.realbench.entries import Slot, Weights
-from realgen_jax.realbench.results import PromptSet
+from realgen_jax.models.family import Family
+from realgen_jax.models.loading import find_family, load_model
+from realgen_jax.models.model import Model
+from realgen_jax.models.trainable import Lora
+from realgen_jax.nn.lora import LoraConfig, read_lora_config
+from realgen_jax.realbench.entries import Weights
+from realgen_jax.realbench.picture_files import (
+    Picture,
+    Slot,
+    file_name,
+    read_picture,
+    write_picture,
+)
+from realgen_jax.realbench.tasks import Task
 from realgen_jax.sharding import batch_sharding, replicated
-from realgen_jax.text_cache import TextCache, sampled_digest
-from realgen_jax.training.log import write_whole
+from realgen_jax.text_cache import TextCache
 
 MANIFEST = "manifest.json"
-PATHS = ("model", "transformer")  # keys of the manifest that say where, not what
-PARTS = ("vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-LINES = 1 << 20  # a picture's noise has the number copy * LINES + line, in every set
+PATHS = ("model", "transformer")  # keys of the manifest for people: where, not what
+LINES = 1 << 20  # in every set, a picture's noise has the number copy * LINES + line
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture in memory: uint8 [3, h, w], or why there is none."""
-
-    slot: Slot
-    file: Path
-    sha256: str
-    pixels: np.ndarray | None
-    detail: str = ""
-
-
-def file_name(line: int, copy: int) -> str:
-    return f"{line:05}_{copy}.png" if copy else f"{line:05}.png"
-
-
-def read_image(data: bytes) -> Image.Image:
-    """A picture file in RGB: upright, transparent parts over white, 8 bits, the first of several frames.
-
-    Raises ValueError for what cannot be decoded to its end.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel
-            values = np.asarray(image).astype(np.float64)
-            image = Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{error}") from error
-
-
-def decode(data: bytes) -> np.ndarray:
-    """uint8 [3, h, w] of a picture file, as `read_image` reads it."""
-    return np.ascontiguousarray(np.asarray(read_image(data)).transpose(2, 0, 1))
-
-
-def data_url(data: bytes, kind: str) -> str:
-    """kind: png, jpeg, webp."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def read_picture(slot: Slot, file: Path) -> Picture:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        return Picture(slot, file, "", None, str(error))
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        return Picture(slot, file, digest, decode(data))
-    except ValueError as error:
-        return Picture(slot, file, digest, None, str(error))
-
-
-def write_picture(slot: Slot, file: Path, pixels: np.ndarray) -> Picture:
-    """Lossless, and whole or not at all."""
-    data = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(data, "PNG")
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(data.getvalue())
-    part.replace(file)
-    return Picture(
-        slot, file, hashlib.sha256(data.getvalue()).hexdigest(), np.ascontiguousarray(pixels)
-    )
-
-
-def read_batches(
-    files: Mapping[Slot, Path], lines: int, size: int, pool: ThreadPoolExecutor
-) -> Iterator[list]:
-    """Found pictures in batches of `size` places, a place for every line and copy whether its file is there or not, so
-    that a picture is scored in the same company when others come and go. The next batch is read ahead.
-    """
-    copies = 1 + max((copy for _, copy in files), default=0)
-    slots = [(line, copy) for line in range(lines) for copy in range(copies)]
-    ahead = deque()
-    for start in range(0, len(slots), size):
-        batch = [slot for slot in slots[start : start + size] if slot in files]
-        ahead.append([pool.submit(read_picture, slot, files[slot]) for slot in batch])
-        if len(ahead) > 1:
-            yield [one.result() for one in ahead.popleft()]
-    for batch in ahead:
-        yield [one.result() for one in batch]
+# --- What pictures were made with
 
 
 def manifest(
     weights: Weights, config: ConfigDict, seed: int, prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """What decides the pixels of a set's pictures, but for their number; `PATHS` are told for people."""
-    model, digest = Path(weights.model).expanduser(), hashlib.sha256()
-    if not (model / "model_index.json").exists():
-        raise FileNotFoundError(no_model(model))
-    transformer = (
-        Path(weights.transformer).expanduser() if weights.transformer else model / "transformer"
-    )
-    for place in (transformer, *(model / name for name in PARTS)):
-        for file in (
-            [place] if place.is_file() else sorted(f for f in place.iterdir() if f.is_file())
-        ):
+    """Return everything that decides the pixels of a set's pictures, except their number.
+
+    `PATHS` are there for people and are not compared. Raises FileNotFoundError if there is no
+    model.
+    """
+    # -- The model's files.
+    model = Path(weights.model).expanduser()
+    family = find_family(_pretrained(weights, config))
+    transformer = model / "transformer"
+    if weights.transformer:
+        transformer = Path(weights.transformer).expanduser()
+    digest = hashlib.sha256()
+    for path in (transformer, *(model / name for name in _subfolders(family))):
+        for file in _files(path):
             digest.update(sampled_digest(file))
-    sample, pretrained = config.sample, config.pretrained
-    made = asdict(weights) | {
+
+    sample = config.sample
+    pretrained = config.pretrained
+    return {
+        **asdict(weights),
         "weights": digest.hexdigest(),
         "lora": lora_digest(weights.lora),
         "seed": seed,
-    }
-    made |= {
         "steps": sample.eval_num_steps,
         "guidance": sample.guidance_scale,
         "resolution": sample.resolution,
+        "dtype": pretrained.dtype,
+        "param_dtype": pretrained.param_dtype,
+        "vae_dtype": pretrained.vae_dtype,
+        "max_tokens": config.prompts.max_tokens,
+        "text_dtype": config.prompts.dtype,
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
     }
-    made |= {name: pretrained[name] for name in ("dtype", "param_dtype", "vae_dtype")}
-    made |= {"max_tokens": config.prompts.max_tokens, "text_dtype": config.prompts.dtype}
-    return made | {"prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()}
+
+
+def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
+    """config.pretrained with these weights."""
+    pretrained = ConfigDict(config.pretrained.to_dict())
+    pretrained.model = str(Path(weights.model).expanduser())
+    pretrained.transformer = weights.transformer
+    return pretrained
+
+
+def _subfolders(family: Family) -> list[str]:
+    """The subfolders of a model that decide its pictures, besides the transformer."""
+    tokenizers = sorted({encoder.tokenizer for encoder in family.encoders})
+    encoders = sorted({encoder.model for encoder in family.encoders})
+    return ["vae", "scheduler", *tokenizers, *encoders]
+
+
+def _files(path: Path) -> list[Path]:
+    """A file alone, or the files of a folder."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file())
 
 
 def lora_digest(path: str) -> str:
-    """SHA-256 of a LoRA's file, or of its folder's; "" for none."""
+    """Return the SHA-256 of a LoRA's file, or of its folder's files; "" for none."""
     if not path:
         return ""
-    where = Path(path).expanduser()
-    kept = (
-        sorted(f for f in where.iterdir() if f.suffix in (".safetensors", ".json"))
-        if where.is_dir()
-        else [where]
-    )
+    lora = Path(path).expanduser()
+    files = [lora]
+    if lora.is_dir():
+        files = [file for file in _files(lora) if file.suffix in (".safetensors", ".json")]
     digest = hashlib.sha256()
-    for file in kept:
+    for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def prepare(folder: Path, made: Mapping[str, Any], remake: bool) -> None:
-    """Have `folder` hold pictures that were made with just this, and nothing else.
+def prepare_folder(folder: Path, contents: Mapping[str, Any], remake: bool) -> None:
+    """Make sure that a folder holds only pictures that were made with this manifest.
 
-    Raises ValueError naming what differs, unless `remake`, which removes what was made with something else.
+    With `remake`, other pictures are removed. Otherwise raises ValueError naming the difference.
     """
     file = folder / MANIFEST
-    there = sorted(folder.glob("[0-9]*.png"))
+    pictures = sorted(folder.glob("[0-9]*.png"))
     before = json.loads(file.read_text()) if file.exists() else {}
-    now = json.loads(json.dumps(made))
-    differ = [key for key in now if before.get(key) != now[key] and key not in PATHS]
-    if there and differ and not remake:
-        was = ", ".join(f"{key} {before.get(key)!r} then and {now[key]!r} now" for key in differ)
-        raise ValueError(
-            f"the pictures in {folder} were made with something else: {was}; choose another --config.run_name (or "
-            "another name for the entry), or --remake to make them again"
+    now = json.loads(json.dumps(contents))
+    changed = [key for key in now if before.get(key) != now[key] and key not in PATHS]
+    if not changed:
+        return
+
+    if pictures and not remake:
+        changes = ", ".join(
+            f"{key} {before.get(key)!r} then and {now[key]!r} now" for key in changed
         )
-    if differ:
-        for old in there:
-            old.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(now, indent=2) + "\n")
+        raise ValueError(
+            f"the pictures in {folder} were made with other settings: {changes}; choose another "
+            "--config.run_name (or another name for the entry), or --remake to make them again"
+        )
+    for picture in pictures:
+        picture.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(now, indent=2) + "\n")
+
+
+# --- Making them
 
 
 class Sampler:
-    """A model in memory, and its programs: one for all LoRAs of a rank and an alpha."""
+    """A model in memory, and its programs: one for all LoRAs of the same rank and alpha."""
 
     def __init__(
         self, weights: Weights, config: ConfigDict, mesh: jax.sharding.Mesh, loras: Sequence[str]
     ):
-        """`loras`: all that this model will be asked for, which are looked at now."""
-        pretrained = ConfigDict(config.pretrained.to_dict())
-        pretrained.model, pretrained.transformer = weights.model, weights.transformer
-        self.steps, self.weights = config.sample.eval_num_steps, weights
-        self.pipe = load_pipeline(pretrained, config.sample.resolution, None, mesh)
-        self._programs, self._nothing = {}, (None, None)
-        for path in reversed([lora for lora in loras if lora]):
-            lora, adapters = load_lora(Path(path).expanduser(), self.pipe.model)
-            self._nothing = lora, jax.tree.map(lambda a: np.zeros(a.shape, np.float32), adapters)
+        """loras: all that this model will be asked for; they are read now, to fail early."""
+        self.weights = weights
+        self.steps = config.sample.eval_num_steps
+        pretrained = _pretrained(weights, config)
+        self.model = load_model(pretrained, config.sample.resolution, mesh)
 
-    def program(self, lora: str) -> tuple[Pipeline, Callable]:
-        """(the pipeline, its program: (cond, key, ids) -> pictures). Without a LoRA the model runs in the first LoRA's
-        program, with adapters that add nothing: it is compiled once, and the weights are all that differs.
+        self._programs: dict[LoraConfig | None, Callable] = {}
+        self._no_lora: tuple[Model, Any] = (self.model, None)
+        paths = [path for path in loras if path]
+        for path in reversed(paths):
+            model, adapters = self._load_lora(path)
+            zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), adapters)
+            self._no_lora = (model, zeros)
+
+    def program(self, lora: str) -> tuple[Model, Callable]:
+        """Return the model and its program, (cond, key, ids) -> pictures.
+
+        Without a LoRA, the model runs in the first LoRA's program with adapters that add nothing:
+        one program is compiled, and only the weights differ.
         """
-        config, adapters = self._nothing
+        model, adapters = self._no_lora
+        config = None
         if lora:
-            config, adapters = load_lora(Path(lora).expanduser(), self.pipe.model)
-        if config not in self._programs:
-            pipe = self.pipe if config is None else self.pipe.with_lora(config)
-            self._programs[config] = pipe.sampler(self.steps)
+            model, adapters = self._load_lora(lora)
         if adapters is not None:
-            adapters = jax.tree.map(
-                lambda a: put(np.asarray(a), replicated(self.pipe.mesh)), adapters
-            )
-        run = self._programs[config]
-        return self.pipe, lambda cond, key, ids: run(adapters, cond, key, ids)
+            config = model.trainable.config
+            everywhere = replicated(model.mesh)
+            adapters = jax.tree.map(lambda a: put(np.asarray(a), everywhere), adapters)
+        if config not in self._programs:
+            self._programs[config] = model.sampler(self.steps)
+
+        pictures = self._programs[config]
+        return model, lambda cond, key, ids: pictures(model, adapters, cond, key, ids)
+
+    def _load_lora(self, path: str) -> tuple[Model, Any]:
+        """The model with room for a LoRA of this rank and alpha, and the LoRA's adapters."""
+        file = Path(path).expanduser()
+        model = self.model.with_trainable(Lora(read_lora_config(file)))
+        return model, model.trainable.load(model, file)
 
 
-def make_batches(
-    sampler: Callable[[], tuple[Pipeline, Callable]],
-    cache: TextCache | None,
-    prompts: PromptSet,
-    folder: Path,
-    config: ConfigDict,
-    missing: np.ndarray,
-    seed: int,
-    size: int,
-    pool: ThreadPoolExecutor,
-) -> Iterator[list[Picture]]:
-    """A set's pictures, batch by batch; those that are missing (bool [lines x copies]) are made, while the batch before
-    is written and handed on. All processes must go through it; the first one writes, the others get nothing.
+@dataclass(frozen=True)
+class _Batch:
+    """One call's pictures."""
 
-    `size` is a multiple of the mesh's batch_devices. A batch with a hole is sampled as a whole, so that its pictures
-    are the same bits, but files that are there stay as they are.
-    """
-    copies = config.evaluate.images_per_prompt
-    slots = [(line, copy) for line in range(len(prompts.prompts)) for copy in range(copies)]
-    program, key, ahead = None, jax.random.key(seed), deque()
-
-    def finish(start: int, images: jax.Array | None) -> list[Picture]:
-        batch, pixels = slots[start : start + size], None if images is None else fetch(images)
-        if process_index():
-            return []
-        work = []
-        for i, slot in enumerate(batch):
-            file = folder / file_name(*slot)
-            if missing[start + i]:
-                work.append(pool.submit(write_picture, slot, file, pixels[i]))
-            else:
-                work.append(pool.submit(read_picture, slot, file))
-        return [one.result() for one in work]
-
-    for start in range(0, len(slots), size):
-        images = None
-        if missing[start : start + size].any():
-            program = program or sampler()
-            pipe, run = program
-            batch = [
-                slots[i % len(slots)] for i in range(start, start + size)
-            ]  # the last one is filled up
-            ids = np.array([copy * LINES + line for line, copy in batch], np.int32)
-            cond = pipe.cond(
-                cache, [prompts.prompts[line] for line, _ in batch], config.sample.guidance_scale
-            )
-            images = run(cond, key, put(ids, batch_sharding(pipe.mesh)))
-        ahead.append((start, images))
-        if len(ahead) > 1:
-            yield finish(*ahead.popleft())
-    for one in ahead:
-        yield finish(*one)
+    slots: Sequence[Slot]
+    missing: np.ndarray  # bool, one per slot
+    images: jax.Array | None  # uint8 [size, 3, h, w]; None: no picture is missing
 
 
-def missing_pictures(folder: Path, lines: int, copies: int) -> np.ndarray:
-    """bool [lines x copies]."""
-    return np.array(
-        [
-            not (folder / file_name(line, copy)).exists()
-            for line in range(lines)
-            for copy in range(copies)
-        ]
-    )
+class PictureMaker:
+    """Makes the pictures of tasks; tasks in a row with the same model load it once."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: jax.sharding.Mesh,
+        caches: Mapping[str, TextCache],
+        weights: Sequence[Weights],
+        seed: int,
+    ):
+        """caches: {model folder: its embeddings}; weights: those of all tasks."""
+        self.config = config
+        self.mesh = mesh
+        self.caches = caches
+        self.weights = weights
+        self.key = jax.random.key(seed)
+        self._sampler: Sampler | None = None
+
+    def batches(self, task: Task, size: int, pool: ThreadPoolExecutor) -> Iterator[list[Picture]]:
+        """Yield a task's pictures batch by batch; one batch is written while the next is sampled.
+
+        size: a multiple of the mesh's batch_devices. A batch with a missing picture is sampled as a
+        whole, so that its pictures have the same bits, but existing files stay as they are. Every
+        process must iterate; the first one writes, the others get empty batches.
+        """
+        copies = self.config.evaluate.images_per_prompt
+        lines = len(task.prompt_set.prompts)
+        slots = [(line, copy) for line in range(lines) for copy in range(copies)]
+        program = None
+        ahead: deque[_Batch] = deque()
+        for start in range(0, len(slots), size):
+            missing = task.missing[start : start + size]
+            images = None
+            if missing.any():
+                if program is None:
+                    program = self._program(task.weights)
+                # The last batch is filled up with pictures from the start.
+                filled = [slots[i % len(slots)] for i in range(start, start + size)]
+                images = self._sample(task, filled, *program)
+            ahead.append(_Batch(slots[start : start + size], missing, images))
+            if len(ahead) > 1:
+                yield _write(task.folder, ahead.popleft(), pool)
+        for batch in ahead:
+            yield _write(task.folder, batch, pool)
+
+    def _sample(self, task: Task, slots: Sequence[Slot], model: Model, run: Callable) -> jax.Array:
+        """The pictures of these slots, uint8 [n, 3, h, w]."""
+        ids = np.array([copy * LINES + line for line, copy in slots], np.int32)
+        prompts = [task.prompt_set.prompts[line] for line, _ in slots]
+        cache = self.caches[task.weights.model]
+        cond = model.cond(cache, prompts, self.config.sample.guidance_scale)
+        return run(cond, self.key, put(ids, batch_sharding(model.mesh)))
+
+    def _program(self, weights: Weights) -> tuple[Model, Callable]:
+        """The program of these weights, as `Sampler.program` returns it."""
+
+        def model_of(weights: Weights) -> tuple[str, str]:
+            return weights.model, weights.transformer
+
+        if self._sampler is None or model_of(self._sampler.weights) != model_of(weights):
+            self._sampler = None  # frees its memory before the next model is loaded
+            loras = [other.lora for other in self.weights if model_of(other) == model_of(weights)]
+            self._sampler = Sampler(weights, self.config, self.mesh, loras)
+        return self._sampler.program(weights.lora)
+
+
+def _write(folder: Path, batch: _Batch, pool: ThreadPoolExecutor) -> list[Picture]:
+    """Write a batch's missing pictures and read its others."""
+    pixels = None if batch.images is None else fetch(batch.images)
+    if process_index():
+        return []
+    futures = []
+    for i, slot in enumerate(batch.slots):
+        file = folder / file_name(*slot)
+        if batch.missing[i]:
+            futures.append(pool.submit(write_picture, slot, file, pixels[i]))
+        else:
+            futures.append(pool.submit(read_picture, slot, file))
+    return [future.result() for future in futures]

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: several variants of the same scenes, line by line."""
+"""An evaluation's prompts: several variants of the same scenes, line by line."""
 
 import re
 from collections.abc import Mapping
@@ -6,33 +6,35 @@ from collections.abc import Mapping
 from realgen_jax.data import read_categorised
 from realgen_jax.realbench.results import PromptSet
 
-SAFE = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._+-]*"
-)  # names of sets and entries, which are names of folders too
+SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # names of sets and entries, which name folders
 
 
 def read_sets(files: Mapping[str, str]) -> list[PromptSet]:
-    """The sets of `config.evaluate.prompts`, {name: .txt or .jsonl file}, that with the shortest prompts first.
+    """Read the sets of `config.evaluate.prompts`, {name: .txt or .jsonl file}.
 
-    Raises FileNotFoundError, or ValueError for a bad line, a name that cannot be a folder's, and for sets that have not
-    as many lines as the others.
+    The set with the shortest prompts comes first. Raises FileNotFoundError, or ValueError for a bad
+    line, for a name that cannot name a folder, and for sets of different lengths.
     """
     if not files:
         raise ValueError("config.evaluate.prompts is empty; expected {name of a set: prompt file}")
-    if bad := [name for name in files if not SAFE.fullmatch(name)]:
-        raise ValueError(
-            f"config.evaluate.prompts has a set {bad[0]!r}; expected letters, digits, '.', '_', '+', '-'"
-        )
+    for name in files:
+        if not SAFE.fullmatch(name):
+            raise ValueError(
+                f"config.evaluate.prompts has a set {name!r}; expected letters, digits, '.', '_', "
+                "'+', '-'"
+            )
+
     sets = []
     for name in files:
         prompts, categories = zip(*read_categorised(files[name]), strict=True)
         sets.append(PromptSet(name, prompts, categories))
+
     first = sets[0]
-    for one in sets[1:]:
-        if len(one.prompts) != len(first.prompts):
+    for other in sets[1:]:
+        if len(other.prompts) != len(first.prompts):
             raise ValueError(
-                f"the set {first.name} has {len(first.prompts)} prompts ({files[first.name]}) and {one.name} has "
-                f"{len(one.prompts)} ({files[one.name]}); line i of every set is the same scene, so there must be as "
-                "many of each"
+                f"the set {first.name} has {len(first.prompts)} prompts ({files[first.name]}) and "
+                f"{other.name} has {len(other.prompts)} ({files[other.name]}); line i of every set "
+                "is the same scene, so all sets need the same number of lines"
             )
-    return sorted(sets, key=lambda one: sum(map(len, one.prompts)))
+    return sorted(sets, key=lambda prompt_set: sum(map(len, prompt_set.prompts)))

@@ -1,4 +1,4 @@
-"""What an evaluation is made of: who is compared, on what, and what came of it. Plain data, no JAX and no PyTorch."""
+"""What an evaluation consists of. Plain data, no JAX and no PyTorch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +11,25 @@ class PromptSet:
 
     name: str
     prompts: Sequence[str]
-    categories: Sequence[str]  # per line, "" where the file names none
+    categories: Sequence[str]  # one per line, "" if the file names none
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of those compared. Pictures of `model` and `lora` are made here; `folder` and `photographs` are found."""
+    """A participant. Pictures of `model` and `lora` are made, those of the other kinds are read."""
 
     name: str
     kind: str  # model, lora, folder, photographs
-    source: str  # the model's, LoRA's or pictures' path as given
+    source: str  # path of the model, the LoRA or the pictures, as it was given
+
+    @property
+    def is_generated(self) -> bool:
+        return self.kind in ("model", "lora")
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One picture and what every reward says of it."""
+class ScoredPicture:
+    """One picture and its score from every reward."""
 
     entry: str
     set: str
@@ -40,32 +44,29 @@ class Scored:
 
 @dataclass(frozen=True)
 class Problem:
-    """A picture that is not as it should be. Those of another size are scored, and no others."""
+    """Something wrong with a picture. Pictures of another size are scored, all others are not."""
 
     entry: str
     set: str
     file: Path
-    what: str  # missing, unreadable, other size, extra (of no prompt)
+    kind: str  # missing, unreadable, other size, extra (belongs to no prompt)
     detail: str
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Everything that tables and the report are made of."""
+class Results:
+    """An evaluation's outcome: all that the tables and the report are made of."""
 
     sets: Sequence[PromptSet]
-    entries: Sequence[Entry]  # the first one is what the others are compared with
+    entries: Sequence[Entry]  # the others are compared with the first one
     rewards: Sequence[str]
-    pictures: Sequence[Scored]  # by entry, set, line, copy
+    pictures: Sequence[ScoredPicture]  # ordered by entry, set, line and copy
     problems: Sequence[Problem]
-
-    def set(self, name: str) -> PromptSet:
-        return next(one for one in self.sets if one.name == name)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One answer of a judge to one pair, in the order in which it saw the pictures."""
+    """A judge's answer to one question, in the order in which it saw the pictures."""
 
     set: str
     line: int

@@ -1,66 +1,76 @@
-"""What the rewards say of pictures: scored while others are made or read, and kept, so that nothing is scored twice."""
+"""Scores of pictures: computed while others are made or read, and stored, so that none is computed
+twice.
+"""
 
 import hashlib
 import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ml_collections import ConfigDict
 
-from realgen_jax.realbench.pictures import Picture
-from realgen_jax.realbench.results import Problem, PromptSet, Scored
-from reward_bridge.bridge import RewardBridge, RewardError
+from realgen_jax.files import drop_incomplete_line, read_jsonl
+from realgen_jax.realbench.interfaces import PendingScores, Scorer
+from realgen_jax.realbench.picture_files import Picture
+from realgen_jax.realbench.results import Problem, PromptSet, ScoredPicture
+from realgen_jax.training.scoring import ScoringError
 
 AHEAD = 2  # batches that wait for their scores
-NO_MATTER = (
-    "deadline",
-    "attempts",
-    "token_env",
-)  # options of a reward that do not change its scores
+IRRELEVANT = ("deadline", "attempts", "token_env")  # options of a reward that change no score
 
 
-def reward_keys(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
-    """{reward: what its kept scores are filed under}, a digest of its name and options."""
-    kept = {n: {k: v for k, v in options.get(n, {}).items() if k not in NO_MATTER} for n in names}
-    return {n: _digest(json.dumps([n, kept[n]], sort_keys=True)) for n in names}
+def evaluation_options(config: ConfigDict) -> dict[str, Any]:
+    """Return {reward: its options} for the rewards in `config.evaluate.scores`."""
+    options = config.reward.options.to_dict()
+    return {name: options.get(name, {}) for name in config.evaluate.scores}
+
+
+def reward_keys(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return {reward: the key of its stored scores}, a digest of its name and options."""
+    keys = {}
+    for name, own_options in options.items():
+        relevant = {key: value for key, value in own_options.items() if key not in IRRELEVANT}
+        keys[name] = _digest(json.dumps([name, relevant], sort_keys=True))
+    return keys
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Kept:
-    """The scores in a set's scores.jsonl, a line each, by picture, prompt and reward; a line that a kill cut off is
-    dropped.
-    """
+class ScoreStore:
+    """The scores in a set's scores.jsonl, one per line, by picture, prompt and reward."""
 
     def __init__(self, file: Path, keys: Mapping[str, str]):
-        self.file, self.keys, self._scores = file, keys, {}
+        """keys: as `reward_keys` returns them."""
+        self.file = file
+        self.keys = keys
+        self._scores: dict[tuple[str, str, str], float] = {}
+
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = file.read_bytes().decode(errors="replace") if file.exists() else ""
-        if text and not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            file.write_text(text)
-        for line in text.splitlines():
-            row = json.loads(line)
+        drop_incomplete_line(file)
+        for row in read_jsonl(file):
             self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
 
     def get(self, picture: Picture, prompt: str) -> dict[str, float]:
-        found = {
-            name: self._scores.get((picture.sha256, _digest(prompt), key))
-            for name, key in self.keys.items()
-        }
-        return {name: score for name, score in found.items() if score is not None}
+        """Return {reward: score} of what is stored."""
+        digest = _digest(prompt)
+        scores = {}
+        for name, key in self.keys.items():
+            score = self._scores.get((picture.sha256, digest, key))
+            if score is not None:
+                scores[name] = score
+        return scores
 
     def add(
         self, pictures: Sequence[Picture], prompts: Sequence[str], scores: Mapping[str, np.ndarray]
     ) -> None:
-        """Keep what is new."""
+        """Store those of these scores, {reward: float32 [n]}, that are new."""
         lines = []
         for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             for name in scores.keys() - self.get(picture, prompt).keys():
@@ -68,93 +78,137 @@ class Kept:
                     "file": picture.file.name,
                     "sha256": picture.sha256,
                     "prompt": _digest(prompt),
+                    "reward": name,
+                    "key": self.keys[name],
+                    "score": float(scores[name][i]),
                 }
-                row |= {"reward": name, "key": self.keys[name], "score": float(scores[name][i])}
                 self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
                 lines.append(json.dumps(row) + "\n")
         with self.file.open("a") as file:
             file.write("".join(lines))
 
 
-def score(
-    entry: str,
-    prompts: PromptSet,
-    batches: Iterable[Sequence[Picture]],
-    kept: Kept,
-    bridge: RewardBridge,
-    side: int,
-    done: Callable[[int], None],
-) -> tuple[list[Scored], list[Problem]]:
-    """Every picture's scores, from `kept` or the bridge, and what is wrong with which picture. `side`: pixels that
-    pictures should have; `done` hears how many are through.
+@dataclass(frozen=True)
+class _Group:
+    """Pictures of one size that are scored together."""
 
-    A batch is scored as a whole, by size, where anything of it is missing: a picture's scores do not depend on what was
-    known before. Raises RewardError, which names the picture; what was scored until then is kept.
+    pictures: list[Picture]
+    prompts: list[str]
+    pending: PendingScores | None  # None: all of their scores are stored
+
+
+class PictureScorer:
+    """Scores the pictures of one entry and prompt set.
+
+    A batch is scored as a whole, size by size, if any of its scores is missing: a picture's scores
+    do not depend on what was stored before.
     """
-    found, problems, waiting = [], [], deque()
 
-    def settle(groups: list[tuple]) -> None:
-        for group, texts, pending in groups:
-            if pending is not None:
-                try:
-                    kept.add(group, texts, pending.result())
-                except RewardError as error:
-                    about = group if error.image is None else [group[error.image]]
-                    files = " to ".join(
-                        dict.fromkeys(str(picture.file) for picture in (about[0], about[-1]))
-                    )
-                    raise RewardError(f"{error}; {entry}, {prompts.name}: {files}") from error
-            for picture, text in zip(group, texts, strict=True):
-                height, width = picture.pixels.shape[1:]
-                where = (
-                    entry,
-                    prompts.name,
-                    *picture.slot,
-                    picture.file,
-                    picture.sha256,
-                    width,
-                    height,
-                )
-                found.append(Scored(*where, kept.get(picture, text)))
-            done(len(group))
+    def __init__(
+        self, entry: str, prompt_set: PromptSet, store: ScoreStore, scorer: Scorer, side: int
+    ):
+        """side: the height and width that pictures should have, in pixels."""
+        self.entry = entry
+        self.prompt_set = prompt_set
+        self.store = store
+        self.scorer = scorer
+        self.side = side
+        self.scored: list[ScoredPicture] = []
+        self.problems: list[Problem] = []
 
-    for batch in batches:
-        groups, good = [], []
+    def score(self, batches: Iterable[Sequence[Picture]], advance: Callable[[int], None]) -> None:
+        """Fill `scored` and `problems`; `advance` is called with the number of pictures done.
+
+        Raises ScoringError naming the picture on which a reward failed; scores until then are
+        stored.
+        """
+        waiting = deque()
+        for batch in batches:
+            readable = self._readable(batch)
+            advance(len(batch) - len(readable))
+            waiting.append(self._submit(readable))
+            if len(waiting) > AHEAD:
+                self._collect(waiting.popleft(), advance)
+        for groups in waiting:
+            self._collect(groups, advance)
+        self.scored.sort(key=lambda picture: (picture.line, picture.copy))
+
+    def _readable(self, batch: Sequence[Picture]) -> list[Picture]:
+        """The pictures that can be scored; notes what is wrong with which picture."""
+        readable = []
         for picture in batch:
             if picture.pixels is None:
-                problems.append(
-                    Problem(entry, prompts.name, picture.file, "unreadable", picture.detail)
-                )
-                done(1)
+                self._note(picture, "unreadable", picture.detail)
                 continue
-            good.append(picture)
+            readable.append(picture)
             height, width = picture.pixels.shape[1:]
-            if (height, width) != (side, side):
-                detail = f"{width} x {height} pixels; expected {side} x {side}"
-                problems.append(Problem(entry, prompts.name, picture.file, "other size", detail))
-        size = lambda picture: picture.pixels.shape  # noqa: E731
-        for _, same in itertools.groupby(sorted(good, key=size), size):
-            group = list(same)
-            texts = [prompts.prompts[picture.slot[0]] for picture in group]
-            known = [
-                kept.get(picture, text).keys() for picture, text in zip(group, texts, strict=True)
-            ]
-            wanted = [name for name in kept.keys if any(name not in names for names in known)]
-            pixels = (
-                torch.from_numpy(np.stack([picture.pixels for picture in group]))
-                if wanted
-                else None
-            )
-            groups.append((group, texts, bridge.submit(pixels, texts, wanted) if wanted else None))
-        waiting.append(groups)
-        if len(waiting) > AHEAD:
-            settle(waiting.popleft())
-    for groups in waiting:
-        settle(groups)
-    return sorted(found, key=lambda one: (one.line, one.copy)), problems
+            if (height, width) != (self.side, self.side):
+                detail = f"{width} x {height} pixels; expected {self.side} x {self.side}"
+                self._note(picture, "other size", detail)
+        return readable
 
+    def _note(self, picture: Picture, kind: str, detail: str) -> None:
+        problem = Problem(self.entry, self.prompt_set.name, picture.file, kind, detail)
+        self.problems.append(problem)
 
-def evaluation_options(config: ConfigDict) -> dict[str, Any]:
-    """{reward: its options} of what `config.evaluate.scores` names."""
-    options = config.reward.options.to_dict()
-    return {name: options.get(name, {}) for name in config.evaluate.scores}
+    def _submit(self, pictures: Sequence[Picture]) -> list[_Group]:
+        """Queue what is not stored, for all pictures of a size together."""
+
+        def size(picture: Picture) -> tuple[int, ...]:
+            return picture.pixels.shape
+
+        groups = []
+        for _, same_size in itertools.groupby(sorted(pictures, key=size), size):
+            group = list(same_size)
+            prompts = [self.prompt_set.prompts[picture.slot[0]] for picture in group]
+            names = self._missing_rewards(group, prompts)
+            pending = None
+            if names:
+                images = np.stack([picture.pixels for picture in group])
+                pending = self.scorer.submit(images, prompts, names)
+            groups.append(_Group(group, prompts, pending))
+        return groups
+
+    def _missing_rewards(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[str]:
+        """The rewards of which at least one of these pictures has no score."""
+        missing = set()
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            missing |= self.store.keys.keys() - self.store.get(picture, prompt).keys()
+        return [name for name in self.store.keys if name in missing]
+
+    def _collect(self, groups: Sequence[_Group], advance: Callable[[int], None]) -> None:
+        """Wait for the scores of a batch and store them."""
+        for group in groups:
+            if group.pending is not None:
+                scores = self._result(group)
+                self.store.add(group.pictures, group.prompts, scores)
+            for picture, prompt in zip(group.pictures, group.prompts, strict=True):
+                height, width = picture.pixels.shape[1:]
+                line, copy = picture.slot
+                scored = ScoredPicture(
+                    entry=self.entry,
+                    set=self.prompt_set.name,
+                    line=line,
+                    copy=copy,
+                    file=picture.file,
+                    sha256=picture.sha256,
+                    width=width,
+                    height=height,
+                    scores=self.store.get(picture, prompt),
+                )
+                self.scored.append(scored)
+            advance(len(group.pictures))
+
+    def _result(self, group: _Group) -> Mapping[str, np.ndarray]:
+        """The scores of a group. Raises ScoringError for an error that names an image."""
+        try:
+            return group.pending.result().rewards
+        except Exception as error:
+            if not hasattr(error, "image"):  # not about pictures: a bug
+                raise
+            files = [picture.file for picture in group.pictures]
+            names = f"{files[0]} to {files[-1]}" if len(files) > 1 else str(files[0])
+            if error.image is not None:
+                names = str(files[error.image])
+            message = f"{error}; {self.entry}, {self.prompt_set.name}: {names}"
+            raise ScoringError(message) from error

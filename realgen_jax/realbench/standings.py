@@ -1,44 +1,46 @@
-"""What a judge's answers add up to: win rates, ratings and the judge's own bias, with intervals."""
+"""What a judge's answers add up to: win rates, ratings and position bias, with intervals."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from realgen_jax.realbench.arena import PROTOCOLS, VERDICTS
+from realgen_jax.realbench.bootstrap import draw, percentile_interval, ratio_intervals
+from realgen_jax.realbench.questions import PROTOCOLS, VERDICTS
 from realgen_jax.realbench.results import Judgement
 
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the picture shown first
-PRIOR = 0.5  # answers "tie" that every two entries start with, in either order: ratings stay finite
+PRIOR = 0.5  # answers "tie" that every ordered pair of entries starts with: ratings stay finite
 ELO = 400 / np.log(10)  # rating points of one unit of log-odds
 Interval = tuple[float, float, float]  # value, low, high
 
 
 @dataclass(frozen=True)
 class Match:
-    """Entry a against entry b. Both orders of a pair make one score: their mean, 1 where a won both."""
+    """Entry a against entry b. A pair's score is the mean over its orders, 1 if a won them all."""
 
     a: str
     b: str
     wins: int  # pairs with a score above 1/2
     losses: int  # below
-    ties: int  # of 1/2: also where the judge chose whichever it saw first
+    ties: int  # of exactly 1/2, also if the judge chose whichever it saw first
     pairs: int  # wins + losses + ties
     win_rate: float  # mean score; nan without pairs
     low: float
     high: float
     refused: int  # answers
     unreadable: int  # answers
-    incomplete: int  # pairs without a verdict in every order; not in the rate
+    incomplete: int  # pairs without a verdict in every order; not part of the rate
 
 
 @dataclass(frozen=True)
 class Rating:
-    """Bradley-Terry on Elo's scale: 400 points are odds of ten to one; the mean over the entries is 1000."""
+    """Bradley-Terry on Elo's scale: 400 points are odds of ten to one, the mean is 1000."""
 
     entry: str
-    rating: float  # nan for one that no verdict names
+    rating: float  # nan for an entry without verdicts
     low: float
     high: float
 
@@ -49,85 +51,111 @@ class Standings:
     protocol: str
     matches: Sequence[Match]  # of entries that met, in the order of the entries
     ratings: Sequence[Rating]  # of all entries, the best one first
-    first_share: Interval  # of the answers "first" and "second", those that say "first"; 1/2: no position bias
+    first_share: Interval  # share of "first" among "first" and "second"; 1/2: no position bias
     counts: Mapping[str, int]  # verdict -> answers
+
+
+class _Lines:
+    """The prompts that were judged, and resamples of them."""
+
+    def __init__(self, judgements: Sequence[Judgement], settings: Any, rng: np.random.Generator):
+        lines = sorted({judgement.line for judgement in judgements})
+        self.row = {line: i for i, line in enumerate(lines)}
+        self.confidence = settings.confidence
+        self.draws = np.zeros((0, 0))  # float64 [resamples, lines]
+        if lines:
+            self.draws = draw(len(lines), settings.resamples, rng)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def interval(self, sums: np.ndarray, counts: np.ndarray) -> Interval:
+        """Of a ratio of sums over the lines; nan where fewer than two lines count."""
+        if not counts.sum():
+            return np.nan, np.nan, np.nan
+        value = float(sums.sum() / counts.sum())
+        if (counts > 0).sum() < 2:
+            return value, np.nan, np.nan
+        ends = ratio_intervals([self.draws], sums[:, None], counts, self.confidence)
+        low, high = ends[:, 0].tolist()
+        return value, low, high
 
 
 def standings(
     judgements: Sequence[Judgement],
     entries: Sequence[str],
-    settings,
+    settings: Any,
     rng: np.random.Generator,
     *,
     judge: str,
     protocol: str,
 ) -> Standings:
-    """`settings` is config.evaluate: `confidence` of the intervals, from `resamples` of the prompts.
+    """Add up the answers. settings: config.evaluate with its `confidence` and `resamples`.
 
-    A prompt is drawn with all its judgements, of every set and pair. Each interval is that of the percentiles, nan
-    where fewer than two prompts stand behind the number.
+    A prompt is resampled with all its judgements, of every set and pair. Intervals are percentile
+    intervals, nan if fewer than two prompts stand behind the number.
     """
-    lines = sorted({judgement.line for judgement in judgements})
-    draws = np.zeros((0, 0))
-    if lines:  # how often each of them is in each resample
-        draws = rng.multinomial(
-            len(lines), [1 / len(lines)] * len(lines), settings.resamples
-        ).astype(float)
-    row = {line: i for i, line in enumerate(lines)}
+    lines = _Lines(judgements, settings, rng)
 
-    def interval(total: np.ndarray, count: np.ndarray) -> Interval:
-        """Of a ratio of sums over the lines."""
-        if not count.sum():
-            return np.nan, np.nan, np.nan
-        value = float(total.sum() / count.sum())
-        if (count > 0).sum() < 2:
-            return value, np.nan, np.nan
-        with np.errstate(invalid="ignore"):
-            resampled = (draws @ total) / (draws @ count)
-        return value, *_percentiles(resampled, settings.confidence)
-
+    # -- Matches between entries that met.
+    orders = 2 if PROTOCOLS[protocol].both_orders else 1
     matches = []
     for i, a in enumerate(entries):
         for b in entries[i + 1 :]:
-            if found := [one for one in judgements if {one.first, one.second} == {a, b}]:
-                matches.append(
-                    _match(
-                        a, b, found, row, interval, 2 if PROTOCOLS[protocol]["both_orders"] else 1
-                    )
-                )
+            met = [
+                judgement
+                for judgement in judgements
+                if {judgement.first, judgement.second} == {a, b}
+            ]
+            if met:
+                matches.append(_match(a, b, met, lines, orders))
 
-    decided = np.zeros((2, len(lines)))  # said first, said either
+    # -- Position bias.
+    said_first = np.zeros(len(lines))
+    said_either = np.zeros(len(lines))
     for judgement in judgements:
         if judgement.verdict in ("first", "second"):
-            decided[:, row[judgement.line]] += judgement.verdict == "first", 1
+            said_first[lines.row[judgement.line]] += judgement.verdict == "first"
+            said_either[lines.row[judgement.line]] += 1
+
+    # Under `realgen` the photograph is always second: its strength and a position bias are one.
+    with_position = protocol != "realgen"
     counts = Counter(judgement.verdict for judgement in judgements)
     return Standings(
         judge=judge,
         protocol=protocol,
         matches=matches,
-        ratings=_ratings(judgements, entries, row, draws, settings.confidence, protocol),
-        first_share=interval(*decided),
+        ratings=_ratings(judgements, entries, lines, with_position),
+        first_share=lines.interval(said_first, said_either),
         counts={verdict: counts[verdict] for verdict in VERDICTS},
     )
 
 
-def _match(
-    a: str, b: str, found: Sequence[Judgement], row: Mapping[int, int], interval, orders: int
-) -> Match:
-    """`found` are the judgements of these two, `orders` how many a pair needs."""
-    pairs: dict[tuple[str, int], dict[str, float]] = {}  # {(set, line): {shown first: a's score}}
-    for one in found:
-        scores = pairs.setdefault((one.set, one.line), {})
-        if one.verdict in SCORES:
-            scores[one.first] = SCORES[one.verdict] if one.first == a else 1 - SCORES[one.verdict]
-    complete = {
-        key: sum(scores.values()) / orders for key, scores in pairs.items() if len(scores) == orders
-    }
-    total, count = np.zeros(len(row)), np.zeros(len(row))
+def _match(a: str, b: str, judgements: Sequence[Judgement], lines: _Lines, orders: int) -> Match:
+    """judgements: of these two entries; orders: how many judgements a pair needs."""
+    # -- {(set, line): {entry shown first: a's score}}
+    pairs: dict[tuple[str, int], dict[str, float]] = {}
+    for judgement in judgements:
+        scores = pairs.setdefault((judgement.set, judgement.line), {})
+        if judgement.verdict in SCORES:
+            score = SCORES[judgement.verdict]
+            scores[judgement.first] = score if judgement.first == a else 1 - score
+
+    # -- The mean score of each pair that is complete.
+    complete = {}
+    for key, scores in pairs.items():
+        if len(scores) == orders:
+            complete[key] = sum(scores.values()) / orders
+
+    # -- The win rate over them.
+    sums = np.zeros(len(lines))
+    counts = np.zeros(len(lines))
     for (_, line), score in complete.items():
-        total[row[line]] += score
-        count[row[line]] += 1
-    rate, low, high = interval(total, count)
+        sums[lines.row[line]] += score
+        counts[lines.row[line]] += 1
+    win_rate, low, high = lines.interval(sums, counts)
+
+    verdicts = Counter(judgement.verdict for judgement in judgements)
     return Match(
         a=a,
         b=b,
@@ -135,85 +163,103 @@ def _match(
         losses=sum(score < 0.5 for score in complete.values()),
         ties=sum(score == 0.5 for score in complete.values()),
         pairs=len(complete),
-        win_rate=rate,
+        win_rate=win_rate,
         low=low,
         high=high,
-        refused=sum(one.verdict == "refused" for one in found),
-        unreadable=sum(one.verdict == "unreadable" for one in found),
+        refused=verdicts["refused"],
+        unreadable=verdicts["unreadable"],
         incomplete=len(pairs) - len(complete),
     )
 
 
-def _ratings(judgements, entries, row, draws, confidence: float, protocol: str) -> list[Rating]:
-    answers = [one for one in judgements if one.verdict in SCORES]
-    rated = [name for name in entries if any(name in (one.first, one.second) for one in answers)]
-    values, low, high = (dict.fromkeys(entries, np.nan) for _ in range(3))
-    if rated:
-        place = {name: i for i, name in enumerate(rated)}
-        score, count = np.zeros(
-            (2, len(row), len(rated), len(rated))
-        )  # per line, shown first, shown second
-        for one in answers:
-            at = row[one.line], place[one.first], place[one.second]
-            score[at] += SCORES[one.verdict]
-            count[at] += 1
-        position = (
-            protocol != "realgen"
-        )  # there the photograph is always second: its strength and the bias are one
-        flat = [table.reshape(len(row), -1) for table in (score, count)]
-        strengths, _ = bradley_terry(
-            *(table.sum(0).reshape(1, len(rated), -1) for table in flat), position
-        )
-        values |= dict(zip(rated, 1000 + ELO * strengths[0], strict=True))
-        if len(row) > 1:
-            resampled = [(draws @ table).reshape(-1, len(rated), len(rated)) for table in flat]
-            strengths, _ = bradley_terry(*resampled, position)
-            ends = [_percentiles(1000 + ELO * column, confidence) for column in strengths.T]
-            low |= dict(zip(rated, (one[0] for one in ends), strict=True))
-            high |= dict(zip(rated, (one[1] for one in ends), strict=True))
-    ratings = [
-        Rating(name, float(values[name]), float(low[name]), float(high[name])) for name in entries
-    ]
-    return sorted(ratings, key=lambda one: (np.isnan(one.rating), -one.rating))
+def _ratings(
+    judgements: Sequence[Judgement], entries: Sequence[str], lines: _Lines, with_position: bool
+) -> list[Rating]:
+    """Every entry's rating with its interval, the best one first."""
+    answers = [judgement for judgement in judgements if judgement.verdict in SCORES]
+    named = {judgement.first for judgement in answers} | {judgement.second for judgement in answers}
+    rated = [name for name in entries if name in named]
+    columns = {name: i for i, name in enumerate(rated)}
+    values, low, high = _rate(answers, columns, lines, with_position)
+
+    ratings = []
+    for name in entries:
+        if name in columns:
+            i = columns[name]
+            rating = Rating(name, float(values[i]), float(low[i]), float(high[i]))
+        else:
+            rating = Rating(name, np.nan, np.nan, np.nan)
+        ratings.append(rating)
+    return sorted(ratings, key=lambda rating: (np.isnan(rating.rating), -rating.rating))
+
+
+def _rate(
+    answers: Sequence[Judgement], columns: Mapping[str, int], lines: _Lines, with_position: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ratings, low, high), each [k], of the k entries that `columns` numbers."""
+    k = len(columns)
+    if k == 0:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+
+    # -- Scores and answers by line, entry shown first, entry shown second.
+    score = np.zeros((len(lines), k, k))
+    count = np.zeros((len(lines), k, k))
+    for judgement in answers:
+        cell = lines.row[judgement.line], columns[judgement.first], columns[judgement.second]
+        score[cell] += SCORES[judgement.verdict]
+        count[cell] += 1
+
+    # -- Ratings of all answers.
+    strengths, _ = bradley_terry(score.sum(0)[None], count.sum(0)[None], with_position)
+    values = 1000 + ELO * strengths[0]
+    if len(lines) < 2:
+        return values, np.full(k, np.nan), np.full(k, np.nan)
+
+    # -- The same of every resample.
+    score_draws = (lines.draws @ score.reshape(len(lines), -1)).reshape(-1, k, k)
+    count_draws = (lines.draws @ count.reshape(len(lines), -1)).reshape(-1, k, k)
+    strengths, _ = bradley_terry(score_draws, count_draws, with_position)
+    low, high = percentile_interval(1000 + ELO * strengths, lines.confidence)
+    return values, low, high
 
 
 def bradley_terry(
-    score: np.ndarray, count: np.ndarray, position: bool
+    score: np.ndarray, count: np.ndarray, with_position: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Most likely strengths [r, k], of mean 0, and position terms [r], of r tables by themselves.
+    """Return the most likely strengths [r, k], of mean 0, and position terms [r], of r tables.
 
-    P(i beats j | i shown first) = 1 / (1 + exp(-(s_i - s_j + gamma))); without `position` gamma is 0.
-    `count` [r, k, k] are the answers of entry i shown first against j second, `score` the wins of i, ties as halves
-    (Bradley and Terry 1952; the term for the order as in Davidson and Beaver 1977). Newton's method on all tables at
-    once; the steps are bounded, so that it cannot overshoot.
+    P(i beats j | i shown first) = 1 / (1 + exp(-(s_i - s_j + gamma))), gamma 0 without a position
+    term. count [r, k, k]: answers with entry i shown first and j second; score: the wins of i among
+    them, ties as halves. Bradley and Terry 1952; the position term as in Davidson and Beaver 1977.
+    Newton's method on all tables at once, with bounded steps so that it cannot overshoot.
     """
     r, k, _ = count.shape
+
+    # -- The off-diagonal cells, each with its share of the prior.
     first, second = np.nonzero(~np.eye(k, dtype=bool))
     n = count[:, first, second] + PRIOR
     wins = score[:, first, second] + PRIOR / 2
+
+    # -- One row per cell: +1 and -1 for its entries, and the position term.
     design = np.zeros((len(first), k + 1))
     design[range(len(first)), first] = 1
     design[range(len(first)), second] = -1
-    design[:, k] = position
+    design[:, k] = with_position
     squares = (design[:, :, None] * design[:, None, :]).reshape(len(first), -1)
-    fixed = np.ones(
-        (k + 1, k + 1)
-    )  # a penalty on the sum of strengths, which the data leave open, and on an unused gamma
-    fixed[k], fixed[:, k], fixed[k, k] = 0, 0, not position
-    found = np.zeros((r, k + 1))
+
+    # -- A penalty on the sum of strengths, which the data leave open, and on an unused gamma.
+    penalty = np.ones((k + 1, k + 1))
+    penalty[k] = 0
+    penalty[:, k] = 0
+    penalty[k, k] = not with_position
+
+    parameters = np.zeros((r, k + 1))
     for _ in range(100):
-        p = 1 / (1 + np.exp(-found @ design.T))
-        gradient = (n * p - wins) @ design + found @ fixed
-        hessian = (n * p * (1 - p)) @ squares
-        step = np.linalg.solve(hessian.reshape(r, k + 1, k + 1) + fixed, gradient[:, :, None])[
-            :, :, 0
-        ]
-        found -= step / np.maximum(np.abs(step).max(1, keepdims=True), 1)
+        p = 1 / (1 + np.exp(-parameters @ design.T))
+        gradient = (n * p - wins) @ design + parameters @ penalty
+        hessian = ((n * p * (1 - p)) @ squares).reshape(r, k + 1, k + 1) + penalty
+        step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        parameters -= step / np.maximum(np.abs(step).max(1, keepdims=True), 1)
         if np.abs(step).max() < 1e-10:
             break
-    return found[:, :k], found[:, k]
-
-
-def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    ends = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(ends[0]), float(ends[1])
+    return parameters[:, :k], parameters[:, k]

@@ -1,7 +1,6 @@
-"""Evaluations within a run: test prompts on fixed noise, checks beside the reward, what is shown and kept of them."""
+"""Evaluations within a run: test prompts on fixed noise, and checks that nothing is trained on."""
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,88 +11,121 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from realgen_jax.files import whole_folder
 from realgen_jax.hosts import fetch, process_index, put, sum_over_processes
-from realgen_jax.models.flux.family import Pipeline
-from realgen_jax.nn.convert import save_transformer
-from realgen_jax.nn.lora import save_lora
+from realgen_jax.models.model import Model
 from realgen_jax.sharding import batch_sharding
-from realgen_jax.training.log import RunLog, short_name
+from realgen_jax.training.log import NoLog, RunLog, short_name
 from realgen_jax.training.programs import Programs
-from realgen_jax.training.run import Run
-from realgen_jax.training.scoring import scores_of_all, submit, weighted_mean
+from realgen_jax.training.run import EVALUATION, Run
+from realgen_jax.training.scoring import PendingBatch, scores_of_all, submit, weighted_mean
 
-EVAL = 0  # a stream of the run's root key, beside set_up.INIT and train.TRAIN
+SHOWN = 16  # prompts whose first picture is in the grids
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Test prompts on noise that is fixed per picture."""
+    """Pictures of the test prompts on noise that is fixed for each of them, and their scores.
+
+    pictures: uint8 [n, 3, H, W]. scores: {reward: float32 [n]}, held-out rewards included; "reward"
+    is the weighted mean of the trained ones. means: of the scores, of their spread within a prompt,
+    and the metrics. correlation: of each held-out reward with the trained one, over pictures.
+    details: what metrics.jsonl has besides.
+    """
 
     prompts: list[str]
-    pictures: np.ndarray  # uint8 [n, 3, H, W]
-    scores: dict[
-        str, np.ndarray
-    ]  # float32 [n] by reward, held-out ones too; "reward" is the trained ones' mean
-    means: dict[str, float]  # of the scores, of their spread within a prompt, and the metrics
-    correlation: dict[str, float]  # of each held-out reward with the trained one, over pictures
-    details: dict[str, float]  # what metrics.jsonl has besides
+    pictures: np.ndarray
+    scores: dict[str, np.ndarray]
+    means: dict[str, float]
+    correlation: dict[str, float]
+    details: dict[str, float]
 
 
 def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
-    """The last call is filled up with prompts from the front; what is over is neither kept nor counted."""
-    sample, reward = run.config.sample, run.config.reward
-    copies = sample.test_images_per_prompt
+    """Sample and score the test prompts."""
+    reward = run.config.reward
+    copies = run.config.sample.test_images_per_prompt
     prompts = [prompt for prompt in run.test_prompts for _ in range(copies)]
-    images, pending = [], []
-    for start in range(0, len(prompts), sample.test_batch_size):
-        ids = np.arange(start, start + sample.test_batch_size, dtype=np.int32)
-        texts = [prompts[i % len(prompts)] for i in ids]
-        ids = put(ids, batch_sharding(run.pipe.mesh))
-        images.append(programs.evaluate(trainable, run.cond(texts), run.key(EVAL), ids))
-        pending.append(submit(run, images[-1], texts))
-    pictures = [fetch(i) for i in images]
-    rows = pending[-1][1]
-    rows = rows[
-        : max(1, len(rows) // 2)
-    ]  # once more, in other company: a reward is to judge a picture by itself
-    second = run.bridge.submit(jnp.asarray(pictures[-1][rows]), [texts[i] for i in rows])
-    scores, again = scores_of_all(pending, len(texts)), scores_of_all([(second, rows)], len(texts))
-    twice = sum_over_processes(np.isin(np.arange(len(texts)), rows).astype(np.int32)) > 0
-    change = {name: (scores[name][-len(texts) :] - again[name])[twice] for name in again}
-    noise = {f"noise/{name}": np.sqrt(np.mean(values**2) / 2) for name, values in change.items()}
-    scores = {name: values[: len(prompts)] for name, values in scores.items()}
-    pictures = np.concatenate(pictures)[: len(prompts)]
+    pictures, scores, noise = _sample_and_score(run, programs, trainable, prompts)
     scores["reward"] = weighted_mean(scores, reward.fn)
+
+    # Means: of the scores, of their spread within a prompt, and the checks on the whole set.
     means = {name: float(values.mean()) for name, values in scores.items()}
-    means["prompt_std"] = float(scores["reward"].reshape(-1, copies).std(axis=1).mean())
-    means |= {name: metric(pictures) for name, metric in run.metrics.items()}
+    spread = scores["reward"].reshape(-1, copies).std(axis=1)
+    means["prompt_std"] = float(spread.mean())
+    for name, metric in run.metrics.items():
+        means[name] = metric(pictures)
+
+    # Correlations, where both sides vary.
     std = {name: values.std() for name, values in scores.items()}
-    correlation = {
-        name: float(np.corrcoef(scores[name], scores["reward"])[0, 1])
-        for name in reward.held_out
-        if std[name] > 0 and std["reward"] > 0
-    }
-    details = {f"std/{name}": value for name, value in std.items()} | noise
+    correlation = {}
+    for name in reward.held_out:
+        if std[name] > 0 and std["reward"] > 0:
+            correlation[name] = float(np.corrcoef(scores[name], scores["reward"])[0, 1])
+
+    details = {f"std/{name}": value for name, value in std.items()}
+    details |= {f"noise/{name}": value for name, value in noise.items()}
     details |= {f"correlation/{name}": value for name, value in correlation.items()}
     return Evaluation(prompts, pictures, scores, means, correlation, details)
 
 
+def _sample_and_score(
+    run: Run, programs: Programs, trainable: Any, prompts: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+    """Pictures uint8 [n, 3, H, W], {reward: float32 [n]}, and the noise of each reward.
+
+    The last call is filled up with prompts from the front; what is over is dropped.
+    """
+    batch_size = run.config.sample.test_batch_size
+    images = []
+    batches = []
+    for start in range(0, len(prompts), batch_size):
+        numbers = np.arange(start, start + batch_size, dtype=np.int32)
+        texts = [prompts[number % len(prompts)] for number in numbers]
+        ids = put(numbers, batch_sharding(run.model.mesh))
+        cond = run.cond(texts)
+        key = run.key(EVALUATION)
+        images.append(programs.evaluate(run.model, trainable, cond, key, ids))
+        batches.append(submit(run.scorer, images[-1], texts))
+    pictures = [fetch(array) for array in images]
+
+    # Score half of the last batch again in a different batch: a reward is to judge a picture by
+    # itself, whatever else is in the batch.
+    rows = batches[-1].rows
+    rows = rows[: max(1, len(rows) // 2)]
+    half = run.scorer.submit(jnp.asarray(pictures[-1][rows]), [texts[row] for row in rows])
+    scores = scores_of_all(batches, batch_size).rewards
+    again = scores_of_all([PendingBatch(half, rows)], batch_size).rewards
+
+    scored_twice = sum_over_processes(np.isin(np.arange(batch_size), rows).astype(np.int32)) > 0
+    noise = {}
+    for name, values in again.items():
+        change = (scores[name][-batch_size:] - values)[scored_twice]
+        noise[name] = np.sqrt(np.mean(change**2) / 2)
+
+    scores = {name: values[: len(prompts)] for name, values in scores.items()}
+    return np.concatenate(pictures)[: len(prompts)], scores, noise
+
+
 def drift(start: Mapping[str, float], now: Mapping[str, float], reward: ConfigDict) -> list[str]:
-    """What got worse since the start while the reward rose: signs that the reward is being hacked."""
+    """What got worse since the start while the reward rose: signs that the reward is exploited."""
     if now["reward"] <= start["reward"]:
         return []
-    worse = [n for n in reward.held_out if now[n] < start[n] - 0.02]
-    worse += [n for n in reward.metrics if now[n] > 1.05 * start[n]]
-    worse += ["prompt_std"] if now["prompt_std"] < 0.25 * start["prompt_std"] else []
+    worse = [name for name in reward.held_out if now[name] < start[name] - 0.02]
+    worse += [name for name in reward.metrics if now[name] > 1.05 * start[name]]
+    if now["prompt_std"] < 0.25 * start["prompt_std"]:
+        worse.append("prompt_std")
     return [f"{name} {start[name]:.3f} -> {now[name]:.3f}" for name in worse]
 
 
 def fallen(peaks: dict[str, dict], now: Mapping[str, float], reward: ConfigDict) -> list[str]:
-    """Held-out rewards that lay `stop_drop` below their best for `stop_patience` evaluations in a row, while the
-    trained reward was above what it was at that best: the detectors are being fooled, and the run ends. `peaks` is
-    what it remembers from one evaluation to the next.
+    """Held-out rewards that say that the run must end, a line each.
+
+    A reward is listed when it was `stop_drop` below its best for `stop_patience` evaluations in a
+    row, while the trained reward was above its value at that best. `peaks` is what is remembered
+    from one evaluation to the next.
     """
-    found = []
+    reasons = []
     for name in reward.held_out:
         if name not in peaks or now[name] > peaks[name]["best"]:
             peaks[name] = {"best": now[name], "reward": now["reward"], "falls": 0}
@@ -101,77 +133,114 @@ def fallen(peaks: dict[str, dict], now: Mapping[str, float], reward: ConfigDict)
         low = now[name] < peak["best"] - reward.stop_drop and now["reward"] > peak["reward"]
         peak["falls"] = peak["falls"] + 1 if low else 0
         if 0 < reward.stop_patience <= peak["falls"]:
-            found.append(
-                f"{name} fell from {peak['best']:.4g} to {now[name]:.4g} while the reward rose from "
-                f"{peak['reward']:.4g} to {now['reward']:.4g}"
+            reasons.append(
+                f"{name} fell from {peak['best']:.4g} to {now[name]:.4g} while the reward rose "
+                f"from {peak['reward']:.4g} to {now['reward']:.4g}"
             )
-    return found
+    return reasons
 
 
-def export(folder: Path, pipe: Pipeline, trainable: Any) -> Path:
-    """A LoRA file that diffusers loads, or the whole transformer as a diffusers folder, in place of an older one.
+def export(folder: Path, model: Model, trainable: Any) -> Path:
+    """Write what diffusers loads, a LoRA or a transformer, in place of an older one.
 
     All processes must call it; the first one writes.
     """
-    part = folder.with_name(folder.name + ".part")
-    if process_index() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-    if pipe.lora is None:
-        save_transformer(part / "transformer", pipe.model, trainable)
-    elif process_index() == 0:
-        save_lora(part / "pytorch_lora_weights.safetensors", trainable, pipe.lora)
-    if process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+    if process_index():
+        model.trainable.save(model, folder, trainable)
+        return folder
+    with whole_folder(folder) as part:
+        model.trainable.save(model, part, trainable)
     return folder
 
 
+def evaluate_if_due(
+    run: Run,
+    programs: Programs,
+    log: RunLog | NoLog,
+    epoch: int,
+    trainable: Any,
+    history: dict[str, Any],
+) -> bool:
+    """Evaluate every `eval_freq` epochs and at the end. Returns whether the run ends here."""
+    last = epoch == run.config.num_epochs
+    if epoch % run.config.eval_freq and not last:
+        return False
+    reasons = evaluate_and_report(run, programs, log, epoch, trainable, history)
+    if reasons:
+        log.say(f"[bold red]stopped[/bold red] after {epoch} epochs: {'; '.join(reasons)}")
+    return last or bool(reasons)
+
+
 @partial(jax.profiler.annotate_function, name="evaluate")
-def report(
-    run: Run, programs: Programs, log: RunLog, epoch: int, trainable: Any, history: dict[str, Any]
+def evaluate_and_report(
+    run: Run,
+    programs: Programs,
+    log: RunLog | NoLog,
+    epoch: int,
+    trainable: Any,
+    history: dict[str, Any],
 ) -> list[str]:
-    """Evaluate, and show it: figures, pictures, a warning where checks fall while the reward rises. Keep the best.
+    """Evaluate; log figures, pictures and warnings; keep the best weights.
 
-    Returns why the run must end here, if it must.
+    Returns why the run must end here, if it must. `history` is remembered between evaluations.
     """
-    config, reward = run.config, run.config.reward
-    found = evaluate(run, programs, trainable)
-    log.metrics("eval", epoch, found.means | found.details)
-    reasons = fallen(history.setdefault("peaks", {}), found.means, reward)
-    shown = np.arange(0, len(found.prompts), config.sample.test_images_per_prompt)[
-        :16
-    ]  # a prompt's first picture
+    config = run.config
+    evaluation = evaluate(run, programs, trainable)
+    log.metrics("eval", epoch, evaluation.means | evaluation.details)
+    reasons = fallen(history.setdefault("peaks", {}), evaluation.means, config.reward)
 
-    def captions(of: Mapping[str, np.ndarray], label: str) -> list[str]:
-        figures = [
-            ", ".join(f"{short_name(n)} {of[n][k]:.2f}" for n in reward.fn)
-            for k in range(len(shown))
-        ]
-        return [
-            label.format(found.prompts[i]) + text for i, text in zip(shown, figures, strict=True)
-        ]
+    last = epoch == config.num_epochs or bool(reasons)
+    first = "start" not in history
+    start = history.setdefault("start", evaluation.means)
+    _show_pictures(run, log, epoch, evaluation, first, last)
 
-    now, pictures = {name: found.scores[name][shown] for name in reward.fn}, found.pictures[shown]
-    log.pictures(f"epoch_{epoch:06}", epoch, [pictures], [captions(now, "{}\n")])
-    first = run.folder / "samples" / "start.npz"
-    if "start" not in history:
-        history["start"] = found.means
-        if process_index() == 0:
-            np.savez(first, pictures=pictures, **now)
-    elif epoch == config.num_epochs or reasons:
-        with np.load(first) as start:
-            rows, texts = (
-                (start["pictures"], pictures),
-                (captions(start, "{}\nbefore: "), captions(now, "after: ")),
-            )
-            log.say(
-                f"before and after, from the same noise: {log.pictures('before_after', epoch, rows, texts)}"
-            )
-    if epoch and ("best" not in history or found.means["reward"] > history["best"]["reward"]):
-        history["best"] = {"epoch": epoch, **found.means}
-        export(run.folder / "best", run.pipe, trainable)
-    worse = drift(history["start"], found.means, reward)
-    log.evaluation(
-        epoch, history["start"], found.means, ["reward", *reward.fn], found.correlation, worse
-    )
+    # The weights of the best evaluation after the start.
+    reward = evaluation.means["reward"]
+    if epoch and ("best" not in history or reward > history["best"]["reward"]):
+        history["best"] = {"epoch": epoch, **evaluation.means}
+        export(run.folder / "best", run.model, trainable)
+
+    worse = drift(start, evaluation.means, config.reward)
+    trained = ["reward", *config.reward.fn]
+    log.evaluation(epoch, start, evaluation.means, trained, evaluation.correlation, worse)
     return reasons
+
+
+def _show_pictures(
+    run: Run, log: RunLog | NoLog, epoch: int, evaluation: Evaluation, first: bool, last: bool
+) -> None:
+    """The grid of an evaluation; at the end also one of before and after, from the same noise."""
+    copies = run.config.sample.test_images_per_prompt
+    shown = np.arange(0, len(evaluation.prompts), copies)[:SHOWN]  # a prompt's first picture
+    pictures = evaluation.pictures[shown]
+    scores = {name: evaluation.scores[name][shown] for name in run.config.reward.fn}
+    prompts = [evaluation.prompts[number] for number in shown]
+    figures = _captions(scores)
+    captions = [f"{prompt}\n{text}" for prompt, text in zip(prompts, figures, strict=True)]
+    log.pictures(f"epoch_{epoch:06}", epoch, [pictures], [captions])
+
+    start_file = run.folder / "samples" / "start.npz"
+    if first:
+        if process_index() == 0:
+            np.savez(start_file, pictures=pictures, **scores)
+    elif last:
+        with np.load(start_file) as start:
+            before = []
+            for prompt, text in zip(prompts, _captions(start, scores), strict=True):
+                before.append(f"{prompt}\nbefore: {text}")
+            after = [f"after: {text}" for text in figures]
+            rows = (start["pictures"], pictures)
+            file = log.pictures("before_after", epoch, rows, (before, after))
+        log.say(f"before and after, from the same noise: {file}")
+
+
+def _captions(
+    scores: Mapping[str, np.ndarray], names: Sequence[str] | Mapping | None = None
+) -> list[str]:
+    """One line a picture with its scores [n] by reward."""
+    names = list(scores if names is None else names)
+    captions = []
+    for number in range(len(scores[names[0]])):
+        parts = [f"{short_name(name)} {scores[name][number]:.2f}" for name in names]
+        captions.append(", ".join(parts))
+    return captions

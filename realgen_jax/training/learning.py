@@ -1,99 +1,108 @@
-"""Rewards that learn, within a run: made from the config, told when to learn, kept in its checkpoints."""
+"""Rewards that learn, within a run: when they learn, and what a checkpoint keeps of them."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from realgen_jax.checkpoint import RestoreError
-from realgen_jax.hosts import coordinator_host, process_count, process_index, tell
-from realgen_jax.training.log import RunLog
-from reward_bridge.adversary import Adversary, Settings, join
-from reward_bridge.bridge import PendingScores
-from reward_bridge.learners import make_learner
-from reward_bridge.references import References
-
-if TYPE_CHECKING:
-    from realgen_jax.training.run import Run
-
-ADVERSARIES = (
-    3  # a stream of the run's root key, beside evaluation.EVAL, train.TRAIN and set_up.INIT
-)
+from realgen_jax.checkpoint import Checkpoints, RestoreError
+from realgen_jax.hosts import process_index
+from realgen_jax.training.scoring import BatchScores, Pending, Scorer
 
 
-def make_adversaries(
-    config: ConfigDict, devices: Mapping[str, str], prompts: Sequence[str]
-) -> dict[str, Adversary]:
-    """The rewards that `config.reward.adversarial` names. Several processes meet, to average gradients."""
-    reward, made = config.reward, {}
-    if not reward.adversarial:
-        return made
-    settings = {
-        name: Settings.read(name, given) for name, given in reward.adversarial.to_dict().items()
-    }
-    references = References(reward.references.path, reward.references.root, prompts)
-    groups = {}
-    if process_count() > 1:
-        groups = join(tell, coordinator_host(), process_index(), process_count(), list(settings))
-    for name, one in settings.items():
-        options = reward.options.to_dict().get(name, {}) | dict(one.options)
-        learner = make_learner(name, devices[name], options)
-        made[name] = Adversary(name, learner, one, references, devices[name], groups.get(name))
-    return made
+class LearningReward(Protocol):
+    """What a run sees of a reward that learns; reward_bridge.adversary.Adversary is one."""
+
+    settings: Any  # the values of config.reward.adversarial.NAME
+
+    def due(self, epoch: int, generated: float, references: float) -> bool:
+        """Whether its schedule has it learn, by the epoch's mean scores."""
+
+    def forget(self) -> None:
+        """Drop the pairs that were observed in this epoch."""
+
+    def state(self) -> bytes:
+        """What a checkpoint keeps."""
+
+    def restore(self, state: bytes, with_history: bool) -> None:
+        """Go on from a checkpoint. Raises ValueError for a state that is not its own."""
 
 
-def draw_seeds(run: "Run", epoch: int, count: int) -> list[int]:
-    """`count` whole numbers below 2^32 for an epoch, this process's own: of reference pictures, then of updates."""
-    key = jax.random.fold_in(jax.random.fold_in(run.key(ADVERSARIES), epoch), process_index())
+@dataclass(frozen=True)
+class Learning:
+    """An epoch's learning: metrics on their way, and whether the generator rests meanwhile."""
+
+    pending: Pending
+    generator_rests: bool
+
+    def result(self) -> dict[str, float]:
+        """Wait for it: {"learning/REWARD/METRIC": value}."""
+        metrics = {}
+        for name, values in self.pending.result().items():
+            for key, value in values.items():
+                metrics[f"learning/{name}/{key}"] = value
+        return metrics
+
+
+def draw_seeds(key: jax.Array, epoch: int, count: int) -> list[int]:
+    """`count` whole numbers below 2^32 for an epoch, different in every process."""
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), process_index())
     return np.asarray(jax.random.bits(key, (count,))).tolist()
 
 
 def begin_learning(
-    run: "Run", epoch: int, means: Mapping[str, float], seeds: Sequence[int]
-) -> tuple[PendingScores, bool]:
-    """Have those learn whose schedule says so, from the epoch's mean scores "NAME" and "NAME/references".
-
-    Returns what they are about to find, and whether the generator rests meanwhile.
-    """
+    scorer: Scorer,
+    rewards: Mapping[str, LearningReward],
+    epoch: int,
+    scores: BatchScores,
+    seeds: Sequence[int],
+) -> Learning:
+    """Have those rewards learn whose schedule says so, by the epoch's scores. seeds: one each."""
+    generated = scores.means()
+    references = scores.reference_means()
     chosen = {}
-    for (name, one), seed in zip(run.adversaries.items(), seeds, strict=True):
-        if one.due(epoch, means[name], means[f"{name}/references"]):
+    for (name, reward), seed in zip(rewards.items(), seeds, strict=True):
+        if reward.due(epoch, generated[name], references[name]):
             chosen[name] = seed
         else:
-            one.forget()
-    pending = run.bridge.learn(
-        chosen, {name: run.adversaries[name].settings.deadline for name in chosen}
-    )
-    return pending, any(run.adversaries[name].settings.skip_generator for name in chosen)
+            reward.forget()
+    deadlines = {name: rewards[name].settings.deadline for name in chosen}
+    rests = any(rewards[name].settings.skip_generator for name in chosen)
+    return Learning(scorer.learn(chosen, deadlines), rests)
 
 
-def files(run: "Run") -> dict[str, bytes]:
+def files(rewards: Mapping[str, LearningReward]) -> dict[str, bytes]:
     """What a checkpoint keeps of the rewards that learn: a file for each and for every process."""
-    return {_file(name, process_index()): one.state() for name, one in run.adversaries.items()}
+    return {_file(name, process_index()): reward.state() for name, reward in rewards.items()}
 
 
-def restore(run: "Run", epoch: int, log: RunLog) -> None:
-    """Be as when the checkpoint was taken. A process that there was not then begins with an empty history.
+def restore(
+    rewards: Mapping[str, LearningReward],
+    checkpoints: Checkpoints,
+    epoch: int,
+    warn: Callable[[str], None],
+) -> None:
+    """Restore the rewards that learn from a checkpoint.
 
-    Raises RestoreError where the checkpoint does not hold what this run's rewards have learnt.
+    Processes that were added since then start with an empty history. Raises RestoreError if the
+    checkpoint does not hold the state of one of these rewards.
     """
-    for name, one in run.adversaries.items():
-        own = run.checkpoints.read(epoch, _file(name, process_index()))
-        first = own if own is not None else run.checkpoints.read(epoch, _file(name, 0))
-        if first is None:
+    for name, reward in rewards.items():
+        own = checkpoints.read(epoch, _file(name, process_index()))
+        state = own if own is not None else checkpoints.read(epoch, _file(name, 0))
+        if state is None:
             raise RestoreError(
-                f"checkpoint {epoch} holds no state of the reward {name!r}: it did not learn in that run"
+                f"checkpoint {epoch} holds no state of the reward {name!r}: "
+                "it did not learn in that run"
             )
         try:
-            one.restore(first, with_history=own is not None)
+            reward.restore(state, with_history=own is not None)
         except ValueError as error:
             raise RestoreError(f"checkpoint {epoch}: {error}") from error
         if own is None:
-            log.say(
-                f"[bold red]warning[/bold red] {name} had fewer replicas before: a new one starts without history"
-            )
+            warn(f"{name} had fewer replicas before: this new one starts without a history")
 
 
 def _file(name: str, process: int) -> str:

@@ -1,125 +1,51 @@
-"""What a run leaves and shows: config.json, metrics.jsonl, TensorBoard events, picture grids, and the terminal."""
+"""What a run records and shows: metrics.jsonl, TensorBoard, pictures and the terminal."""
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from tensorboardX import SummaryWriter
 
-from realgen_jax.objectives.grpo import zero_spread
-
-TILE = 192  # a picture's side in a grid, at least
-# What a resumed run may change: where and how long it runs, not what it computes, but for the rounding of another mesh
-# or a moved reward.
-FREE_KEYS = (
-    "run_name", "run_root", "num_epochs", "save_freq", "eval_freq", "num_checkpoint_limit", "save_failure",
-    "preemption_grace", "wandb_project", "profile.*", "compilation_cache", "mesh.*", "prompts.cache", "prompts.device",
-    "reward.deadline", "reward.retries", "reward.stop_*",
-    "reward.batch_size", "reward.device", "reward.devices.*", "reward.share_gpu", "reward.options.*.servers",
-    "reward.options.*.deadline", "reward.options.*.attempts", "reward.options.*.token_env",
-    "reward.adversarial.*.deadline", "evaluate.*",
-)  # fmt: skip
-
-
-def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
-    """root/<name>, by default preset, date and time; to resume, by default the preset's latest run.
-
-    A fresh run refuses a folder that holds one, a resumed run needs it.
-    """
-    if resume and not name:
-        runs = [file.parent for file in Path(root).glob(f"{preset}-*/config.json")]
-        if not runs:
-            raise FileNotFoundError(
-                f"{root}/ holds no run of preset {preset!r} to resume; name it: --config.run_name="
-            )
-        return max(runs, key=lambda folder: folder.stat().st_mtime)
-    folder = Path(root) / (name or f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    if resume and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} is no run that could be resumed: it has no config.json")
-    if not resume and (folder / "config.json").exists():
-        raise FileExistsError(
-            f"{folder} exists; go on with that run with --resume, or choose another --config.run_name"
-        )
-    return folder
-
-
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """A line for each key in which two configs (as JSON) differ: those a resumed run may change, and the others."""
-    before, now = _flat(before), _flat(json.loads(json.dumps(now)))
-    free, others = [], []
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            lines = free if any(fnmatchcase(key, pattern) for pattern in FREE_KEYS) else others
-            lines.append(f"  config.{key}: {before.get(key)!r} then, {now.get(key)!r} now")
-    return free, others
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, creating it; raises FileExistsError where another process does. The lock ends with the
-    process, however that ends. A folder in which nothing came about is removed again.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"{folder} is in use: a run of this name is going on; wait for its end, or choose another "
-                "--config.run_name"
-            ) from error
-        try:
-            yield
-        finally:
-            if [entry.name for entry in folder.iterdir()] == ["lock"]:
-                (folder / "lock").unlink()
-                folder.rmdir()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file so that whoever opens it, after a kill too, finds the old text or the new one."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text)
-    part.replace(file)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+from realgen_jax.advantages import zero_spread
+from realgen_jax.files import read_jsonl, write_whole
+from realgen_jax.training.pictures import break_rows, picture_grid
+from realgen_jax.training.progress import progress_columns
 
 
 class RunLog:
-    """The files of one run folder and its progress bar. Rows of metrics.jsonl carry "epoch" and a "kind"."""
+    """The records in a run's folder, and its progress bar.
+
+    Args:
+      folder: the run's folder.
+      config: the run's config; written to config.json.
+      start: the epochs that a resumed run has already finished.
+      epochs: the epochs that the run is to have.
+      wandb_project: also log to this Weights & Biases project; "" for none.
+    """
 
     def __init__(
         self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str
     ):
-        self.folder, self.console = folder, Console(highlight=False)
+        self.folder = folder
+        self.console = Console(highlight=False)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        self._file = _rows_before(folder / "metrics.jsonl", start).open("a")
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start + 1 if start else None
-        )
-        self._held_out: dict[str, float] = {}
+
+        # Records. A resumed run overwrites those of the epochs that it repeats.
+        metrics_file = folder / "metrics.jsonl"
+        _keep_rows_before(metrics_file, start)
+        self._file = metrics_file.open("a")
+        purge_step = start + 1 if start else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         self._wandb = None
         if wandb_project:
-            import wandb
+            import wandb  # optional dependency
 
             self._wandb = wandb.init(
                 project=wandb_project,
@@ -128,15 +54,14 @@ class RunLog:
                 config=dict(config),
                 resume="allow",
             )
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, TextColumn("left"), console=self.console)
+
+        # The progress bar, with the figures of the last epoch below it: beside the bar they would
+        # not fit on a narrow terminal.
+        self._progress = Progress(*progress_columns(), console=self.console)
         self._task = self._progress.add_task("epoch", total=epochs, completed=start)
-        self._figures = ""  # of the last epoch, under the bar: beside it they would squeeze it off a narrow terminal
+        self._epochs = epochs
+        self._figures = ""
+        self._held_out: dict[str, float] = {}  # scores of the last evaluation
         self._live = Live(
             get_renderable=lambda: Group(self._progress, self._figures), console=self.console
         )
@@ -154,84 +79,70 @@ class RunLog:
             self._wandb.finish()
 
     def say(self, text: str) -> None:
+        """Print a line, with rich's markup."""
         self.console.print(text, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.say(f"[bold red]warning[/bold red] {text}")
+
     def metrics(self, kind: str, epoch: int, values: Mapping[str, float]) -> None:
-        """One row: kind is "train" or "eval", epoch counts finished epochs."""
-        row = {"kind": kind, "epoch": epoch, **{k: float(f"{v:.8g}") for k, v in values.items()}}
+        """Record one row. kind: "train" or "eval"; epoch: the number of finished epochs."""
+        row = {"kind": kind, "epoch": epoch}
+        for key, value in values.items():
+            row[key] = float(f"{value:.8g}")
+            self._board.add_scalar(f"{kind}/{key}", value, epoch)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for key, value in values.items():
-            self._board.add_scalar(f"{kind}/{key}", value, epoch)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step=epoch)
 
     def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
-        """Move the bar; where there is no terminal, a line instead."""
+        """Move the progress bar; without a terminal, print a line instead."""
         self._figures = "  ".join(f"{name} {value}" for name, value in figures.items())
         self._progress.update(self._task, completed=epoch)
         if not self.console.is_terminal:
-            self.console.print(
-                f"epoch {epoch}/{int(self._progress.tasks[0].total)}  {self._figures}",
-                soft_wrap=True,
-            )
+            self.say(f"epoch {epoch}/{self._epochs}  {self._figures}")
 
     def train(
         self,
         epoch: int,
         scores: Mapping[str, np.ndarray],
         reward: np.ndarray,
-        steps: Sequence[Mapping],
+        steps: Mapping[str, float],
         seconds: Mapping[str, float],
-        scoring: Mapping[str, float],
-        learnt: Mapping[str, float],
+        details: Mapping[str, float],
     ) -> None:
-        """An epoch's row. scores [groups, size] by reward, their weighted mean `reward`, each optimizer step's metrics,
-        seconds by phase, which add up to the epoch, the seconds that each reward was at work meanwhile, and what those
-        that learn have found. There are no steps where the generator rests for them.
+        """Record a training epoch and show its main figures.
+
+        Args:
+          epoch: the number of finished epochs.
+          scores: each trained reward's scores, [groups, size].
+          reward: their weighted mean, [groups, size].
+          steps: the columns about its optimizer steps, as `step_columns` returns them.
+          seconds: the time of each phase; together they are the epoch's.
+          details: further columns, such as "seconds/scoring/NAME" and "learning/NAME/KEY".
         """
-        flat = {name: zero_spread(r.astype(np.float64)) for name, r in scores.items()}
-        std = {name: r.std(axis=1).mean() for name, r in scores.items()}
-        row = {f"reward/{name}": r.mean() for name, r in scores.items()}
-        row |= {f"reward_std/{name}": value for name, value in std.items()}
-        row |= {f"zero_spread/{name}": groups.mean() for name, groups in flat.items()}
-        row |= {
-            "reward": reward.mean(),
-            "reward_std": reward.std(axis=1).mean(),
-            "steps": len(steps),
-        }
-        row["zero_spread"] = np.logical_and.reduce(
-            list(flat.values())
-        ).mean()  # groups that teach nothing
-        if min(std.values()) > 0:
-            row["std_ratio"] = max(std.values()) / min(std.values())
-        for name in steps[0] if steps else ():
-            values = [float(step[name]) for step in steps]
-            row[name] = max(values) if name == "ratio_deviation" else np.mean(values)
-        if steps:  # before any weight moved: rounding alone
-            row["first_ratio_deviation"] = float(steps[0]["ratio_deviation"])
-        row |= learnt
-        row |= {f"seconds/{name}": s for name, s in {**seconds, **scoring}.items()}
-        row |= {f"memory/{where}": used for where, used in memory().items()}
+        row = {**score_columns(scores, reward), **steps, **details}
+        row |= {f"seconds/{phase}": value for phase, value in seconds.items()}
+        row |= {f"memory/{place}": size for place, size in memory().items()}
         row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
+
         figures = {"reward": f"{row['reward']:.3f}"}
-        figures |= {
-            short_name(name): f"{row[f'reward/{name}']:.3f}" for name in scores if len(scores) > 1
-        }
-        figures |= {
-            short_name(key.removeprefix("learning/")): f"{learnt[key]:.2f}"
-            for key in learnt
-            if "accuracy" in key
-        }
-        figures |= {"|ratio-1|": f"{row['first_ratio_deviation']:.0e}"} if steps else {}
+        if len(scores) > 1:
+            for name in scores:
+                figures[short_name(name)] = f"{row[f'reward/{name}']:.3f}"
+        for key, value in details.items():
+            if key.startswith("learning/") and "accuracy" in key:
+                figures[short_name(key.removeprefix("learning/"))] = f"{value:.2f}"
+        if "first_ratio_deviation" in row:
+            figures["|ratio-1|"] = f"{row['first_ratio_deviation']:.0e}"
         figures["img/s"] = f"{row['images_per_second']:.1f}"
         if self._held_out:
-            shown = ", ".join(
-                f"{short_name(name)} {value:.3f}" for name, value in self._held_out.items()
-            )
-            figures |= {"| last evaluation:": shown}
+            held_out = [f"{short_name(name)} {score:.3f}" for name, score in self._held_out.items()]
+            figures["| last evaluation:"] = ", ".join(held_out)
         self.progress(epoch, figures)
 
     def evaluation(
@@ -243,30 +154,38 @@ class RunLog:
         correlation: Mapping[str, float],
         drift: Sequence[str],
     ) -> None:
-        """An evaluation's figures beside those of the start: what is trained on, then the checks, and a warning where
-        `drift` names any of these. `correlation` is that of held-out rewards, which the progress bar repeats, with the
-        reward, picture by picture.
+        """Print the figures of an evaluation.
+
+        Args:
+          epoch: the number of finished epochs.
+          start: the figures of the run's first evaluation; `now` itself if this is the first.
+          now: the figures of this evaluation.
+          trained: the names of those that are trained on; the others are checks.
+          correlation: of each held-out reward with the trained one, over pictures.
+          drift: the checks that got worse while the reward rose; each gets a warning.
         """
+        # The progress bar repeats the held-out rewards until the next evaluation.
         self._held_out = {name: now[name] for name in correlation}
+
+        def describe(name: str) -> str:
+            text = f"{short_name(name)} "
+            if now is not start:
+                text += f"{start[name]:.3f} -> "
+            text += f"{now[name]:.3f}"
+            if name in correlation:
+                text += f" (r {correlation[name]:+.2f})"
+            return text
+
+        checks = [name for name in now if name not in trained]
         self.say(f"[bold]evaluation, epoch {epoch}[/bold]")
-        for label, names in (
-            ("trained on", trained),
-            ("checks", [name for name in now if name not in trained]),
-        ):
-            before = ["" if now is start else f"{start[name]:.3f} -> " for name in names]
-            after = [
-                f" (r {correlation[name]:+.2f})" if name in correlation else "" for name in names
-            ]
-            shown = (
-                f"{short_name(n)} {old}{now[n]:.3f}{r}"
-                for n, old, r in zip(names, before, after, strict=True)
-            )
-            self.say(f"  {label:<12}{'   '.join(shown)}")
+        self.say(f"  {'trained on':<12}{'   '.join(map(describe, trained))}")
+        self.say(f"  {'checks':<12}{'   '.join(map(describe, checks))}")
         if correlation and now is start:
-            self.say("  r: correlation with the reward, picture by picture")
+            self.say("  r: correlation with the reward over pictures")
         if drift:
             self.say(
-                f"[bold red]warning[/bold red] the reward rises while this gets worse: {', '.join(drift)}"
+                "[bold red]warning[/bold red] the reward rises while these get worse: "
+                f"{', '.join(drift)}"
             )
 
     def pictures(
@@ -277,14 +196,16 @@ class RunLog:
         captions: Sequence[Sequence[str]],
         columns: int = 8,
     ) -> Path:
-        """Save `samples/<name>.png`. rows: arrays uint8 [n, 3, h, w] that stand under one another, picture by picture;
-        captions: one text a picture for each of them. Lines break after `columns` pictures.
+        """Save a picture grid as `samples/<name>.png` and return the file.
+
+        Args:
+          name: of the file.
+          epoch: the number of finished epochs.
+          rows: uint8 [n, 3, h, w]; the i-th pictures of all rows stand below each other.
+          captions: n captions for each row.
+          columns: rows break after this many pictures.
         """
-        lines, texts = [], []
-        for first in range(0, len(rows[0]), columns):
-            lines += [row[first : first + columns] for row in rows]
-            texts += [caption[first : first + columns] for caption in captions]
-        grid = picture_grid(lines, texts)
+        grid = picture_grid(*break_rows(rows, captions, columns))
         file = self.folder / "samples" / f"{name}.png"
         grid.save(file)
         self._board.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
@@ -296,7 +217,7 @@ class RunLog:
 
 
 class NoLog:
-    """In place of a RunLog in every process but the first: says, draws and writes nothing."""
+    """A RunLog that does nothing, for all processes except the first."""
 
     def __enter__(self) -> "NoLog":
         return self
@@ -307,74 +228,92 @@ class NoLog:
         return lambda *args, **kwargs: None
 
 
+def score_columns(scores: Mapping[str, np.ndarray], reward: np.ndarray) -> dict[str, float]:
+    """Return the columns about an epoch's scores [groups, size] and their weighted mean `reward`.
+
+    A group without spread has equal scores up to rounding; it contributes no advantage.
+    """
+    means = {}
+    spreads = {}
+    without_spread = {}
+    for name, values in scores.items():
+        means[name] = values.mean()
+        spreads[name] = values.std(axis=1).mean()
+        without_spread[name] = zero_spread(values.astype(np.float64))
+
+    columns = {f"reward/{name}": mean for name, mean in means.items()}
+    columns |= {f"reward_std/{name}": spread for name, spread in spreads.items()}
+    columns |= {f"zero_spread/{name}": flat.mean() for name, flat in without_spread.items()}
+    columns["reward"] = reward.mean()
+    columns["reward_std"] = reward.std(axis=1).mean()
+
+    # Groups that no reward can tell apart
+    columns["zero_spread"] = np.logical_and.reduce(list(without_spread.values())).mean()
+    if min(spreads.values()) > 0:
+        columns["std_ratio"] = max(spreads.values()) / min(spreads.values())
+    return columns
+
+
+def step_columns(
+    steps: Sequence[Mapping[str, Any]], largest: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the columns about an epoch's optimizer steps.
+
+    steps: the metrics of each step; empty if the generator was not trained. They are averaged, but
+    for names in `largest` the largest value counts, and the first one has a column of its own:
+    before the first step no weight has moved.
+    """
+    columns = {"steps": len(steps)}
+    if not steps:
+        return columns
+
+    for name in steps[0]:
+        values = [float(step[name]) for step in steps]
+        columns[name] = max(values) if name in largest else np.mean(values)
+        if name in largest:
+            columns[f"first_{name}"] = values[0]
+    return columns
+
+
 def memory() -> dict[str, int]:
-    """Bytes in use now: of the host by this process (where /proc tells) and of its first device by live arrays."""
-    used, status, device = {}, Path("/proc/self/status"), jax.local_devices()[0]
+    """Return the bytes in use now, of the host by this process and of its first device.
+
+    The host's are known on Linux only. For a device without statistics (the CPU), they are those
+    of all live arrays.
+    """
+    used = {}
+    status = Path("/proc/self/status")
     if status.exists():
-        used["host"] = 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])
-    statistics = device.memory_stats()  # None on a CPU
-    arrays = (
-        shard
-        for array in jax.live_arrays()
-        for shard in array.addressable_shards
-        if shard.device == device
-    )
-    used["device"] = (
-        statistics["bytes_in_use"] if statistics else sum(shard.data.nbytes for shard in arrays)
-    )
+        kibibytes = status.read_text().split("VmRSS:")[1].split()[0]
+        used["host"] = 1024 * int(kibibytes)
+
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats()
+    if statistics:
+        used["device"] = statistics["bytes_in_use"]
+        return used
+
+    used["device"] = 0
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            if shard.device == device:
+                used["device"] += shard.data.nbytes
     return used
 
 
 def short_name(name: str) -> str:
+    """Return a reward's name as the terminal and reports show it."""
     return name.removeprefix("embedded_").replace("_", " ")
 
 
-def _rows_before(file: Path, epoch: int) -> Path:
-    """Drop the rows that a resumed run will write again, and a line cut off by a kill."""
-    if file.exists():
-        kept = []
-        for line in file.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if row["epoch"] < epoch or (row["kind"] == "train" and row["epoch"] == epoch):
-                kept.append(line + "\n")
-        write_whole(file, "".join(kept))
-    return file
-
-
-def picture_grid(rows: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> Image.Image:
-    """Pictures in rows, upsized to a readable side, each over its caption; long lines wrap."""
-    height, width = rows[0].shape[2:]
-    scale = max(1, -(-TILE // min(height, width)))
-    tile_w, tile_h = width * scale, height * scale
-    font = ImageFont.load_default(size=13)
-    per_line = max(8, int(tile_w / font.getlength("n")))
-    wrapped = [[_wrap(text, per_line) for text in line] for line in captions]
-    heights = [tile_h + 17 * max((len(lines) for lines in row), default=0) + 16 for row in wrapped]
-    columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (columns * (tile_w + 8) + 8, sum(heights) + 8), "white")
-    draw = ImageDraw.Draw(grid)
-    for r, (pictures, texts) in enumerate(zip(rows, wrapped, strict=True)):
-        for c, (pixels, lines) in enumerate(zip(pictures, texts, strict=True)):
-            x, y = 8 + c * (tile_w + 8), 8 + sum(heights[:r])
-            tile = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            grid.paste(tile.resize((tile_w, tile_h), Image.Resampling.BICUBIC), (x, y))
-            for i, line in enumerate(lines):
-                draw.text((x, y + tile_h + 4 + 17 * i), line, fill="black", font=font)
-    return grid
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        line = ""
-        for word in paragraph.split():
-            if line and len(line) + 1 + len(word) > width:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        lines.append(line)
-    return lines[:8]
+def _keep_rows_before(file: Path, epoch: int) -> None:
+    """Remove the rows of metrics.jsonl that a run which resumes at `epoch` will write again."""
+    if not file.exists():
+        return
+    kept = []
+    for row in read_jsonl(file):
+        # At its start the resumed run repeats the evaluation of `epoch`, but not the training.
+        trained = row["kind"] == "train" and row["epoch"] == epoch
+        if row["epoch"] < epoch or trained:
+            kept.append(json.dumps(row) + "\n")
+    write_whole(file, "".join(kept))

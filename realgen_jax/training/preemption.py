@@ -1,7 +1,8 @@
-"""What a cluster does to a program: it starts several processes, and takes them away again with SIGTERM."""
+"""Start-up with several processes, and the end by SIGTERM: what a cluster's scheduler does."""
 
 import os
 import signal
+import socket
 import threading
 
 import numpy as np
@@ -9,55 +10,70 @@ from absl import flags
 
 from realgen_jax.hosts import connect, sum_over_processes
 
-flags.DEFINE_string("coordinator", "", "of several processes: host:port of process 0")
-flags.DEFINE_integer("num_processes", 0, "of several processes: how many")
-flags.DEFINE_integer("process_id", -1, "of several processes: which one this is, from 0")
+flags.DEFINE_string("coordinator", "", "with several processes: host:port of process 0")
+flags.DEFINE_integer("num_processes", 0, "with several processes: their number")
+flags.DEFINE_integer("process_id", -1, "with several processes: the number of this one, from 0")
 flags.DEFINE_bool(
     "distributed",
     False,
-    "several processes, as the environment says: Slurm, Open MPI, Kubernetes, TPU",
+    "with several processes: find the above in the environment (Slurm, Open MPI, Kubernetes, TPU)",
 )
 
 
 def connect_by_flags() -> None:
-    """Meet the other processes, where the flags say that there are some; call before anything starts JAX."""
-    given = flags.FLAGS
-    connect(given.coordinator, given.num_processes, given.process_id, given.distributed)
+    """Connect to the other processes as the flags say. Call it before anything starts JAX."""
+    values = flags.FLAGS
+    connect(values.coordinator, values.num_processes, values.process_id, values.distributed)
 
 
 class Preemption:
-    """Notices SIGTERM at once, also while Python waits for a device. The loop asks `wanted` where it could stop, saves
-    and ends. A loop that does not get there within `grace` seconds is ended with status 0 all the same: then the newest
-    checkpoint on the disk is what remains.
+    """Notices SIGTERM, after which the run has `grace` seconds to reach a point where it can save.
+
+    The training loop asks `wanted` at each such point, and calls `reached` before it saves and
+    ends. If it does not get there in time, the process ends with status 0, and the newest
+    checkpoint on disk is what remains.
     """
 
     def __init__(self, grace: float):
-        self._grace, self._asked, self._reached = grace, threading.Event(), threading.Event()
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.signal(
-            signal.SIGTERM, lambda *_: None
-        )  # the byte that Python's handler writes is what tells
-        signal.set_wakeup_fd(write)
-        threading.Thread(target=self._watch, args=(read,), name="preemption", daemon=True).start()
+        self._grace = grace
+        self._signalled = threading.Event()
+        self._reached = threading.Event()
 
-    def _watch(self, read: int) -> None:
-        while os.read(read, 1)[0] != signal.SIGTERM:
+        # Python runs a signal handler only between instructions of the main thread, which may be
+        # waiting for a device. The wake-up descriptor receives the signal's number at once, so a
+        # thread that reads it sees SIGTERM in time; the handler itself has nothing to do.
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._sender = sender  # the descriptor must stay open
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(sender.fileno())
+
+        thread = threading.Thread(
+            target=self._watch, args=(receiver,), name="preemption", daemon=True
+        )
+        thread.start()
+
+    def _watch(self, receiver: socket.socket) -> None:
+        while receiver.recv(1)[0] != signal.SIGTERM:
             pass
-        self._asked.set()
+        self._signalled.set()
+
         if not self._reached.wait(self._grace):
-            text = f"stopped {self._grace:g} s after SIGTERM, before what it was at was over; --resume repeats that\n"
-            os.write(1, text.encode())  # the main thread may hold the locks of sys.stdout
+            message = (
+                f"stopped {self._grace:g} s after SIGTERM, before the current phase finished; "
+                "--resume will repeat it\n"
+            )
+            os.write(1, message.encode())  # the main thread may hold the lock of sys.stdout
             os._exit(0)
 
     def wanted(self) -> bool:
-        """Whether this process was asked to end."""
-        return self._asked.is_set()
+        """Whether this process has received SIGTERM."""
+        return self._signalled.is_set()
 
     def wanted_anywhere(self) -> bool:
-        """Whether any process was; all must ask at the same point."""
+        """Whether any process has received SIGTERM. All processes must ask at the same point."""
         return bool(sum_over_processes(np.int32([self.wanted()]))[0])
 
     def reached(self) -> None:
-        """The loop is through: what it still has to write is not cut off, however long the scheduler waits."""
+        """Lift the time limit: the loop has stopped, and what it still writes is not cut off."""
         self._reached.set()

@@ -1,99 +1,123 @@
-"""The compiled programs of a run and what they are made of. Arrays come in as arguments only, so that preflight.py can
-build the same programs without weights.
+"""The compiled programs of a run, and the recipe that they are made from.
+
+Arrays come in as arguments only, so that preflight builds the same programs without weights.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax import Array
 from ml_collections import ConfigDict
 
 from realgen_jax.data import Layout
-from realgen_jax.models.flux.family import Pipeline
-from realgen_jax.nn.lora import LoraConfig, init_lora
-from realgen_jax.objectives.grpo import (
-    EmaConfig,
-    LossConfig,
-    TrainState,
-    make_optimizer,
-    recompute_means,
-    update,
-)
-from realgen_jax.rollout import Plan, draw_noise, make_plan, rollout
+from realgen_jax.models.model import Model
+from realgen_jax.models.trainable import Trainable, make_trainable
+from realgen_jax.objectives import make_objective
+from realgen_jax.rollout import draw_latents
 from realgen_jax.sharding import batch_devices, batch_sharding, replicated
+from realgen_jax.update import Batch, EmaConfig, Objective, TrainState, make_optimizer, update
+
+# Keys of the config that count something, by section.
+POSITIVE = {
+    "sample": (
+        "num_steps",
+        "eval_num_steps",
+        "train_batch_size",
+        "num_image_per_prompt",
+        "branches",
+        "num_batches_per_epoch",
+        "test_batch_size",
+        "test_images_per_prompt",
+    ),
+    "train": ("gradient_accumulation_steps", "num_inner_epochs", "ema_update_interval"),
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an epoch computes, but for the model."""
+    """Everything that defines an epoch except the model."""
 
     config: ConfigDict
     layout: Layout
-    lora: LoraConfig | None
-    loss: LossConfig
+    objective: Objective
+    trainable: Trainable
     optimizer: optax.GradientTransformation
     ema: EmaConfig
 
-    def plan(self, pipe: Pipeline) -> Plan:
-        sample = self.config.sample
-        return make_plan(
-            pipe.sigmas(sample.num_steps),
-            kind=sample.sde_type,
-            noise_level=sample.noise_level,
-            window=sample.sde_window_size,
-            bounds=tuple(sample.sde_window_range),
-            branches=sample.branches,
-        )
-
 
 def make_recipe(config: ConfigDict) -> Recipe:
-    """Raises ValueError for names that do not exist and numbers that do not fit together."""
-    sample, t = config.sample, config.train
+    """The recipe of a config.
+
+    Raises ValueError for names that do not exist and numbers that do not fit together.
+    """
+    sample = config.sample
+    train = config.train
+    for section, names in POSITIVE.items():
+        for name in names:
+            if config[section][name] < 1:
+                raise ValueError(f"{name} is {config[section][name]}; expected 1 or more")
     layout = Layout(
-        sample.num_batches_per_epoch,
-        sample.train_batch_size,
-        sample.branches,
-        sample.num_image_per_prompt,
+        calls=sample.num_batches_per_epoch,
+        images=sample.train_batch_size,
+        branches=sample.branches,
+        group=sample.num_image_per_prompt,
     )
-    if layout.calls % t.gradient_accumulation_steps:
+    if layout.calls % train.gradient_accumulation_steps:
         raise ValueError(
-            f"num_batches_per_epoch {layout.calls} must be a multiple of gradient_accumulation_steps "
-            f"{t.gradient_accumulation_steps}"
+            f"num_batches_per_epoch {layout.calls} must be a multiple of "
+            f"gradient_accumulation_steps {train.gradient_accumulation_steps}"
         )
     return Recipe(
         config=config,
         layout=layout,
-        lora=LoraConfig(t.lora_rank, t.lora_alpha, t.lora_init) if t.lora else None,
-        loss=LossConfig(t.loss, t.kl, t.beta, t.clip_range, t.adv_clip_max, t.guard_bias),
+        objective=make_objective(train, sample),
+        trainable=make_trainable(train),
         optimizer=make_optimizer(
-            t.learning_rate,
-            t.adam_beta1,
-            t.adam_beta2,
-            t.adam_epsilon,
-            t.adam_weight_decay,
-            t.max_grad_norm,
+            train.learning_rate,
+            train.adam_beta1,
+            train.adam_beta2,
+            train.adam_epsilon,
+            train.adam_weight_decay,
+            train.max_grad_norm,
         ),
-        ema=EmaConfig(t.ema_decay, t.ema_update_interval),
+        ema=EmaConfig(train.ema_decay, train.ema_update_interval),
     )
 
 
-def check_mesh(recipe: Recipe, mesh: Mesh) -> None:
-    """Raises ValueError for calls whose images the mesh cannot share evenly."""
-    parts, test = batch_devices(mesh), recipe.config.sample.test_batch_size
+def check_mesh(recipe: Recipe, mesh: Any, processes: int = 1) -> None:
+    """Raise ValueError for calls whose images the mesh cannot share evenly.
+
+    mesh: a Mesh or an AbstractMesh.
+    """
+    parts = batch_devices(mesh)
     recipe.layout.check(parts)
+    test = recipe.config.sample.test_batch_size
     if test % parts:
         raise ValueError(
             f"test_batch_size {test} must be a multiple of {parts}, the mesh's data x fsdp"
+        )
+    if parts % processes:
+        raise ValueError(
+            f"the mesh's data x fsdp is {parts}, which {processes} processes cannot share evenly; "
+            "each must hold pictures of its own: let config.mesh.tensor divide a host's devices"
         )
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted calls, each traced once."""
+    """The jitted calls of a run, each traced once.
+
+    sample(model, trainable, cond, keys, plan) -> pictures uint8 [n, 3, H, W], record, finite []
+    update(model, state, batch) -> state, metrics; the state is donated
+    recompute(model, trainable, batch) -> batch
+    evaluate(model, trainable, cond, key, ids int32 [n]) -> pictures uint8 [n, 3, H, W]
+    """
 
     sample: Callable
     update: Callable
@@ -101,64 +125,104 @@ class Programs:
     evaluate: Callable
 
 
-def make_programs(recipe: Recipe, pipe: Pipeline) -> Programs:
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(recipe, pipe))
+def make_programs(recipe: Recipe, model: Model) -> Programs:
+    """The programs of a recipe. Nothing is compiled before the first call.
+
+    The model, with arrays or abstract, says how the state is split.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model))
+
+    def update_call(model: Model, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        return update(recipe.objective, recipe.optimizer, recipe.ema, model.velocity, state, batch)
+
+    def recompute_call(model: Model, trainable: Any, batch: Batch) -> Batch:
+        return recipe.objective.recompute_means(model.velocity, trainable, batch)
+
+    same_latent = recipe.config.sample.same_latent
     return Programs(
-        sample=jax.jit(partial(sample_call, pipe, recipe.layout, recipe.config.sample.same_latent)),
+        sample=jax.jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
         update=jax.jit(
-            partial(update, pipe.velocity, recipe.optimizer, recipe.loss, recipe.ema),
-            donate_argnums=1,
-            out_shardings=(shardings, replicated(pipe.mesh)),
+            update_call, donate_argnums=1, out_shardings=(shardings, replicated(model.mesh))
         ),
-        recompute=jax.jit(partial(recompute_means, pipe.velocity, recipe.loss)),
-        evaluate=pipe.sampler(recipe.config.sample.eval_num_steps),
+        recompute=jax.jit(recompute_call),
+        evaluate=model.sampler(recipe.config.sample.eval_num_steps),
     )
 
 
 def sample_call(
-    pipe: Pipeline,
     layout: Layout,
     same_latent: bool,
-    params,
-    vae_params,
-    trainable,
-    cond,
-    keys,
-    plan,
-):
-    """One rollout call: (uint8 pictures, trajectory, whether all latents are finite)."""
-    distinct = max(1, layout.images // layout.group) if same_latent else layout.slots
-    latents, noise = draw_noise(*keys, plan, layout.slots, distinct, pipe.token_shape)
-    latents = jax.lax.with_sharding_constraint(latents, batch_sharding(pipe.mesh))
-    noise = jax.lax.with_sharding_constraint(noise, batch_sharding(pipe.mesh, axis=1))
-    tokens, trajectory = rollout(pipe.velocity, params, trainable, cond, latents, noise, plan)
-    pictures = jax.lax.with_sharding_constraint(
-        pipe.decode(vae_params, tokens), batch_sharding(pipe.mesh)
-    )
-    return pictures, trajectory, jnp.isfinite(tokens).all()
+    objective: Objective,
+    model: Model,
+    trainable: Any,
+    cond: Any,
+    keys: tuple[Array, Array],
+    plan: Any,
+) -> tuple[Array, Any, Array]:
+    """One rollout call.
 
-
-def abstract_state(recipe: Recipe, pipe: Pipeline) -> TrainState:
-    """The training state as jax.ShapeDtypeStructs with their shardings: adapters are replicated, weights (with float32
-    masters) lie as the frozen ones do.
+    cond: leaves [slots, ...]; keys: of the first latents and of the other noise. Returns pictures
+    uint8 [n, 3, H, W], the objective's record, and whether all latents are finite, bool [].
     """
-    everywhere = replicated(pipe.mesh)
-    if pipe.lora is None:
-        trainable = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), pipe.params
-        )
-    else:
-        adapters = jax.eval_shape(lambda: init_lora(pipe.model, pipe.lora, jax.random.key(0)))
-        trainable = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), adapters
-        )
+    latent_key, noise_key = keys
+    rows = batch_sharding(model.mesh)
+
+    # Noise, spread over the mesh by images.
+    distinct = max(1, layout.images // layout.group) if same_latent else layout.slots
+    latents = draw_latents(latent_key, layout.slots, distinct, model.token_shape)
+    noise = objective.draw_noise(noise_key, plan, layout.images, model.token_shape)
+    latents = jax.lax.with_sharding_constraint(latents, rows)
+    noise = jax.tree.map(
+        lambda leaf: jax.lax.with_sharding_constraint(leaf, batch_sharding(model.mesh, axis=1)),
+        noise,
+    )
+
+    tokens, record = objective.collect(model.velocity, trainable, cond, latents, noise, plan)
+    pictures = jax.lax.with_sharding_constraint(model.decode(tokens), rows)
+    return pictures, record, jnp.isfinite(tokens).all()
+
+
+def abstract_state(recipe: Recipe, model: Model) -> TrainState:
+    """The training state as jax.ShapeDtypeStructs with their shardings."""
+    everywhere = replicated(model.mesh)
+    trainable = recipe.trainable.abstract(model)
+
+    def like_param(leaf: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding)
+
+    def like_scalar(leaf: jax.ShapeDtypeStruct) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    # The optimizer's moments lie as the arrays that they belong to.
     opt_state = optax.tree_map_params(
         recipe.optimizer,
-        lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding),
+        like_param,
         jax.eval_shape(recipe.optimizer.init, trainable),
         trainable,
-        transform_non_params=lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        transform_non_params=like_scalar,
     )
-    return TrainState(
-        trainable, trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(trainable, trainable, opt_state, step)
+
+
+def first_state(recipe: Recipe, model: Model, key: Array) -> TrainState:
+    """The state before any step, on the mesh: fresh, or from `config.pretrained.lora`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model))
+    file = recipe.config.pretrained.lora
+    if file:
+        trainable = recipe.trainable.load(model, file)
+    else:
+        trainable = recipe.trainable.init(model, key)
+
+    def start(trainable: Any) -> TrainState:
+        average = jax.tree.map(jnp.copy, trainable)
+        return TrainState(trainable, average, recipe.optimizer.init(trainable), jnp.int32(0))
+
+    return jax.jit(start, out_shardings=shardings)(trainable)
+
+
+def keep_compiled(folder: str) -> None:
+    """Take compiled programs from this folder, and add to it; empty: compile anew."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

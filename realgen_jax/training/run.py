@@ -1,295 +1,176 @@
-"""Everything a run needs before its first epoch: checks, model, rewards, the compiled calls' functions, first state."""
+"""What a run is made of: its checks before anything is loaded, and the model, rewards and data."""
 
 import importlib.util
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.checkpoint import Checkpoints, newest_good, read_meta
-from realgen_jax.data import read_prompts
-from realgen_jax.hosts import process_count, put
-from realgen_jax.models.flux.family import Pipeline, load_pipeline, no_model
-from realgen_jax.models.flux.transformer import Cond
-from realgen_jax.nn.lora import init_lora, load_lora
-from realgen_jax.objectives.grpo import TrainState
-from realgen_jax.realbench.prompts import read_sets
-from realgen_jax.rollout import Plan
-from realgen_jax.sharding import batch_devices, make_mesh
-from realgen_jax.text_cache import TextCache, ensure_encoded
-from realgen_jax.training.learning import make_adversaries
-from realgen_jax.training.log import changed_keys
-from realgen_jax.training.programs import Recipe, abstract_state, check_mesh, make_recipe
-from reward_bridge.adversary import Adversary
-from reward_bridge.bridge import RewardBridge, resolve
-from reward_bridge.dlpack import check_room, reserve
-from reward_bridge.learners import LEARNERS
-from reward_bridge.metrics import METRICS, make_metric
-from reward_bridge.rewards import REWARDS, make_reward
+from realgen_jax.checkpoint import Checkpoints
+from realgen_jax.hosts import process_count
+from realgen_jax.models.loading import abstract_model, load_model, missing_model, sizes_on_disk
+from realgen_jax.models.model import Model
+from realgen_jax.models.trainable import make_trainable
+from realgen_jax.sharding import abstract_mesh, make_mesh
+from realgen_jax.text_cache import TextCache
+from realgen_jax.training.learning import LearningReward
+from realgen_jax.training.programs import Recipe, check_mesh, first_state, make_recipe
+from realgen_jax.training.scoring import Scorer
+from realgen_jax.update import TrainState
 
-FILES = {"path", "base", "clip", "tokenizer"}  # options of rewards that name files or folders
-INIT = 2  # the stream of the run's root key that draws the first weights; train.py has the others
+# Streams of the run's root key: every random number comes from one of them.
+EVALUATION, TRAINING, FIRST_WEIGHTS, LEARNING = range(4)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first epoch to the last."""
+    """What stays the same from the first epoch to the last.
+
+    plan: the objective's, for rollouts. learning: the rewards that learn. metrics: checks on a
+    whole set of pictures, uint8 [n, 3, H, W] -> number.
+    """
 
     config: ConfigDict
     folder: Path
     recipe: Recipe
-    pipe: Pipeline
-    plan: Plan
+    model: Model
+    plan: Any
     cache: TextCache
-    prompts: list[str]
-    test_prompts: list[str]
-    bridge: RewardBridge
-    adversaries: dict[str, Adversary]  # those of the bridge's rewards that learn
-    metrics: dict[str, Callable[[np.ndarray], float]]
+    prompts: Sequence[str]
+    test_prompts: Sequence[str]
+    scorer: Scorer
+    learning: Mapping[str, LearningReward]
+    metrics: Mapping[str, Callable[[np.ndarray], float]]
     checkpoints: Checkpoints
 
-    def cond(self, prompts: Sequence[str]) -> Cond:
-        return self.pipe.cond(self.cache, prompts, self.config.sample.guidance_scale)
+    def cond(self, prompts: Sequence[str]) -> Any:
+        """The conditioning of these prompts, one a slot, on the mesh."""
+        return self.model.cond(self.cache, prompts, self.config.sample.guidance_scale)
 
     def key(self, stream: int) -> jax.Array:
+        """The root key of a stream."""
         return jax.random.fold_in(jax.random.key(self.config.seed), stream)
 
 
-def set_up(config: ConfigDict, folder: Path) -> tuple[Run, TrainState]:
-    """Load everything, compile nothing. Returns the run and its first state."""
-    sample = config.sample
-    check(config)
-    recipe = make_recipe(config)  # told before gigabytes are loaded
-    devices = reward_devices(config.reward)
-    metrics_device = resolve(config.reward.device)
-    used = {*devices.values()} | ({metrics_device} if config.reward.metrics else set())
-    shared = reserve(used, config.reward.share_gpu)
-    prompts, test_prompts = read_prompts(config.prompts.train), read_prompts(config.prompts.test)
-    # text encoders and rewards come before JAX, which takes what it finds of the memory of its devices
-    sets = read_sets(config.evaluate.prompts) if reports(config) else []
-    texts = [*prompts, *test_prompts, *(prompt for one in sets for prompt in one.prompts)]
-    cache = ensure_encoded(texts, config.pretrained.model, config.prompts)
-    options = config.reward.options.to_dict()
-    adversaries = make_adversaries(config, devices, prompts)
-    frozen = {
-        name: make_reward(name, devices[name], options.get(name, {}))
-        for name in devices
-        if name not in adversaries
-    }
-    rewards = {name: adversaries.get(name) or frozen[name] for name in devices}
-    metrics = {
-        name: make_metric(name, metrics_device, options.get(name, {}))
-        for name in config.reward.metrics
-    }
-    for device in shared:
-        check_room(device)
-    mesh = make_mesh(**config.mesh, devices=jax.devices())
-    check_mesh(recipe, mesh)
-    if batch_devices(mesh) % process_count():
-        raise ValueError(
-            f"the mesh's data x fsdp is {batch_devices(mesh)}, which {process_count()} processes cannot share evenly; "
-            "every one must hold pictures of its own: let config.mesh.tensor divide a host's devices"
-        )
+def set_up(
+    config: ConfigDict,
+    folder: Path,
+    *,
+    cache: TextCache,
+    prompts: Sequence[str],
+    test_prompts: Sequence[str],
+    scorer: Scorer,
+    learning: Mapping[str, LearningReward],
+    metrics: Mapping[str, Callable[[np.ndarray], float]],
+) -> tuple[Run, TrainState]:
+    """Load the model and make the first state; nothing is compiled yet.
 
-    pipe = load_pipeline(config.pretrained, sample.resolution, recipe.lora, mesh)
-    state = first_state(recipe, pipe, jax.random.fold_in(jax.random.key(config.seed), INIT))
+    JAX starts here: what shares its devices (rewards, text encoders) comes before.
+    """
+    recipe = make_recipe(config)
+    mesh = make_mesh(**config.mesh, devices=jax.devices())
+    check_mesh(recipe, mesh, process_count())
+    model = load_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
+
     run = Run(
         config=config,
         folder=folder,
         recipe=recipe,
-        pipe=pipe,
-        plan=recipe.plan(pipe),
+        model=model,
+        plan=recipe.objective.make_plan(model.sigmas(config.sample.num_steps)),
         cache=cache,
         prompts=prompts,
         test_prompts=test_prompts,
-        bridge=RewardBridge(
-            rewards,
-            devices,
-            deadline=config.reward.deadline,
-            retries=config.reward.retries,
-            batch_size=config.reward.batch_size,
-        ),
-        adversaries=adversaries,
+        scorer=scorer,
+        learning=learning,
         metrics=metrics,
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
     )
-    return run, state
+    return run, first_state(recipe, model, run.key(FIRST_WEIGHTS))
 
 
-def keep_compiled(folder: str) -> None:
-    """Take compiled programs from this folder, and add to it; empty: compile anew."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+def check(config: ConfigDict, reward_problems: Sequence[str] = ()) -> None:
+    """Raise ValueError with a line for everything that is missing or wrong in the config.
 
-
-def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | None:
-    """The epoch of the checkpoint to go on from, None where the run ended before its first one; says what is new.
-
-    Raises ValueError with the keys in which the run computed something else so far, unless `allow_change`.
+    Reads no weights and starts no device. reward_problems: lines about the rewards.
     """
-    epoch, found = newest_good(folder / "checkpoints")
-    for line in found:
-        print(f"warning: {line}")
-    if epoch is None:
-        before = json.loads((folder / "config.json").read_text())
-    else:
-        before = read_meta(folder / "checkpoints", epoch)["config"]
-    free, others = changed_keys(before, config.to_dict())
-    if others and not allow_change:
-        raise ValueError(
-            "\n".join(
-                [
-                    f"{folder} computed with another config so far; --allow_config_change goes on all the same:",
-                    *others,
-                ]
-            )
-        )
-    start = "its beginning: there is no checkpoint yet" if epoch is None else f"epoch {epoch}"
-    print(
-        "\n".join(
-            [
-                f"resumed from {start}" + (", with another config:" if free or others else ""),
-                *free,
-                *others,
-            ]
-        )
-    )
-    return epoch
+    problems = _missing_files(config)
+    problems += reward_problems
+    problems += _wrong_values(config)
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
-def check(config: ConfigDict) -> None:
-    """Name everything that is missing at once, before anything is loaded."""
-    model, reward, missing = Path(config.pretrained.model), config.reward, []
-    if not (model / "model_index.json").exists():
-        missing.append(no_model(model))
+def check_shapes(config: ConfigDict, devices: int) -> None:
+    """Raise ValueError for what does not divide or fit together on `devices` devices.
+
+    Group and call sizes, mesh, resolution, LoRA and SDE window are checked on shapes: no weight is
+    read and no device is started.
+    """
+    recipe = make_recipe(config)
+    mesh = abstract_mesh(**config.mesh, devices=devices)
+    check_mesh(recipe, mesh, process_count())
+    model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
+    recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+    recipe.trainable.abstract(model)
+
+
+def _missing_files(config: ConfigDict) -> list[str]:
+    problems = []
+    if not sizes_on_disk(config.pretrained):
+        problems.append(missing_model(config.pretrained))
     for name in ("train", "test"):
         if not Path(config.prompts[name]).is_file():
-            missing.append(
-                f"config.prompts.{name} is {config.prompts[name]!r}, which does not exist; expected one prompt a line "
-                "(.txt) or .jsonl. RealGen's own files come with its repository, under dataset/realgen"
+            problems.append(
+                f"config.prompts.{name} is {config.prompts[name]!r}, which does not exist; "
+                "expected one prompt a line (.txt) or .jsonl. RealGen's own files come with its "
+                "repository, under dataset/realgen"
             )
-    names = [*reward.fn, *reward.held_out]
-    if twice := {name for name in names if names.count(name) > 1}:
-        missing.append(
-            f"{', '.join(sorted(twice))}: trained on and held out at once, in config.reward; choose one"
-        )
-    for name in reward.adversarial:
-        if name not in reward.fn:
-            missing.append(
-                f"config.reward.adversarial has {name}, which config.reward.fn does not train on"
-            )
-        if "servers" in reward.options.get(name, {}):
-            missing.append(
-                f"{name} is behind servers and cannot learn; take it out of config.reward.adversarial"
-            )
-    missing += missing_rewards(
-        reward, names + (list(config.evaluate.scores) if reports(config) else [])
-    )
-    if unknown := [name for name in reward.metrics if name not in METRICS]:
-        missing.append(
-            f"there is no metric {', '.join(unknown)}; choose from {', '.join(sorted(METRICS))}"
-        )
-    if config.pretrained.lora and not config.train.lora:
-        missing.append(
-            "config.pretrained.lora is set, but config.train.lora=False trains all weights and no adapters"
-        )
+    return problems
+
+
+def _wrong_values(config: ConfigDict) -> list[str]:
+    problems = []
+    if not config.reward.fn:
+        problems.append("config.reward.fn is empty; expected {reward: weight}, to train on")
+    if config.pretrained.lora:
+        try:
+            make_trainable(config.train).check_file(config.pretrained.lora)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
     if reports(config) and config.evaluate.arena.protocol == "realgen":
-        missing.append(
-            "config.evaluate.arena.protocol is 'realgen', which compares with photographs, and a run's own report has "
-            "none; set config.evaluate.after_training=False, and call scripts/evaluate.py --photographs afterwards"
+        problems.append(
+            "config.evaluate.arena.protocol is 'realgen', which compares with photographs, and the "
+            "report of a run has none; set config.evaluate.after_training=False, and call "
+            "scripts/evaluate.py --photographs afterwards"
         )
     if config.save_failure not in ("stop", "continue"):
-        missing.append(f"config.save_failure is {config.save_failure!r}; choose stop or continue")
+        problems.append(f"config.save_failure is {config.save_failure!r}; choose stop or continue")
     if config.eval_freq < 1 or config.save_freq < 1:
-        missing.append(
-            f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 or more epochs"
+        problems.append(
+            f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 epoch or more"
         )
-    wrong = [
+    steps = [
         step
         for step in config.profile.steps
         if type(step) is not int or not 0 < step <= config.num_epochs
     ]
-    if wrong:
-        missing.append(
-            f"config.profile.steps has {', '.join(map(repr, wrong))}; expected epochs of this run, 1 to "
-            f"{config.num_epochs} (config.num_epochs): --config.profile.steps=3,5"
+    if steps:
+        problems.append(
+            f"config.profile.steps has {', '.join(map(repr, steps))}; expected epochs of this run, "
+            f"1 to {config.num_epochs} (config.num_epochs): --config.profile.steps=3,5"
         )
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
-        missing.append("config.wandb_project is set, but wandb is not installed: pip install wandb")
-    if missing:
-        raise ValueError("\n".join(missing))
-
-
-def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
-    """What these rewards lack: a line for each weights file that is not there, and for names that no reward has."""
-    missing, options = [], reward.options.to_dict()
-    local = [
-        name for name in dict.fromkeys(names) if "servers" not in options.get(name, {})
-    ]  # servers know their own
-    for name in local:
-        for option, file in sorted(options.get(name, {}).items()):
-            if option in FILES and file and not Path(file).expanduser().exists():
-                missing.append(
-                    f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
-                    "README.md, Rewards, says where the weights come from"
-                )
-    for kind, wanted, known in (
-        ("reward", [name for name in local if name not in reward.adversarial], REWARDS),
-        ("reward that learns", [name for name in local if name in reward.adversarial], LEARNERS),
-    ):
-        if unknown := [name for name in wanted if name not in known]:
-            missing.append(
-                f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(sorted(known))}"
-            )
-    return missing
+        problems.append(
+            "config.wandb_project is set, but wandb is not installed: pip install wandb"
+        )
+    return problems
 
 
 def reports(config: ConfigDict) -> bool:
     """Whether this run ends with RealBench's report."""
     return config.evaluate.after_training and process_count() == 1
-
-
-def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> dict[str, str]:
-    """The torch device of each of these rewards (default: the run's): its own in `reward.devices`, else the CPU for
-    what servers score, else `reward.device`.
-    """
-    run = (*reward.fn, *reward.held_out)
-    names = run if names is None else names
-    remote = {name: "cpu" for name in reward.options if "servers" in reward.options[name]}
-    own = remote | reward.devices.to_dict()
-    if unknown := set(reward.devices) - {*run, *names}:
-        raise ValueError(
-            f"config.reward.devices names {', '.join(sorted(unknown))}, which is no reward of this run"
-        )
-    return {name: resolve(own.get(name, reward.device)) for name in names}
-
-
-def first_state(recipe: Recipe, pipe: Pipeline, key: jax.Array) -> TrainState:
-    """The state before any step, on the mesh."""
-    where = jax.tree.map(lambda a: a.sharding, abstract_state(recipe, pipe))
-    if pipe.lora is None:
-        trainable = jax.tree.map(lambda p: p.astype(jnp.float32), pipe.params)
-    else:
-        trainable = init_lora(pipe.model, pipe.lora, key)
-        if file := recipe.config.pretrained.lora:
-            found, trainable = load_lora(file, pipe.model)
-            if (found.rank, found.alpha) != (pipe.lora.rank, pipe.lora.alpha):
-                raise ValueError(
-                    f"{file} has rank {found.rank} and alpha {found.alpha:g}, config.train has lora_rank "
-                    f"{pipe.lora.rank} and lora_alpha {pipe.lora.alpha:g}; set those to the file's"
-                )
-    if pipe.lora is not None:  # the same on every host
-        trainable = jax.tree.map(
-            lambda a, sharding: put(np.asarray(a), sharding), trainable, where.trainable
-        )
-
-    def start(p):
-        return TrainState(p, jax.tree.map(jnp.copy, p), recipe.optimizer.init(p), jnp.int32(0))
-
-    return jax.jit(start, out_shardings=where)(trainable)

@@ -1,82 +1,71 @@
-"""Asking a judge: any vision-language model behind an OpenAI-compatible endpoint that takes two pictures.
+"""A vision-language model as the judge, behind any OpenAI-compatible endpoint that takes pictures.
 
-Neither the endpoint's address nor its key is ever printed, kept or part of an error.
+Neither the endpoint's address nor its key is ever printed, stored or part of an error.
 """
 
 import asyncio
-import datetime
-import email.utils
-import logging
 import os
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import httpx2
-import tenacity
 
-URL_ENV, MODEL_ENV, KEY_ENV = "REALGEN_JUDGE_URL", "REALGEN_JUDGE_MODEL", "REALGEN_JUDGE_KEY"
-LONGEST_WAIT = (
-    600.0  # seconds; an endpoint that asks for more (the day's quota is spent) is left alone
+from reward_bridge.judges import Failures, Keep, Question, Say
+from reward_bridge.openai_chat import (
+    ChatClient,
+    ContentFiltered,
+    Endpoint,
+    EndpointUnavailable,
+    RequestFailed,
+    TemporaryFailure,
+    check_key,
+    data_url,
 )
-BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=20)
-NO_QUOTA = ("insufficient_quota", "insufficient_balance", "billing_hard_limit_reached")
-FILTERED = ("content_filter", "content_policy_violation", "responsible_ai_policy_violation")
 
-Question = TypeVar("Question")
-Message = list[Mapping[str, Any]]
+URL_ENV = "REALGEN_JUDGE_URL"
+MODEL_ENV = "REALGEN_JUDGE_MODEL"
+KEY_ENV = "REALGEN_JUDGE_KEY"
 
 
-class Passing(Exception):
-    """Asked again, the question may be answered."""
+class NoVerdict(TemporaryFailure):
+    """A reply, the argument, that has no verdict."""
 
 
-class Unreadable(Passing):
-    """An answer, the argument, without a verdict."""
+class ApiJudge:
+    """Asks a model behind an endpoint, several questions at a time."""
 
+    is_person = False
 
-class Lasting(Exception):
-    """This question will not be answered."""
+    def __init__(self, endpoint: Endpoint, settings: Any):
+        """settings: config.evaluate.arena."""
+        self.name = endpoint.model
+        self.endpoint = endpoint
+        self.settings = settings
 
-
-class Closed(Exception):
-    """No question will be answered for now."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    model: str
-    url: str = field(repr=False)  # up to and with /v1
-    key: str = field(repr=False)  # "": none
-
-    def scrub(self, text: str) -> str:
-        """The text without the key and the address."""
-        url = httpx2.URL(self.url)
-        for secret in (self.key, self.url, url.userinfo.decode(), url.netloc.decode(), url.host):
-            text = text.replace(secret, "...") if secret else text
-        return text
-
-    def says(self, text: str) -> str:
-        return " ".join(self.scrub(text).split())[:300]
-
-
-@dataclass
-class Outcome:
-    failures: Counter[str]  # reason -> questions that came to nothing
-    stopped: str = ""  # why the judge was left alone
+    def compare(
+        self, questions: Sequence[Question], *, answered: int, keep: Keep, say: Say
+    ) -> None:
+        """Ask all questions and `keep` each verdict at once; say which questions failed."""
+        failures = asyncio.run(ask_all(self.endpoint, questions, self.settings, keep))
+        failures.report(self.name, say)
 
 
 def endpoint_from_environment() -> Endpoint:
-    """Raises ValueError naming the variable that is missing or wrong, but not what it holds."""
-    url, model, key = (os.environ.get(name, "").strip() for name in (URL_ENV, MODEL_ENV, KEY_ENV))
+    """Return the endpoint that the environment names.
+
+    Raises ValueError naming the variable that is missing or wrong, without its value.
+    """
+    url = os.environ.get(URL_ENV, "").strip()
+    model = os.environ.get(MODEL_ENV, "").strip()
+    key = os.environ.get(KEY_ENV, "").strip()
+
     for name, value in ((URL_ENV, url), (MODEL_ENV, model)):
         if not value:
             raise ValueError(
-                f"the environment has no {name}; export {URL_ENV} (the endpoint up to and with /v1), {MODEL_ENV} and, "
-                f"where it wants one, {KEY_ENV}"
+                f"the environment has no {name}; export {URL_ENV} (the endpoint up to and "
+                f"including /v1), {MODEL_ENV} and, if the endpoint needs a key, {KEY_ENV}"
             )
+
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
@@ -85,162 +74,131 @@ def endpoint_from_environment() -> Endpoint:
         raise ValueError(
             f"{URL_ENV} holds no address; expected one such as https://api.example.com/v1"
         )
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError(
-            f"{KEY_ENV} holds characters that no HTTP header carries; copy the key once more"
-        )
+
+    check_key(key, KEY_ENV)
     return Endpoint(model, url.rstrip("/"), key)
 
 
 async def ask_all(
-    endpoint: Endpoint,
-    questions: Iterable[Question],
-    make_message: Callable[[Question], Message],
-    read: Callable[[str], str | None],
-    settings,
-    keep: Callable[[Question, str, str], None],
-) -> Outcome:
-    """Put the questions, `settings.concurrency` at a time, and `keep` each one's verdict and reply at once.
+    endpoint: Endpoint, questions: Sequence[Question], settings: Any, keep: Keep
+) -> Failures:
+    """Ask `settings.concurrency` questions at a time and `keep` each verdict and reply at once.
 
-    `make_message` is called in a thread, and its ValueError is this question's failure; `read` finds the verdict in a
-    reply. Where the endpoint is busy (429), broken (5xx), silent or out of reach and where a reply has no verdict, the
-    question is put again, `settings.attempts` times in all. If there is no verdict even then it is "unreadable";
-    without a reply it has come to nothing and is not kept. After `settings.max_failures` of those in a row, or as soon
-    as the endpoint says that it will answer nothing more (wrong key, no quota), what is under way ends and nothing
-    else is asked.
+    A reply without a verdict is asked for again, `settings.attempts` times in all, like a temporary
+    failure of the endpoint. If the last reply has none either, the verdict is "unreadable". A
+    question without a reply has failed and is not kept. Asking stops after `settings.max_failures`
+    failures in a row, or as soon as the endpoint says that it will answer nothing more.
 
-    Neither a temperature nor a limit of tokens is sent: several hosted models refuse them.
+    No temperature and no token limit is sent: several hosted models reject them.
     """
-    for name in ("httpx2", "httpcore2"):  # at other levels they log addresses
-        logging.getLogger(name).setLevel(logging.WARNING)
-    outcome, waiting, in_a_row = Outcome(Counter()), iter(questions), 0
-    pace = _Pace(settings.requests_per_minute)
-    retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(Passing),
-        stop=tenacity.stop_any(
-            tenacity.stop_after_attempt(settings.attempts), lambda _: bool(outcome.stopped)
-        ),
-        wait=BACK_OFF,
-        reraise=True,
+    session = _Session(endpoint, settings, keep)
+    remaining = iter(questions)
+    client = ChatClient(
+        endpoint,
+        attempts=settings.attempts,
+        timeout=settings.timeout,
+        total_timeout=settings.timeout,
+        requests_per_minute=settings.requests_per_minute,
+        stopped=lambda: bool(session.failures.stopped),
     )
+    async with client:
+        workers = [session.work(client, remaining) for _ in range(settings.concurrency)]
+        await asyncio.gather(*workers)
+    return session.failures
 
-    async def ask(http: httpx2.AsyncClient, message: Message) -> tuple[str, str]:
-        await pace.turn()
-        body = {"model": endpoint.model, "messages": [{"role": "user", "content": message}]}
-        try:
-            async with asyncio.timeout(settings.timeout):
-                answer = await http.post(f"{endpoint.url}/chat/completions", json=body)
-        except (TimeoutError, httpx2.TimeoutException):
-            raise Passing(f"no answer within {settings.timeout:g} s") from None
-        except httpx2.HTTPError as error:
-            raise Passing(endpoint.says(f"{type(error).__name__} {error}")) from None
-        if not answer.is_success:
-            return _judge_error(endpoint, answer, pace)
-        return _judge_answer(endpoint, answer, read)
 
-    async def settle(http: httpx2.AsyncClient, question: Question) -> None:
-        nonlocal in_a_row
+class _Session:
+    """What the workers of one call share: the failures so far, and how many came in a row."""
+
+    def __init__(self, endpoint: Endpoint, settings: Any, keep: Keep):
+        self.endpoint = endpoint
+        self.max_failures = settings.max_failures
+        self.keep = keep
+        self.failures = Failures()
+        self.in_a_row = 0
+
+    async def work(self, client: ChatClient, remaining: Iterator[Question]) -> None:
+        """Ask one question after another until none is left or asking has stopped."""
+        for question in remaining:
+            await self.ask(client, question)
+            if self.failures.stopped:
+                return
+
+    async def ask(self, client: ChatClient, question: Question) -> None:
+        """Ask one question; keep its verdict, or count its failure."""
+
+        def read(response: httpx2.Response) -> tuple[str, str]:
+            return read_reply(self.endpoint, response, question)
+
         try:
+            # Encoding two pictures takes a while, so it runs in a thread.
             message = await asyncio.to_thread(make_message, question)
-            verdict, reply = await retrying(ask, http, message)
-        except Unreadable as error:
+            body = {"messages": [{"role": "user", "content": message}]}
+            verdict, reply = await client.ask(body, read)
+        except NoVerdict as error:
             verdict, reply = "unreadable", str(error)
-        except Closed as error:
-            outcome.stopped = str(error)
+        except ContentFiltered as error:
+            verdict, reply = "refused", str(error)
+        except EndpointUnavailable as error:
+            self.failures.stopped = str(error)
             return
-        except (Passing, Lasting, ValueError) as error:
-            in_a_row += 1
-            outcome.failures[str(error)] += 1
-            if in_a_row >= settings.max_failures and not outcome.stopped:
-                outcome.stopped = (
-                    f"{in_a_row} questions in a row came to nothing, the last one: {error}"
-                )
+        except (RequestFailed, ValueError) as error:
+            self._count_failure(str(error))
             return
-        in_a_row = 0
-        keep(question, verdict, endpoint.scrub(reply))
 
-    async def work(http: httpx2.AsyncClient) -> None:
-        while not outcome.stopped and (question := next(waiting, None)) is not None:
-            await settle(http, question)
+        self.in_a_row = 0
+        self.keep(question, verdict, self.endpoint.scrub(reply))
 
-    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-    own = httpx2.URL(endpoint.url).host in ("127.0.0.1", "localhost")  # no proxy in between
-    async with httpx2.AsyncClient(
-        headers=headers, timeout=settings.timeout, trust_env=not own
-    ) as http:
-        await asyncio.gather(*(work(http) for _ in range(settings.concurrency)))
-    return outcome
+    def _count_failure(self, reason: str) -> None:
+        self.in_a_row += 1
+        self.failures.reasons[reason] += 1
+        if self.in_a_row >= self.max_failures and not self.failures.stopped:
+            self.failures.stopped = (
+                f"{self.in_a_row} questions in a row failed, the last one: {reason}"
+            )
 
 
-def _judge_answer(
-    endpoint: Endpoint, answer: httpx2.Response, read: Callable[[str], str | None]
+def make_message(question: Question) -> list[dict[str, Any]]:
+    """Return the content of a chat message: the text, then both pictures.
+
+    Raises ValueError if a picture has changed since it was scored.
+    """
+    content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+    for position in ("first", "second"):
+        url = data_url(question.picture(position), question.image_format.lower())
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    return content
+
+
+def read_reply(
+    endpoint: Endpoint, response: httpx2.Response, question: Question
 ) -> tuple[str, str]:
-    """(verdict, reply). Raises Unreadable for one without a verdict, Passing for what is no chat completion at all."""
+    """Return (verdict, reply) of a chat completion.
+
+    Raises NoVerdict if the reply has no verdict, TemporaryFailure for anything else than a chat
+    completion.
+    """
     try:
-        choice = answer.json()["choices"][0]
+        choice = response.json()["choices"][0]
         message = choice["message"]
-        reply, refusal = message.get("content") or "", message.get("refusal") or ""
+        reply = message.get("content") or ""
+        refusal = message.get("refusal") or ""
         filtered = choice.get("finish_reason") == "content_filter"
         if not isinstance(reply, str) or not isinstance(refusal, str):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise Passing(
-            f"what was answered is no chat completion: {endpoint.says(answer.text)!r}"
+        raise TemporaryFailure(
+            f"the response is not a chat completion: {endpoint.excerpt(response.text)!r}"
         ) from None
+
     if refusal or filtered:
         return "refused", refusal or reply
-    verdict = read(reply)
+    verdict = question.read(reply)
     if verdict is None:
-        raise Unreadable(reply)
+        raise NoVerdict(reply)
     return verdict, reply
 
 
-def _judge_error(endpoint: Endpoint, answer: httpx2.Response, pace: "_Pace") -> tuple[str, str]:
-    """A picture that the endpoint's filter turned away is a refusal; everything else raises."""
-    try:
-        said = answer.json()["error"]
-        codes, text = {said.get("code"), said.get("type")}, str(said.get("message"))
-    except (ValueError, LookupError, TypeError, AttributeError):
-        codes, text = set(), answer.text
-    status, text = answer.status_code, endpoint.says(text)
-    told = f"HTTP {status} {text}".strip()
-    if codes.intersection(FILTERED):
-        return "refused", text
-    if status in (401, 402, 403) or codes.intersection(NO_QUOTA):
-        raise Closed(told)
-    if status != 429 and status < 500 and status not in (408, 409):
-        raise Lasting(told)
-    wait = _retry_after(answer.headers.get("Retry-After", ""))
-    if wait > LONGEST_WAIT:
-        raise Closed(f"it wants to be left alone for {wait:.0f} s ({told})")
-    pace.pause(wait)
-    raise Passing(told)
-
-
-def _retry_after(value: str) -> float:
-    """Seconds, given as such or as a date; 0 for anything else."""
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        until = email.utils.parsedate_to_datetime(value)
-        return max((until - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):
-        return 0.0
-
-
-class _Pace:
-    """When the next request may leave: so many a minute, and none while the endpoint wants a rest."""
-
-    def __init__(self, per_minute: float):
-        self.gap = 60 / per_minute if per_minute else 0.0
-        self.next = self.rest_until = 0.0
-
-    def pause(self, seconds: float) -> None:
-        self.rest_until = max(self.rest_until, time.monotonic() + seconds)
-
-    async def turn(self) -> None:
-        while (wait := max(self.next, self.rest_until) - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
-        self.next = max(self.next, time.monotonic()) + self.gap
+def make_judge(settings: Any) -> ApiJudge:
+    """The judge `api`, of the endpoint in the environment. settings: config.evaluate.arena."""
+    return ApiJudge(endpoint_from_environment(), settings)

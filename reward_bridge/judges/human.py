@@ -1,9 +1,13 @@
-"""A person as the judge: a page, for this machine only, that shows two pictures and takes clicks or arrow keys."""
+"""A person as the judge: a page, for this machine only, that shows two pictures.
+
+The person chooses with clicks or arrow keys.
+"""
 
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -14,141 +18,168 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from realgen_jax.realbench.arena import Question, encode
-from realgen_jax.realbench.results import Evaluated
-from reward_bridge.judges.stand_in import in_thread
+from reward_bridge.judges import Keep, Question, Say
+from reward_bridge.judges.local_server import serve_in_thread
 
 PAGE = Path(__file__).parent / "human.html"
-Append = Callable[[Question, str, str], Mapping]
+POSITIONS = {"left": "first", "right": "second"}
 
 
-def judge_by_hand(
-    evaluated: Evaluated,
-    left: Sequence[Question],
-    total: int,
-    append: Append,
-    port: int,
-    say: Callable[[str], None],
-) -> None:
-    """Serve the page until the person ends it, there or with Ctrl-C. Every click is appended at once.
+class HumanJudge:
+    """Shows every pair to a person and stores each verdict when it is given."""
 
-    `left` are the questions that are shown, of `total` with those judged before. Raises OSError for a port in use.
-    """
-    finished, token = threading.Event(), secrets.token_urlsafe(16)
-    app = make_app(evaluated, left, total, append, token, finished.set, say)
-    with in_thread(app, port) as listener:
-        say(
-            f"judge here: http://127.0.0.1:{listener.getsockname()[1]}/{token}/   (Ctrl-C ends it; every click is kept)"
+    name = "human"
+    is_person = True
+
+    def __init__(self, port: int):
+        """port: the page's; 0 takes a free one."""
+        self.port = port
+
+    def compare(
+        self, questions: Sequence[Question], *, answered: int, keep: Keep, say: Say
+    ) -> None:
+        """Serve the page until the person ends it, there or with Ctrl-C.
+
+        answered: how many pairs earlier calls have judged. Raises OSError for a port in use.
+        """
+        finished = threading.Event()
+        token = secrets.token_urlsafe(16)
+        page = JudgingPage(questions, answered, keep, finished.set, say)
+        with serve_in_thread(page.app(token), self.port) as listener:
+            address = f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
+            say(f"judge here: {address}   (Ctrl-C ends it; every verdict is saved at once)")
+            try:
+                finished.wait()
+            except KeyboardInterrupt:
+                say("arena: ended; run the same command again to continue with the next pair")
+
+
+class JudgingPage:
+    """The page's state and its requests."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        answered: int,
+        keep: Keep,
+        finish: Callable[[], None],
+        say: Say,
+    ):
+        self.questions = questions
+        self.total = answered + len(questions)
+        self.keep = keep
+        self.finish = finish
+        self.say = say
+        self.waiting = list(range(len(questions)))  # indices of questions without a verdict
+        self.judged: list[int] = []  # indices, in the order of their verdicts
+
+    def app(self, token: str) -> Starlette:
+        """Return the ASGI application.
+
+        Everything lies below the token. No other site knows it, so none can send a verdict.
+        """
+        routes = [
+            Route("/", self.page),
+            Route("/pair", self.pair),
+            Route("/picture/{n:int}/{side}", self.picture),
+            Route("/verdict", self.verdict, methods=["POST"]),
+            Route("/undo", self.undo, methods=["POST"]),
+            Route("/finish", self.end, methods=["POST"]),
+        ]
+        hosts = Middleware(
+            TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False
         )
-        try:
-            finished.wait()
-        except KeyboardInterrupt:
-            say("arena: ended; the same command goes on with the next pair")
+        return Starlette(routes=[Mount(f"/{token}", routes=routes)], middleware=[hosts])
 
-
-def make_app(
-    evaluated: Evaluated,
-    left: Sequence[Question],
-    total: int,
-    append: Append,
-    token: str,
-    finish: Callable[[], None],
-    say: Callable[[str], None],
-) -> Starlette:
-    """The ASGI application. Everything lies below the token, which no other site knows, so none can send a verdict."""
-    waiting, judged = list(range(len(left))), []  # numbers of questions
-
-    def state() -> Response:
-        n = waiting[0] if waiting else None
-        question = left[n] if waiting else None
+    def state(self) -> Response:
+        """The pair to show, the one to preload, and the progress."""
+        current = self.waiting[0] if self.waiting else None
+        following = self.waiting[1] if len(self.waiting) > 1 else None
+        prompt = "" if current is None else self.questions[current].prompt
         return JSONResponse(
             {
-                "pair": n,
-                "prompt": evaluated.set(question.first.set).prompts[question.first.line]
-                if question
-                else "",
-                "next": waiting[1] if len(waiting) > 1 else None,
-                "done": total - len(waiting),
-                "total": total,
-                "undo": bool(judged),
+                "pair": current,
+                "prompt": prompt,
+                "next": following,
+                "done": self.total - len(self.waiting),
+                "total": self.total,
+                "undo": bool(self.judged),
             }
         )
 
-    async def page(_: Request) -> Response:
+    async def page(self, _: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
         policy = (
-            f"default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{nonce}'; "
-            f"script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
+            f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
         headers = {
             "Content-Security-Policy": policy,
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store",
         }
-        return HTMLResponse(
-            PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce), headers=headers
-        )
+        html = PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce)
+        return HTMLResponse(html, headers=headers)
 
-    async def show(_: Request) -> Response:
-        return state()
+    async def pair(self, _: Request) -> Response:
+        return self.state()
 
-    async def picture(request: Request) -> Response:
-        n, side = request.path_params["n"], request.path_params["side"]
-        if n >= len(left) or side not in ("left", "right"):
+    async def picture(self, request: Request) -> Response:
+        n = request.path_params["n"]
+        side = request.path_params["side"]
+        if n >= len(self.questions) or side not in POSITIONS:
             raise HTTPException(404)
+
         try:
-            shown = left[n].first if side == "left" else left[n].second
-            content = await run_in_threadpool(encode, shown, "PNG")
+            question = self.questions[n]
+            content = await run_in_threadpool(question.picture, POSITIONS[side])
         except ValueError as error:
-            if n in waiting:
-                waiting.remove(n)
-                say(f"arena: {error}; its pair is left out")
+            # The pair cannot be shown: skip it.
+            if n in self.waiting:
+                self.waiting.remove(n)
+                self.say(f"arena: {error}; its pair is left out")
             raise HTTPException(410) from None
-        return Response(
-            content, media_type="image/png", headers={"Cache-Control": "private, max-age=600"}
-        )
 
-    async def verdict(request: Request) -> Response:
-        given = await _json(request)
-        n, said = given.get("pair"), given.get("verdict")
-        if said not in ("first", "second", "tie"):
+        headers = {"Cache-Control": "private, max-age=600"}
+        return Response(content, media_type="image/png", headers=headers)
+
+    async def verdict(self, request: Request) -> Response:
+        body = await _json_object(request)
+        n = body.get("pair")
+        verdict = body.get("verdict")
+        if verdict not in ("first", "second", "tie"):
             raise HTTPException(400, "verdict: expected first, second or tie")
-        if n in waiting:  # not the second click on it
-            append(left[n], said, "")
-            waiting.remove(n)
-            judged.append(n)
-        return state()
 
-    async def undo(_: Request) -> Response:
-        if judged:
-            n = judged.pop()
-            append(left[n], "undone", "")
-            waiting.insert(0, n)
-        return state()
+        # A second click on the same pair changes nothing.
+        if n in self.waiting:
+            self.keep(self.questions[n], verdict, "")
+            self.waiting.remove(n)
+            self.judged.append(n)
+        return self.state()
 
-    async def end(_: Request) -> Response:
-        finish()
+    async def undo(self, _: Request) -> Response:
+        if self.judged:
+            n = self.judged.pop()
+            self.keep(self.questions[n], "undone", "")
+            self.waiting.insert(0, n)
+        return self.state()
+
+    async def end(self, _: Request) -> Response:
+        self.finish()
         return JSONResponse({})
 
-    routes = [
-        Route("/", page),
-        Route("/pair", show),
-        Route("/picture/{n:int}/{side}", picture),
-        Route("/verdict", verdict, methods=["POST"]),
-        Route("/undo", undo, methods=["POST"]),
-        Route("/finish", end, methods=["POST"]),
-    ]
-    hosts = Middleware(
-        TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False
-    )
-    return Starlette(routes=[Mount(f"/{token}", routes=routes)], middleware=[hosts])
 
-
-async def _json(request: Request) -> Mapping:
+async def _json_object(request: Request) -> Mapping:
     try:
-        given = await request.json()
+        body = await request.json()
     except ValueError:
-        given = None
-    if not isinstance(given, dict):
+        body = None
+    if not isinstance(body, dict):
         raise HTTPException(400, "expected a JSON object")
-    return given
+    return body
+
+
+def make_judge(settings: Any) -> HumanJudge:
+    """The judge `human`. settings: config.evaluate.arena."""
+    return HumanJudge(settings.port)

@@ -1,17 +1,16 @@
-"""The rewards that can learn, by name: what of each is trained, on which loss. Options are the constructor's arguments.
+"""The rewards that can learn, by name: which weights of each are trained, and on which loss.
 
-A name stands for "module:class", imported when asked for, as in rewards/__init__.py. Optimizer, averaged weights and
-history are the same for all of them and not in here.
+Options are the constructor's arguments. The optimizer, the averaged weights and the history are the
+same for all of them (reward_bridge/adversary.py).
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from reward_bridge.rewards import _arguments
+from reward_bridge.registry import check_arguments, find_class, without_class
 
 LEARNERS = {
     "omniaid": "reward_bridge.learners.omniaid:OmniAIDLearner",
@@ -23,37 +22,41 @@ LEARNERS = {
 
 
 class Learner(Protocol):
-    """What differs between the rewards that learn. Pictures are uint8 [n, 3, s, s], as `prepare` gives them.
+    """What differs between the rewards that learn.
 
-    `model` comes in eval mode; of its parameters exactly those that learn require gradients, and they are float32.
+    Pictures are uint8 [n, 3, s, s], as `prepare` returns them. `model` is in eval mode when the
+    learner is built. Exactly those of its parameters that learn require gradients, in float32.
     """
 
     model: nn.Module
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, h, w] -> uint8 [n, 3, s, s]: the first resize; what is kept of a picture."""
+        """The first resize, uint8 [n, 3, h, w] -> uint8 [n, 3, s, s]; the result is kept."""
 
     def score(self, model: nn.Module, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """float32 [n], higher is more real, the same for a picture in any company.
+        """Score n pictures: float32 [n], higher is more real.
 
-        `model` is `self.model` or a copy of it with other weights, in eval mode.
+        A picture's score does not depend on the rest of the batch. `model` is `self.model` or a
+        copy of it with other weights, in eval mode.
         """
 
     def loss(
         self, model: nn.Module, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss [] of m pairs, augmented, and detached metrics [], among them "accuracy".
+        """The loss [] of m augmented pairs and detached metrics [], one of them "accuracy".
 
-        `real` and `generated` are of the same m prompts; `model` is in train mode. Draws from torch's global generator.
+        `real` and `generated` belong to the same m prompts. `model` is in train mode. Draws from
+        torch's global generator.
         """
 
 
 def make_learner(name: str, device: str, options: Mapping[str, Any]) -> Learner:
-    """Raises ValueError for a name that is not in LEARNERS, and for an option that it does not have or lacks."""
-    if name not in LEARNERS:
-        raise ValueError(
-            f"there is no reward {name!r} that can learn; choose from {', '.join(sorted(LEARNERS))}"
-        )
-    module, _, cls = LEARNERS[name].partition(":")
-    make = getattr(importlib.import_module(module), cls)
-    return make(**_arguments(make, name, {"device": device, **options}))
+    """Build a learner on a torch device.
+
+    The option `class` names a class that is not in LEARNERS, as "package.module:Class". Raises
+    ValueError if there is no such learner, or if an option is unknown or missing.
+    """
+    make = find_class("learner", name, LEARNERS, options)
+    arguments = {"device": device, **without_class(options)}
+    check_arguments(make, name, arguments)
+    return make(**arguments)

@@ -1,8 +1,8 @@
-"""A discriminator on frozen DINOv2 features: Adv-GRPO's "dino patch", with defects of its reward mended.
+"""A discriminator on frozen DINOv2 features: Adv-GRPO's "dino patch", with two defects corrected.
 
-Features are normalised for the reward and for training alike (the source does so for the reward alone), and the
-patches that a score looks at follow from the picture, so that it can be computed again. Source: showlab/Adv-GRPO,
-scripts/train_sd3_fast_dino_patch.py and adv_grpo/rewards.py.
+Features are normalised both for the reward and for training (the source does so for the reward
+only). The patches that a score looks at follow from the picture, so that the score is reproducible.
+Source: showlab/Adv-GRPO, scripts/train_sd3_fast_dino_patch.py and adv_grpo/rewards.py.
 """
 
 import zlib
@@ -16,8 +16,10 @@ from transformers.initialization import no_init_weights
 from reward_bridge.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize, resize
 from reward_bridge.weights import Table, find, load_strict, read, rename, torch_dtype
 
-HIDDEN = 512
-NAMES: Table = (  # of the published folders
+HIDDEN = 512  # width of the head
+
+# Keys of the published folders to those of transformers 5.
+NAMES: Table = (
     (r"(.+\.attention)\.attention\.query\.(.+)", r"\1.q_proj.\2"),
     (r"(.+\.attention)\.attention\.key\.(.+)", r"\1.k_proj.\2"),
     (r"(.+\.attention)\.attention\.value\.(.+)", r"\1.v_proj.\2"),
@@ -27,11 +29,12 @@ NAMES: Table = (  # of the published folders
 
 
 class FrozenDino(nn.Module):
-    """A DINOv2 that never learns and is always in eval mode, and a head that does."""
+    """A DINOv2 that never learns and stays in eval mode, and a head that learns."""
 
     def __init__(self, backbone: Dinov2Model, head: nn.Module):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def train(self, mode: bool = True) -> "FrozenDino":
         super().train(mode)
@@ -40,12 +43,15 @@ class FrozenDino(nn.Module):
 
 
 class DinoDiscriminator:
-    """(1 - w) h(class token) + w mean h(`patches` patch tokens), h a perceptron; trained with the hinge loss.
+    """(1 - w) h(class token) + w mean h(patch tokens), h a perceptron; trained with the hinge loss.
 
-    `path`: a Dinov2Model folder, such as facebook/dinov2-base. `size`: pictures are resized to it squared, bicubic.
-    `patch_weight` w, of the patches in the reward and in the loss. `normalize`: features are divided by their length,
-    in both. `seed` draws the head's first weights, and with a picture's bytes the patches of its score. `dtype`: the
-    backbone's; the head is float32.
+    path: a Dinov2Model folder, such as facebook/dinov2-base.
+    seed: draws the head's first weights and, with a picture's bytes, the patches of its score.
+    size: pictures are resized to size x size pixels, bicubic.
+    patches: number of patch tokens, drawn with replacement.
+    patch_weight: w, the weight of the patches in the reward and in the loss.
+    normalize: divide features by their length, in the reward and in the loss.
+    dtype: of the backbone; the head is float32.
     """
 
     def __init__(
@@ -59,90 +65,100 @@ class DinoDiscriminator:
         normalize: bool = True,
         dtype: str = "float32",
     ):
-        if patches < 1 or not 0 <= patch_weight <= 1:
-            raise ValueError(
-                f"got patches {patches} and patch_weight {patch_weight}; expected at least 1, and between 0 and 1"
-            )
-        self.seed, self.size, self.patches, self.patch_weight = seed, size, patches, patch_weight
-        self.normalize, self.dtype = normalize, torch_dtype(dtype)
+        if patches < 1:
+            raise ValueError(f"got dino_discriminator.patches {patches}; expected 1 or more")
+        if not 0 <= patch_weight <= 1:
+            raise ValueError(f"got dino_discriminator.patch_weight {patch_weight}; expected 0 to 1")
+        self.seed = seed
+        self.size = size
+        self.patches = patches
+        self.patch_weight = patch_weight
+        self.normalize = normalize
+        self.dtype = torch_dtype(dtype)
+
         backbone = load_dinov2(path, "dino_discriminator.path")
         if size % backbone.config.patch_size:
             raise ValueError(
                 f"got dino_discriminator.size {size}; expected a multiple of the patch size "
                 f"{backbone.config.patch_size} of {path}"
             )
-        self.model = (
-            FrozenDino(backbone.to(self.dtype), make_head(backbone.config.hidden_size, seed))
-            .to(device)
-            .eval()
-        )
+        head = make_head(backbone.config.hidden_size, seed)
+        self.model = FrozenDino(backbone.to(self.dtype), head).to(device).eval()
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] -> uint8 [n, 3, size, size]."""
         return resize(images, (self.size, self.size), "bicubic")
 
     def score(
         self, model: FrozenDino, images: torch.Tensor, prompts: Sequence[str]
     ) -> torch.Tensor:
+        """The discriminator's output for uint8 pictures [n, 3, size, size]: float32 [n]."""
         features = self.features(model, images)
         count = features.shape[1] - 1
         index = torch.stack(
             [patches_of(picture, self.seed, count, self.patches) for picture in images]
         )
-        return discriminator_reward(
-            model.head, features, index.to(features.device), self.patch_weight
-        )
+        index = index.to(features.device)
+        return discriminator_reward(model.head, features, index, self.patch_weight)
 
     def loss(
         self, model: FrozenDino, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`hinge_loss` of m pairs, on patches from torch's global generator."""
         features = self.features(model, torch.cat([real, generated]))
-        index = torch.randint(features.shape[1] - 1, (len(features), self.patches)).to(
-            features.device
-        )
+        count = features.shape[1] - 1
+        index = torch.randint(count, (len(features), self.patches)).to(features.device)
         return hinge_loss(model.head, features.chunk(2), index.chunk(2), self.patch_weight)
 
     def features(self, model: FrozenDino, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, size, size] -> float32 [n, 1 + patches, D] after the last norm, the class token first."""
+        """uint8 [n, 3, size, size] -> float32 [n, 1 + patches, D], the class token first."""
+        pixels = normalize(images, IMAGENET_MEAN, IMAGENET_STD, self.dtype)
         with torch.no_grad():
-            x = model.backbone(
-                normalize(images, IMAGENET_MEAN, IMAGENET_STD, self.dtype)
-            ).last_hidden_state.float()
+            x = model.backbone(pixels).last_hidden_state.float()
         return unit(x) if self.normalize else x
 
 
 def make_head(width: int, seed: int) -> nn.Sequential:
-    """Two layers to one number, with torch's first weights for linear layers, the same ones for a seed."""
+    """Two linear layers to one number, with torch's initial weights, drawn with `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
 
 
 def load_dinov2(path: str, option: str) -> Dinov2Model:
-    """A Dinov2Model folder as transformers saves it. Raises FileNotFoundError and ValueError, see weights.py."""
+    """Load a Dinov2Model folder as transformers saves it.
+
+    Raises FileNotFoundError if a file is missing, ValueError if the weights do not fit.
+    """
     folder = find(path, option, "config.json").parent
     file = find(str(folder), option, "model.safetensors", "pytorch_model.bin")
-    with no_init_weights():  # all of them are about to be loaded
+    with no_init_weights():  # all of them are loaded next
         model = Dinov2Model(Dinov2Config.from_pretrained(folder))
     return load_strict(model, rename(read(file), NAMES, file), file)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """[..., d] over its length, or nearly: 1e-6 is added to that."""
+    """x / (|x| + 1e-6) along the last axis."""
     return x / (x.norm(dim=-1, keepdim=True) + 1e-6)
 
 
 def patches_of(picture: torch.Tensor, seed: int, count: int, patches: int) -> torch.Tensor:
-    """int64 [patches] below `count`, with replacement, by the seed and the bytes of a picture (uint8 [3, h, w])."""
-    checksum = zlib.crc32(
-        picture.contiguous().cpu().numpy(), seed % 2**32
-    )  # all that torch's CPU generator takes
+    """Indices below `count`, int64 [patches], with replacement.
+
+    They follow from the seed and the bytes of the picture, uint8 [3, h, w].
+    """
+    # torch's CPU generator takes 32 bits.
+    checksum = zlib.crc32(picture.contiguous().cpu().numpy(), seed % 2**32)
     return torch.randint(count, (patches,), generator=torch.Generator().manual_seed(checksum))
 
 
 def logits(
     head: nn.Module, features: torch.Tensor, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, 1 + t, d], int [n, k] -> h of the class tokens [n], and of the patches at `index` [n, k]."""
+    """h of the class tokens [n] and of the patches at `index` [n, k].
+
+    features: [n, 1 + t, d], the class token first. index: int [n, k], of patch tokens.
+    """
     patches = features[:, 1:].gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
     return head(features[:, 0]).squeeze(-1), head(patches).squeeze(-1)
 
@@ -150,7 +166,7 @@ def logits(
 def discriminator_reward(
     head: nn.Module, features: torch.Tensor, index: torch.Tensor, patch_weight: float
 ) -> torch.Tensor:
-    """[n]; see `logits`."""
+    """(1 - w) h(class token) + w mean h(patches): [n]. For the arguments see `logits`."""
     whole, patches = logits(head, features, index)
     return (1 - patch_weight) * whole + patch_weight * patches.mean(1)
 
@@ -161,15 +177,25 @@ def hinge_loss(
     index: Sequence[torch.Tensor],
     patch_weight: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """1/2 [mean relu(1 - h(real)) + mean relu(1 + h(generated))] of class tokens, and `patch_weight` of the patches'.
+    """The hinge loss [] of the class tokens plus `patch_weight` times that of the patches.
 
-    `features` and `index`: of the real and of the generated pictures, see `logits`. The accuracy is the class tokens'.
+    1/2 [mean relu(1 - h(real)) + mean relu(1 + h(generated))]. `features` and `index` are pairs,
+    of the real and of the generated pictures; see `logits`. The accuracy is the class tokens'.
     """
-    real, generated = (logits(head, f, i) for f, i in zip(features, index, strict=True))
-    whole, patches = (
-        ((1 - r).relu().mean() + (1 + g).relu().mean()) / 2
-        for r, g in zip(real, generated, strict=True)
-    )
-    accuracy = ((real[0] > 0).float().mean() + (generated[0] < 0).float().mean()) / 2
-    metrics = {"accuracy": accuracy, "class_loss": whole.detach(), "patch_loss": patches.detach()}
-    return whole + patch_weight * patches, metrics
+    real_whole, real_patches = logits(head, features[0], index[0])
+    generated_whole, generated_patches = logits(head, features[1], index[1])
+    class_loss = _hinge(real_whole, generated_whole)
+    patch_loss = _hinge(real_patches, generated_patches)
+
+    real_right = (real_whole > 0).float().mean()
+    generated_right = (generated_whole < 0).float().mean()
+    metrics = {
+        "accuracy": (real_right + generated_right) / 2,
+        "class_loss": class_loss.detach(),
+        "patch_loss": patch_loss.detach(),
+    }
+    return class_loss + patch_weight * patch_loss, metrics
+
+
+def _hinge(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+    return ((1 - real).relu().mean() + (1 + generated).relu().mean()) / 2

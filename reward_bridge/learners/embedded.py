@@ -1,4 +1,4 @@
-"""The embedded model's detector, learning on."""
+"""The embedded model's detector, which goes on learning."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,12 @@ from reward_bridge.rewards.embedded import SIZE, ConvDetector, EmbeddedDetector,
 
 
 class EmbeddedLearner:
-    """P(real), trained by binary cross entropy against 1 - `smoothing` and `smoothing`; all weights learn.
+    """P(real), trained by binary cross entropy against 1 - `smoothing` and `smoothing`.
 
-    `init`: "shipped", the weights of the frozen reward, or "fresh", drawn from `seed`. In training each picture is
-    mirrored or not, and shifted by up to `shift` pixels.
+    All weights learn.
+
+    init: "shipped", the weights of the frozen reward, or "fresh", drawn with `seed`.
+    shift: in training, each picture may be mirrored and is shifted by up to this many pixels.
     """
 
     def __init__(
@@ -28,12 +30,18 @@ class EmbeddedLearner:
     ):
         if init not in ("shipped", "fresh"):
             raise ValueError(f"got embedded_detector.init {init!r}; expected 'shipped' or 'fresh'")
-        if not 0 <= smoothing < 0.5 or not 0 <= shift < SIZE:
+        if not 0 <= smoothing < 0.5:
             raise ValueError(
-                f"got embedded_detector's smoothing {smoothing} and shift {shift}; expected 0 to below 0.5, and 0 to "
-                f"{SIZE - 1}"
+                f"got embedded_detector.smoothing {smoothing}; expected at least 0 and less than "
+                "0.5"
             )
-        self.smoothing, self.shift = smoothing, shift
+        if not 0 <= shift < SIZE:
+            raise ValueError(
+                f"got embedded_detector.shift {shift}; expected 0 to {SIZE - 1} pixels"
+            )
+        self.smoothing = smoothing
+        self.shift = shift
+        self.model: nn.Module
         if init == "shipped":
             self.model = EmbeddedDetector(device).model.requires_grad_(True)
         else:
@@ -42,25 +50,32 @@ class EmbeddedLearner:
                 self.model = ConvDetector().to(device).eval()
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] -> uint8 [n, 3, 64, 64]."""
         return resize(images, (SIZE, SIZE), "bilinear")
 
     def score(self, model: nn.Module, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """P(real) of uint8 pictures [n, 3, 64, 64]: float32 [n]."""
         return model(to_input(images)).sigmoid()
 
     def loss(
         self, model: nn.Module, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean binary cross entropy [] of m pairs, and metrics."""
         images = mirror_and_shift(torch.cat([real, generated]), self.shift)
-        logits = model(to_input(images)).chunk(2)
-        targets = (1 - self.smoothing, self.smoothing)
-        real_loss, generated_loss = (
-            F.binary_cross_entropy_with_logits(x, torch.full_like(x, t))
-            for x, t in zip(logits, targets, strict=True)
-        )
-        accuracy = ((logits[0] > 0).float().mean() + (logits[1] < 0).float().mean()) / 2
+        real_logits, generated_logits = model(to_input(images)).chunk(2)
+        real_loss = _cross_entropy(real_logits, 1 - self.smoothing)
+        generated_loss = _cross_entropy(generated_logits, self.smoothing)
+
+        real_right = (real_logits > 0).float().mean()
+        generated_right = (generated_logits < 0).float().mean()
         metrics = {
-            "accuracy": accuracy,
+            "accuracy": (real_right + generated_right) / 2,
             "real_loss": real_loss.detach(),
             "generated_loss": generated_loss.detach(),
         }
         return (real_loss + generated_loss) / 2, metrics
+
+
+def _cross_entropy(logits: torch.Tensor, target: float) -> torch.Tensor:
+    """Mean binary cross entropy [] of logits [m] against one target probability."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))

@@ -1,9 +1,12 @@
-"""OmniAID that learns with the generator, as RealGen-V2 trains it: head and experts, or with LoRA files the head alone.
+"""OmniAID that learns with the generator, as RealGen-V2 trains it.
 
-Sources: yejy53/RealGen, RealGen_v2/flow_grpo/trainable_scorers.py; yunncheng/OmniAID, models/OmniAID.py.
+Head and experts learn; with a file of LoRA experts, the head alone. Sources: yejy53/RealGen,
+RealGen_v2/flow_grpo/trainable_scorers.py; yunncheng/OmniAID, models/OmniAID.py.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,71 +14,89 @@ from torch.nn import functional as F
 
 from reward_bridge.learners.augment import augment
 from reward_bridge.preprocess import normalize, resize
-from reward_bridge.rewards.omniaid import (
-    CLIP_TABLE,
-    MixtureDetector,
-    MixtureReward,
-    MoELinear,
-    OmniAID,
-)
+from reward_bridge.rewards.mixture import MixtureDetector, MixtureReward, MoELinear
+from reward_bridge.rewards.omniaid import CLIP_TABLE, OmniAID
 from reward_bridge.rewards.omniaid_dino import DINO_TABLE, OmniAIDDino
-from reward_bridge.weights import Table, read, rename
+from reward_bridge.weights import State, Table, read, rename
 
-Bases = Mapping[
-    str, tuple[torch.Tensor, torch.Tensor]
-]  # of a projection by its name: U_r [D, R], V_r [R, D]
+# By projection: U_r [D, R] and V_r [R, D], the singular vectors of its main weight.
+Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a mixture detector learns; options beside those of the frozen reward.
+
+    smoothing: s; the targets are (1 - s, s) for real and (s, 1 - s) for generated pictures.
+    lambda_orth: weight of `orthogonality_loss`; unused with LoRA files, whose experts do not
+        learn.
+    lambda_balance: weight of `balance_loss`. It has no effect on the weights while the router is
+        frozen, as it is here.
+    dropout: share of the experts' input that is dropped in training.
+    augment: augment pictures in training (augment.py).
+    gradient_checkpointing: compute activations twice instead of keeping those of all layers.
+
+    Raises ValueError if smoothing or dropout is out of range.
+    """
+
+    smoothing: float = 0.05
+    lambda_orth: float = 1e-3
+    lambda_balance: float = 0.0
+    dropout: float = 0.1
+    augment: bool = True
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.smoothing < 0.5:
+            raise ValueError(
+                f"got smoothing {self.smoothing}; expected at least 0 and less than 0.5"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"got dropout {self.dropout}; expected at least 0 and less than 1")
+
+    @classmethod
+    def read(cls, name: str, options: Mapping[str, Any]) -> "Training":
+        """Raises ValueError naming an unknown option of the reward `name`."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise ValueError(
+                f"config.reward.options.{name}: unexpected options {', '.join(unknown)}; training "
+                f"takes {', '.join(known)}, besides the reward's own"
+            )
+        return cls(**options)
 
 
 class MixtureLearner:
-    """Cross entropy against soft labels, half from the real and half from the generated pictures, and two penalties.
+    """Cross entropy against soft labels, and two penalties."""
 
-    `smoothing` s: the targets are (1 - s, s) and (s, 1 - s). `lambda_orth` and `lambda_balance` weigh the penalties,
-    see `orthogonality_loss` (none with LoRA files, whose experts do not learn) and `balance_loss`, which moves nothing
-    while the router is frozen, as it is here.
-    `dropout`: the share of what the experts see that is dropped in training. `augment`: see augment.py.
-    `gradient_checkpointing`: compute activations twice instead of keeping those of all layers.
-    """
+    def __init__(self, reward: MixtureReward, table: Table, training: Training):
+        self.reward = reward
+        self.model = reward.model
+        self.training = training
 
-    def __init__(
-        self,
-        reward: MixtureReward,
-        table: Table,
-        smoothing: float,
-        lambda_orth: float,
-        lambda_balance: float,
-        dropout: float,
-        augment: bool,
-        gradient_checkpointing: bool,
-    ):
-        for name, value, end in (("smoothing", smoothing, 0.5), ("dropout", dropout, 1.0)):
-            if not 0 <= value < end:
-                raise ValueError(f"got {name} {value}; expected at least 0 and less than {end}")
-        self.reward, self.model = reward, reward.model
-        self.smoothing, self.lambda_orth, self.lambda_balance = (
-            smoothing,
-            lambda_orth,
-            lambda_balance,
-        )
-        self.augment = augment
         published = read(reward.file)
-        self.lora = any(".lora_A_experts." in key for key in published)
+        has_lora = any(".lora_A_experts." in key for key in published)
         self.bases: Bases = {}
-        if lambda_orth and not self.lora:
-            self.bases = _bases(published, table, reward)
+        if training.lambda_orth and not has_lora:
+            self.bases = _read_bases(published, table, reward)
+
         for name, parameter in self.model.named_parameters():
-            learns = name.startswith("head.") or ("_experts." in name and not self.lora)
-            parameter.requires_grad_(learns)
+            is_expert = "_experts." in name
+            parameter.requires_grad_(name.startswith("head.") or (is_expert and not has_lora))
         for module in self.model.tower.modules():
             if isinstance(module, MoELinear):
-                module.dropout = dropout
-        if gradient_checkpointing and not self.lora:
+                module.dropout = training.dropout
+        if training.gradient_checkpointing and not has_lora:
             self.model.tower.activation_checkpointing_enable()
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] -> uint8 [n, 3, s, s], the reward's first size."""
         side = self.reward.sides[0]
         return resize(images, (side, side), "bilinear")
 
     def score(self, model: nn.Module, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """P(real) of uint8 pictures [n, 3, s, s]: float32 [n]."""
         return model(self.reward.pixels(images)).softmax(-1)[:, 0]
 
     def loss(
@@ -85,28 +106,37 @@ class MixtureLearner:
         generated: torch.Tensor,
         prompts: Sequence[str],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Classification + lambda_orth * orthogonality + lambda_balance * balance, of m pairs."""
         images = self.reward.resized(torch.cat([real, generated]))
-        pixels = normalize(augment(images) if self.augment else images, *self.reward.statistics)
+        if self.training.augment:
+            images = augment(images)
+        pixels = normalize(images, *self.reward.statistics)
+
+        # One forward pass for both: recomputed activations need the gates of their own forward.
         features = model.routing_features(pixels)
-        # one forward for both: recomputed activations need the gates of the forward they belong to
-        logits, routed = model.classify(pixels, features).chunk(2), model.router(features).chunk(2)
-        classification = (
-            sum(
-                soft_cross_entropy(x, r, self.smoothing)
-                for x, r in zip(logits, (1, 0), strict=True)
-            )
-            / 2
+        real_logits, generated_logits = model.classify(pixels, features).chunk(2)
+        real_routing, generated_routing = model.router(features).chunk(2)
+
+        smoothing = self.training.smoothing
+        real_loss = soft_cross_entropy(real_logits, True, smoothing)
+        generated_loss = soft_cross_entropy(generated_logits, False, smoothing)
+        classification = (real_loss + generated_loss) / 2
+
+        top_k = model.sizes.top_k
+        balance = (balance_loss(real_routing, top_k) + balance_loss(generated_routing, top_k)) / 2
+        orthogonality = torch.zeros_like(balance)
+        if self.bases:
+            orthogonality = orthogonality_loss(model, self.bases)
+        loss = (
+            classification
+            + self.training.lambda_orth * orthogonality
+            + self.training.lambda_balance * balance
         )
-        balance = sum(balance_loss(x, model.sizes.top_k) for x in routed) / 2
-        orthogonality = (
-            orthogonality_loss(model, self.bases) if self.bases else torch.zeros_like(balance)
-        )
-        loss = classification + self.lambda_orth * orthogonality + self.lambda_balance * balance
-        right = [
-            (x[:, 0] > x[:, 1]) == is_real for x, is_real in zip(logits, (True, False), strict=True)
-        ]
+
+        real_right = (real_logits[:, 0] > real_logits[:, 1]).float().mean()
+        generated_right = (generated_logits[:, 0] <= generated_logits[:, 1]).float().mean()
         metrics = {
-            "accuracy": (right[0].float().mean() + right[1].float().mean()) / 2,
+            "accuracy": (real_right + generated_right) / 2,
             "classification_loss": classification.detach(),
             "orthogonality_loss": orthogonality.detach(),
             "balance_loss": balance.detach(),
@@ -115,7 +145,10 @@ class MixtureLearner:
 
 
 class OmniAIDLearner(MixtureLearner):
-    """On CLIP; the options up to `resize_first` are the frozen reward's. Everything is float32."""
+    """On CLIP. The named options are the frozen reward's, the others those of `Training`.
+
+    Everything is float32.
+    """
 
     def __init__(
         self,
@@ -125,30 +158,18 @@ class OmniAIDLearner(MixtureLearner):
         top_k: int = 2,
         heads: int | None = None,
         resize_first: int = 512,
-        smoothing: float = 0.05,
-        lambda_orth: float = 1e-3,
-        lambda_balance: float = 0.0,
-        dropout: float = 0.1,
-        augment: bool = True,
-        gradient_checkpointing: bool = True,
+        **training: Any,
     ):
+        settings = Training.read("omniaid", training)
         reward = OmniAID(device, path, routing, top_k, heads, resize_first)
-        super().__init__(
-            reward,
-            CLIP_TABLE,
-            smoothing,
-            lambda_orth,
-            lambda_balance,
-            dropout,
-            augment,
-            gradient_checkpointing,
-        )
+        super().__init__(reward, CLIP_TABLE, settings)
 
 
 class OmniAIDDinoLearner(MixtureLearner):
-    """On DINOv3; the options up to `resize_first` are the frozen reward's. Everything is float32.
+    """On DINOv3. The named options are the frozen reward's, the others those of `Training`.
 
-    In train mode the rotary coordinates are rescaled at random, as DINOv3 was trained and RealGen-V2 does.
+    Everything is float32. In train mode the rotary coordinates are rescaled at random, as DINOv3
+    was trained and as RealGen-V2 does.
     """
 
     def __init__(
@@ -161,75 +182,74 @@ class OmniAIDDinoLearner(MixtureLearner):
         rope_theta: float = 100.0,
         eps: float = 1e-5,
         resize_first: int = 512,
-        smoothing: float = 0.05,
-        lambda_orth: float = 1e-3,
-        lambda_balance: float = 0.0,
-        dropout: float = 0.1,
-        augment: bool = True,
-        gradient_checkpointing: bool = True,
+        **training: Any,
     ):
+        settings = Training.read("omniaid_dino", training)
         reward = OmniAIDDino(device, path, size, top_k, heads, rope_theta, eps, resize_first)
-        super().__init__(
-            reward,
-            DINO_TABLE,
-            smoothing,
-            lambda_orth,
-            lambda_balance,
-            dropout,
-            augment,
-            gradient_checkpointing,
-        )
+        super().__init__(reward, DINO_TABLE, settings)
 
 
 def soft_cross_entropy(logits: torch.Tensor, is_real: bool, smoothing: float) -> torch.Tensor:
-    """Logits [n, 2] of real and of fake -> [], against 1 - `smoothing` for the right one."""
-    target = logits.new_tensor(
-        [1 - smoothing, smoothing] if is_real else [smoothing, 1 - smoothing]
-    )
-    return F.cross_entropy(logits, target.expand_as(logits))
+    """Mean cross entropy [] of logits [n, 2] (real, fake) against a smoothed label."""
+    label = [1 - smoothing, smoothing] if is_real else [smoothing, 1 - smoothing]
+    return F.cross_entropy(logits, logits.new_tensor(label).expand_as(logits))
 
 
 def balance_loss(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """[n, N] -> []: N times the sum over experts of (share of pictures routed there) * (mean probability)."""
+    """Penalty [] on an uneven use of the experts, of router logits [n, N].
+
+    N times the sum over experts of (share of pictures routed there) * (mean probability).
+    """
     chosen = torch.zeros_like(router_logits).scatter(1, router_logits.topk(top_k).indices, 1.0)
     return router_logits.shape[1] * (chosen.mean(0) * router_logits.softmax(-1).mean(0)).sum()
 
 
 def orthogonality_loss(model: MixtureDetector, bases: Bases) -> torch.Tensor:
-    """How far the experts' directions overlap with the main weight's and with one another's: mean over projections."""
+    """Overlap [] of the experts' directions with the main weight's and with one another's.
+
+    Mean over pairs and over projections.
+    """
     overlaps = []
     for name, (up, down) in bases.items():
         linear = model.get_submodule(name)
-        pairs = len(linear.U_experts) * (len(linear.U_experts) + 1) / 2
-        overlap = _overlap(up, [*linear.U_experts]) + _overlap(
-            down.T, [v.T for v in linear.V_experts]
-        )
-        overlaps.append(overlap / pairs)
+        experts = len(linear.U_experts)
+        pairs = experts * (experts + 1) / 2
+        up_overlap = _overlap(up, list(linear.U_experts))
+        down_overlap = _overlap(down.T, [v.T for v in linear.V_experts])
+        overlaps.append((up_overlap + down_overlap) / pairs)
     return torch.stack(overlaps).mean()
 
 
 def _overlap(main: torch.Tensor, experts: list[torch.Tensor]) -> torch.Tensor:
-    """[D, R] and E times [D, r] -> []: sum over all pairs A, B of them of |A^T B|, the experts' columns normalised."""
-    count, rank = len(experts), experts[0].shape[1]
+    """Sum [] of |A^T B| over all pairs A, B of the main directions [D, R] and E experts' [D, r].
+
+    The experts' columns are normalised.
+    """
+    count = len(experts)
+    rank = experts[0].shape[1]
     x = F.normalize(torch.cat(experts, 1), dim=0)
     with_main = torch.linalg.vector_norm((main.T @ x).unflatten(1, (count, rank)), dim=(0, 2))
     among = torch.linalg.vector_norm((x.T @ x).reshape(count, rank, count, rank), dim=(1, 3))
     return with_main.sum() + among.triu(1).sum()
 
 
-def _bases(published: Mapping[str, torch.Tensor], table: Table, reward: MixtureReward) -> Bases:
+def _read_bases(published: State, table: Table, reward: MixtureReward) -> Bases:
     """The main weights' singular vectors, which the frozen reward leaves out of its model."""
-    found = {key: value for key, value in published.items() if key.endswith((".U_r", ".V_r"))}
-    found = rename(found, [rule for rule in table if rule[1]], reward.file)
-    device, bases = reward.model.head.weight.device, {}
+    vectors = {key: value for key, value in published.items() if key.endswith((".U_r", ".V_r"))}
+    kept_rules = [rule for rule in table if rule[1]]  # the table's first rule leaves them out
+    vectors = rename(vectors, kept_rules, reward.file)
+
+    device = reward.model.head.weight.device
+    bases = {}
     for name, module in reward.model.named_modules():
-        if isinstance(module, MoELinear):
-            if f"{name}.U_r" not in found or f"{name}.V_r" not in found:
-                raise ValueError(
-                    f"{reward.file} lacks U_r or V_r of {name}, which the orthogonality loss needs; use a file that "
-                    "has them, or set lambda_orth to 0"
-                )
-            bases[name] = tuple(
-                found[f"{name}.{part}"].float().to(device) for part in ("U_r", "V_r")
+        if not isinstance(module, MoELinear):
+            continue
+        up = vectors.get(f"{name}.U_r")
+        down = vectors.get(f"{name}.V_r")
+        if up is None or down is None:
+            raise ValueError(
+                f"{reward.file} lacks U_r or V_r of {name}, which the orthogonality loss needs; "
+                "use a file that has them, or set lambda_orth to 0"
             )
+        bases[name] = (up.float().to(device), down.float().to(device))
     return bases

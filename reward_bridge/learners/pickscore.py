@@ -1,4 +1,4 @@
-"""PickScore that learns to prefer the references, as Adv-GRPO co-trains it.
+"""PickScore that learns to prefer the references, as Adv-GRPO trains it.
 
 Source: showlab/Adv-GRPO, adv_grpo/pick_score_training.py and scripts/train_sd3_fast_pickscore.py.
 """
@@ -15,9 +15,10 @@ from reward_bridge.rewards.pickscore import PickScore
 
 
 class PickScoreLearner:
-    """The last `layers` of the vision tower learn, on which of two pictures of a prompt is the reference.
+    """The last `layers` of the vision tower learn which of two pictures is the reference.
 
-    The other options are the frozen reward's; `divide_by` scales the score alone. Everything is float32.
+    The other options are those of the frozen reward; `divide_by` scales the score but not the loss.
+    Everything is float32.
     """
 
     def __init__(
@@ -29,7 +30,10 @@ class PickScoreLearner:
         layers: int = 1,
     ):
         reward = PickScore(device, path, tokenizer, divide_by)
-        self.model, self.tokenizer, self.divide_by = reward.model, reward.tokenizer, divide_by
+        self.model = reward.model
+        self.tokenizer = reward.tokenizer
+        self.divide_by = divide_by
+
         tower = self.model.vision_model.encoder.layers
         if not 1 <= layers <= len(tower):
             raise ValueError(
@@ -39,32 +43,37 @@ class PickScoreLearner:
             layer.requires_grad_(True)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] -> uint8 [n, 3, s, s], s being the model's image size."""
         return resize_and_crop(images, self.model.config.vision_config.image_size)
 
     def score(self, model: nn.Module, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """PickScore of uint8 pictures [n, 3, s, s] and their prompts: float32 [n]."""
         text = text_features(model, self.tokenizer, prompts)
-        return (
-            model.logit_scale.exp() / self.divide_by * cosine(image_features(model, images), text)
-        )
+        scale = model.logit_scale.exp() / self.divide_by
+        return scale * cosine(image_features(model, images), text)
 
     def loss(
         self, model: nn.Module, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`preference_loss` of m pairs."""
         text = text_features(model, self.tokenizer, prompts)
         images = image_features(model, torch.cat([real, generated]))
-        text, images = F.normalize(text, dim=-1), F.normalize(images, dim=-1)
-        return preference_loss(text, *images.chunk(2), model.logit_scale.exp())
+        text = F.normalize(text, dim=-1)
+        images = F.normalize(images, dim=-1)
+        reference, generated = images.chunk(2)
+        return preference_loss(text, reference, generated, model.logit_scale.exp())
 
 
 def preference_loss(
     text: torch.Tensor, reference: torch.Tensor, generated: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-log P(reference is preferred), mean over pairs; unit features [m, d], P by Bradley and Terry.
+    """-log P(reference preferred), mean [] over pairs of unit features [m, d]; P is Bradley-Terry.
 
     The accuracy is the share of pairs whose reference wins.
     """
     margin = scale * (text * (reference - generated)).sum(-1)
-    return F.softplus(-margin).mean(), {
+    metrics = {
         "accuracy": (margin > 0).float().mean(),
         "margin": margin.mean().detach(),
     }
+    return F.softplus(-margin).mean(), metrics

@@ -1,16 +1,12 @@
-"""The rewards by name. Each one's options are its constructor's arguments; the config gives them.
+"""The rewards by name. A reward's options are its constructor's arguments; the config sets them."""
 
-A name stands for "module:class", imported when asked for: a run loads only what it uses.
-"""
-
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from reward_bridge.bridge import Reward
+from reward_bridge.registry import check_arguments, find_class, without_class
+from reward_bridge.reward import Reward
 
 REWARDS = {
     "clip_score": "reward_bridge.rewards.clip_score:ClipScore",
@@ -32,38 +28,30 @@ REWARDS = {
 
 
 def make_reward(name: str, device: str, options: Mapping[str, Any]) -> Reward:
-    """Build a reward on a torch device; options that name `servers` leave it to those (reward_bridge/client.py).
+    """Build a reward on a torch device.
 
-    Raises ValueError for a name that is not in REWARDS, for an option that the reward does not have or lacks, and for
-    a device without room for the reward.
+    Two options are not the constructor's: `servers` leaves the reward to reward servers
+    (reward_bridge/client.py), and `class` names a class that is not in REWARDS, as
+    "package.module:Class".
+
+    Raises ValueError if there is no such reward, if an option is unknown or missing, or if the
+    device has no room for the reward.
     """
     if "servers" in options:
+        # Imported here because only remote rewards need an HTTP client.
         from reward_bridge.client import RemoteReward
 
-        return RemoteReward(**_arguments(RemoteReward, name, {"name": name, **options}))
-    if name not in REWARDS:
-        raise ValueError(f"there is no reward {name!r}; choose from {', '.join(sorted(REWARDS))}")
-    module, _, cls = REWARDS[name].partition(":")
-    make = getattr(importlib.import_module(module), cls)
-    arguments = _arguments(make, name, {"device": device, **options})
+        arguments = {"name": name, **options}
+        check_arguments(RemoteReward, name, arguments)
+        return RemoteReward(**arguments)
+
+    make = find_class("reward", name, REWARDS, options)
+    arguments = {"device": device, **without_class(options)}
+    check_arguments(make, name, arguments)
     try:
         return make(**arguments)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{device} has no room for the reward {name!r}: {error}; move it with config.reward.devices, or load it in "
-            "a smaller dtype (config.reward.options)"
+            f"{device} has no room for the reward {name!r}: {error}; move it with "
+            "config.reward.devices, or load it in a smaller dtype (config.reward.options)"
         ) from error
-
-
-def _arguments(make: Callable, name: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`given`, if these are the arguments that `make` takes."""
-    try:
-        inspect.signature(make).bind(**given)
-    except TypeError as error:
-        takes = ", ".join(
-            key for key in inspect.signature(make).parameters if key not in ("device", "name")
-        )
-        raise ValueError(
-            f"config.reward.options.{name}: {error}; {make.__name__} takes {takes or 'no options'}"
-        ) from error
-    return given

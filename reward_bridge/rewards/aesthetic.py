@@ -1,4 +1,7 @@
-"""LAION's aesthetic predictor (christophschuhmann/improved-aesthetic-predictor), as DDPO and Flow-GRPO use it."""
+"""LAION's aesthetic predictor, as DDPO and Flow-GRPO use it.
+
+Source: christophschuhmann/improved-aesthetic-predictor.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -10,28 +13,32 @@ from torch.nn import functional as F
 from reward_bridge.rewards.clip import image_features, load_folder
 from reward_bridge.weights import find, load_strict, read, rename
 
-# Layers between these are dropouts; there is no activation
+# The positions of the linear layers in the published file, which has dropouts between them. There
+# is no activation.
+PUBLISHED_LAYERS = (0, 2, 4, 6, 7)
 TABLE = [
     (rf"layers\.{theirs}\.(weight|bias)", rf"{ours}.\1")
-    for ours, theirs in enumerate((0, 2, 4, 6, 7))
+    for ours, theirs in enumerate(PUBLISHED_LAYERS)
 ]
 
 
 class Aesthetic:
-    """How people would rate the picture, about 1 to 10, whatever the prompt; unscaled (arXiv 2305.13301).
+    """How people would rate the picture, about 1 to 10, unscaled (arXiv 2305.13301).
 
-    A perceptron on CLIP-L/14's normalised image feature. `path` is sac+logos+ava1-l14-linearMSE.pth or its folder,
-    `clip` the CLIPModel folder openai/clip-vit-large-patch14. The perceptron stays in float32.
+    A perceptron on CLIP-L/14's normalised image feature, in float32. The prompt plays no part.
+
+    path: sac+logos+ava1-l14-linearMSE.pth or its folder.
+    clip: the CLIPModel folder openai/clip-vit-large-patch14.
     """
 
     def __init__(self, device: str, path: str, clip: str, dtype: str = "float32"):
         file = find(path, "aesthetic.path", "sac+logos+ava1-l14-linearMSE.pth")
         self.model = load_folder(clip, "aesthetic.clip", device, dtype)
         widths = (self.model.config.projection_dim, 1024, 128, 64, 16, 1)
-        head = nn.Sequential(
-            *(nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths))
-        )
+        layers = [nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths)]
+        head = nn.Sequential(*layers)
         self.head = load_strict(head, rename(read(file), TABLE, file), file).to(device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        return self.head(F.normalize(image_features(self.model, images), dim=-1)).squeeze(1)
+        features = image_features(self.model, images)
+        return self.head(F.normalize(features, dim=-1)).squeeze(1)

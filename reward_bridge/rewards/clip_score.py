@@ -16,22 +16,26 @@ from reward_bridge.weights import find
 
 
 class ClipScore:
-    """Cosine similarity of image and prompt times `scale`, from a local `CLIPModel` folder with its tokenizer.
+    """Cosine similarity of image and prompt, times `scale`.
 
-    Flow-GRPO's clip_score is logits_per_image / 30, which for OpenAI's models (logit scale 100) is scale = 100 / 30.
-    Pictures are resized as PIL does it, bicubic, which is what CLIPs are trained on; Flow-GRPO resizes the float
-    tensor, bilinear.
+    path: a local `CLIPModel` folder with its tokenizer.
+
+    Flow-GRPO's clip_score is logits_per_image / 30; for OpenAI's models (logit scale 100) that is
+    scale = 100 / 30. Pictures are resized as PIL does it, bicubic, on which CLIPs are trained;
+    Flow-GRPO resizes the float tensor, bilinear.
     """
 
     def __init__(self, device: str, path: str, scale: float = 100 / 30, dtype: str = "float32"):
         self.scale = scale
         self.model = load_folder(path, "clip_score.path", device, dtype)
         self.tokenizer = load_tokenizer(path, "clip_score.path", self.model)
-        processor = CLIPImageProcessorPil.from_pretrained(
-            find(path, "clip_score.path", "preprocessor_config.json").parent
-        )
-        self.mean, self.std = processor.image_mean, processor.image_std
+
+        folder = find(path, "clip_score.path", "preprocessor_config.json").parent
+        processor = CLIPImageProcessorPil.from_pretrained(folder)
+        self.mean = processor.image_mean
+        self.std = processor.image_std
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         image = image_features(self.model, images, self.mean, self.std)
-        return self.scale * cosine(image, text_features(self.model, self.tokenizer, prompts))
+        text = text_features(self.model, self.tokenizer, prompts)
+        return self.scale * cosine(image, text)

@@ -1,5 +1,7 @@
-"""P(real) by Effort (arXiv 2411.15633): CLIP ViT-L/14 whose attention projections learnt only their last singular
-direction. Source: YZY-stack/Effort-AIGI-Detection, effort_detector.py. RealGen evaluates with it, never trains.
+"""P(real) by Effort (arXiv 2411.15633): CLIP ViT-L/14 that learnt residuals of its projections.
+
+Only the last singular directions of the attention projections were trained. RealGen evaluates with
+Effort and never trains on it. Source: YZY-stack/Effort-AIGI-Detection, effort_detector.py.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ from reward_bridge.preprocess import (
     normalize,
     resize,
 )
-from reward_bridge.rewards.omniaid import clip_config, set_gates, shape, use_experts
+from reward_bridge.rewards.mixture import set_gates, tensor_shape, use_experts
+from reward_bridge.rewards.omniaid import clip_config
 from reward_bridge.weights import Table, find, load_strict, read, rename, torch_dtype
 
 STATISTICS = {
@@ -27,10 +30,8 @@ STATISTICS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 TABLE: Table = (
-    (
-        r".*\.([SUV]_r|position_ids)",
-        None,
-    ),  # the main bases, needed by a loss and not in every file; 0, 1, 2, ...
+    # The main bases, which only a loss needs and not every file has, and the buffer 0, 1, 2, ...
+    (r".*\.([SUV]_r|position_ids)", None),
     (r"backbone\.(.+)\.([USV])_residual", r"tower.\1.\2_experts.0"),
     (r"backbone\.(.+)", r"tower.\1"),
     (r"(head\..+)", r"\1"),
@@ -38,13 +39,16 @@ TABLE: Table = (
 
 
 class Effort:
-    """softmax(logits)[0], logits linear in the class token after the last norm; a projection is W + U diag(S) V.
+    """P(real) = softmax(logits)[0], logits linear in the class token after the last norm.
 
-    Pictures are resized to the model's size, bilinear, aspect not kept. Three programs prepare them in three ways, of
-    which `normalize` selects one, its resize included:
-    "imagenet": RealGen's evaluation (eval/model-eval/eval/effort_eval.py), antialiased, not rounded to 8 bits;
+    A projection is W + U diag(S) V. Pictures are resized to the model's size, bilinear; the aspect
+    ratio is not kept. Three programs prepare them in three ways. `normalize` selects one, its
+    resize included:
+    "imagenet": RealGen's evaluation (eval/model-eval/eval/effort_eval.py), antialiased, not rounded
+        to 8 bits;
     "none": RealGen's scorer (flow_grpo/effort_scorer.py), as PIL;
-    "clip": Effort's own (DeepfakeBench/training/demo.py), not antialiased, as OpenCV but for its rounding.
+    "clip": Effort's own (DeepfakeBench/training/demo.py), not antialiased, as OpenCV except for its
+        rounding.
     """
 
     def __init__(
@@ -59,20 +63,25 @@ class Effort:
             raise ValueError(
                 f"got effort.normalize {normalize!r}; expected one of {', '.join(STATISTICS)}"
             )
-        self.normalize, self.dtype = normalize, torch_dtype(dtype)
+        self.normalize = normalize
+        self.dtype = torch_dtype(dtype)
+
         file = find(path, "effort.path", "effort_clip_L14_trainOn_sdv14.pth")
         state = rename(read(file), TABLE, file)
         config = clip_config(state, heads, "effort", file)
-        rank = shape(state, "tower.encoder.layers.0.self_attn.q_proj.S_experts.0", file)[0]
-        with no_init_weights():  # all of them are about to be loaded
+        rank_key = "tower.encoder.layers.0.self_attn.q_proj.S_experts.0"
+        rank = tensor_shape(state, rank_key, file)[0]
+
+        with no_init_weights():  # all of them are loaded next
             tower = use_experts(CLIPVisionModel(config), 1, rank)
         model = nn.ModuleDict({"tower": tower, "head": nn.Linear(config.hidden_size, 2)})
-        self.size, self.model = config.image_size, load_strict(model, state, file).to(device)
+        self.size = config.image_size
+        self.model = load_strict(model, state, file).to(device)
         tower.to(self.dtype)
         set_gates(tower, torch.ones(1, 1, device=device))  # one expert, always on
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, h, w] -> what the tower takes."""
+        """uint8 [n, 3, h, w] -> the tower's input, [n, 3, size, size]."""
         size = (self.size, self.size)
         if self.normalize == "none":
             x = resize(images, size, "bilinear")

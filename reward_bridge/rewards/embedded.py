@@ -1,7 +1,7 @@
-"""The embedded model's rewards and checks: small networks trained by scripts/build_embedded on 64x64 pictures.
+"""The embedded model's rewards: small networks on 64x64 pictures (scripts/build_embedded).
 
-`EmbeddedDetector` is trained against. `EmbeddedHeldOut`, of another architecture, and the classifier behind
-`EmbeddedPromptAccuracy` and `EmbeddedFrechet` are only ever looked at.
+The demo trains against `EmbeddedDetector`. `EmbeddedHeldOut`, of another architecture, and the
+classifier behind `EmbeddedPromptAccuracy` and `EmbeddedFrechet` are only ever measured.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from reward_bridge.weights import load_strict, read
 
 FOLDER = Path(__file__).parent.parent / "embedded"
-SIZE = 64
+SIZE = 64  # pixels
 
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,10 @@ def _block(n_in: int, n_out: int, stride: int) -> list[nn.Module]:
 
 
 class ConvDetector(nn.Module):
-    """Strided convolutions down to 8x8, one logit a position, averaged: judges textures everywhere in the picture."""
+    """Strided convolutions down to 8x8 and one logit per position, averaged.
+
+    It judges textures everywhere in the picture.
+    """
 
     def __init__(self):
         super().__init__()
@@ -47,11 +50,12 @@ class ConvDetector(nn.Module):
 
 
 class PoolDetector(nn.Module):
-    """Full-resolution convolutions with max-pooling, and one decision on the whole picture's strongest features."""
+    """Full-resolution convolutions with max-pooling, and one decision on the whole picture."""
 
     def __init__(self):
         super().__init__()
-        layers, widths = [], (3, 24, 48, 64, 96)
+        widths = (3, 24, 48, 64, 96)
+        layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Conv2d(n_in, n_out, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers)
@@ -62,11 +66,15 @@ class PoolDetector(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 3, 64, 64] -> logit of "real" [n]."""
         features = self.body(x)
-        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)).squeeze(1)
+        pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
+        return self.head(pooled).squeeze(1)
 
 
 class Classifier(nn.Module):
-    """Which photograph a picture shows: max-pooled convolutions; its 64 last features span the Fréchet distance."""
+    """Which photograph a picture shows.
+
+    Max-pooled convolutions. The Fréchet distance is measured in the 64 features before the head.
+    """
 
     def __init__(self, classes: int):
         super().__init__()
@@ -89,17 +97,18 @@ def _load(model: nn.Module, name: str, device: str) -> nn.Module:
     file = FOLDER / f"{name}.safetensors"
     if not file.exists():
         raise FileNotFoundError(
-            f"{file} is missing; it ships with the package (python scripts/build_embedded makes it)"
+            f"{file} is missing; it is part of the package (python scripts/build_embedded makes it)"
         )
     return load_strict(model, read(file), file).to(device)
 
 
 def subjects() -> list[str]:
-    """What the embedded model has learnt to draw, as its prompts say it."""
+    """The subjects that the embedded model has learnt to draw, as its prompts name them."""
     return json.loads((FOLDER / "subjects.json").read_text())
 
 
 def load_classifier(device: str) -> Classifier:
+    """The embedded classifier on a torch device."""
     return _load(Classifier(len(subjects())), "classifier", device)
 
 
@@ -114,7 +123,7 @@ class EmbeddedDetector:
 
 
 class EmbeddedHeldOut:
-    """P(real) by a detector of another architecture that nothing is trained against."""
+    """P(real) by a detector of another architecture, against which nothing is trained."""
 
     def __init__(self, device: str):
         self.model = _load(PoolDetector(), "held_out", device)
@@ -124,19 +133,21 @@ class EmbeddedHeldOut:
 
 
 class EmbeddedPromptAccuracy:
-    """1 where the classifier takes a picture for the photograph its prompt names, else 0."""
+    """1 if the classifier recognises the photograph that the prompt names, else 0."""
 
     def __init__(self, device: str):
-        self.subjects, self.model = subjects(), load_classifier(device)
+        self.subjects = subjects()
+        self.model = load_classifier(device)
 
     def label(self, prompt: str) -> int:
-        found = [i for i, subject in enumerate(self.subjects) if subject in prompt]
-        if len(found) != 1:
-            known = ", ".join(self.subjects)
+        """The class that a prompt names. Raises ValueError unless it names exactly one."""
+        labels = [i for i, subject in enumerate(self.subjects) if subject in prompt]
+        if len(labels) != 1:
             raise ValueError(
-                f"prompt {prompt!r} names {len(found)} of the embedded subjects; expected one of: {known}"
+                f"prompt {prompt!r} names {len(labels)} of the embedded subjects; expected one of: "
+                f"{', '.join(self.subjects)}"
             )
-        return found[0]
+        return labels[0]
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         labels = torch.tensor([self.label(prompt) for prompt in prompts], device=images.device)

@@ -16,15 +16,16 @@ from reward_bridge.weights import find, read
 
 
 class HPSv2:
-    """Cosine of image and prompt, by open_clip's ViT-H-14 tuned on people's rankings (about 0.3).
+    """Cosine of image and prompt by open_clip's ViT-H-14, tuned on people's rankings (about 0.3).
 
-    `path` is HPS_v2.1_compressed.pt (xswu/HPSv2 on Hugging Face) or its folder; `tokenizer` a folder with CLIP's
-    tokenizer, the file's own by default.
+    path: HPS_v2.1_compressed.pt (xswu/HPSv2 on Hugging Face) or its folder.
+    tokenizer: a folder with CLIP's tokenizer; by default the file's own folder.
 
-    Pictures are resized as PIL does it. The authors' package (hpsv2 1.2) resizes the float tensor, bicubic. With
-    torchvision from 0.17 on (RealGen has 0.21) that is antialiased, the same but for PIL's rounding and clipping to 8
-    bits: scores move by at most 0.8 % of their spread. Before 0.17 it is not antialiased: by up to 13 % (15 photographs
-    of 512 pixels, a ViT with random weights).
+    Pictures are resized as PIL does it. The authors' package (hpsv2 1.2) resizes the float tensor,
+    bicubic. With torchvision from 0.17 on (RealGen has 0.21) that is antialiased and differs only
+    by PIL's rounding and clipping to 8 bits: scores move by at most 0.8 % of their spread. Before
+    0.17 it is not antialiased: by up to 13 % (15 photographs of 512 pixels, a ViT with random
+    weights).
     """
 
     def __init__(
@@ -32,10 +33,10 @@ class HPSv2:
     ):
         file = find(path, "hpsv2.path", "HPS_v2.1_compressed.pt")
         self.model = load_openai(read(file), file, (80, 64), "gelu", device, dtype)
-        self.tokenizer = load_tokenizer(
-            tokenizer or str(file.parent), "hpsv2.tokenizer", self.model
-        )
+        folder = tokenizer or str(file.parent)
+        self.tokenizer = load_tokenizer(folder, "hpsv2.tokenizer", self.model)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        text = text_features(self.model, self.tokenizer, [clean(prompt) for prompt in prompts])
+        prompts = [clean(prompt) for prompt in prompts]
+        text = text_features(self.model, self.tokenizer, prompts)
         return cosine(image_features(self.model, images), text)

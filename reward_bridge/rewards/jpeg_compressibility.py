@@ -1,4 +1,4 @@
-"""How small a picture is as a JPEG file (the toy reward of DDPO, arXiv 2305.13301, and Flow-GRPO)."""
+"""The size of a picture as a JPEG file: a toy reward (DDPO, arXiv 2305.13301; Flow-GRPO)."""
 
 import io
 from collections.abc import Sequence
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+UNIT = 500_000  # bytes, as Flow-GRPO scales the size
+
 
 class JpegCompressibility:
-    """Minus the size of the picture as a JPEG of `quality`, in units of 500 kB as Flow-GRPO scales it."""
+    """Minus the size of the picture as a JPEG of this quality, in units of 500 kB."""
 
     def __init__(self, device: str, quality: int = 95):
         self.quality = quality
@@ -19,4 +21,4 @@ class JpegCompressibility:
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, format="JPEG", quality=self.quality)
             sizes.append(file.tell())
-        return -torch.tensor(sizes, dtype=torch.float32) / 500_000
+        return -torch.tensor(sizes, dtype=torch.float32) / UNIT

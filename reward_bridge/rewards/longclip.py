@@ -12,29 +12,22 @@ from reward_bridge.rewards.clip import (
     load_tokenizer,
     text_features,
 )
-from reward_bridge.weights import find, read
+from reward_bridge.weights import State, find, read
 
-KEPT = 20  # text positions that stay those of the CLIP it was tuned from; the later ones were stretched and trained
-
-
-def merge_positions(state: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """The two tables of text positions, [n, width] each, into one. Raises ValueError where one is missing."""
-    tables = [state.get(name) for name in ("positional_embedding", "positional_embedding_res")]
-    if any(table is None for table in tables):
-        raise ValueError(
-            f"{file} lacks positional_embedding or positional_embedding_res, so it is no Long-CLIP; "
-            "set config.reward.options.longclip.path to longclip-L.pt"
-        )
-    merged = {**state, "positional_embedding": torch.cat([tables[0][:KEPT], tables[1][KEPT:]])}
-    del merged["positional_embedding_res"]
-    return merged
+# Text positions kept from the original CLIP; the later ones were stretched and trained.
+KEPT = 20
+POSITIONS = "positional_embedding"
+TRAINED_POSITIONS = "positional_embedding_res"
 
 
 class LongClip:
-    """Dot product of the features, not normalised, over `divide_by`: RealGen's training reward; evaluation uses 1.
+    """Dot product of the features, not normalised, divided by `divide_by`.
 
-    `path` is longclip-L.pt (BeichenZhang/LongCLIP-L on Hugging Face) or its folder; `tokenizer` a folder with CLIP's
-    vocab.json and merges.txt, the file's own by default. Prompts have 248 tokens at most, the rest is cut.
+    path: longclip-L.pt (BeichenZhang/LongCLIP-L on Hugging Face) or its folder.
+    tokenizer: a folder with CLIP's vocab.json and merges.txt; by default the file's own folder.
+    divide_by: 100 in RealGen's training reward, 1 in its evaluation.
+
+    Prompts are cut after 248 tokens.
     """
 
     def __init__(
@@ -48,11 +41,27 @@ class LongClip:
         file = find(path, "longclip.path", "longclip-L.pt", "*.pt", "*.safetensors")
         state = merge_positions(read(file), file)
         self.model = load_openai(state, file, (64, 64), "quick_gelu", device, dtype)
-        self.tokenizer = load_tokenizer(
-            tokenizer or str(file.parent), "longclip.tokenizer", self.model
-        )
+        folder = tokenizer or str(file.parent)
+        self.tokenizer = load_tokenizer(folder, "longclip.tokenizer", self.model)
         self.divide_by = divide_by
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        text = text_features(self.model, self.tokenizer, [clean(prompt) for prompt in prompts])
+        prompts = [clean(prompt) for prompt in prompts]
+        text = text_features(self.model, self.tokenizer, prompts)
         return (image_features(self.model, images) * text).sum(-1) / self.divide_by
+
+
+def merge_positions(state: State, file: Path) -> dict[str, torch.Tensor]:
+    """Merge the two tables of text positions, [n, width] each, into one.
+
+    Raises ValueError if one is missing.
+    """
+    if POSITIONS not in state or TRAINED_POSITIONS not in state:
+        raise ValueError(
+            f"{file} lacks {POSITIONS} or {TRAINED_POSITIONS}, so it is not a Long-CLIP; set "
+            "config.reward.options.longclip.path to longclip-L.pt"
+        )
+    merged = dict(state)
+    trained = merged.pop(TRAINED_POSITIONS)
+    merged[POSITIONS] = torch.cat([state[POSITIONS][:KEPT], trained[KEPT:]])
+    return merged

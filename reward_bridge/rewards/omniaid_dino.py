@@ -1,24 +1,25 @@
-"""P(real) by OmniAID (arXiv 2511.08423) on DINOv3. Source: yunncheng/OmniAID, models/OmniAID_DINO.py."""
+"""P(real) by OmniAID (arXiv 2511.08423) on DINOv3.
 
-from collections.abc import Mapping
+Source: yunncheng/OmniAID, models/OmniAID_DINO.py.
+"""
+
 from pathlib import Path
 
-import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.initialization import no_init_weights
 
 from reward_bridge.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from reward_bridge.rewards.omniaid import (
+from reward_bridge.rewards.mixture import (
     MixtureDetector,
     MixtureReward,
+    count_layers,
     head_count,
-    layers,
     mixture_table,
     read_mixture,
     read_sizes,
-    shape,
+    tensor_shape,
 )
-from reward_bridge.weights import Table, find, load_strict
+from reward_bridge.weights import State, Table, find, load_strict
 
 DINO_TABLE: Table = (
     *mixture_table("layer", "tower.model.layer"),
@@ -29,10 +30,13 @@ DINO_TABLE: Table = (
 
 
 class OmniAIDDino(MixtureReward):
-    """P(real) by OmniAID-DINO, DINOv3 ViT-L/16 at 448 px, from a published .pth file or one that their code trained.
+    """P(real) by OmniAID-DINO, DINOv3 ViT-L/16 at 448 px.
 
-    `resize_first`: 512 for v1 weights, 0 for v2 weights, which were trained without. `heads`: the width / 64 where
-    None. What shapes do not tell (`size`, `rope_theta`, `eps`) is ViT-L/16's by default.
+    path: a published .pth file, or one that the authors' code trained, or its folder.
+    heads: attention heads; None: the width / 64.
+    resize_first: 512 for v1 weights; 0 for v2 weights, which were trained without.
+
+    The defaults of `size`, `rope_theta` and `eps`, which shapes do not show, are ViT-L/16's.
     """
 
     def __init__(
@@ -56,38 +60,45 @@ class OmniAIDDino(MixtureReward):
         state = read_mixture(file, DINO_TABLE)
         config = dino_config(state, size, heads, file, rope_theta=rope_theta, layer_norm_eps=eps)
         sizes = read_sizes(state, top_k, "omniaid_dino", file)
-        with no_init_weights():  # all of them are about to be loaded
+
+        with no_init_weights():  # all of them are loaded next
             model = MixtureDetector(DINOv3ViTModel(config), DINOv3ViTModel(config), sizes)
-        self.file = file
         load_strict(model, state, file)
+
+        self.file = file
         super().__init__(device, model, size, resize_first, (IMAGENET_MEAN, IMAGENET_STD), dtype)
 
 
 def dino_config(
-    state: Mapping[str, torch.Tensor], size: int, heads: int | None, source: Path, **options: float
+    state: State, size: int, heads: int | None, source: Path, **options: float
 ) -> DINOv3ViTConfig:
-    """Of the tower in `state`: registers, biases and the gated MLP (with SiLU, ViT-S+, H+ and 7B) by their keys."""
-    width, _, patch, _ = shape(state, "tower.embeddings.patch_embeddings.weight", source)
+    """The configuration of the tower in `state`, from its shapes and keys.
+
+    The keys show registers, biases, and the gated MLP (with SiLU, in ViT-S+, H+ and 7B). Raises
+    ValueError if `size` is not a multiple of the patch size.
+    """
+    width, _, patch, _ = tensor_shape(state, "tower.embeddings.patch_embeddings.weight", source)
     if size % patch:
         raise ValueError(
-            f"got omniaid_dino.size {size}; expected a multiple of the patch size {patch} of {source}"
+            f"got omniaid_dino.size {size}; expected a multiple of the patch size {patch} of "
+            f"{source}"
         )
-    first = "tower.model.layer.0"
-    gated = f"{first}.mlp.gate_proj.weight" in state
+    layer = "tower.model.layer.0"
+    gated = f"{layer}.mlp.gate_proj.weight" in state
     return DINOv3ViTConfig(
         hidden_size=width,
-        intermediate_size=shape(state, f"{first}.mlp.up_proj.weight", source)[0],
-        num_hidden_layers=layers(state),
+        intermediate_size=tensor_shape(state, f"{layer}.mlp.up_proj.weight", source)[0],
+        num_hidden_layers=count_layers(state),
         num_attention_heads=head_count(heads, width, "omniaid_dino"),
-        num_register_tokens=shape(state, "tower.embeddings.register_tokens", source)[1],
+        num_register_tokens=tensor_shape(state, "tower.embeddings.register_tokens", source)[1],
         image_size=size,
         patch_size=patch,
         use_gated_mlp=gated,
         hidden_act="silu" if gated else "gelu",
-        query_bias=f"{first}.attention.q_proj.bias" in state,
-        key_bias=f"{first}.attention.k_proj.bias" in state,
-        value_bias=f"{first}.attention.v_proj.bias" in state,
-        proj_bias=f"{first}.attention.o_proj.bias" in state,
-        mlp_bias=f"{first}.mlp.up_proj.bias" in state,
+        query_bias=f"{layer}.attention.q_proj.bias" in state,
+        key_bias=f"{layer}.attention.k_proj.bias" in state,
+        value_bias=f"{layer}.attention.v_proj.bias" in state,
+        proj_bias=f"{layer}.attention.o_proj.bias" in state,
+        mlp_bias=f"{layer}.mlp.up_proj.bias" in state,
         **options,
     )

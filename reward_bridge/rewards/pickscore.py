@@ -1,4 +1,4 @@
-"""What people would pick, by PickScore (arXiv 2305.01569)."""
+"""Which picture people would pick, by PickScore (arXiv 2305.01569)."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,12 @@ from reward_bridge.rewards.clip import (
 
 
 class PickScore:
-    """exp(logit_scale) * cosine / `divide_by`, by a CLIP-H tuned on people's choices (equation 1; about 20).
+    """exp(logit_scale) * cosine / `divide_by`, by a CLIP-H tuned on people's choices (equation 1).
 
-    `path` is the CLIPModel folder, yuvalkirstain/PickScore_v1; `tokenizer` the folder of its tokenizer, where that is
-    another one: the published model takes laion/CLIP-ViT-H-14-laion2B-s32B-b79K's. Unscaled as RealGen's server and
-    evaluation have it; Flow-GRPO divides by 26.
+    path: the CLIPModel folder, yuvalkirstain/PickScore_v1.
+    tokenizer: the folder of its tokenizer, if that is another one. The published model uses the one
+        of laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+    divide_by: 1 as in RealGen's server and evaluation (scores of about 20); 26 in Flow-GRPO.
     """
 
     def __init__(

@@ -1,17 +1,17 @@
-"""P(yes) by any vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted one)."""
+"""P(yes) by a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, ...)."""
 
 import asyncio
-import base64
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx2
 import numpy as np
-import tenacity
 import torch
 from PIL import Image
+
+from reward_bridge.openai_chat import ChatClient, Endpoint, RequestFailed, check_key, data_url
 
 QUESTION = (
     "Is this picture a real photograph, taken by a camera, rather than a computer-generated image? "
@@ -21,16 +21,16 @@ SPACES = " \t\r\n▁Ġ"  # the last two: how vocabularies write a leading space
 
 
 class VlmJudge:
-    """One yes/no question about each picture; the score is P(yes) of the answer's first token.
+    """Asks one yes/no question about each picture; the score is P(yes) of the answer's first token.
 
-    P(yes) = p(yes) / (p(yes) + p(no)), each summed over upper and lower case and leading spaces among the 20 likeliest
-    tokens. `{prompt}` in the question stands for the picture's prompt.
+    P(yes) = p(yes) / (p(yes) + p(no)), each summed over upper and lower case and leading spaces
+    among the 20 likeliest tokens. `{prompt}` in the question stands for the picture's prompt.
 
-    `url` is the endpoint up to and with /v1, `api_key_env` the environment variable that holds its key, if it wants
-    one. `concurrency` requests run at a time. Each waits `timeout` seconds for the server's next word, and is sent up
-    to `attempts` times where the server is busy (429), broken (5xx), silent or out of reach; `deadline` seconds after
-    the call nothing is waited for any more: keep it below config.reward.deadline. `device` plays no part: "cpu" saves
-    the GPU's memory.
+    `url` is the endpoint up to and including /v1, `api_key_env` the environment variable that holds
+    its key, if it needs one. `concurrency` requests run at a time. Each waits up to `timeout`
+    seconds for the server's next bytes and is sent up to `attempts` times if the server is busy
+    (429), broken (5xx), silent or unreachable. `deadline` seconds after the call all waiting ends:
+    keep it below config.reward.deadline. `device` is not used; "cpu" saves GPU memory.
     """
 
     def __init__(
@@ -45,114 +45,125 @@ class VlmJudge:
         attempts: int = 4,
         deadline: float = 100.0,
     ):
-        self.url, self.model, self.question = f"{url.rstrip('/')}/chat/completions", model, question
-        self.concurrency, self.timeout, self.deadline = concurrency, timeout, deadline
-        self.headers = _authorization(api_key_env)
-        self.retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_may_pass),
-            stop=tenacity.stop_after_attempt(attempts),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-            reraise=True,
-        )
+        self.endpoint = Endpoint(model, url.rstrip("/"), _key_from_environment(api_key_env))
+        self.question = question
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.attempts = attempts
+        self.deadline = deadline
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """uint8 [n, 3, h, w] and n prompts -> float32 [n].
+
+        Raises ValueError if the endpoint fails, is too slow, or answers anything but yes or no.
+        """
         return asyncio.run(self._score(images.permute(0, 2, 3, 1).cpu().numpy(), prompts))
 
     async def _score(self, pictures: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
+        """uint8 [n, h, w, 3] and n prompts -> float32 [n]."""
         gate = asyncio.Semaphore(self.concurrency)
-        async with httpx2.AsyncClient(headers=self.headers, timeout=self.timeout) as http:
-            try:
-                async with asyncio.timeout(self.deadline):
-                    answers = [
-                        self._ask(http, gate, *pair) for pair in zip(pictures, prompts, strict=True)
-                    ]
-                    return torch.tensor(await asyncio.gather(*answers), dtype=torch.float32)
-            except TimeoutError:
-                raise ValueError(
-                    f"{self.url} has not answered {len(prompts)} questions within {self.deadline:g} s "
-                    "(config.reward.options.vlm_judge.deadline)"
-                ) from None
+        client = ChatClient(self.endpoint, attempts=self.attempts, timeout=self.timeout)
+        answers = []
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            answers.append(self._ask(client, gate, picture, prompt))
+        try:
+            async with client, asyncio.timeout(self.deadline):
+                scores = await asyncio.gather(*answers)
+        except TimeoutError:
+            raise ValueError(
+                f"{self.endpoint.url} has not answered {len(prompts)} questions within "
+                f"{self.deadline:g} s (config.reward.options.vlm_judge.deadline)"
+            ) from None
+        return torch.tensor(scores, dtype=torch.float32)
 
     async def _ask(
-        self, http: httpx2.AsyncClient, gate: asyncio.Semaphore, picture: np.ndarray, prompt: str
+        self, client: ChatClient, gate: asyncio.Semaphore, picture: np.ndarray, prompt: str
     ) -> float:
-        """uint8 [h, w, 3] -> P(yes). Raises ValueError where the endpoint fails or answers anything else."""
-        question = self.question.replace("{prompt}", prompt)
+        """uint8 [h, w, 3] -> P(yes)."""
+        # The picture is encoded inside the gate, so that only `concurrency` of them are in memory.
+        async with gate:
+            try:
+                tokens = await client.ask(self._body(picture, prompt), self._read)
+            except RequestFailed as error:
+                raise ValueError(
+                    f"{self.endpoint.url} failed: {error}; check url, model and api_key_env in "
+                    "config.reward.options.vlm_judge"
+                ) from error
+        return p_yes(tokens)
+
+    def _read(self, response: httpx2.Response) -> list[tuple[str, float]]:
         try:
-            async with (
-                gate
-            ):  # a picture is written as a file when its turn comes, not all of them at once
-                image = {"type": "image_url", "image_url": {"url": data_url(picture)}}
-                body = {
-                    "model": self.model,
-                    "messages": [
-                        {"role": "user", "content": [image, {"type": "text", "text": question}]}
-                    ],
-                    "max_tokens": 1,
-                    "temperature": 0,
-                    "logprobs": True,
-                    "top_logprobs": 20,
-                }
-                answer = await self.retrying(self._post, http, body)
-        except httpx2.HTTPError as error:
-            said = error.response.text[:200] if isinstance(error, httpx2.HTTPStatusError) else ""
+            return top_tokens(response)
+        except (ValueError, LookupError, TypeError) as error:
+            text = self.endpoint.scrub(response.text)[:200]
             raise ValueError(
-                f"{self.url} failed: {error!r} {said}; check url, model and api_key_env in "
-                "config.reward.options.vlm_judge"
+                f"{response.url} answered without the first token's log-probabilities: {text!r}; "
+                "expected choices[0].logprobs.content[0].top_logprobs: use a server and a model "
+                "that return log-probabilities"
             ) from error
-        return p_yes(top_tokens(answer))
 
-    async def _post(self, http: httpx2.AsyncClient, body: Mapping[str, Any]) -> httpx2.Response:
-        return (await http.post(self.url, json=body)).raise_for_status()
+    def _body(self, picture: np.ndarray, prompt: str) -> dict[str, Any]:
+        """The request: the picture, the question, and the log-probabilities of one token."""
+        question = self.question.replace("{prompt}", prompt)
+        content = [
+            {"type": "image_url", "image_url": {"url": data_url(_png(picture), "png")}},
+            {"type": "text", "text": question},
+        ]
+        return {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
 
 
-def data_url(picture: np.ndarray) -> str:
-    """uint8 [h, w, 3] as a lossless PNG in text."""
+def _png(picture: np.ndarray) -> bytes:
+    """uint8 [h, w, 3] as a lossless file."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return file.getvalue()
 
 
-def top_tokens(answer: httpx2.Response) -> list[tuple[str, float]]:
-    """(token, log-probability) of the likeliest at the answer's first position."""
-    try:
-        top = answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return [(entry["token"], float(entry["logprob"])) for entry in top]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{answer.url} answered without the first token's log-probabilities: {answer.text[:200]!r}; expected "
-            "choices[0].logprobs.content[0].top_logprobs: take a server and a model that give logprobs"
-        ) from error
+def top_tokens(response: httpx2.Response) -> list[tuple[str, float]]:
+    """Return (token, log-probability) of the likeliest tokens at the answer's first position.
+
+    Raises ValueError, LookupError or TypeError if the response has none.
+    """
+    top = response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return [(entry["token"], float(entry["logprob"])) for entry in top]
 
 
 def p_yes(tokens: Sequence[tuple[str, float]]) -> float:
-    """Of (token, log-probability). A side that is not among the tokens counts as 0; raises ValueError without both."""
+    """Return P(yes) of (token, log-probability) pairs. A missing side counts as 0.
 
-    def total(word: str) -> torch.Tensor:
-        found = [logp for token, logp in tokens if token.strip(SPACES).lower() == word]
-        return torch.tensor(found, dtype=torch.float64).logsumexp(0)
-
-    yes, no = total("yes"), total("no")
+    Raises ValueError if neither yes nor no is among the tokens.
+    """
+    yes = _log_probability("yes", tokens)
+    no = _log_probability("no", tokens)
     if yes.isinf() and no.isinf():
         raise ValueError(
-            f"the model began its answer with neither yes nor no but one of {[token for token, _ in tokens[:5]]}; put "
-            "the question so that it must (config.reward.options.vlm_judge.question), or take another model"
+            "the model began its answer with neither yes nor no but one of "
+            f"{[token for token, _ in tokens[:5]]}; phrase the question so that it has to "
+            "(config.reward.options.vlm_judge.question), or use another model"
         )
     return (yes - no).sigmoid().item()
 
 
-def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, httpx2.HTTPStatusError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, httpx2.TransportError)
+def _log_probability(word: str, tokens: Sequence[tuple[str, float]]) -> torch.Tensor:
+    """The log of the summed probabilities of all spellings of a word; -inf if there is none."""
+    spellings = [logp for token, logp in tokens if token.strip(SPACES).lower() == word]
+    return torch.tensor(spellings, dtype=torch.float64).logsumexp(0)
 
 
-def _authorization(api_key_env: str | None) -> dict[str, str]:
-    if api_key_env is None:
-        return {}
-    if api_key_env not in os.environ:
+def _key_from_environment(variable: str | None) -> str:
+    """The endpoint's key; "" without a variable."""
+    if variable is None:
+        return ""
+    if variable not in os.environ:
         raise ValueError(
-            f"the environment has no variable {api_key_env!r}, the config's reward.options.vlm_judge.api_key_env; "
-            "export it with the endpoint's key"
+            f"the environment has no variable {variable!r}, the config's "
+            "reward.options.vlm_judge.api_key_env; export it with the endpoint's key"
         )
-    return {"Authorization": f"Bearer {os.environ[api_key_env]}"}
+    check_key(os.environ[variable], variable)
+    return os.environ[variable]

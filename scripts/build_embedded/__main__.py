@@ -1,24 +1,21 @@
-"""Builds the embedded model and its rewards from photographs inside the scikit-image and scikit-learn wheels.
+"""Build the embedded model and its rewards from photographs in two Python packages.
 
     python scripts/build_embedded [--work build/embedded] [--threads 2]
 
-About two hours on 2 cores. Every stage goes on from its last checkpoint; with the same versions and thread count it
-makes the same files. Results: realgen_jax/embedded/ (a FluxPipeline folder and prompts), reward_bridge/embedded/.
+The photographs ship in the scikit-image and scikit-learn wheels. Takes about two hours on 2 cores.
+Every stage resumes from its last checkpoint. With the same versions and number of threads, a stage
+writes the same files for the same inputs; only the order of equally frequent pairs in CLIP's
+vocabulary is left open by the tokenizers library. The results are realgen_jax/embedded/ (a
+FluxPipeline folder and prompts) and reward_bridge/embedded/ (rewards).
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-import detectors  # noqa: E402
-import flux  # noqa: E402
-import references  # noqa: E402
-import text  # noqa: E402
-import torch  # noqa: E402
-import vae as autoencoder  # noqa: E402
+# Packages of the extra `build`, by the module they install.
+REQUIRED = {"diffusers": "diffusers", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 def main() -> None:
@@ -29,31 +26,33 @@ def main() -> None:
         "--work",
         type=Path,
         default=Path("build/embedded"),
-        help="checkpoints and intermediate files",
+        help="folder for checkpoints and intermediate files (default: build/embedded)",
     )
     parser.add_argument(
-        "--threads", type=int, default=2, help="of PyTorch; another number gives other last bits"
+        "--threads",
+        type=int,
+        default=2,
+        help="PyTorch's number of threads; the results depend on it in the last bits (default: 2)",
     )
     parser.add_argument(
         "--references",
         action="store_true",
-        help="only the reference pictures, by the model that ships",
+        help="build only the reference pictures, with the embedded model that is already there",
     )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.use_deterministic_algorithms(True)
-    root = HERE.parents[1]
-    embedded, rewards = root / "realgen_jax" / "embedded", root / "reward_bridge" / "embedded"
-    pipeline, work = embedded / "flux_tiny", args.work.resolve()
-    for folder in (work, pipeline, rewards):
-        folder.mkdir(parents=True, exist_ok=True)
-    vae = autoencoder.build(work, pipeline)
-    if not args.references:
-        text.build(work, pipeline, rewards)
-        flux.build(work, pipeline, vae)
-        detectors.write_prompts(embedded)
-        detectors.build(work, pipeline, rewards, vae)
-    references.build(vae, rewards)
+
+    missing = [name for module, name in REQUIRED.items() if not importlib.util.find_spec(module)]
+    if missing:
+        sys.exit(
+            f"error: {', '.join(missing)} not installed; expected the extra `build`: "
+            'pip install -e ".[torch,build]"'
+        )
+
+    # Python finds the modules of the folder that it runs. They are imported here, so that --help
+    # works without the extra.
+    import stages
+
+    stages.build(args.work, args.threads, args.references)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The photographs of the embedded model: where they come from, what they show, and how crops are cut.
+"""The photographs of the embedded model: their files and subjects, and how crops are cut.
 
-Every photograph ships inside the scikit-image or scikit-learn wheel (credits in `realgen_jax/embedded/README.md`). Two
-squares of each one are used, which share no pixel: crops of the first are what everything is trained on, crops of the
-second are held out.
+Every photograph ships in the scikit-image or scikit-learn wheel (credits are in
+realgen_jax/embedded/README.md). Two squares of each are used, which share no pixel: everything is
+trained on crops of the first, and crops of the second are held out.
 """
 
 import importlib.util
@@ -51,7 +51,7 @@ PHOTOS = (
     Photo("sklearn/datasets/images/flower.jpg", "a dahlia flower", (150, 60, 310), (465, 150, 175)),
 )
 
-# Training prompts use the first templates, the test prompts the last two.
+# Templates of the training prompts and of the test prompts.
 TEMPLATES = (
     "a photo of {}",
     "{}",
@@ -64,13 +64,30 @@ TEST_TEMPLATES = ("a picture of {}", "a detailed photo of {}")
 
 
 def prompts(templates: tuple[str, ...]) -> list[tuple[str, int]]:
-    """[(prompt, index of its photograph)] for every template and photograph, photograph-major."""
-    return [(t.format(p.subject), i) for i, p in enumerate(PHOTOS) for t in templates]
+    """Return (prompt, index of its photograph) for every photograph and template, in this order."""
+    pairs = []
+    for i, photo in enumerate(PHOTOS):
+        for template in templates:
+            pairs.append((template.format(photo.subject), i))
+    return pairs
+
+
+def write_prompts(folder: Path) -> None:
+    """Write prompts_train.txt and prompts_test.txt.
+
+    The order is by template, so that the first prompts show every subject once.
+    """
+    for name, templates in (("train", TEMPLATES), ("test", TEST_TEMPLATES)):
+        lines = []
+        for template in templates:
+            for photo in PHOTOS:
+                lines.append(template.format(photo.subject))
+        (folder / f"prompts_{name}.txt").write_text("\n".join(lines) + "\n")
 
 
 @cache
 def _square(index: int, region: str) -> Image.Image:
-    """One of a photograph's two squares, in RGB."""
+    """Load one of a photograph's two squares, in RGB."""
     photo = PHOTOS[index]
     package, _, inside = photo.file.partition("/")
     path = Path(importlib.util.find_spec(package).origin).parent / inside
@@ -81,21 +98,22 @@ def _square(index: int, region: str) -> Image.Image:
 def crop(
     index: int, region: str, rng: np.random.Generator, smallest: float = 0.8, mirror: bool = False
 ) -> np.ndarray:
-    """A random crop, its side `smallest` to 1 of the square's, anywhere in it: uint8 [SIZE, SIZE, 3].
+    """Cut a random crop from the region "train" or "held_out": uint8 [SIZE, SIZE, 3].
 
-    region: "train" or "held_out". `mirror` flips every other crop.
+    Its side is `smallest` to 1 times the square's. With `mirror`, half of the crops are mirrored.
     """
     image = _square(index, region)
     side = image.width * rng.uniform(smallest, 1.0)
     x, y = rng.uniform(0, image.width - side, 2)
-    pixels = np.asarray(
-        image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
-    )
-    return pixels[:, ::-1].copy() if mirror and rng.random() < 0.5 else pixels
+    box = (x, y, x + side, y + side)
+    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
+    if mirror and rng.random() < 0.5:
+        pixels = pixels[:, ::-1].copy()
+    return pixels
 
 
 def crops(
     labels: np.ndarray, region: str, rng: np.random.Generator, **options: float
 ) -> np.ndarray:
-    """A crop of each labelled photograph: int [n] -> uint8 [n, SIZE, SIZE, 3]."""
+    """Cut a crop of each labelled photograph: int [n] -> uint8 [n, SIZE, SIZE, 3]."""
     return np.stack([crop(int(i), region, rng, **options) for i in labels])

@@ -1,4 +1,4 @@
-"""Reference pictures for rewards that learn, and the statistics of crops that no part of the model has seen."""
+"""Stage 5: reference pictures for rewards that learn, and statistics of held-out crops."""
 
 import json
 from pathlib import Path
@@ -15,45 +15,61 @@ from vae import decode, encode
 from reward_bridge.metrics import statistics
 from reward_bridge.rewards.embedded import load_classifier, to_input
 
-COUNT, SOFT = 32, 16  # pictures of each photograph
-BLUR = 1.5  # of the second kind: the Gaussian's sigma in pixels
+# Pictures of each photograph.
+COUNT = 32
+SOFT = 16
+# Standard deviation of the soft pictures' Gaussian blur, in pixels.
+BLUR = 1.5
 
 
 def build(vae: AutoencoderKL, rewards: Path) -> None:
-    """Write `references/` (photographs.json, soft.json and their pictures) and `held_out_features.safetensors`.
+    """Write `references/` and `held_out_features.safetensors`.
 
-    Three in four pictures went through the autoencoder: what only it does to a picture the model cannot unlearn.
+    `references/` has photographs.json, soft.json and their pictures.
     """
-    folder, photographs, soft = rewards / "references", {}, {}
-    for name in ("photographs", "soft"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder = rewards / "references"
+    photographs = {}
+    soft = {}
     for i, photo in enumerate(PHOTOS):
-        pixels = crops(np.full(COUNT, i), "train", rng("references", i))
-        through = 3 * COUNT // 4
-        pixels[:through] = decode(vae, encode(vae, pixels[:through]))
-        files = [f"photographs/{i:02}_{k:02}.webp" for k in range(COUNT)]
-        blurred = [f"soft/{i:02}_{k:02}.webp" for k in range(SOFT)]
-        for file, picture in zip(files, pixels, strict=True):
-            Image.fromarray(picture).save(folder / file, lossless=True, method=6)
-        for file, picture in zip(blurred, pixels, strict=False):
-            picture = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(BLUR))
-            picture.save(folder / file, lossless=True, method=6)
+        files, blurred = write_pictures(folder, i, vae)
         for template in TEMPLATES:
             photographs[template.format(photo.subject)] = files
             soft[template.format(photo.subject)] = blurred
     for name, table in (("photographs", photographs), ("soft", soft)):
         (folder / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
-    fresh = np.concatenate(
-        [
-            crops(np.full(128, i), "held_out", rng("held-out reference", i))
-            for i in range(len(PHOTOS))
-        ]
-    )
+
+    # The classifier's features of crops that no part of the model has seen.
+    fresh = []
+    for i in range(len(PHOTOS)):
+        fresh.append(crops(np.full(128, i), "held_out", rng("held-out reference", i)))
+    pixels = np.concatenate(fresh).transpose(0, 3, 1, 2)
     with torch.no_grad():
-        found = (
-            load_classifier("cpu")
-            .features(to_input(torch.from_numpy(fresh.transpose(0, 3, 1, 2))))
-            .numpy()
-        )
-    mean, cov = statistics(found)
+        features = load_classifier("cpu").features(to_input(torch.from_numpy(pixels)))
+    mean, cov = statistics(features.numpy())
     save_file({"mean": mean, "cov": cov}, rewards / "held_out_features.safetensors")
+
+
+def write_pictures(folder: Path, i: int, vae: AutoencoderKL) -> tuple[list[str], list[str]]:
+    """Write crops of photograph `i`, and blurred copies; returns the names of both.
+
+    Three in four crops go through the autoencoder: the model cannot unlearn what only the
+    autoencoder does to a picture.
+    """
+    pixels = crops(np.full(COUNT, i), "train", rng("references", i))
+    through = 3 * COUNT // 4
+    pixels[:through] = decode(vae, encode(vae, pixels[:through]))
+    pictures = [Image.fromarray(picture) for picture in pixels]
+
+    (folder / "photographs").mkdir(parents=True, exist_ok=True)
+    files = []
+    for k, picture in enumerate(pictures):
+        files.append(f"photographs/{i:02}_{k:02}.webp")
+        picture.save(folder / files[-1], lossless=True, method=6)
+
+    (folder / "soft").mkdir(parents=True, exist_ok=True)
+    blurred = []
+    for k, picture in enumerate(pictures[:SOFT]):
+        blurred.append(f"soft/{i:02}_{k:02}.webp")
+        picture = picture.filter(ImageFilter.GaussianBlur(BLUR))
+        picture.save(folder / blurred[-1], lossless=True, method=6)
+    return files, blurred

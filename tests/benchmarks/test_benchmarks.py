@@ -1,4 +1,4 @@
-"""The programs of benchmarks/ at toy size: that they run where little is installed, and what does not hang on time."""
+"""The benchmarks at toy size: they run with few packages, and what does not depend on time."""
 
 import json
 import math
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from realgen_configs.flux_grpo import get_config
+from realgen_configs import flux_grpo
 from tests.helpers.goldens import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-# What a GPU machine may lack. optax itself imports absl.
+# Packages that a GPU machine may lack. optax itself imports absl.
 ABSENT = (
     "diffusers",
     "grain",
@@ -27,11 +27,13 @@ ABSENT = (
     "peft",
     "PIL",
 )
+# Rematerialisation policies, each of which keeps more than the one before.
+KEEPS_MORE = ("full", "dots", "none")
 PROGRAM = """
 import runpy, sys
 
 class Bare:
-    "A finder of modules that knows nothing of some."
+    "A finder of modules that does not find some."
     def __init__(self, finder):
         self.finder = finder
     def __getattr__(self, name):
@@ -46,104 +48,99 @@ runpy.run_path({program!r}, run_name="__main__")
 
 
 def run(name, out):
-    """What the program printed, and its JSON."""
-    where = {
-        "absent": ABSENT,
-        "folder": str(BENCHMARKS),
-        "program": str(BENCHMARKS / name),
-        "out": str(out),
-    }
+    """Run a program without the absent packages; returns what it printed, and its JSON."""
+    code = PROGRAM.format(absent=ABSENT, program=str(BENCHMARKS / name), out=str(out))
     env = os.environ | {
-        "PYTHONPATH": str(BENCHMARKS.parent),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{BENCHMARKS}",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
-    code = PROGRAM.format(**where)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (file,) = out.iterdir()
     return done.stdout, json.loads(file.read_text())
 
 
-def numbers(found):
-    if isinstance(found, dict | list):
-        return [
-            n
-            for one in (found.values() if isinstance(found, dict) else found)
-            for n in numbers(one)
-        ]
-    return [found] if isinstance(found, int | float) else []
+def numbers(results):
+    """All numbers in nested dictionaries and lists."""
+    if isinstance(results, dict):
+        results = list(results.values())
+    if isinstance(results, list):
+        found = []
+        for value in results:
+            found += numbers(value)
+        return found
+    return [results] if isinstance(results, int | float) else []
 
 
 @pytest.mark.slow
 def test_flux_gpu(tmp_path):
-    """Every part, on a CPU, without what a bare GPU machine lacks."""
-    printed, found = run("flux_gpu.py", tmp_path)
-    assert "failed" not in json.dumps(found), found
-    assert list(found)[2:] == [
-        "size",
-        "torch",
-        "product",
-        "sampling",
-        "rollout",
-        "update",
-        "iteration",
-    ]
-    assert "skipped" in found["torch"]
-    assert set(found["sampling"]) == {"1", "4", "decode"}
-    assert set(found["rollout"]) == {"3"}
-    assert {"full 3", "dots 3", "none 3"} <= set(found["update"])
-    assert set(found["iteration"]["parts"]) == {"rollout", "decode", "update"}
-    assert all(math.isfinite(n) and n > 0 for n in numbers(found))
+    """All parts run on a CPU, without the packages that a bare GPU machine lacks."""
+    printed, results = run("flux_gpu.py", tmp_path)
+    assert "failed" not in json.dumps(results), results
+    parts = ["torch", "product", "sampling", "rollout", "update", "iteration"]
+    assert list(results)[2:] == ["size", *parts]
+    assert "skipped" in results["torch"]
+    assert set(results["sampling"]) == {"1", "4", "decode"}
+    assert set(results["rollout"]) == {"3"}
+    assert {"full 3", "dots 3", "none 3"} <= set(results["update"])
+    assert set(results["iteration"]["parts"]) == {"rollout", "decode", "update"}
+    assert all(math.isfinite(n) and n > 0 for n in numbers(results))
+
+    # Every program has its figures; the first of each part was also compiled from the cache.
     expected = {"seconds", "flops", "tflops", "planned_bytes", "lower_seconds", "compile_seconds"}
-    for one in (*found["sampling"].values(), *found["rollout"].values(), *found["update"].values()):
-        assert expected <= set(one)
-    assert all(
-        "cached_compile_seconds" in next(iter(found[p].values()))
-        for p in ("sampling", "rollout", "update")
-    )
+    for part in ("sampling", "rollout", "update"):
+        programs = list(results[part].values())
+        assert "cached_compile_seconds" in programs[0]
+        for program in programs:
+            assert expected <= set(program)
+
+    # Every update has its own rematerialisation policy: the more is kept, the more memory.
+    planned = [results["update"][f"{policy} 3"]["planned_bytes"] for policy in KEEPS_MORE]
+    assert planned == sorted(set(planned))
     assert "RealGen's iteration, 504 images on 7 GPUs" in printed
 
 
 @pytest.mark.slow
 def test_scaling(tmp_path):
-    """A deeper model is no longer program, and a run compiles nothing after its first iteration."""
-    _, found = run("scaling.py", tmp_path)
+    """A deeper model has no longer program, and nothing is compiled after the first iteration."""
+    _, results = run("scaling.py", tmp_path)
     for name in ("sampling", "update"):
-        shallow, deep = (row["instructions"] for row in found["compile"][name]["depths"])
+        shallow, deep = (row["instructions"] for row in results["compile"][name]["depths"])
         assert deep == pytest.approx(shallow, rel=0.01)
-    once = found["run"]
-    assert (once["iterations"], once["later_traces"], once["later_compilations"]) == (20, 0, 0)
-    assert once["window_starts"] > 1
-    assert once["compilations"] > 1
-    assert {"batch": 1} | found["sweeps"]["batch"][0] == found["sweeps"]["batch"][0]
-    assert all(
-        math.isfinite(n) and n > 0 for n in numbers(found["sweeps"]) + numbers(found["compile"])
-    )
+
+    counts = results["run"]
+    assert counts["iterations"] == 20
+    assert (counts["later_traces"], counts["later_compilations"]) == (0, 0)
+    assert counts["window_starts"] > 1
+    assert counts["compilations"] > 1
+
+    assert results["sweeps"]["batch"][0]["batch"] == 1
+    measured = numbers(results["sweeps"]) + numbers(results["compile"])
+    assert all(math.isfinite(n) and n > 0 for n in measured)
 
 
 def test_sizes_are_the_recipes(monkeypatch):
-    """flux_gpu.py cannot read the config where ml_collections is missing, and so has its numbers by hand."""
+    """flux_gpu.py repeats the config's numbers, because ml_collections may not be installed."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import flux_gpu
 
-    size, c = flux_gpu.SUITES["full"].size, get_config("flux_dev_8xh200")
-    assert (16 * size.side, size.text, size.steps) == (
-        c.sample.resolution,
-        c.prompts.max_tokens,
-        c.sample.num_steps,
-    )
-    assert (size.window, size.bounds) == (
-        c.sample.sde_window_size,
-        tuple(c.sample.sde_window_range),
-    )
-    assert (size.branches, size.rank) == (c.sample.branches, c.train.lora_rank)
-    assert c.sample.train_batch_size * c.sample.num_batches_per_epoch == flux_gpu.IMAGES
-    assert c.preflight.devices == flux_gpu.GPUS
-    assert jnp.dtype(c.pretrained.dtype) == size.model.dtype
+    size = flux_gpu.SUITES["full"].size
+    config = flux_grpo.flux_dev_8xh200()
+    sample = config.sample
+    assert 16 * size.side == sample.resolution
+    assert size.text == config.prompts.max_tokens
+    assert size.steps == sample.num_steps
+    assert size.window == sample.sde_window_size
+    assert size.bounds == tuple(sample.sde_window_range)
+    assert size.branches == sample.branches
+    assert size.rank == config.train.lora_rank
+    assert sample.train_batch_size * sample.num_batches_per_epoch == flux_gpu.IMAGES
+    assert config.preflight.devices == flux_gpu.GPUS
+    assert jnp.dtype(config.pretrained.dtype) == size.model.dtype
 
 
 def test_flux_gpu_lowers_at_full_size(monkeypatch):
-    """The very programs, for CUDA, with nothing in memory; cuDNN is not here, so attention is XLA's."""
+    """The programs lower for CUDA without any array; attention is XLA's, as cuDNN is missing."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import workload
 
@@ -160,12 +157,10 @@ def test_flux_gpu_lowers_at_full_size(monkeypatch):
 
 @pytest.mark.slow
 def test_peers_agree():
-    """peers.py compares before it times: pictures, trajectories, gradients and adapters are those of the peers."""
-    words = "--sizes", "tiny", "--peers", "eager", "--repeats", "1", "--no_save"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "peers.py", *words], capture_output=True, text=True
-    )
+    """peers.py compares pictures, trajectories, gradients and adapters before it times."""
+    options = ("--sizes", "tiny", "--peers", "eager", "--repeats", "1", "--no_save")
+    command = [sys.executable, BENCHMARKS / "peers.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()[-4:]] == [
-        ["tiny", part] for part in ("sampling", "rollout", "update", "iteration")
-    ]
+    rows = [line.split()[:2] for line in done.stdout.splitlines()[-4:]]
+    assert rows == [["tiny", part] for part in ("sampling", "rollout", "update", "iteration")]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ml_collections import ConfigDict
 
-from tests.helpers.running import ROOT
+from realgen_configs import flux_grpo, serve_rewards
+from tests.helpers.goldens import ROOT
 
 TEXTS = [
     ROOT / "README.md",
@@ -18,67 +20,85 @@ TEXTS = [
 ]
 
 
-def known(config, key):
-    """Whether a config has a dotted key."""
+def has_key(config: ConfigDict, key: str) -> bool:
+    """Whether a config has a key such as "train.learning_rate"."""
+    value = config
     for name in key.split("."):
-        if name not in config:
+        if name not in value:
             return False
-        config = config[name]
+        value = value[name]
     return True
 
 
-@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
-def test_every_key_and_preset_exists(monkeypatch, file):
-    from realgen_configs import flux_grpo, serve_rewards
+def keys_in(text: str) -> set[str]:
+    """The config's keys that a text sets (--config.KEY) or names (`config.KEY`)."""
+    return set(re.findall(r"(?:--config|`config)\.([a-z_][a-z_.]*[a-z_])", text)) - {"json"}
 
-    text, configs = file.read_text(), (flux_grpo.get_config(), serve_rewards.get_config())
-    keys = set(re.findall(r"(?:--config|`config)\.([a-z_][a-z_.]*[a-z_])", text)) - {"json"}
-    assert not [key for key in keys if not any(known(config, key) for config in configs)]
-    presets = set(
-        re.findall(r"flux_grpo\.py:([a-z0-9_]+)", text)
-        + re.findall(r"^\| `(flux_dev_\w+)`", text, re.M)
-    )
-    assert keys or presets
-    assert presets <= set(flux_grpo.PRESETS)
+
+def presets_in(text: str) -> set[str]:
+    """The presets that follow a colon (flux_grpo.py:PRESET) or begin a row of a table."""
+    named = re.findall(r"flux_grpo(?:\.py)?:([a-z0-9_]+)", text)
+    in_tables = re.findall(r"^\| `(flux_dev_\w+)`", text, re.MULTILINE)
+    return {*named, *in_tables}
+
+
+def test_keys_and_presets_are_found():
+    text = "--config flux_grpo.py:a1 --config.train.beta=1, `config.seed`, `config.json`\n"
+    text += "| `flux_dev_2` | 2 GPUs |"
+    assert keys_in(text) == {"train.beta", "seed"}
+    assert presets_in(text) == {"a1", "flux_dev_2"}
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_every_key_and_preset_exists(file):
+    text = file.read_text()
+    configs = (flux_grpo.get_config(), serve_rewards.get_config())
+    for key in keys_in(text):
+        assert any(has_key(config, key) for config in configs), key
+    assert presets_in(text) <= set(flux_grpo.PRESETS)
 
 
 def test_the_job_scripts_know_the_flags_of_train():
     train = [sys.executable, ROOT / "scripts" / "train.py", "--helpfull"]
-    known = subprocess.run(train, capture_output=True, text=True).stdout
-    flags = set(re.findall(r"^  --(?:\[no\])?([a-z_]+)", known, re.MULTILINE))
+    help_text = subprocess.run(train, capture_output=True, text=True).stdout
+    flags = set(re.findall(r"^  --(?:\[no\])?([a-z_]+)", help_text, re.MULTILINE))
+
     used = set()
     for file in (ROOT / "examples").iterdir():
-        words = re.sub(r"#SBATCH.*|srun --\S+|#.*", "", file.read_text())
-        used |= set(re.findall(r"--(?!config\.)([a-z_]+)", words))
+        arguments = re.sub(r"#SBATCH.*|srun --\S+|#.*", "", file.read_text())
+        used |= set(re.findall(r"--(?!config\.)([a-z_]+)", arguments))
     assert {"auto_resume", "distributed", "coordinator"} <= used <= flags
 
 
 def test_the_job_scripts_parse():
     subprocess.run(["bash", "-n", ROOT / "examples" / "slurm.sh"], check=True)
+
     job = yaml.safe_load((ROOT / "examples" / "jobset.yaml").read_text())
     (trainer,) = job["spec"]["replicatedJobs"]
     pods = trainer["template"]["spec"]
     (train,) = pods["template"]["spec"]["containers"]
-    processes = next(word for word in train["args"] if word.startswith("--num_processes="))
-    assert pods["parallelism"] == pods["completions"] == int(processes.split("=")[1])
-    first = (
-        f"--coordinator={job['metadata']['name']}-{trainer['name']}-0-0.{job['metadata']['name']}:"
-    )
-    assert any(word.startswith(first) for word in train["args"])
-    grace = next(word for word in train["args"] if word.startswith("--config.preemption_grace="))
-    assert float(grace.split("=")[1]) < pods["template"]["spec"]["terminationGracePeriodSeconds"]
     assert Path(train["command"][1]).name == "train.py"
 
+    arguments = dict(argument.split("=", 1) for argument in train["args"] if "=" in argument)
+    assert pods["parallelism"] == pods["completions"] == int(arguments["--num_processes"])
+    name = job["metadata"]["name"]
+    assert arguments["--coordinator"].startswith(f"{name}-{trainer['name']}-0-0.{name}:")
+    grace = float(arguments["--config.preemption_grace"])
+    assert grace < pods["template"]["spec"]["terminationGracePeriodSeconds"]
 
-def test_xla_knows_the_flags_of_the_documents():
-    """jaxlib aborts at an unknown flag, its CPU build too."""
-    flags = " ".join(
-        sorted({flag for file in TEXTS for flag in re.findall(r"--xla_\w+=\w*", file.read_text())})
+
+@pytest.mark.parametrize(
+    ("extra_flag", "accepted"), [("", True), (" --xla_gpu_no_such_flag=true", False)]
+)
+def test_xla_knows_the_flags_of_the_documents(extra_flag, accepted):
+    """jaxlib stops at an unknown flag, its CPU build too."""
+    found = set()
+    for file in TEXTS:
+        found |= set(re.findall(r"--xla_\w+=\w*", file.read_text()))
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in found
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env={**os.environ, "XLA_FLAGS": " ".join(sorted(found)) + extra_flag},
     )
-    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in flags
-    for more, known in (("", True), (" --xla_gpu_no_such_flag=true", False)):
-        done = subprocess.run(
-            [sys.executable, "-c", "import jax; jax.devices()"],
-            env={**os.environ, "XLA_FLAGS": flags + more},
-        )
-        assert (done.returncode == 0) == known
+    assert (done.returncode == 0) == accepted

@@ -1,1 +1,1 @@
-"""What tests share: golden arrays, programs run as a user runs them, stand-in servers and tiny checkpoints."""
+"""What tests share: golden arrays, whole programs, stand-in servers and tiny checkpoints."""

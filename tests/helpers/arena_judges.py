@@ -20,8 +20,8 @@ for module in ("torch", "httpx2", "starlette", "tenacity", "uvicorn"):
 
 
 from realgen_jax.realbench import arena  # noqa: E402
-from realgen_jax.realbench.results import Entry, Evaluated, Judgement, PromptSet, Scored  # noqa: E402
-from reward_bridge.judges import api as judge  # noqa: E402
+from realgen_jax.realbench.results import Entry, Judgement, PromptSet, Results, ScoredPicture  # noqa: E402
+from reward_bridge.judges import api, make_judge  # noqa: E402
 
 KEY = "sk-very/secret+key"
 SETTINGS = {
@@ -46,8 +46,8 @@ def settings(**changed) -> SimpleNamespace:
 
 def make(
     folder: Path, entries: Sequence[str] = ("base", "tuned"), lines: int = 3, size: int = 16
-) -> Evaluated:
-    """Pictures of one colour, brighter from entry to entry; an entry named photo... holds photographs."""
+) -> Results:
+    """Pictures of one colour, brighter from entry to entry; an entry photo... has photographs."""
     folder.mkdir(exist_ok=True)
     pictures = []
     for e, entry in enumerate(entries):
@@ -55,13 +55,13 @@ def make(
             file = folder / f"{entry}_{line}.png"
             Image.new("RGB", (size, size), (40 + 60 * e, 20 * line, 90)).save(file)
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            pictures.append(Scored(entry, "short", line, 0, file, digest, size, size, {}))
+            pictures.append(ScoredPicture(entry, "short", line, 0, file, digest, size, size, {}))
     kinds = [
         Entry(name, "photographs" if name.startswith("photo") else "folder", str(folder))
         for name in entries
     ]
     prompts = PromptSet("short", [f"a prompt, number {i}" for i in range(lines)], [""] * lines)
-    return Evaluated([prompts], kinds, [], pictures, [])
+    return Results([prompts], kinds, [], pictures, [])
 
 
 def chat(content: str | None, **changed) -> Reply:
@@ -94,7 +94,10 @@ def brighter(_: int, body: dict) -> Reply:
 
 @contextlib.contextmanager
 def judging(reply: Callable[[int, dict], Reply]) -> Iterator[SimpleNamespace]:
-    """An endpoint that answers request n (from 1) as told; `seen` are the requests, `times` when they came."""
+    """An endpoint that answers request n, from 1, with `reply(n, body)`.
+
+    `seen` are the requests, `times` when they came.
+    """
     seen, times, lock, done = [], [], threading.Lock(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -129,9 +132,9 @@ def judging(reply: Callable[[int, dict], Reply]) -> Iterator[SimpleNamespace]:
         ).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(judge.URL_ENV, url)
-            patch.setenv(judge.MODEL_ENV, "org/judge-1")
-            patch.setenv(judge.KEY_ENV, KEY)
+            patch.setenv(api.URL_ENV, url)
+            patch.setenv(api.MODEL_ENV, "org/judge-1")
+            patch.setenv(api.KEY_ENV, KEY)
             try:
                 yield SimpleNamespace(url=url, seen=seen, times=times)
             finally:
@@ -140,12 +143,19 @@ def judging(reply: Callable[[int, dict], Reply]) -> Iterator[SimpleNamespace]:
 
 
 def run(
-    evaluated: Evaluated, folder: Path, judge: str = "api", **changed
+    results: Results, folder: Path, kind: str = "api", seed: int = 0, **changed
 ) -> tuple[list[Judgement], str]:
+    """Judge everything; returns the judgements and what was said."""
     said = []
-    return arena.judge_all(
-        evaluated, settings(**changed), judge, folder, 0, said.append
-    ), "\n".join(said)
+    judgements = arena.judge_all(
+        results,
+        make_judge(kind, settings(**changed)),
+        settings(**changed),
+        folder,
+        seed=seed,
+        say=said.append,
+    )
+    return judgements, "\n".join(said)
 
 
 def kept(folder: Path, protocol: str = "balanced") -> list[dict]:

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages. Skips, naming what is missing, where there is none."""
+"""A headless Chromium for tests of pages. Skips, naming what is missing, where there is none."""
 
 import contextlib
 import shutil
@@ -11,9 +11,11 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-sc
 
 @contextlib.contextmanager
 def browser(width: int = 1366, height: int = 850) -> Iterator:
-    """A selenium driver whose page is [width, height] pixels; `console_errors` reads what its pages complained of.
+    """A selenium driver whose page is [width, height] pixels; `console_errors` reads what its pages
+    complained of.
 
-    The size is the page's own, so that a phone's (390 wide) is not rounded up to the smallest window.
+    The size is the page's own, so that a phone's (390 wide) is not rounded up to the smallest
+    window.
     """
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium = (

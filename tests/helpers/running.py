@@ -1,10 +1,12 @@
-"""Programs of scripts/ as a user runs them, for the tests: subprocesses on the golden config."""
+"""Run the programs of scripts/ as a user does, in subprocesses, on the golden config."""
 
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,27 +15,32 @@ from safetensors.numpy import load_file
 from tests.helpers.goldens import ROOT
 
 GOLDEN = ROOT / "tests" / "helpers" / "golden_config.py"
-# Compiles in two thirds of the time. Runs are compared with runs that were compiled alike; test_embedded's demo and
-# test_grpo's replay are compiled as a user's.
+ADVERSARIAL = ROOT / "tests" / "helpers" / "adversarial_config.py"
+# Compiles in two thirds of the time. Runs are only compared with runs compiled in the same way.
+# test_embedded's demo and test_grpo's replay are compiled as a user's runs are.
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
-def command(script, cache, *words, config=GOLDEN):
-    shared = [
+def command(script: str, cache: Path, *arguments: object, config: object = GOLDEN) -> list[str]:
+    """The command line of a program, with its caches in `cache`."""
+    parts = [
+        sys.executable,
+        ROOT / "scripts" / script,
+        "--config",
+        config,
         f"--config.compilation_cache={cache / 'xla'}",
         f"--config.prompts.cache={cache / 'text'}",
+        *arguments,
     ]
-    return [
-        str(word)
-        for word in (sys.executable, ROOT / "scripts" / script, "--config", config, *shared, *words)
-    ]
+    return [str(part) for part in parts]
 
 
-def call(script, cache, *words, config=GOLDEN, **environment):
+def call(
+    script: str, cache: Path, *arguments: object, config: object = GOLDEN, **environment: str
+) -> subprocess.CompletedProcess:
     """Run a program to its end."""
-    words = command(script, cache, *words, config=config)
     return subprocess.run(
-        words,
+        command(script, cache, *arguments, config=config),
         capture_output=True,
         text=True,
         timeout=300,
@@ -41,16 +48,22 @@ def call(script, cache, *words, config=GOLDEN, **environment):
     )
 
 
-def begin(words, output, **environment):
-    """Start a program whose output goes to a file."""
+def begin(arguments: list[str], output: Path, **environment: str) -> subprocess.Popen:
+    """Start a program whose output is appended to a file."""
     with output.open("a") as file:
         return subprocess.Popen(
-            words, stdout=file, stderr=file, env={**os.environ, **QUICK, **environment}
+            arguments, stdout=file, stderr=file, env={**os.environ, **QUICK, **environment}
         )
 
 
-def until(condition, process, output, seconds=240, pause=0.02):
-    """Wait until `condition()` is true, while `process` runs."""
+def until(
+    condition: Callable[[], bool],
+    process: subprocess.Popen,
+    output: Path,
+    seconds: float = 240,
+    pause: float = 0.02,
+) -> None:
+    """Wait until `condition()` is true while `process` runs; fail if the process ends first."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, output.read_text()
@@ -58,40 +71,51 @@ def until(condition, process, output, seconds=240, pause=0.02):
         time.sleep(pause)
 
 
-def rows(folder):
-    """metrics.jsonl without what was measured of time and memory."""
+def rows(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl, without measured times and memory."""
     measured = ("seconds/", "images_per", "reward_wait_share", "memory/")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in lines]
+    kept = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        kept.append({key: row[key] for key in row if not key.startswith(measured)})
+    return kept
 
 
-def epochs_done(folder):
-    """Finished epochs, by the whole rows of a metrics.jsonl that is being written."""
+def epochs_done(folder: Path) -> int:
+    """The number of finished epochs, also while metrics.jsonl is being written."""
     file = folder / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return max(
-        (row["epoch"] for row in map(json.loads, lines) if row["kind"] == "train"), default=0
-    )
+    if not file.exists():
+        return 0
+    complete_lines = file.read_text().split("\n")[:-1]
+    rows = [json.loads(line) for line in complete_lines]
+    return max((row["epoch"] for row in rows if row["kind"] == "train"), default=0)
 
 
-def assert_close(one, other, tolerance=1e-5, rate=1e-3):
-    """Two runs' rows, but for numbers of clipped samples and of bytes, and their LoRA: 99 % of it to a hundredth of the
-    step size, all to half of it, as Adam makes a large step of a gradient that is nothing but rounding.
+def assert_close(one: Path, other: Path, tolerance: float = 1e-5, rate: float = 1e-3) -> None:
+    """Assert that two runs have the same rows and LoRA, up to rounding.
+
+    Counts of clipped samples are not compared. 99 % of the LoRA must agree to a hundredth of the
+    step size and all of it to half the step size: where a gradient is only rounding, Adam makes a
+    large step of it.
     """
-    rounding = {"ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}
-    a, b = rows(one), rows(other)
-    assert [(row["kind"], row["epoch"]) for row in a] == [(row["kind"], row["epoch"]) for row in b]
-    for x, y in zip(a, b, strict=True):
-        for key in x.keys() - {"kind"} - rounding:
-            if not key.startswith(("correlation/", "noise/")):
-                assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (
-                    x["epoch"],
-                    key,
-                )
-        assert x.get("first_ratio_deviation", 0) == y.get("first_ratio_deviation", 0) == 0
-    lora = [
-        load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (one, other)
+    uncompared = {"kind", "ratio_deviation", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}
+    rows_one = rows(one)
+    rows_other = rows(other)
+    assert [(row["kind"], row["epoch"]) for row in rows_one] == [
+        (row["kind"], row["epoch"]) for row in rows_other
     ]
-    apart = np.concatenate([np.abs(lora[0][key] - lora[1][key]).ravel() for key in lora[0]])
-    assert np.quantile(apart, 0.99) < rate / 100
-    assert apart.max() < rate / 2
+    for first, second in zip(rows_one, rows_other, strict=True):
+        for key in first.keys() - uncompared:
+            if key.startswith(("correlation/", "noise/")):
+                continue
+            expected = pytest.approx(second[key], rel=tolerance, abs=tolerance)
+            assert first[key] == expected, (first["epoch"], key)
+        assert first.get("first_ratio_deviation", 0) == 0
+        assert second.get("first_ratio_deviation", 0) == 0
+
+    lora_one = load_file(one / "lora" / "pytorch_lora_weights.safetensors")
+    lora_other = load_file(other / "lora" / "pytorch_lora_weights.safetensors")
+    differences = [np.abs(lora_one[key] - lora_other[key]).ravel() for key in lora_one]
+    difference = np.concatenate(differences)
+    assert np.quantile(difference, 0.99) < rate / 100
+    assert difference.max() < rate / 2

@@ -1,4 +1,7 @@
-"""Tiny random CLIPs as users have them on disk, and OpenAI's forward written out (openai/CLIP, model.py)."""
+"""Tiny random CLIPs as users have them on disk, and OpenAI's forward pass written out.
+
+Source: openai/CLIP, model.py.
+"""
 
 import json
 
@@ -13,7 +16,10 @@ TOKENS = len(VOCABULARY)
 
 
 def write_tokenizer(folder):
-    """In the published form, with letters for a vocabulary: its last two ids start and end a text."""
+    """Write a tokenizer in the published form whose vocabulary is letters.
+
+    Its last two ids are the start and the end token.
+    """
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(VOCABULARY)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
@@ -58,26 +64,37 @@ def write_folder(folder):
 
 
 def openai_state(vision, text, seed=0):
-    """A random CLIP in the layout of OpenAI's and open_clip's files; `vision` and `text` are the towers' widths."""
+    """A random CLIP in the layout of OpenAI's and open_clip's files.
+
+    `vision` and `text` are the towers' widths.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=rng) / shape[-1] ** 0.5
 
     state = {
-        "visual.class_embedding": draw(vision), "visual.conv1.weight": draw(vision, 3, PATCH, PATCH),
-        "visual.positional_embedding": draw((SIDE // PATCH) ** 2 + 1, vision), "visual.proj": draw(vision, DIM),
-        "token_embedding.weight": draw(TOKENS, text), "positional_embedding": draw(POSITIONS, text),
-        "text_projection": draw(text, DIM), "logit_scale": torch.tensor(4.5),
-    }  # fmt: skip
+        "visual.class_embedding": draw(vision),
+        "visual.conv1.weight": draw(vision, 3, PATCH, PATCH),
+        "visual.positional_embedding": draw((SIDE // PATCH) ** 2 + 1, vision),
+        "visual.proj": draw(vision, DIM),
+        "token_embedding.weight": draw(TOKENS, text),
+        "positional_embedding": draw(POSITIONS, text),
+        "text_projection": draw(text, DIM),
+        "logit_scale": torch.tensor(4.5),
+    }
     for tower, width in (("visual.transformer", vision), ("transformer", text)):
         for name in (f"{tower}.resblocks.{i}." for i in range(LAYERS)):
             state |= {
-                name + "attn.in_proj_weight": draw(3 * width, width), name + "attn.in_proj_bias": draw(3 * width),
-                name + "attn.out_proj.weight": draw(width, width), name + "attn.out_proj.bias": draw(width),
-                name + "mlp.c_fc.weight": draw(4 * width, width), name + "mlp.c_fc.bias": draw(4 * width),
-                name + "mlp.c_proj.weight": draw(width, 4 * width), name + "mlp.c_proj.bias": draw(width),
-            }  # fmt: skip
+                name + "attn.in_proj_weight": draw(3 * width, width),
+                name + "attn.in_proj_bias": draw(3 * width),
+                name + "attn.out_proj.weight": draw(width, width),
+                name + "attn.out_proj.bias": draw(width),
+                name + "mlp.c_fc.weight": draw(4 * width, width),
+                name + "mlp.c_fc.bias": draw(4 * width),
+                name + "mlp.c_proj.weight": draw(width, 4 * width),
+                name + "mlp.c_proj.bias": draw(width),
+            }
     for name, width in (("visual.ln_pre", vision), ("visual.ln_post", vision), ("ln_final", text)):
         state |= {f"{name}.weight": 1 + draw(width), f"{name}.bias": draw(width)}
     for tower, width in (("visual.transformer", vision), ("transformer", text)):

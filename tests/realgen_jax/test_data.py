@@ -1,3 +1,5 @@
+"""Prompt files, their order, and the layout of a batch."""
+
 import numpy as np
 import pytest
 
@@ -44,9 +46,9 @@ def test_a_missing_file_is_named(tmp_path):
 def test_every_prompt_once_a_pass_in_a_new_order_each():
     batches = prompt_batches(12, 4, seed=3)
     passes = [np.concatenate([next(batches) for _ in range(3)]) for _ in range(3)]
-    for one in passes:
-        assert sorted(one) == list(range(12))
-    assert len({tuple(p) for p in passes}) == 3
+    for rows in passes:
+        assert sorted(rows) == list(range(12))
+    assert len({tuple(rows) for rows in passes}) == 3
     again = prompt_batches(12, 4, seed=3)
     np.testing.assert_array_equal(next(again), passes[0][:4])
     assert not np.array_equal(next(prompt_batches(12, 4, seed=4)), passes[0][:4])
@@ -68,15 +70,40 @@ def test_layouts():
     recipe.check(parts=7)
     assert (recipe.slots, recipe.groups) == (7, 24)
     assert recipe.groups_of_slots(5).tolist() == [5] * 7
+
+    # Several groups in a call
     many = Layout(calls=2, images=8, branches=2, group=4)
-    assert [many.groups_of_slots(c).tolist() for c in range(2)] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    assert many.groups_of_slots(0).tolist() == [0, 0, 1, 1]
+    assert many.groups_of_slots(1).tolist() == [2, 2, 3, 3]
+
+    # A group over several calls
     one_gpu = Layout(calls=14, images=3, branches=3, group=21)
     one_gpu.check(parts=1)
     assert one_gpu.groups == 2
     assert [int(one_gpu.groups_of_slots(c)[0]) for c in range(14)] == [0] * 7 + [1] * 7
-    with pytest.raises(ValueError, match="does not fall into groups of num_image_per_prompt 21"):
-        Layout(calls=21, images=9, branches=3, group=21).check(1)
-    with pytest.raises(ValueError, match="must be a multiple of branches x 4"):
-        Layout(calls=24, images=21, branches=3, group=21).check(4)
-    with pytest.raises(ValueError, match="branches 2 must divide num_image_per_prompt 21"):
-        Layout(calls=2, images=42, branches=2, group=21).check(1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts", "message"),
+    [
+        (
+            Layout(calls=21, images=9, branches=3, group=21),
+            1,
+            "num_batches_per_epoch 21 x train_batch_size 9 cannot be divided into groups of "
+            "num_image_per_prompt 21",
+        ),
+        (
+            Layout(calls=24, images=21, branches=3, group=21),
+            4,
+            "train_batch_size 21 must be a multiple of branches x 4",
+        ),
+        (
+            Layout(calls=2, images=42, branches=2, group=21),
+            1,
+            "branches 2 must divide num_image_per_prompt 21",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(layout, parts, message):
+    with pytest.raises(ValueError, match=message):
+        layout.check(parts)

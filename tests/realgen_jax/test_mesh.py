@@ -1,4 +1,4 @@
-"""The same update and the same rollout on every mesh: results, bytes and traffic between devices."""
+"""The same update and the same rollout on every mesh: results, bytes, traffic between devices."""
 
 import re
 from collections import Counter
@@ -15,27 +15,43 @@ from flax import nnx
 
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.models.flux import transformer
-from realgen_jax.models.flux.family import Pipeline
+from realgen_jax.models.flux.tables import RULES
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
+from realgen_jax.models.trainable import AllWeights, Lora
+from realgen_jax.nn import stack
 from realgen_jax.nn.convert import abstract, leaves
-from realgen_jax.nn.lora import LoraConfig, init_lora, make_velocity
+from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
-from realgen_jax.objectives.grpo import Batch, TrainState
 from realgen_jax.rollout import Trajectory
-from realgen_jax.sde import SchedulerConfig
 from realgen_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated
+from realgen_jax.training.programs import abstract_state, make_programs, make_recipe
+from realgen_jax.update import Batch, TrainState
+from tests.helpers.models import flux_model
 
 F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 # Every side divides by 8, the heads by 2. Two blocks or more of a kind: a scan of one is unrolled.
 MODEL = FluxConfig(
-    num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
-    pooled_projection_dim=24, axes_dims_rope=(4, 6, 6), **F32,
-)  # fmt: skip
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=4,
+    joint_attention_dim=32,
+    pooled_projection_dim=24,
+    axes_dims_rope=(4, 6, 6),
+    **F32,
+)
 VAE = VaeConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
 LAYOUTS = {
-    "one": (1, 1, 1), "data 2": (2, 1, 1), "data 4": (4, 1, 1), "data 8": (8, 1, 1), "fsdp 2": (1, 2, 1),
-    "fsdp 8": (1, 8, 1), "tensor 2": (1, 1, 2), "fsdp 2 tensor 2": (1, 2, 2), "2 x 2 x 2": (2, 2, 2),
-}  # fmt: skip
+    "one": (1, 1, 1),
+    "data 2": (2, 1, 1),
+    "data 4": (4, 1, 1),
+    "data 8": (8, 1, 1),
+    "fsdp 2": (1, 2, 1),
+    "fsdp 8": (1, 8, 1),
+    "tensor 2": (1, 1, 2),
+    "fsdp 2 tensor 2": (1, 2, 2),
+    "2 x 2 x 2": (2, 2, 2),
+}
 START = {"lora": "adapters", "full": "params"}  # what is trained
 CALLS, WINDOW, IMAGES, TEXT, SIDE = 2, 2, 8, 5, 4
 LEARNING_RATE, B1 = 1e-3, 0.9
@@ -43,9 +59,9 @@ QUICK = {"xla_backend_optimization_level": 0}  # of LLVM: what is partitioned ho
 
 
 def recipe(kind):
-    """The update as configured, but that nothing is clipped: Adam's first moment is (1 - b1) times the gradient."""
-    from realgen_jax.training.programs import make_recipe
-
+    """The update as configured, but that nothing is clipped: Adam's first moment is (1 - b1) times
+    the gradient.
+    """
     c = get_config("tiny").unlock()
     c.sample.train_batch_size = c.sample.num_image_per_prompt = IMAGES
     c.sample.num_steps, c.sample.sde_window_size, c.sample.sde_window_range = 4, WINDOW, (0, 3)
@@ -67,24 +83,26 @@ def host():
         flat, treedef = jax.tree.flatten(tree)
         return jax.tree.unflatten(treedef, [scale * noise(i, a) for i, a in enumerate(flat)])
 
-    lora = jax.eval_shape(lambda: init_lora(MODEL, LoraConfig(2, 4.0), jax.random.key(0)))
+    lora = Lora(LoraConfig(2, 4.0))
+    model = flux_model(MODEL, None, SIDE, lora, make_mesh(1, 1, 1, jax.devices()))
     shapes = {
         "params": abstract(FluxTransformer, MODEL)[1],
-        "adapters": lora,
+        "adapters": lora.abstract(model),
         "vae": abstract(Autoencoder, VAE)[1],
     }
     return SimpleNamespace(**noises(shapes, 0.1), noises=noises)
 
 
-def pipeline(mesh, lora):
-    """The small model on a mesh, as load_pipeline puts it there."""
-    where, flat = param_sharding(mesh), nnx.to_flat_state(host().params)
-    place = lambda path, v: jax.device_put(v.get_value(), where(".".join(map(str, path)), v.shape))  # noqa: E731
-    params = nnx.from_flat_state([(path, v.replace(place(path, v))) for path, v in flat])
-    vae = jax.device_put(host().vae, replicated(mesh))
-    velocity = make_velocity(MODEL, lora, SIDE, SIDE, mesh)
-    graph = abstract(Autoencoder, VAE)[0]
-    return Pipeline(MODEL, params, graph, vae, velocity, lora, SchedulerConfig(), SIDE, SIDE, mesh)
+def small_model(mesh, trainable):
+    """The small model on a mesh, as load_model puts it there."""
+    sharding = param_sharding(mesh, RULES)
+    placed = []
+    for path, variable in nnx.to_flat_state(host().params):
+        where = sharding(".".join(map(str, path)), variable.shape)
+        placed.append((path, variable.replace(jax.device_put(variable.get_value(), where))))
+    vae_params = jax.device_put(host().vae, replicated(mesh))
+    params = nnx.from_flat_state(placed)
+    return flux_model(MODEL, params, SIDE, trainable, mesh, VAE, vae_params)
 
 
 def state_of(kind, like):
@@ -97,23 +115,32 @@ def state_of(kind, like):
     )
 
 
-def batch(r, pipe):
+def batch(r, model):
     """Made-up trajectories, [calls, ...], with the rows where a rollout leaves them."""
     pixels, rows = (SIDE * SIDE, 64), (CALLS, IMAGES)
     shapes = SimpleNamespace(
-        latents=(CALLS, WINDOW + 1, IMAGES, *pixels), mean=(CALLS, WINDOW, IMAGES, *pixels),
-        logp=(CALLS, WINDOW, IMAGES), t5=(*rows, TEXT, 32), clip=(*rows, 24), guidance=rows, advantages=rows,
-    )  # fmt: skip
+        latents=(CALLS, WINDOW + 1, IMAGES, *pixels),
+        mean=(CALLS, WINDOW, IMAGES, *pixels),
+        logp=(CALLS, WINDOW, IMAGES),
+        t5=(*rows, TEXT, 32),
+        clip=(*rows, 24),
+        guidance=rows,
+        advantages=rows,
+    )
     drawn = host().noises(
         {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in vars(shapes).items()}, 1.0
     )
     axis = {"latents": 2, "mean": 2, "logp": 2}
     drawn = {
-        k: jax.device_put(v, batch_sharding(pipe.mesh, axis.get(k, 1))) for k, v in drawn.items()
+        k: jax.device_put(v, batch_sharding(model.mesh, axis.get(k, 1))) for k, v in drawn.items()
     }
-    steps = jax.tree.map(lambda a: np.tile(a[:WINDOW], (CALLS, 1)), r.plan(pipe).noisy)
+    noisy = r.objective.make_plan(model.sigmas(4)).noisy
+    steps = jax.tree.map(lambda a: np.tile(a[:WINDOW], (CALLS, 1)), noisy)
     trajectory = Trajectory(
-        drawn["latents"], drawn["mean"], drawn["logp"], jax.device_put(steps, replicated(pipe.mesh))
+        drawn["latents"],
+        drawn["mean"],
+        drawn["logp"],
+        jax.device_put(steps, replicated(model.mesh)),
     )
     return Batch(
         trajectory, Cond(drawn["t5"], drawn["clip"], drawn["guidance"]), drawn["advantages"]
@@ -121,12 +148,10 @@ def batch(r, pipe):
 
 
 def compile_update(kind, layout):
-    from realgen_jax.training.programs import abstract_state, make_programs
-
     r = recipe(kind)
-    pipe = pipeline(make_mesh(*LAYOUTS[layout], jax.devices()), r.lora)
-    args = pipe.params, state_of(kind, abstract_state(r, pipe)), batch(r, pipe)
-    return make_programs(r, pipe).update.lower(*args).compile(QUICK), args
+    model = small_model(make_mesh(*LAYOUTS[layout], jax.devices()), r.trainable)
+    args = model, state_of(kind, abstract_state(r, model)), batch(r, model)
+    return make_programs(r, model).update.lower(*args).compile(QUICK), args
 
 
 @cache
@@ -135,14 +160,20 @@ def run(kind, layout):
     compiled, args = compile_update(kind, layout)
     held = {
         name: local_bytes(tree)
-        for name, tree in zip(("params", "state", "batch"), args, strict=True)
+        for name, tree in zip(
+            ("params", "state", "batch"), (args[0].params, *args[1:]), strict=True
+        )
     }
     state, metrics = compiled(*args)
     gradient = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), state.opt_state[1][0].mu)
     return SimpleNamespace(
-        loss=float(metrics["loss"]), gradient=gradient, after=jax.tree.map(np.asarray, state.trainable), held=held,
-        text=compiled.as_text(), memory=compiled.memory_analysis(),
-    )  # fmt: skip
+        loss=float(metrics["loss"]),
+        gradient=gradient,
+        after=jax.tree.map(np.asarray, state.trainable),
+        held=held,
+        text=compiled.as_text(),
+        memory=compiled.memory_analysis(),
+    )
 
 
 def local_bytes(tree):
@@ -168,8 +199,8 @@ SAME = [
 
 @pytest.mark.parametrize(("kind", "layout"), SAME)
 def test_an_update_is_the_same_on_every_mesh(kind, layout):
-    """Loss and gradients within 1e-5 (of an array's largest entry: sums over rows are taken in another order), the next
-    weights within a tenth of the learning rate.
+    """Loss and gradients within 1e-5 (of an array's largest entry: sums over rows are taken in
+    another order), the next weights within a tenth of the learning rate.
     """
     one, many = run(kind, "one"), run(kind, layout)
     assert many.loss == pytest.approx(one.loss, rel=1e-5)
@@ -186,19 +217,18 @@ def test_an_update_is_the_same_on_every_mesh(kind, layout):
 
 def test_a_rollout_is_the_same_on_every_mesh():
     """The same keys give the same noise whatever the mesh, so the same pictures."""
-    from realgen_jax.training.programs import make_programs
-
     r, found = recipe("lora"), []
     for layout in ("one", "2 x 2 x 2"):
-        pipe = pipeline(make_mesh(*LAYOUTS[layout], jax.devices()), r.lora)
-        first = jax.tree.map(lambda a: a[0], batch(r, pipe).cond)
-        cond = jax.device_put(first, batch_sharding(pipe.mesh))
-        adapters = jax.device_put(host().adapters, replicated(pipe.mesh))
-        keys = jax.device_put(jax.random.split(jax.random.key(3)), replicated(pipe.mesh))
-        plan = jax.device_put(r.plan(pipe), replicated(pipe.mesh))
-        args = pipe.params, pipe.vae_params, adapters, cond, (keys[0], keys[1]), plan
+        mesh = make_mesh(*LAYOUTS[layout], jax.devices())
+        model = small_model(mesh, r.trainable)
+        first = jax.tree.map(lambda a: a[0], batch(r, model).cond)
+        cond = jax.device_put(first, batch_sharding(mesh))
+        adapters = jax.device_put(host().adapters, replicated(mesh))
+        keys = jax.device_put(jax.random.split(jax.random.key(3)), replicated(mesh))
+        plan = jax.device_put(r.objective.make_plan(model.sigmas(4)), replicated(mesh))
+        args = model, adapters, cond, (keys[0], keys[1]), plan
         pictures, trajectory, finite = (
-            make_programs(r, pipe).sample.lower(*args).compile(QUICK)(*args)
+            make_programs(r, model).sample.lower(*args).compile(QUICK)(*args)
         )
         assert finite
         found.append((np.asarray(pictures).astype(int), np.asarray(trajectory.latents)))
@@ -209,8 +239,9 @@ def test_a_rollout_is_the_same_on_every_mesh():
 
 
 def collectives(text):
-    """{(loop, kind): arrays moved} of a compiled update. The loop is "step", "microbatch" or "block", the scan over the
-    transformer's blocks; arrays that XLA joins in one collective count one by one, scalars (metrics, norms) do not.
+    """{(loop, kind): arrays moved} of a compiled update. The loop is "step", "microbatch" or
+    "block", the scan over the transformer's blocks; arrays that XLA joins in one collective count
+    one by one, scalars (metrics, norms) do not.
     """
     computations, name, entry = {}, None, None
     for line in text.splitlines():
@@ -244,9 +275,9 @@ def counts(text):
     return dict(Counter((loop, kind) for loop, kind, _ in collectives(text)))
 
 
-# Arrays moved between devices in one update. Kernels: 4 a stream and so 8 of a double block, 3 of a single one, and 13
-# outside the blocks (3 embedders of 2, img_in, txt_in, 3 modulations, final_mod, proj_out), each with its bias.
-# Adapters: 8 in a double block, 1 in a single one, of 2 factors.
+# Arrays moved between devices in one update. Kernels: 4 a stream and so 8 of a double block, 3 of a
+# single one, and 13 outside the blocks (3 embedders of 2, img_in, txt_in, 3 modulations, final_mod,
+# proj_out), each with its bias. Adapters: 8 in a double block, 1 in a single one, of 2 factors.
 TRAFFIC = {
     # 9 adapters' gradients, summed over the batch as each block's backward ends: A and B
     ("lora", "data 8"): {("block", "all-reduce"): 18},
@@ -257,27 +288,30 @@ TRAFFIC = {
             "step",
             "all-gather",
         ): 10,  # the others, but for the modulations': XLA takes them out of the loops
-        # the modulations' kernels stay where they are: the rows of vec go there, and the 3 outputs come back, each as
-        # a piece from every one of 8 devices
+        # the modulations' kernels stay where they are: the rows of vec go there, and the 3 outputs
+        # come back, each as a piece from every one of 8 devices
         ("microbatch", "all-gather"): 1,
         ("microbatch", "all-to-all"): 24,
     },
     ("lora", "tensor 2"): {
-        # Outputs and gradients of inputs [n, t, D]: a stream sums 2 outputs forward, 1 again and 2 gradients backward;
-        # the single block 1 and 2: 13. Rank r [n, t, r]: A of proj and fc2 in 2 streams, forward and again: 8; the
-        # gradient through B of qkv and fc1 in 2 streams and of the single block's qkv: 5.
+        # Outputs and gradients of inputs [n, t, D]: a stream sums 2 outputs forward, 1 again and 2
+        # gradients backward; the single block 1 and 2: 13. Rank r [n, t, r]: A of proj and fc2 in 2
+        # streams, forward and again: 8; the gradient through B of qkv and fc1 in 2 streams and of
+        # the single block's qkv: 5.
         ("block", "all-reduce"): 26,
         ("call", "all-reduce"): 2,  # embedders of clip and guidance, the same all window long
         ("microbatch", "all-reduce"): 1,  # that of sigma
         ("microbatch", "all-gather"): 4,  # the modulations
-        # Adapters are whole everywhere, the factors next to a split side (B of qkv and fc1, A of proj and fc2: 9) get
-        # split gradients; so Adam runs split, and weights, EMA and two moments are brought together.
+        # Adapters are whole everywhere, the factors next to a split side (B of qkv and fc1, A of
+        # proj and fc2: 9) get split gradients; so Adam runs split, and weights, EMA and two moments
+        # are brought together.
         ("step", "all-gather"): 36,
     },
     ("full", "fsdp 8"): {
         ("block", "all-reduce"): 28,  # gradients of 11 kernels and biases, and of 6 norms
         ("block", "all-gather"): 22,
-        # gradients of the other 13 kernels and biases, but for the modulations' kernels, which have all rows at hand
+        # gradients of the other 13 kernels and biases, but for the modulations' kernels, which have
+        # all rows at hand
         ("microbatch", "all-reduce"): 23,
         ("step", "all-gather"): 10,
         ("microbatch", "all-gather"): 1,
@@ -288,7 +322,9 @@ TRAFFIC = {
 
 @pytest.mark.parametrize(("kind", "layout"), TRAFFIC)
 def test_nothing_moves_between_devices_but_what_must(kind, layout):
-    """The CPU's XLA has no pass that makes a reduce-scatter of an all-reduce of which each device keeps a part."""
+    """The CPU's XLA has no pass that makes a reduce-scatter of an all-reduce of which each device
+    keeps a part.
+    """
     assert counts(run(kind, layout).text) == TRAFFIC[kind, layout]
 
 
@@ -296,14 +332,15 @@ def test_nothing_moves_between_devices_but_what_must(kind, layout):
     "layout", ["fsdp 8", pytest.param("fsdp 2 tensor 2", marks=slow), "2 x 2 x 2"]
 )
 def test_inside_the_blocks_only_weights_are_gathered(layout):
-    """Where fsdp and tensor meet, XLA fetches some kernels twice in the backward pass (it writes the same group of
-    devices in two ways and does not see that they are one), so no count here: but never an activation.
+    """Where fsdp and tensor meet, XLA fetches some kernels twice in the backward pass (it writes
+    the same group of devices in two ways and does not see that they are one), so no count here: but
+    never an activation.
     """
     tensor = LAYOUTS[layout][2]
     kernels = set()
     for leaf, value in leaves(abstract(FluxTransformer, MODEL)[1]).items():
         if leaf.startswith(("double.", "single.")) and leaf.endswith("kernel"):
-            spec = param_sharding(make_mesh(1, 1, 1, jax.devices()))(leaf, value.shape).spec
+            spec = param_sharding(make_mesh(1, 1, 1, jax.devices()), RULES)(leaf, value.shape).spec
             sides = zip(value.shape, (*spec, *(None,) * value.ndim), strict=False)
             shape = tuple(side // tensor if axis == "tensor" else side for side, axis in sides)[1:]
             kernels |= {
@@ -322,21 +359,28 @@ def test_inside_the_blocks_only_weights_are_gathered(layout):
 
 
 def test_the_count_sees_a_constraint_that_is_gone(monkeypatch):
-    monkeypatch.setattr(transformer, "_rows", lambda tree, mesh: tree)
+    for module in (stack, transformer):
+        monkeypatch.setattr(module, "pin_rows", lambda tree, mesh: tree)
     compiled, _ = compile_update("lora", "fsdp 8")
     assert counts(compiled.as_text()) != TRAFFIC["lora", "fsdp 8"]
 
 
 def test_activations_are_constrained_inside_the_scans():
-    """In the jaxpr of a block: streams at its start, between its halves and at its end; q, k and v by heads."""
+    """In the jaxpr of a block: streams at its start, between its halves and at its end; q, k and v
+    by heads.
+    """
     mesh = make_mesh(2, 2, 2, jax.devices())
-    velocity, shape = make_velocity(MODEL, None, SIDE, SIDE, mesh), jax.ShapeDtypeStruct
+    shape = jax.ShapeDtypeStruct
+    model = flux_model(MODEL, abstract(FluxTransformer, MODEL)[1], SIDE, AllWeights(), mesh)
+
+    def velocity(model, *args):
+        return model.velocity(None, *args)
+
     cond = Cond(
         shape((8, TEXT, 32), jnp.float32), shape((8, 24), jnp.float32), shape((8,), jnp.float32)
     )
     args = (
-        abstract(FluxTransformer, MODEL)[1],
-        None,
+        model,
         shape((8, 16, 64), jnp.float32),
         shape((8,), jnp.float32),
         cond,
@@ -379,4 +423,4 @@ def test_heads_are_not_cut():
     with pytest.raises(
         ValueError, match=r"num_attention_heads 4 does not divide by mesh axis tensor=8"
     ):
-        make_velocity(MODEL, None, SIDE, SIDE, make_mesh(1, 1, 8, jax.devices()))
+        flux_model(MODEL, None, SIDE, mesh=make_mesh(1, 1, 8, jax.devices()))

@@ -1,4 +1,6 @@
-"""What runs where: attention by platform, and the full-size recipe lowered for hardware that is not here."""
+"""What runs where: attention by platform, and the full-size recipe lowered for hardware that is not
+here.
+"""
 
 import re
 from collections import Counter
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 
 from realgen_configs.flux_grpo import get_config
-from realgen_jax.models.flux.transformer import REMAT_POLICIES
-from realgen_jax.nn import layers
+from realgen_jax.nn import attention as attention_module
+from realgen_jax.nn.stack import REMAT_POLICIES
 from realgen_jax.sharding import make_mesh
 from tests.helpers.goldens import ROOT
 
@@ -20,19 +22,19 @@ xla = partial(jax.nn.dot_product_attention, implementation="xla")
 
 
 def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
-    """RealGen's recipe, rollout (with the VAE) and update, on 7 devices, with no weights in memory. cuDNN refuses where
-    it is not installed, so the CUDA programs have XLA's attention here.
+    """RealGen's recipe, rollout (with the VAE) and update, on 7 devices, with no weights in memory.
+    cuDNN refuses where it is not installed, so the CUDA programs have XLA's attention here.
     """
     from realgen_jax.preflight.report import make_report, sample_arguments, update_arguments
     from realgen_jax.training.programs import make_programs
 
     report = make_report(get_config("flux_dev_8xh200"), 7)
-    recipe, pipe = report.recipe, report.pipe
-    programs = make_programs(recipe, pipe)
-    rollout = programs.sample.trace(*sample_arguments(recipe, pipe))
+    recipe, model = report.recipe, report.model
+    programs = make_programs(recipe, model)
+    rollout = programs.sample.trace(*sample_arguments(recipe, model))
     pictures, trajectory, _ = rollout.out_info
     assert (pictures.shape, trajectory.latents.shape) == ((21, 3, 1024, 1024), (8, 21, 4096, 64))
-    update = programs.update.trace(*update_arguments(recipe, pipe, programs))
+    update = programs.update.trace(*update_arguments(recipe, model, programs))
     for traced, kernels in ((rollout, ("fwd",)), (update, ("fwd", "dq", "dkv"))):
         tpu, cuda = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cuda"))
         assert KERNEL in tpu
@@ -42,7 +44,7 @@ def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
             max(len(tpu), len(cuda)) < 2**27
         )  # 57 MB of rotary tables; captured weights would be 48 GB
     assert sum(a.nbytes for a in jax.live_arrays()) < 2**31
-    assert sum(a.size for a in jax.tree.leaves(pipe.params)) > 11e9
+    assert sum(a.size for a in jax.tree.leaves(model.params)) > 11e9
 
 
 def value_and_gradients(attend, q, k, v, cotangent):
@@ -57,11 +59,13 @@ def operands(tokens, heads, channels):
 
 @pytest.mark.parametrize("mesh", [None, (1, 2, 1), (1, 1, 2)])
 def test_the_tpu_kernel_computes_attention(mesh):
-    """Interpreted, against XLA's: value and gradients, on one device and split over rows and over heads."""
+    """Interpreted, against XLA's: value and gradients, on one device and split over rows and over
+    heads.
+    """
     mesh = None if mesh is None else make_mesh(*mesh, jax.devices())
     q, k, v, cotangent = operands(256, 2, 128)
     want = jax.jit(partial(value_and_gradients, xla))(q, k, v, cotangent)
-    splash = partial(layers.splash_attention, mesh=mesh, interpret=True)
+    splash = partial(attention_module.splash_attention, mesh=mesh, interpret=True)
     got = jax.jit(partial(value_and_gradients, splash))(q, k, v, cotangent)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
@@ -73,33 +77,37 @@ def test_the_tpu_kernel_computes_attention(mesh):
 )
 def test_sizes_that_do_not_fill_the_kernels_tiles_take_xla(tokens, channels, kernel):
     shape = jax.ShapeDtypeStruct((2, tokens, 2, channels), jnp.bfloat16)
-    traced = jax.jit(layers.attention).trace(shape, shape, shape)
+    traced = jax.jit(attention_module.attention).trace(shape, shape, shape)
     assert (KERNEL in traced.lower(lowering_platforms=("tpu",)).as_text()) == kernel
     assert KERNEL not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_cudnn_is_asked_for_where_there_is_a_gpu(monkeypatch):
     asked, qkv = [], operands(4, 2, 8)[:3]
-    monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_module.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
-        layers.jax.nn,
+        attention_module.jax.nn,
         "dot_product_attention",
-        lambda q, k, v, implementation: asked.append(implementation) or q,
+        lambda q, k, v, implementation, **_: asked.append(implementation) or q,
     )
-    monkeypatch.setattr(layers, "plain_attention", lambda q, k, v: asked.append("xla") or q)
+    monkeypatch.setattr(
+        attention_module, "plain_attention", lambda q, k, v, lengths: asked.append("xla") or q
+    )
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        layers.attention(*(a.astype(dtype) for a in qkv))
+        attention_module.attention(*(a.astype(dtype) for a in qkv))
     assert asked == ["cudnn", "cudnn", "xla"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
 def test_plain_attention_is_jaxs(dtype, tolerance):
-    """Value and gradients, with scores far enough apart that the largest must be taken off before exp."""
+    """Value and gradients, with scores far enough apart that the largest must be taken off before
+    exp.
+    """
     q, k, v, cotangent = (a.astype(dtype) for a in operands(37, 2, 8))
     q = 20 * q
     got, want = (
         jax.tree.map(jnp.float32, value_and_gradients(f, q, k, v, cotangent))
-        for f in (layers.plain_attention, xla)
+        for f in (attention_module.plain_attention, xla)
     )
     for a, b in zip(got, want, strict=True):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
@@ -107,7 +115,9 @@ def test_plain_attention_is_jaxs(dtype, tolerance):
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_nothing_of_the_other_platforms_is_left_in_a_cpu_program(remat):
-    """Attention in a rematerialised scan, with gradients: the same bits, memory and operations as XLA's alone."""
+    """Attention in a rematerialised scan, with gradients: the same bits, memory and operations as
+    XLA's alone.
+    """
     q, k, v, _ = operands(128, 1, 128)
 
     def loss(attend, q, k, v):
@@ -125,7 +135,7 @@ def test_nothing_of_the_other_platforms_is_left_in_a_cpu_program(remat):
             .compile()
         )
 
-    ours, plain = build(layers.attention), build(layers.plain_attention)
+    ours, plain = build(attention_module.attention), build(attention_module.plain_attention)
     for a, b in zip(jax.tree.leaves(ours(q, k, v)), jax.tree.leaves(plain(q, k, v)), strict=True):
         np.testing.assert_array_equal(a, b)
     zeros = (
@@ -148,4 +158,4 @@ def test_only_attention_asks_what_the_platform_is():
     for file in sorted((ROOT / "realgen_jax").rglob("*.py")):
         if hits := words.findall(file.read_text()):
             found[str(file.relative_to(ROOT))] = sorted(hits)
-    assert found == {"realgen_jax/nn/layers.py": ["default_backend", "platform_dependent"]}
+    assert found == {"realgen_jax/nn/attention.py": ["default_backend", "platform_dependent"]}

@@ -1,17 +1,22 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from realgen_jax.models.flux.transformer import Cond, unpack
+from realgen_jax.models.flux.family import FluxSchedule
+from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.tokens import unpack
 from realgen_jax.nn.vae import Autoencoder
-from realgen_jax.rollout import draw_noise, make_plan, rollout, sample
-from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps, sde_steps
+from realgen_jax.rollout import draw_latents, make_plan, rollout, sample
+from realgen_jax.sde import ode_steps, sde_steps
 from tests.helpers.goldens import golden
+from tests.helpers.objectives import grpo
 
-SIGMAS = flux_sigmas(8, 16, SchedulerConfig())
+SIGMAS = FluxSchedule().sigmas(8, 16)
 
 
 def cond_of(case):
@@ -24,7 +29,7 @@ def cond_of(case):
 
 
 def pictures(tiny, latents):
-    vae = nnx.merge(abstract(Autoencoder, tiny.vae_config)[0], tiny.vae_params)
+    vae = nnx.merge(abstract(Autoencoder, tiny.vae)[0], tiny.vae_params)
     return np.clip(np.asarray(vae.decode(unpack(latents, 4, 4))) / 2 + 0.5, 0, 1).transpose(
         0, 3, 1, 2
     )
@@ -32,9 +37,8 @@ def pictures(tiny, latents):
 
 def test_ode_sampling_matches_the_golden(tiny):
     case = golden("05_rollout/ode.npz")
-    got = sample(
-        tiny.velocity, tiny.params, None, cond_of(case), case["init_latents"], ode_steps(SIGMAS)
-    )
+    velocity = partial(tiny.velocity, None)
+    got = sample(velocity, cond_of(case), case["init_latents"], ode_steps(SIGMAS))
     np.testing.assert_allclose(pictures(tiny, got), case["image"], atol=1e-4)
 
 
@@ -55,10 +59,8 @@ def test_windowed_rollouts_match_the_goldens(
     plan = make_plan(
         SIGMAS, kind=kind, noise_level=noise_level, window=window, bounds=bounds, branches=branches
     )
-    run = jax.jit(lambda *args: rollout(tiny.velocity, *args))
-    latents, t = run(
-        tiny.params, None, cond_of(case), case["init_latents"], case["window_noise"], plan
-    )
+    run = jax.jit(partial(rollout, partial(tiny.velocity, None)))
+    latents, t = run(cond_of(case), case["init_latents"], case["window_noise"], plan)
     np.testing.assert_allclose(t.latents.swapaxes(0, 1), case["latents"], atol=1e-4)
     np.testing.assert_allclose(t.mean.swapaxes(0, 1), case["prev_sample_mean"], atol=1e-4)
     logp = t.logp.T
@@ -71,8 +73,8 @@ def test_windowed_rollouts_match_the_goldens(
     np.testing.assert_allclose(pictures(tiny, latents), case["image"], atol=1e-4)
 
 
-def toy_velocity(params, trainable, x, sigma, cond):
-    return params * x * sigma[:, None, None] + cond[:, None, None]
+def toy_velocity(x, sigma, cond):
+    return 0.5 * x * sigma[:, None, None] + cond[:, None, None]
 
 
 def test_one_program_serves_every_start():
@@ -81,13 +83,14 @@ def test_one_program_serves_every_start():
     @jax.jit
     def run(cond, latents, noise, plan):
         traces.append(1)
-        return rollout(toy_velocity, 0.5, None, cond, latents, noise, plan)
+        return rollout(toy_velocity, cond, latents, noise, plan)
 
     cond, seen = jnp.arange(2.0), set()
     base = make_plan(SIGMAS, kind="sde", noise_level=0.9, window=3, bounds=(0, 7), branches=2)
     for i in range(40):
         plan = base.draw(jax.random.key(i))
-        latents, noise = draw_noise(jax.random.key(i), jax.random.key(-i), plan, 2, 2, (4, 8))
+        latents = draw_latents(jax.random.key(i), 2, 2, (4, 8))
+        noise = jax.random.normal(jax.random.key(-i), (3, 4, 4, 8))
         x, t = run(cond, latents, noise, plan)
         seen.add(int(plan.start))
         by_hand = latents
@@ -99,7 +102,7 @@ def test_one_program_serves_every_start():
             c = c if j >= plan.start else cond
             inside = plan.start <= j < plan.start + 3
             step = jax.tree.map(lambda a, j=j: a[j], noisy if inside else ode)
-            v = toy_velocity(0.5, None, by_hand, jnp.full(len(by_hand), step.sigma), c)
+            v = toy_velocity(by_hand, jnp.full(len(by_hand), step.sigma), c)
             by_hand = step.mean(by_hand, v) + (step.std * noise[j - plan.start] if inside else 0)
         np.testing.assert_allclose(x, by_hand, rtol=1e-4, atol=1e-5)
     assert len(traces) == 1
@@ -107,8 +110,10 @@ def test_one_program_serves_every_start():
 
 
 def test_same_latent_shares_the_start_and_nothing_else():
-    plan = make_plan(SIGMAS, kind="sde", noise_level=0.9, window=2, bounds=(0, 8), branches=3)
-    latents, noise = draw_noise(jax.random.key(0), jax.random.key(1), plan, 6, 2, (4, 8))
+    latents = draw_latents(jax.random.key(0), 6, 2, (4, 8))
+    objective = grpo(window=2, bounds=(0, 8), branches=3)
+    plan = objective.make_plan(SIGMAS)
+    noise = objective.draw_noise(jax.random.key(1), plan, 18, (4, 8))
     assert len({a.tobytes() for a in np.asarray(latents)}) == 2
     np.testing.assert_array_equal(latents[0], latents[2])
     assert noise.shape == (2, 18, 4, 8)
@@ -118,7 +123,7 @@ def test_same_latent_shares_the_start_and_nothing_else():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 9}, r"a window of 9 steps does not fit sde_window_range \(0, 8\)"),
+        ({"window": 9}, r"config.sample.sde_window_size 9 does not fit sde_window_range \(0, 8\)"),
         ({"bounds": (0, 9)}, r"hi <= 8 \(8 steps\)"),
         ({"kind": "cps"}, "the last of which has no noise"),
         ({"kind": "dance"}, "sde_type is 'dance'; choose one of sde, cps"),

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realgen_jax.sde import SchedulerConfig, cps_steps, flux_sigmas, log_prob, ode_steps, sde_steps
+from realgen_jax.models.flux.family import FluxSchedule
+from realgen_jax.sde import cps_steps, log_prob, ode_steps, sde_steps
 from tests.helpers.goldens import golden
 
 
@@ -12,7 +13,7 @@ from tests.helpers.goldens import golden
 def test_schedule_matches_the_goldens(size, steps):
     arrays = golden("03_schedule/flux_dynamic.npz")
     height, width = map(int, size.split("x"))
-    sigmas = flux_sigmas(steps, height * width // 256, SchedulerConfig())
+    sigmas = FluxSchedule().sigmas(steps, height * width // 256)
     np.testing.assert_allclose(sigmas, arrays[f"flux_{size}_{steps}/sigmas"], rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(
         1000 * sigmas[:-1], arrays[f"flux_{size}_{steps}/timesteps"], rtol=2e-6, atol=1e-3
@@ -23,7 +24,7 @@ def test_schedule_matches_the_goldens(size, steps):
 
 def test_schedule_without_dynamic_shift():
     """schnell: sigma' = shift sigma / (1 + (shift - 1) sigma) on 1, 3/4, 1/2, 1/4."""
-    sigmas = flux_sigmas(4, 256, SchedulerConfig(use_dynamic_shifting=False, shift=3.0))
+    sigmas = FluxSchedule(use_dynamic_shifting=False, shift=3.0).sigmas(4, 256)
     np.testing.assert_allclose(sigmas, [1.0, 0.9, 0.75, 0.5, 0.0], rtol=1e-6)
 
 
@@ -76,8 +77,10 @@ def test_noiseless_steps_are_euler_steps():
 
 
 def test_flow_sde_keeps_the_marginals():
-    """With the exact velocity of Gaussian data, N(0, 0.5^2), many small steps must end in that data's spread."""
-    sigmas = flux_sigmas(200, 256, SchedulerConfig())
+    """With the exact velocity of Gaussian data, N(0, 0.5^2), many small steps must end in that
+    data's spread.
+    """
+    sigmas = FluxSchedule().sigmas(200, 256)
     steps = sde_steps(sigmas, 0.7)
     x = np.random.default_rng(0).standard_normal(200_000)
     for i in range(200):
@@ -89,8 +92,10 @@ def test_flow_sde_keeps_the_marginals():
 
 
 def test_cps_keeps_the_coefficients():
-    """From x = (1 - sigma) x0 + sigma eps a step must reach (1 - sigma_next) x0 + noise of variance sigma_next^2."""
-    sigmas = flux_sigmas(8, 256, SchedulerConfig())
+    """From x = (1 - sigma) x0 + sigma eps a step must reach (1 - sigma_next) x0 + noise of variance
+    sigma_next^2.
+    """
+    sigmas = FluxSchedule().sigmas(8, 256)
     steps = cps_steps(sigmas, 0.7)
     of_x0 = steps.x * (1 - sigmas[:-1]) - steps.v
     of_eps = steps.x * sigmas[:-1] + steps.v

@@ -1,3 +1,4 @@
+import re
 from math import prod
 
 import jax
@@ -5,15 +6,17 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from realgen_jax.models.flux.tables import RULES
 from realgen_jax.models.flux.transformer import FluxConfig, FluxTransformer
 from realgen_jax.nn.convert import abstract, leaves
-from realgen_jax.sharding import PARAM_RULES, batch_devices, make_mesh, param_sharding
+from realgen_jax.sharding import abstract_mesh, batch_devices, make_mesh, param_sharding
 
 
 def test_meshes():
     devices = jax.devices()
     assert dict(make_mesh(-1, 2, 1, devices).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert batch_devices(make_mesh(2, 2, 2, devices)) == 4
+    assert dict(abstract_mesh(-1, 2, 1, 8).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert make_mesh(1, 6, 1, devices).devices.ravel().tolist() == devices[:6]
     for sizes in ((9, 1, 1), (-1, 3, 1), (-1, -1, 1), (4, 2, 2), (0, 1, 1)):
         with pytest.raises(ValueError, match="does not fit 8 devices"):
@@ -21,19 +24,17 @@ def test_meshes():
 
 
 def test_every_parameter_of_flux_dev_has_a_rule_and_every_rule_a_parameter():
-    import re
-
     shapes = {
         leaf: value.shape
         for leaf, value in leaves(abstract(FluxTransformer, FluxConfig())[1]).items()
     }
     mesh = make_mesh(2, 2, 2, jax.devices())
-    sharding = param_sharding(mesh)
+    sharding = param_sharding(mesh, RULES)
     for leaf, shape in shapes.items():
-        hits = [pattern for pattern, _ in PARAM_RULES if re.fullmatch(pattern, leaf)]
+        hits = [pattern for pattern, _ in RULES if re.fullmatch(pattern, leaf)]
         assert len(hits) == 1, (leaf, hits)
         sharding(leaf, shape)
-    for pattern, _ in PARAM_RULES:
+    for pattern, _ in RULES:
         assert any(re.fullmatch(pattern, leaf) for leaf in shapes), pattern
     for leaf, shape in shapes.items():
         into_or_out = leaf in (
@@ -54,10 +55,10 @@ def test_every_parameter_of_flux_dev_has_a_rule_and_every_rule_a_parameter():
 
 
 def test_unknown_and_uneven_parameters_are_named():
-    sharding = param_sharding(make_mesh(1, 4, 2, jax.devices()))
+    sharding = param_sharding(make_mesh(1, 4, 2, jax.devices()), RULES)
     with pytest.raises(
         ValueError,
-        match=r"no rule of PARAM_RULES .* matches the parameter double\.img\.gate\.kernel",
+        match=r"0 sharding rules of the model family match the parameter double\.img\.gate\.kernel",
     ):
         sharding("double.img.gate.kernel", (2, 8, 8))
     with pytest.raises(
@@ -69,3 +70,6 @@ def test_unknown_and_uneven_parameters_are_named():
     ):
         sharding("single.mlp.bias", (4, 4, 9))
     assert sharding("single.proj.bias", (4, 9)).spec == P()
+    twice = param_sharding(make_mesh(1, 4, 2, jax.devices()), (*RULES, (r"img_in\..*", P())))
+    with pytest.raises(ValueError, match=r"2 sharding rules .* match the parameter img_in\.bias"):
+        twice("img_in.bias", (4,))

@@ -1,119 +1,167 @@
+"""The cache of text embeddings, and the program that fills it."""
+
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from realgen_jax.text_cache import TextCache, cache_folder
-from tests.helpers.goldens import GOLDENS, PIPELINE, golden
+from realgen_jax.models.flux.family import FLUX
+from realgen_jax.text_cache import TextCache, cache_folder, ensure_encoded
+from tests.helpers.goldens import PIPELINE, ROOT, golden
 
 pytest.importorskip("transformers")
-SCRIPT = GOLDENS.parents[1] / "scripts" / "encode_prompts.py"
-PROMPTS = json.loads((GOLDENS / "08_pipeline" / "prompts.json").read_text())["prompts"]
+from realgen_scripts import encode_prompts
+
+SCRIPT = ROOT / "scripts" / "encode_prompts.py"
+PROMPTS = json.loads((PIPELINE.parent / "prompts.json").read_text())["prompts"]
+FLOAT32 = {"max_tokens": 16, "dtype": "float32"}
+
+ENCODERS = FLUX.encoders
 
 
-def encode(tmp_path, prompts, *options):
+def folder_of(root, prompts, model=PIPELINE, encoders=ENCODERS, **changes):
+    return cache_folder(root, model, prompts, encoders, **{**FLOAT32, **changes})
+
+
+def prompt_file(tmp_path, prompts):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n")
-    words = [
-        sys.executable,
-        SCRIPT,
-        "--model",
-        PIPELINE,
-        "--prompts",
-        file,
-        "--cache",
-        tmp_path,
-        "--max_tokens",
-        "16",
-    ]
-    done = subprocess.run([*words, *options], capture_output=True, text=True, check=True)
-    return done.stdout.strip().splitlines()[-1]
+    return file
+
+
+def program_arguments(root, file, model=PIPELINE):
+    options = {"--model": model, "--prompts": file, "--cache": root, "--max_tokens": 16}
+    return [str(word) for option in options.items() for word in option]
 
 
 def test_embeddings_match_the_golden_and_are_made_once(tmp_path):
+    settings = SimpleNamespace(cache=tmp_path, device="cpu", **FLOAT32)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    command = [sys.executable, str(SCRIPT)]
+    cache = ensure_encoded(prompts, PIPELINE, ENCODERS, settings, command)
+    assert (cache.folder, cache.prompts) == (folder_of(tmp_path, PROMPTS), PROMPTS)
+
     want = golden("08_pipeline/text.npz")
-    folder = encode(tmp_path, PROMPTS, "--dtype", "float32")
-    assert folder == str(cache_folder(tmp_path, PIPELINE, PROMPTS, 16, "float32"))
-    cache = TextCache(cache_folder(tmp_path, PIPELINE, PROMPTS, 16, "float32"), PROMPTS)
-    t5, clip = cache.read(PROMPTS)
-    np.testing.assert_allclose(t5, want["prompt_embeds"], rtol=1e-4, atol=2e-5)
-    np.testing.assert_allclose(clip, want["pooled_prompt_embeds"], rtol=1e-4, atol=2e-5)
-    np.testing.assert_array_equal(cache.read([PROMPTS[i] for i in (1, 0, 1)])[0], t5[[1, 0, 1]])
-    made = {file: file.stat().st_mtime_ns for file in cache.folder.rglob("*") if file.is_file()}
-    encode(tmp_path, PROMPTS, "--dtype", "float32")
-    assert made == {
-        file: file.stat().st_mtime_ns for file in cache.folder.rglob("*") if file.is_file()
-    }
-    half = TextCache(cache_folder(tmp_path, PIPELINE, PROMPTS, 16, "bfloat16"), PROMPTS)
-    assert half.folder != cache.folder
-    assert encode(tmp_path, PROMPTS) == str(half.folder)
-    assert half.read(PROMPTS)[0].dtype == ml_dtypes.bfloat16
-    np.testing.assert_allclose(half.read(PROMPTS)[0].astype(np.float32), t5, atol=0.1)
+    arrays = cache.read(PROMPTS)
+    assert sorted(arrays) == ["clip", "t5"]
+    np.testing.assert_allclose(arrays["t5"], want["prompt_embeds"], rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(arrays["clip"], want["pooled_prompt_embeds"], rtol=1e-4, atol=2e-5)
+    some = cache.read([PROMPTS[i] for i in (1, 0, 1)])
+    np.testing.assert_array_equal(some["t5"], arrays["t5"][[1, 0, 1]])
+
+    # A complete cache does not need the program.
+    no_program = [sys.executable, "-c", "raise SystemExit(1)"]
+    again = ensure_encoded(prompts, PIPELINE, ENCODERS, settings, no_program)
+    np.testing.assert_array_equal(again.read(PROMPTS)["clip"], arrays["clip"])
+    with pytest.raises(ChildProcessError, match=r"the text encoders failed .* are kept in"):
+        ensure_encoded(["new"], PIPELINE, ENCODERS, settings, no_program)
 
 
-def test_an_interrupted_encoding_goes_on(tmp_path):
+def test_the_program_encodes_once_and_prints_the_folder(tmp_path, monkeypatch, capsys):
+    file = prompt_file(tmp_path, PROMPTS)
+    arguments = program_arguments(tmp_path, file)
+    monkeypatch.setattr(sys, "argv", ["encode_prompts.py", *arguments])
+    encode_prompts.main()
+    folder = folder_of(tmp_path, PROMPTS, dtype="bfloat16")
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+
+    arrays = TextCache(folder, PROMPTS).read(PROMPTS)
+    want = golden("08_pipeline/text.npz")["prompt_embeds"]
+    assert arrays["t5"].dtype == arrays["clip"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(arrays["t5"].astype(np.float32), want, atol=0.1)
+
+    def written():
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    before = written()
+    encode_prompts.main()
+    assert written() == before
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, r"error: .* holds no model_index\.json of diffusers"),
+        (
+            '{"_class_name": "X"}',
+            "error: .* has \"_class_name\" 'X'.* expected one of FluxPipeline",
+        ),
+    ],
+)
+def test_an_unknown_pipeline_is_refused(tmp_path, monkeypatch, index, message):
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
+    arguments = program_arguments(tmp_path, prompt_file(tmp_path, ["a"]), model=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["encode_prompts.py", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        encode_prompts.main()
+
+
+def test_an_interrupted_encoding_continues(tmp_path):
     cache = TextCache(tmp_path, ["a", "b", "c"])
-    rows = np.arange(3 * 2 * 4, dtype=np.float32).reshape(3, 2, 4)
-    cache.append(rows[:2], rows[:2, 0])
+    states = np.arange(3 * 2 * 4, dtype=np.float32).reshape(3, 2, 4)
+    cache.append({"states": states[:2], "pooled": states[:2, 0]})
+
     again = TextCache(tmp_path, ["a", "b", "c"])
     assert (again.rows_done, again.complete) == (2, False)
-    with pytest.raises(
-        ValueError, match=r"holds 2 of 3 prompts; run scripts/encode_prompts\.py to the end"
-    ):
+    message = r"holds 2 of 3 prompts; run scripts/encode_prompts\.py to the end"
+    with pytest.raises(ValueError, match=message):
         again.read(["a"])
-    again.append(rows[2:], rows[2:, 0])
+    again.append({"states": states[2:], "pooled": states[2:, 0]})
     assert again.complete
-    np.testing.assert_array_equal(
-        TextCache(tmp_path, ["a", "b", "c"]).read(["c", "a"])[0], rows[[2, 0]]
-    )
+
+    complete = TextCache(tmp_path, ["a", "b", "c"])
+    assert complete.rows(["c", "a"]).tolist() == [2, 0]
+    with pytest.raises(KeyError):
+        complete.rows(["d"])
+    for arrays in (complete.read(["c", "a"]), complete.read_rows(np.array([2, 0]))):
+        assert sorted(arrays) == ["pooled", "states"]
+        np.testing.assert_array_equal(arrays["states"], states[[2, 0]])
+        np.testing.assert_array_equal(arrays["pooled"], states[[2, 0], 0])
 
 
 @pytest.mark.slow
 def test_two_processes_that_fill_one_cache_do_not_mix(tmp_path):
     prompts = [f"a prompt about number {i}" for i in range(48)]
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(prompts) + "\n")
+    file = prompt_file(tmp_path, prompts)
 
-    def words(cache):
-        options = {"--model": PIPELINE, "--prompts": file, "--cache": cache, "--max_tokens": 16}
-        return [
-            sys.executable,
-            str(SCRIPT),
-            *(str(word) for pair in options.items() for word in pair),
-        ]
+    def start(root):
+        words = [sys.executable, str(SCRIPT), *program_arguments(root, file)]
+        return subprocess.Popen(words, stdout=subprocess.DEVNULL)
 
-    both = [subprocess.Popen(words(tmp_path / "both"), stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    subprocess.run(words(tmp_path / "alone"), check=True, stdout=subprocess.DEVNULL)
+    processes = [start(tmp_path / name) for name in ("both", "both", "alone")]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     together, alone = (
-        TextCache(cache_folder(tmp_path / name, PIPELINE, prompts, 16, "bfloat16"), prompts).read(
-            prompts
-        )
+        TextCache(folder_of(tmp_path / name, prompts, dtype="bfloat16"), prompts).read(prompts)
         for name in ("both", "alone")
     )
-    for a, b in zip(together, alone, strict=True):
-        np.testing.assert_array_equal(a, b)
+    for name in ("t5", "clip"):
+        np.testing.assert_array_equal(together[name], alone[name])
 
 
 def test_the_folder_depends_on_prompts_and_encoders(tmp_path):
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(PIPELINE, model)
-    first = cache_folder(tmp_path, model, ["a"], 16, "float32")
-    assert first != cache_folder(tmp_path, model, ["b"], 16, "float32")
-    assert first != cache_folder(tmp_path, model, ["a"], 8, "float32")
-    assert first == cache_folder(tmp_path, PIPELINE, ["a"], 16, "float32")
+    first = folder_of(tmp_path, ["a"], model)
+    assert first == folder_of(tmp_path, ["a"])
+    assert first != folder_of(tmp_path, ["b"], model)
+    assert first != folder_of(tmp_path, ["a"], model, max_tokens=8)
+    assert first != folder_of(tmp_path, ["a"], model, dtype="bfloat16")
+    assert first != folder_of(tmp_path, ["a"], model, encoders=ENCODERS[:1])
+
     weights = model / "text_encoder_2" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert first != cache_folder(tmp_path, model, ["a"], 16, "float32")
+    assert first != folder_of(tmp_path, ["a"], model)
+
     shutil.rmtree(model / "tokenizer_2")
-    with pytest.raises(
-        FileNotFoundError, match=r"tokenizer_2 is missing; expected a FluxPipeline folder"
-    ):
-        cache_folder(tmp_path, model, ["a"], 16, "float32")
+    message = r"tokenizer_2 is missing; expected a pipeline folder of diffusers with tokenizer_2/"
+    with pytest.raises(FileNotFoundError, match=message):
+        folder_of(tmp_path, ["a"], model)

@@ -1,14 +1,14 @@
+"""Arrays become tensors without a copy."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-torch = pytest.importorskip("torch")
-
-from reward_bridge.bridge import resolve  # noqa: E402
-from reward_bridge.dlpack import check_room, reserve, shards_to_torch, to_torch  # noqa: E402
+from reward_bridge.dlpack import shards_to_torch, to_torch
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "bfloat16", "int32"])
@@ -56,74 +56,3 @@ def test_wrong_arrays_are_named():
     gone.delete()
     with pytest.raises(ValueError, match="was donated to a jitted function; hand it over before"):
         to_torch(gone)
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    """A machine with so many GPUs of 80 GiB, as torch would tell."""
-
-    def make(count, free=80.0):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(
-            torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30)
-        )
-        monkeypatch.setattr(jax.config, "update", lambda key, value: seen.append((key, value)))
-
-    seen = []
-    make.seen = seen
-    return make
-
-
-def test_the_last_gpu_is_the_rewards_by_default(gpus):
-    assert resolve("auto") == "cpu"
-    gpus(8)
-    assert (resolve("auto"), resolve("cuda"), resolve("cuda:3"), resolve("cpu")) == (
-        "cuda:7",
-        "cuda:0",
-        "cuda:3",
-        "cpu",
-    )
-    with pytest.raises(ValueError, match="there is no device 'cuda:8': torch sees 8 CUDA devices"):
-        resolve("cuda:8")
-    with pytest.raises(ValueError, match="got device 'tpu'; expected auto, cpu, or a GPU"):
-        resolve("tpu")
-
-
-def test_jax_is_kept_off_the_rewards_gpus(gpus, monkeypatch):
-    gpus(8)
-    assert reserve({"cuda:7"}) == set()  # these tests run JAX on the CPU
-    assert gpus.seen == []
-    monkeypatch.setattr("reward_bridge.dlpack._on_gpu", lambda: True)
-    assert reserve({"cuda:7", "cuda:5", "cpu"}) == set()
-    assert gpus.seen == [("jax_cuda_visible_devices", "0,1,2,3,4,6")]
-    assert reserve({"cuda:7", "cpu"}, share=True) == {"cuda:7"}
-    gpus(1)
-    assert reserve({"cuda:0"}) == {"cuda:0"}  # shared: the only one
-    assert reserve({"cpu"}) == set()
-    assert len(gpus.seen) == 1
-
-
-def test_a_shared_gpu_must_have_room_for_both(gpus, monkeypatch):
-    for name in (
-        "XLA_CLIENT_MEM_FRACTION",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION",
-        "XLA_PYTHON_CLIENT_PREALLOCATE",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    gpus(1, free=62)
-    check_room("cuda:0")
-    gpus(1, free=60)
-    with pytest.raises(
-        ValueError,
-        match=r"JAX would claim 75% of its 80 GiB and the rewards have 20\.0 GiB of it; ",
-    ):
-        check_room("cuda:0")
-    with pytest.raises(
-        ValueError, match=r"start with XLA_CLIENT_MEM_FRACTION=0\.73, or move the rewards"
-    ):
-        check_room("cuda:0")
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.73")
-    check_room("cuda:0")
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    check_room("cuda:0")

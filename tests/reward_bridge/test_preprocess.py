@@ -1,13 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, normalize, resize, resize_and_crop
 from tests.helpers.goldens import golden
-
-torch = pytest.importorskip("torch")
-
-from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, normalize, resize, resize_and_crop  # noqa: E402
-from tests.reward_bridge.rewards.test_rewards import pictures  # noqa: E402
+from tests.helpers.pictures import pictures
 
 MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -24,7 +22,10 @@ def extremes(n, height, width):
 
 
 def by_pil(images, size, mode):
-    """Rows, then columns, in two calls: Pillow 13 begins with the columns where the height shrinks by more."""
+    """Rows, then columns, in two calls.
+
+    Pillow 13 begins with the columns if the height shrinks by more.
+    """
     height, width = size
     found = [
         Image.fromarray(pixels)
@@ -38,29 +39,26 @@ def by_pil(images, size, mode):
 @pytest.mark.parametrize(
     ("size", "target"),
     [
-        ((64, 96), (24, 36)),
+        ((160, 160), (80, 80)),
         ((40, 56), (96, 130)),
         ((96, 64), (40, 80)),
-        ((64, 96), (80, 40)),
-        ((160, 160), (80, 80)),
         ((64, 80), (64, 37)),
-        ((64, 80), (37, 80)),
         ((120, 88), (121, 87)),
         ((16, 16), (3, 200)),
-        ((64, 64), (64, 64)),
     ],
 )
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("make", [noise, pictures, extremes])
-def test_resize_gives_pils_bits(make, mode, size, target):
-    images = make(2, *size)
-    before = images.clone()
-    got = resize(images, target, mode)
-    assert got.dtype == torch.uint8
-    assert got.shape == (2, 3, *target)
-    np.testing.assert_array_equal(got, by_pil(images, target, mode))
-    np.testing.assert_array_equal(images, before)
-    np.testing.assert_array_equal(resize(images[1:], target, mode)[0], got[1])
+def test_resize_gives_pils_bits(mode, size, target):
+    """Down, up, both at once, one axis alone, by one pixel, and by a lot."""
+    for make in (noise, pictures, extremes):
+        images = make(2, *size)
+        before = images.clone()
+        got = resize(images, target, mode)
+        assert got.dtype == torch.uint8
+        assert got.shape == (2, 3, *target)
+        np.testing.assert_array_equal(got, by_pil(images, target, mode))
+        np.testing.assert_array_equal(images, before)
+        np.testing.assert_array_equal(resize(images[1:], target, mode)[0], got[1])
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -98,7 +96,7 @@ def test_resize_and_crop_takes_the_middle(size, resized, corner):
 
 @pytest.mark.parametrize("picture", ["a", "b"])
 def test_preprocess_goldens(picture):
-    """Two pictures as RealGen's OmniAID server and Long-CLIP prepare them (every 6th, every 4th pixel)."""
+    """Two pictures as RealGen's OmniAID server and Long-CLIP prepare them (some of the pixels)."""
     arrays = golden("10_rewards/preprocess.npz")
     image = torch.from_numpy(arrays[f"{picture}/image_uint8"]).permute(2, 0, 1)[None]
     omniaid = normalize(

@@ -2,13 +2,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
 
-torch = pytest.importorskip("torch")
-
-from safetensors.torch import save_file  # noqa: E402
-from torch import nn  # noqa: E402
-
-from reward_bridge.weights import find, load_strict, read, rename, torch_dtype  # noqa: E402
+from reward_bridge.weights import find, load_strict, read, rename, torch_dtype
 
 STATE = {"a.weight": torch.arange(6.0).view(3, 2), "a.bias": torch.ones(3)}
 
@@ -19,10 +17,11 @@ def same(got, want):
 
 def test_dtypes_by_name():
     assert torch_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(
-        ValueError, match=r"got dtype 'fp16'; expected one of float32, bfloat16, float16"
-    ):
-        torch_dtype("fp16")
+    for name in ("fp16", "half"):
+        with pytest.raises(
+            ValueError, match=rf"got dtype '{name}'; expected one of float32, bfloat16, float16"
+        ):
+            torch_dtype(name)
 
 
 def test_find_takes_a_file_or_the_first_name_in_a_folder(tmp_path):
@@ -30,7 +29,9 @@ def test_find_takes_a_file_or_the_first_name_in_a_folder(tmp_path):
         (tmp_path / name).touch()
     assert find(str(tmp_path / "b.pt"), "x.path", "model.safetensors") == tmp_path / "b.pt"
     assert find(str(tmp_path), "x.path", "*.bin", "*.pt", "model.safetensors") == tmp_path / "a.pt"
-    message = r"neither a file nor a folder that holds \*\.bin or \*\.pth; set config\.reward\.options\.x\.path"
+    message = (
+        r"neither a file nor a folder with \*\.bin or \*\.pth; set config\.reward\.options\.x\.path"
+    )
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=message):
             find(str(path), "x.path", "*.bin", "*.pth")
@@ -81,7 +82,7 @@ def test_read_executes_nothing(tmp_path, dump):
     assert trace.exists()
     trace.unlink()
     dump({"model": STATE, "extra": Payload(trace)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth is no file of tensors that safetensors or torch"):
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read by safetensors or torch"):
         read(tmp_path / "x.pth")
     assert not trace.exists()
 
@@ -108,7 +109,7 @@ def test_read_reads_files_from_before_torch_1_6(tmp_path):
 )
 def test_read_names_a_file_that_is_something_else(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.pth is no file of tensors"):
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read by safetensors or torch"):
         read(tmp_path / "x.pth")
 
 
@@ -123,7 +124,7 @@ def test_rename_takes_the_first_rule_that_matches_a_whole_key():
 @pytest.mark.parametrize("key", ["c.weight", "xa.weight", "a.weights", "old"])
 def test_rename_names_a_key_that_no_rule_knows(key):
     with pytest.raises(
-        ValueError, match=rf"x\.pth: 1 keys that are not of this model, such as '{key}'"
+        ValueError, match=rf"x\.pth has 1 keys that do not belong to this model, such as '{key}'"
     ):
         rename({**STATE, key: torch.ones(1)}, TABLE, "x.pth")
 
@@ -147,11 +148,11 @@ def test_load_strict_names_what_does_not_fit():
     ):
         load({"a.weight": STATE["a.weight"]})
     with pytest.raises(
-        ValueError, match=r"x\.pth does not fit ModuleDict: 1 keys too many, such as 'b'$"
+        ValueError, match=r"x\.pth does not fit ModuleDict: 1 unexpected keys, such as 'b'$"
     ):
         load({**STATE, "b": torch.ones(1)})
-    with pytest.raises(ValueError, match=r": a\.weight has shape \(2, 3\), the model \(3, 2\)$"):
+    with pytest.raises(ValueError, match=r": a\.weight has shape \(2, 3\), expected \(3, 2\)$"):
         load({**STATE, "a.weight": torch.ones(2, 3)})
-    both = r"2 keys missing, such as 'a\.weight'; 1 keys too many, such as 'A\.weight'$"
+    both = r"2 keys missing, such as 'a\.weight'; 1 unexpected keys, such as 'A\.weight'$"
     with pytest.raises(ValueError, match=both):
         load({"A.weight": STATE["a.weight"]})

@@ -23,13 +23,17 @@ SUBJECTS = json.loads((ROOT / "reward_bridge" / "embedded" / "subjects.json").re
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Four crops of each photograph, as training saw them (none of these four): uint8 [64, 3, 64, 64]."""
+    """Four crops of each photograph, as training saw them (none of these four): uint8 [64, 3, 64,
+    64].
+    """
     return torch.from_numpy(golden("photographs.npz")["pixels"])
 
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
-    """Two pictures of each test prompt by the embedded model: uint8 [64, 3, 64, 64] and the prompts."""
+    """Two pictures of each test prompt by the embedded model: uint8 [64, 3, 64, 64] and the
+    prompts.
+    """
     out = tmp_path_factory.mktemp("pictures")
     file = EMBEDDED / "prompts_test.txt"
     command = [
@@ -116,9 +120,15 @@ def test_diffusers_loads_the_pipeline(generated):
 
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (16, 64))
     theirs = pipe(
-        generated[1][:1], height=64, width=64, num_inference_steps=10, guidance_scale=3.5, max_sequence_length=16,
-        latents=torch.from_numpy(np.array(noise)[None]), output_type="np",
-    ).images[0]  # fmt: skip
+        generated[1][:1],
+        height=64,
+        width=64,
+        num_inference_steps=10,
+        guidance_scale=3.5,
+        max_sequence_length=16,
+        latents=torch.from_numpy(np.array(noise)[None]),
+        output_type="np",
+    ).images[0]
     ours = generated[0][0].permute(1, 2, 0).numpy() / 255
     assert np.abs(theirs - ours).max() <= 1.01 / 255
 
@@ -166,8 +176,8 @@ def test_the_demo_reaches_its_figures(tmp_path, seed):
 
 @pytest.mark.slow
 def test_a_detector_that_learns_is_not_fooled(tmp_path):
-    """Nothing but the detector keeps the generator near the photographs: frozen it is fooled, learning it is not.
-    benchmarks/adversarial.py has three seeds of the whole preset.
+    """Nothing but the detector keeps the generator near the photographs: frozen it is fooled,
+    learning it is not. benchmarks/adversarial.py has three seeds of the whole preset.
     """
     found = {}
     for name, words in (("learning", []), ("frozen", ["--config.reward.adversarial={}"])):

@@ -3,30 +3,17 @@
 import json
 import os
 import re
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.helpers.goldens import PIPELINE
-from tests.helpers.running import ROOT, call, rows
+from tests.helpers.running import call, rows
 
 pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
-    """Four epochs without interruption."""
-    root = tmp_path_factory.mktemp("runs")
-    done = call("train.py", cache, f"--config.run_root={root}", "--config.run_name=whole")
-    assert done.returncode == 0, done.stderr
-    return root / "whole", done
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -57,13 +44,17 @@ def test_every_program_compiles_once_and_a_run_is_not_overwritten(cache, tmp_pat
     compiled = re.findall(
         r"Compiling jit\((\w+)\)", first.stderr
     )  # two epochs, two evaluations, each program once
-    assert [compiled.count(name) for name in ("sample_call", "update", "run")] == [1, 1, 1]
+    assert [compiled.count(name) for name in ("sample_call", "update_call", "pictures")] == [
+        1,
+        1,
+        1,
+    ]
     again = call("train.py", cache, *where)
     assert again.returncode == 1
-    assert "run exists; go on with that run with --resume" in again.stderr
+    assert "run already holds a run; continue it with --resume" in again.stderr
     other = call("train.py", cache, *where, "--resume", "--config.train.learning_rate=0.5")
-    assert "config.train.learning_rate: 0.001 then, 0.5 now" in other.stderr
-    assert "--allow_config_change goes on all the same" in other.stderr
+    assert "config.train.learning_rate: was 0.001, is now 0.5" in other.stderr
+    assert "--allow_config_change resumes anyway" in other.stderr
 
 
 def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_path):
@@ -81,7 +72,9 @@ def test_a_lora_is_evaluated_as_it_was_at_the_end_of_its_run(whole, cache, tmp_p
 
 @pytest.mark.slow
 def test_two_hundred_epochs_leak_nothing(cache, tmp_path):
-    """The process's memory and the arrays on its device, with evaluations and checkpoints in between."""
+    """The process's memory and the arrays on its device, with evaluations and checkpoints in
+    between.
+    """
     words = ["--config.num_epochs=220", "--config.eval_freq=20", "--config.save_freq=20"]
     done = call(
         "train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=long", *words
@@ -179,147 +172,14 @@ def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "messages"),
-    [
-        (["--config.train.lerning_rate=1"], ["the config has no key 'lerning_rate'\nDid you mean \"learning_rate\""]),
-        (["--config.num_epochs=many"], ["invalid literal for int"]),
-        (["--config.sample.sde_window_size=9"], ["a window of 9 steps does not fit sde_window_range"]),
-        (["--config.sample.train_batch_size=6"], ["does not fall into groups of num_image_per_prompt 4"]),
-        (["--config.train.gradient_accumulation_steps=3"], ["must be a multiple of gradient_accumulation_steps 3"]),
-        (["--config.sample.resolution=72"], ["config.sample.resolution is 72; expected a multiple of 16"]),
-        (["--config.pretrained.lora=nowhere"], ["nowhere does not exist; expected a LoRA file or folder"]),
-        (["--config.pretrained.dtype=bf16"], ["config.pretrained.dtype is 'bf16'; choose one of float32, bfloat16"]),
-        (["--config.reward.device=cuda:7"], ["there is no device 'cuda:7': torch sees 0 CUDA devices"]),
-        (
-            ["--config.prompts.train=nowhere.txt", "--config.pretrained.model=nowhere", "--config.pretrained.lora=x",
-             "--config.train.lora=False", "--config.eval_freq=0", "--config.evaluate.after_training=True",
-             "--config.evaluate.arena.protocol=realgen"],
-            ["config.prompts.train is 'nowhere.txt', which does not exist", "which holds no model_index.json",
-             "config.train.lora=False trains all weights", "eval_freq 0 and save_freq 2 must be 1 or more epochs",
-             "config.evaluate.arena.protocol is 'realgen', which compares with photographs"],
-        ),
-    ],
-)  # fmt: skip
-def test_mistakes_are_named_in_one_line_and_leave_nothing(cache, tmp_path, words, messages):
-    done = call("train.py", cache, *words, f"--config.run_root={tmp_path}")
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing(cache, tmp_path):
+    """tests/realgen_jax/training/test_run.py has the others; this is what a user sees."""
+    words = ["--config.sample.sde_window_size=9", f"--config.run_root={tmp_path}"]
+    done = call("train.py", cache, *words)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: "), done.stderr
-    for message in messages:
-        assert message in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: config.sample.sde_window_size 9 does not fit")
     assert not list(tmp_path.iterdir())
-
-
-def test_every_reward_has_a_device(monkeypatch):
-    from realgen_jax.training.run import reward_devices
-
-    reward = ConfigDict({"fn": {"a": 1.0, "b": 1.0}, "held_out": ("c", "d"), "device": "auto"})
-    reward.devices, reward.options = (
-        ConfigDict({"b": "cuda:0"}),
-        ConfigDict({"c": {"servers": ("http://x:1",)}}),
-    )
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert reward_devices(reward) == {"a": "cuda:3", "b": "cuda:0", "c": "cpu", "d": "cuda:3"}
-    reward.devices.e = "cpu"
-    with pytest.raises(
-        ValueError, match=r"config\.reward\.devices names e, which is no reward of this run"
-    ):
-        reward_devices(reward)
-
-
-def test_an_evaluation_finds_rewards_that_look_at_the_batch(monkeypatch):
-    """Correlation and repeatability, of pictures 0, 1, ... and rewards made up; the last call is filled up."""
-    import jax.numpy as jnp
-    import torch
-
-    from realgen_jax.sharding import make_mesh
-    from realgen_jax.training.evaluation import evaluate
-    from reward_bridge.bridge import RewardBridge
-
-    value = lambda x, p: x[:, 0, 0, 0].float()  # noqa: E731
-    rewards = {
-        "value": value,
-        "minus": lambda x, p: -value(x, p),
-        "company": lambda x, p: value(x, p) - value(x, p).mean(),
-        "same": lambda x, p: torch.ones(len(p)),
-    }
-    sample = {"test_images_per_prompt": 2, "test_batch_size": 4}
-    config = ConfigDict(
-        {
-            "sample": sample,
-            "reward": {"fn": {"value": 2.0}, "held_out": ("minus", "company", "same")},
-        }
-    )
-    run = SimpleNamespace(
-        config=config,
-        test_prompts=["a", "b", "c"],
-        pipe=SimpleNamespace(mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1])),
-        bridge=RewardBridge(rewards, dict.fromkeys(rewards, "cpu"), deadline=20, retries=0),
-        metrics={"pictures": len},
-        cond=lambda prompts: prompts,
-        key=lambda stream: None,
-    )
-
-    def draw(trainable, cond, key, ids):
-        return jnp.broadcast_to(ids[:, None, None, None], (4, 3, 2, 2)).astype("uint8")
-
-    found = evaluate(run, SimpleNamespace(evaluate=draw), None)
-    assert found.prompts == ["a", "a", "b", "b", "c", "c"]
-    assert found.scores["value"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert found.means["value"] == found.means["reward"] == 2.5
-    assert (found.means["prompt_std"], found.means["pictures"]) == (0.5, 6)
-    assert found.correlation["minus"] == pytest.approx(-1)
-    assert "same" not in found.correlation  # it has no spread
-    noise = {name: float(found.details[f"noise/{name}"]) for name in rewards}
-    assert noise == {"value": 0, "minus": 0, "company": pytest.approx(1 / 2**0.5), "same": 0}
-
-
-def test_held_out_rewards_end_a_run_after_as_many_falls_as_allowed(monkeypatch):
-    from realgen_jax.training.evaluation import fallen
-
-    def evaluations(*rows, drop=0.1, patience=2):
-        """How many evaluations (held-out score, reward) until the run ends, None where it does not."""
-        reward, peaks = (
-            ConfigDict({"held_out": ("h",), "stop_drop": drop, "stop_patience": patience}),
-            {},
-        )
-        for count, (held_out, trained) in enumerate(rows, start=1):
-            peaks = json.loads(json.dumps(peaks))  # as a checkpoint keeps it
-            if reasons := fallen(peaks, {"h": held_out, "reward": trained}, reward):
-                assert reasons[0].startswith("h fell from 0.5 to ")
-                return count
-        return None
-
-    assert evaluations((0.5, 0.1), (0.35, 0.2), (0.35, 0.2)) == 3
-    assert (
-        evaluations((0.5, 0.1), (0.35, 0.2), (0.45, 0.2), (0.35, 0.2), (0.3, 0.3)) == 5
-    )  # twice in a row
-    assert evaluations((0.4, 0.1), (0.5, 0.2), (0.35, 0.3), (0.35, 0.3)) == 4  # since its best
-    assert evaluations((0.5, 0.1), (0.35, 0.1), (0.35, 0.05)) is None  # the reward does not rise
-    assert evaluations((0.5, 0.1), (0.45, 0.2), (0.41, 0.2)) is None  # by less than the drop
-    assert evaluations((0.5, 0.1), (0.1, 0.2), (0.1, 0.2), patience=0) is None  # never
-
-
-def test_the_big_preset_says_what_is_missing():
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "train.py",
-        "--config",
-        f"{ROOT}/configs/flux_grpo.py:flux_dev_8xh200",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 1
-    assert "hf download black-forest-labs/FLUX.1-dev" in done.stderr
-    assert "--config.pretrained.model=" in done.stderr
-    assert "config.prompts.train is 'dataset/realgen/train.txt'" in done.stderr
-    assert (
-        "config.reward.options.forensic_chat.path is 'models/forensic_chat', which does not exist"
-        in done.stderr
-    )
-    unknown = subprocess.run(
-        [*command[:-1], f"{ROOT}/configs/flux_grpo.py:flux"], capture_output=True, text=True
-    )
-    assert "has no preset 'flux'; choose from tiny, tiny_adversarial" in unknown.stderr
 
 
 def config_with(tmp_path, *lines):
@@ -340,10 +200,11 @@ def config_with(tmp_path, *lines):
 
 
 def test_a_run_ends_when_held_out_rewards_fall(cache, tmp_path):
-    """Trained on the pictures' JPEG size, with the detector held out, which does not care for it."""
+    """Trained on the JPEG size, with the detector held out, which does not care for it."""
     config = config_with(
         tmp_path,
-        "c.reward.fn, c.reward.held_out = ConfigDict({'jpeg_compressibility': 1.0}), ('embedded_detector',)",
+        "c.reward.fn = ConfigDict({'jpeg_compressibility': 1.0})",
+        "c.reward.held_out = ('embedded_detector',)",
         "c.train.learning_rate, c.train.beta, c.num_epochs = 0.05, 0.0, 24",
         "c.reward.stop_drop, c.reward.stop_patience = 0.0, 2",
     )
@@ -364,8 +225,8 @@ def test_a_run_ends_when_held_out_rewards_fall(cache, tmp_path):
 
 
 def test_a_failing_reward_stops_the_run_and_leaves_it_resumable(whole, cache, tmp_path):
-    """It returns NaN in the second epoch, before the first checkpoint; mended, the run is as if nothing had been, and
-    as if no epoch had been traced.
+    """It returns NaN in the second epoch, before the first checkpoint; mended, the run is as if
+    nothing had been, and as if no epoch had been traced.
     """
     folder, _ = whole
     (tmp_path / "sick.py").write_text(
@@ -375,7 +236,8 @@ def test_a_failing_reward_stops_the_run_and_leaves_it_resumable(whole, cache, tm
         "    def __call__(self, images, prompts):\n"
         "        self.calls += 1\n"
         "        scores = super().__call__(images, prompts)\n"
-        "        return scores * float('nan') if self.calls == int(os.environ['SICK']) else scores\n"
+        "        sick = self.calls == int(os.environ['SICK'])\n"
+        "        return scores * float('nan') if sick else scores\n"
     )
     lines = ("REWARDS['embedded_detector'] = 'sick:Sick'",)
     words = [f"--config.run_root={tmp_path}", "--config.run_name=sick"]
@@ -428,7 +290,8 @@ def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
     plain = sample("plain", "a red boat", "snow", "--per_prompt=2", "--batch=3")
     assert [p.shape for p in plain] == [(64, 64, 3)] * 4
     one_call = sample("one_call", "a red boat", "snow", "--per_prompt=2")
-    # a picture depends on its number, not on its batch, but for what another matrix shape rounds differently
+    # a picture depends on its number, not on its batch, but for what another matrix shape rounds
+    # differently
     assert np.abs(np.subtract(plain, one_call, dtype=int)).max() <= 1
     with_lora = sample("lora", "a red boat", "snow", "--per_prompt=2", "--lora", folder / "lora")
     assert any((a != b).any() for a, b in zip(plain, with_lora, strict=True))
@@ -460,14 +323,26 @@ def test_diffusers_draws_the_same_pictures(whole, cache, tmp_path):
     pipe.load_lora_weights(folder / "lora")
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
-        prompts, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, max_sequence_length=16,
-        latents=torch.from_numpy(np.stack(noise)), output_type="np",
-    ).images  # fmt: skip
+        prompts,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        max_sequence_length=16,
+        latents=torch.from_numpy(np.stack(noise)),
+        output_type="np",
+    ).images
     base = diffusers.FluxPipeline.from_pretrained(PIPELINE)
     base.set_progress_bar_config(disable=True)
     without = base(
-        prompts, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, max_sequence_length=16,
-        latents=torch.from_numpy(np.stack(noise)), output_type="np",
-    ).images  # fmt: skip
+        prompts,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        max_sequence_length=16,
+        latents=torch.from_numpy(np.stack(noise)),
+        output_type="np",
+    ).images
     assert np.abs(theirs - without).max() > 2 / 255  # the LoRA is felt
     assert np.abs(np.stack(ours) / 255.0 - theirs).max() <= 1.01 / 255

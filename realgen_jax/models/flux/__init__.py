@@ -1,1 +1,1 @@
-"""FLUX.1: transformer, autoencoder, LoRA, checkpoint conversion and the cache of text embeddings."""
+"""FLUX.1: transformer, checkpoint conversion, LoRA targets and costs."""

@@ -1,222 +1,122 @@
-"""A FluxPipeline folder on a mesh: transformer, autoencoder and schedule, ready to sample with."""
+"""FLUX.1 as a model family: what the programs ask of it."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 
+from realgen_jax.models.family import Encoder, Family
+from realgen_jax.models.flux import cost
+from realgen_jax.models.flux.tables import BFL, DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
-from realgen_jax.nn.convert import (
-    Sharding,
-    abstract,
-    leaves,
-    load_transformer,
-    load_vae,
-    transformer_config,
-    vae_config,
-)
-from realgen_jax.nn.lora import LoraConfig, make_velocity
-from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.rollout import Velocity, sample
-from realgen_jax.sde import SchedulerConfig, flux_sigmas, ode_steps
-from realgen_jax.sharding import batch_sharding, param_sharding, replicated
-from realgen_jax.text_cache import TextCache
-
-PATCH = 2  # latent pixels a token's side
-DTYPES = ("float32", "bfloat16", "float16")
+from realgen_jax.nn.convert import Table
+from realgen_jax.nn.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """`params` are the transformer's frozen weights; `velocity(params, trainable, ...)` reads adapters if `lora`."""
+class FluxSchedule:
+    """FLUX's `scheduler/scheduler_config.json`, by diffusers' names; defaults: FLUX.1-dev."""
 
-    model: FluxConfig
-    params: nnx.State
-    vae_graph: nnx.GraphDef
-    vae_params: nnx.State
-    velocity: Velocity
-    lora: LoraConfig | None
-    scheduler: SchedulerConfig
-    height: int  # tokens down and across
-    width: int
-    mesh: Mesh
+    use_dynamic_shifting: bool = True
+    shift: float = 3.0
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
 
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """(image tokens, channels of a token)."""
-        return self.height * self.width, self.model.in_channels
+    def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
+        """float32 [steps + 1] from 1 to 0: a uniform grid pushed towards noise.
 
-    def with_lora(self, lora: LoraConfig) -> "Pipeline":
-        """The same weights with room for these adapters."""
-        return replace(
-            self,
-            lora=lora,
-            velocity=make_velocity(self.model, lora, self.height, self.width, self.mesh),
-        )
-
-    def sigmas(self, num_steps: int) -> np.ndarray:
-        return flux_sigmas(num_steps, self.height * self.width, self.scheduler)
-
-    @jax.named_scope("decode")
-    def decode(self, vae_params: nnx.State, tokens: Array) -> Array:
-        """Final latents [n, s, c] -> uint8 [n, 3, H, W]."""
-        return decode_tokens(
-            nnx.merge(self.vae_graph, vae_params), tokens, self.height, self.width, self.mesh
-        )
-
-    def cond(self, cache: TextCache, prompts: Sequence[str], guidance: float) -> Cond:
-        """The prompts' embeddings, one a slot, spread over the mesh; a host reads those of its own slots."""
-        n, sharding = len(prompts), batch_sharding(self.mesh)
-        slots = sorted(
-            {
-                i
-                for (rows,) in sharding.addressable_devices_indices_map((n,)).values()
-                for i in range(n)[rows]
-            }
-        )
-        t5, clip = cache.read([prompts[i] for i in slots])
-
-        def place(own: np.ndarray) -> Array:
-            rows = lambda index: own[np.searchsorted(slots, np.arange(n)[index[0]])]  # noqa: E731
-            return jax.make_array_from_callback((n, *own.shape[1:]), sharding, rows)
-
-        return Cond(place(t5), place(clip), place(np.full(len(slots), guidance, np.float32)))
-
-    def sampler(self, num_steps: int) -> Any:
-        """A jitted (params, vae_params, trainable, cond, key, ids int32 [n]) -> uint8 pictures [n, 3, H, W].
-
-        The noise of a picture comes from its id and the key alone, whatever the batch it is in.
+        FLUX.1-dev shifts by e^mu with mu linear in the number of image tokens, schnell (without
+        dynamic shifting) by `shift`.
         """
-        ode = ode_steps(self.sigmas(num_steps))
+        shift = self.shift
+        if self.use_dynamic_shifting:
+            tokens = self.max_image_seq_len - self.base_image_seq_len
+            slope = (self.max_shift - self.base_shift) / tokens
+            mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
+            shift = np.exp(mu)
 
-        @jax.jit
-        @jax.named_scope("evaluate")
-        def run(params, vae_params, trainable, cond, key, ids):
-            draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), self.token_shape)  # noqa: E731
-            latents = jax.lax.with_sharding_constraint(
-                jax.vmap(draw)(ids), batch_sharding(self.mesh)
-            )
-            tokens = sample(self.velocity, params, trainable, cond, latents, ode)
-            return jax.lax.with_sharding_constraint(
-                self.decode(vae_params, tokens), batch_sharding(self.mesh)
-            )
-
-        return partial(run, self.params, self.vae_params)
+        # The grid is rounded to float32 as diffusers rounds it.
+        grid = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32).astype(np.float64)
+        shifted = shift / (shift + 1.0 / grid - 1.0)
+        return np.append(shifted, 0.0).astype(np.float32)
 
 
-def no_model(folder: Path) -> str:
-    """What to do about a missing model folder."""
-    return (
-        f"config.pretrained.model is {str(folder)!r}, which holds no model_index.json; expected a FluxPipeline folder "
-        "of diffusers. For FLUX.1-dev accept its licence on the Hugging Face hub, run\n"
+def text_shapes(config: FluxConfig, max_tokens: int) -> dict[str, tuple[int, ...]]:
+    """The cached arrays of one prompt: T5's states and CLIP's pooled vector."""
+    return {
+        "t5": (max_tokens, config.joint_attention_dim),
+        "clip": (config.pooled_projection_dim,),
+    }
+
+
+def make_cond(arrays: Mapping[str, Any], negative: None, guidance: Array) -> Cond:
+    """FLUX.1-dev's guidance is distilled: a number that the network embeds."""
+    return Cond(arrays["t5"], arrays["clip"], guidance)
+
+
+def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
+    """Sizes read off the shapes in BFL's file, which carries no config, and its table.
+
+    Raises ValueError for a file that is not BFL's FLUX.1.
+    """
+    try:
+        head_dim = tensors.shape("single_blocks.0.norm.query_norm.scale")[0]
+        hidden, in_channels = tensors.shape("img_in.weight")
+        joint = tensors.shape("txt_in.weight")[1]
+        pooled = tensors.shape("vector_in.in_layer.weight")[1]
+    except KeyError as error:
+        raise ValueError(
+            f"{tensors.path} has no key {error}; expected BFL's FLUX.1 file or a diffusers folder"
+        ) from error
+
+    def layers(prefix: str) -> int:
+        numbers = {key.split(".")[1] for key in tensors.keys() if key.startswith(prefix)}  # noqa: SIM118
+        return len(numbers)
+
+    # (16, 56, 56) of 128: an eighth for the index, the rest for row and column.
+    index_axis = head_dim // 16 * 2
+    side_axis = (head_dim - index_axis) // 2
+    config = FluxConfig(
+        in_channels=in_channels,
+        num_layers=layers("double_blocks."),
+        num_single_layers=layers("single_blocks."),
+        attention_head_dim=head_dim,
+        num_attention_heads=hidden // head_dim,
+        joint_attention_dim=joint,
+        pooled_projection_dim=pooled,
+        guidance_embeds="guidance_in.in_layer.weight" in tensors.keys(),  # noqa: SIM118
+        axes_dims_rope=(index_axis, side_axis, side_axis),
+        **overrides,
+    )
+    return config, BFL
+
+
+FLUX = Family(
+    pipeline="FluxPipeline",
+    transformer="FluxTransformer2DModel",
+    published="FLUX.1-dev",
+    Config=FluxConfig,
+    Module=FluxTransformer,
+    Schedule=FluxSchedule,
+    table=lambda config: DIFFUSERS,
+    lora_targets=LORA_TARGETS,
+    rules=RULES,
+    encoders=(
+        Encoder("t5", "t5_states", tokenizer="tokenizer_2", model="text_encoder_2"),
+        Encoder("clip", "clip_pooled", tokenizer="tokenizer", model="text_encoder"),
+    ),
+    text_shapes=text_shapes,
+    cond=make_cond,
+    cost=cost,
+    config_entries={"patch_size": 1},
+    single_file=single_file,
+    download=(
+        "For FLUX.1-dev accept its licence on the Hugging Face hub, run\n"
         "    hf download black-forest-labs/FLUX.1-dev --local-dir models/FLUX.1-dev\n"
         "and name the folder with --config.pretrained.model=models/FLUX.1-dev"
-    )
-
-
-def load_pipeline(
-    pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh
-) -> Pipeline:
-    """Load what `config.pretrained` names for square pictures of `resolution` pixels, with room for `lora` adapters."""
-    folder = Path(pretrained.model)
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(no_model(folder))
-    dtypes, vae_dtype = _dtypes(pretrained)
-    source = Path(pretrained.transformer or folder / "transformer")
-    model, params = load_transformer(source, param_sharding(mesh), remat=pretrained.remat, **dtypes)
-    vae, vae_params = load_vae(
-        folder / "vae", lambda leaf, shape: replicated(mesh), dtype=vae_dtype
-    )
-    return _pipeline(model, params, vae, vae_params, _scheduler(folder), resolution, lora, mesh)
-
-
-def described(pretrained: Any) -> bool:
-    """Whether the sizes of the model are on the disk: BFL's single file has none beside its weights."""
-    return (Path(pretrained.model) / "model_index.json").exists() and not Path(
-        pretrained.transformer
-    ).is_file()
-
-
-def abstract_pipeline(
-    pretrained: Any, resolution: int, lora: LoraConfig | None, mesh: Mesh
-) -> Pipeline:
-    """The same without weights: `params` and `vae_params` are jax.ShapeDtypeStructs with their shardings.
-
-    Sizes come from the folder's config.json files if it is `described`, else they are FLUX.1-dev's. No weights are
-    read.
-    """
-    folder = Path(pretrained.model)
-    dtypes, vae_dtype = _dtypes(pretrained)
-    kw = {"remat": pretrained.remat, **dtypes}
-    if described(pretrained):
-        model = transformer_config(Path(pretrained.transformer or folder / "transformer"), **kw)
-        vae, scheduler = vae_config(folder / "vae", dtype=vae_dtype), _scheduler(folder)
-    else:
-        model, vae, scheduler = FluxConfig(**kw), VaeConfig(dtype=vae_dtype), SchedulerConfig()
-    params = _placed(abstract(FluxTransformer, model)[1], param_sharding(mesh))
-    vae_params = _placed(abstract(Autoencoder, vae)[1], lambda leaf, shape: replicated(mesh))
-    return _pipeline(model, params, vae, vae_params, scheduler, resolution, lora, mesh)
-
-
-def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
-    """An abstract state with the sharding of every array."""
-    arrays = leaves(state)
-    return nnx.from_flat_state(
-        (
-            path,
-            variable.replace(
-                jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(leaf, a.shape))
-            ),
-        )
-        for (leaf, a), (path, variable) in zip(
-            arrays.items(), nnx.to_flat_state(state), strict=True
-        )
-    )
-
-
-def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:
-    """The transformer's dtype and param_dtype, and the autoencoder's dtype."""
-    for name in ("dtype", "param_dtype", "vae_dtype"):
-        if pretrained[name] not in DTYPES:
-            raise ValueError(
-                f"config.pretrained.{name} is {pretrained[name]!r}; choose one of {', '.join(DTYPES)}"
-            )
-    return {name: jnp.dtype(pretrained[name]) for name in ("dtype", "param_dtype")}, jnp.dtype(
-        pretrained.vae_dtype
-    )
-
-
-def _scheduler(folder: Path) -> SchedulerConfig:
-    found = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    names = {field.name for field in fields(SchedulerConfig)} & found.keys()
-    return SchedulerConfig(**{name: found[name] for name in names})
-
-
-def _pipeline(
-    model: FluxConfig,
-    params: nnx.State,
-    vae: VaeConfig,
-    vae_params: nnx.State,
-    scheduler: SchedulerConfig,
-    resolution: int,
-    lora: LoraConfig | None,
-    mesh: Mesh,
-) -> Pipeline:
-    side = PATCH * 2 ** (len(vae.block_out_channels) - 1)
-    if resolution % side:
-        raise ValueError(f"config.sample.resolution is {resolution}; expected a multiple of {side}")
-    height = width = resolution // side
-    velocity = make_velocity(model, lora, height, width, mesh)
-    vae_graph = abstract(Autoencoder, vae)[0]
-    return Pipeline(
-        model, params, vae_graph, vae_params, velocity, lora, scheduler, height, width, mesh
-    )
+    ),
+)

@@ -1,43 +1,23 @@
-"""What published checkpoints call our modules. Data only; `convert.py` reads it, `lora.py` names its files by it.
+"""What published FLUX.1 checkpoints call our modules. Data only: nn/convert.py reads it."""
 
-A table maps a module of ours to the torch modules that fill it, side by side along the output axis. "{}" stands for
-the layer of a stacked block.
-"""
+from jax.sharding import PartitionSpec as P
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from realgen_jax.nn.convert import SUFFIXES, Part, Table, table_rows
 
+# Arrays that keep the parts of a fused projection apart, and the axis of the parts from the end:
+# qkv [in, 3, D]; into and out of the single blocks' feed-forward [in, 4, D] and [5, D, out].
+FUSED = {
+    "qkv.kernel": -2,
+    "qkv.bias": -2,
+    "single.mlp.kernel": -2,
+    "single.mlp.bias": -2,
+    "single.proj.kernel": -3,
+}
 
-@dataclass(frozen=True)
-class Part:
-    """A torch module, or the share [start, stop) of its outputs, in `of`-ths."""
-
-    module: str
-    start: int = 0
-    stop: int = 1
-    of: int = 1
-
-
-Table = Mapping[str, tuple[Part, ...]]
-
-
-def table(rows: Mapping[str, str | tuple[str | Part, ...]]) -> Table:
-    """Spell out the short forms: a string is a whole module, a bare one is a tuple of one."""
-    return {
-        ours: tuple(
-            Part(p) if isinstance(p, str) else p
-            for p in ((theirs,) if isinstance(theirs, str) else theirs)
-        )
-        for ours, theirs in rows.items()
-    }
-
-
-_DOUBLE, _SINGLE, _EMBED = (
-    "transformer_blocks.{}.",
-    "single_transformer_blocks.{}.",
-    "time_text_embed.",
-)
-DIFFUSERS = table({
+_DOUBLE = "transformer_blocks.{}."
+_SINGLE = "single_transformer_blocks.{}."
+_EMBED = "time_text_embed."
+_DIFFUSERS_ROWS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "time_in.fc1": _EMBED + "timestep_embedder.linear_1",
@@ -49,7 +29,11 @@ DIFFUSERS = table({
     "double_img_mod": _DOUBLE + "norm1.linear",
     "double_txt_mod": _DOUBLE + "norm1_context.linear",
     "double.img.qkv": (_DOUBLE + "attn.to_q", _DOUBLE + "attn.to_k", _DOUBLE + "attn.to_v"),
-    "double.txt.qkv": (_DOUBLE + "attn.add_q_proj", _DOUBLE + "attn.add_k_proj", _DOUBLE + "attn.add_v_proj"),
+    "double.txt.qkv": (
+        _DOUBLE + "attn.add_q_proj",
+        _DOUBLE + "attn.add_k_proj",
+        _DOUBLE + "attn.add_v_proj",
+    ),
     "double.img.norm.query": _DOUBLE + "attn.norm_q",
     "double.img.norm.key": _DOUBLE + "attn.norm_k",
     "double.txt.norm.query": _DOUBLE + "attn.norm_added_q",
@@ -68,10 +52,12 @@ DIFFUSERS = table({
     "single.proj": _SINGLE + "proj_out",
     "final_mod": "norm_out.linear",
     "proj_out": "proj_out",
-})  # fmt: skip
+}
+DIFFUSERS = Table(table_rows(_DIFFUSERS_ROWS), FUSED)
 
-_DOUBLE, _SINGLE = "double_blocks.{}.", "single_blocks.{}."
-BFL = table({
+_DOUBLE = "double_blocks.{}."
+_SINGLE = "single_blocks.{}."
+_BFL_ROWS = {
     "img_in": "img_in",
     "txt_in": "txt_in",
     "time_in.fc1": "time_in.in_layer",
@@ -101,31 +87,49 @@ BFL = table({
     "single.norm.query": _SINGLE + "norm.query_norm",
     "single.norm.key": _SINGLE + "norm.key_norm",
     # BFL's last modulation is (shift, scale); diffusers' and ours is (scale, shift)
-    "final_mod": (Part("final_layer.adaLN_modulation.1", 1, 2, 2), Part("final_layer.adaLN_modulation.1", 0, 1, 2)),
+    "final_mod": (
+        Part("final_layer.adaLN_modulation.1", 1, 2, 2),
+        Part("final_layer.adaLN_modulation.1", 0, 1, 2),
+    ),
     "proj_out": "final_layer.linear",
-})  # fmt: skip
+}
+BFL = Table(table_rows(_BFL_ROWS), FUSED, {**SUFFIXES, "scale": ".scale"})
 
-# Our arrays that keep the parts of a fused projection apart, and on which axis (counted from the end); in the files it
-# is one with the axis after it: qkv [in, 3, D], the two ways into and out of the single blocks' feed-forward [in, 4, D]
-# and [5, D, out].
-PARTS_AXIS = {
-    "qkv.kernel": -2, "qkv.bias": -2, "single.mlp.kernel": -2, "single.mlp.bias": -2, "single.proj.kernel": -3,
-}  # fmt: skip
+# Where each array lies on the mesh, by the pattern of its path: exactly one rule matches. Stacked
+# arrays have the layer in front, which is never split, and fused projections the axis of their
+# parts. Projections into the heads or the feed-forward split their outputs over `tensor`, bias
+# included; those back out of them split their inputs.
+RULES = (
+    (r"(double\.(img|txt)|single)\.qkv\.kernel", P(None, "fsdp", None, "tensor")),
+    (r"double\.(img|txt)\.mlp\.fc1\.kernel", P(None, "fsdp", "tensor")),
+    (r"double\.(img|txt)\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
+    (r"single\.mlp\.kernel", P(None, "fsdp", None, "tensor")),
+    (r"single\.proj\.kernel", P(None, None, "tensor", "fsdp")),
+    (r"(double_(img|txt)|single)_mod\.kernel", P(None, None, ("fsdp", "tensor"))),
+    (r"(double_(img|txt)|single)_mod\.bias", P(None, ("fsdp", "tensor"))),
+    (r"(img|txt)_in\.kernel", P(None, "fsdp")),
+    (r"(time|guidance|vector)_in\.fc1\.kernel", P("fsdp", "tensor")),
+    (r"(time|guidance|vector)_in\.fc2\.kernel", P("tensor", "fsdp")),
+    (r"final_mod\.kernel", P("fsdp", "tensor")),
+    (r"proj_out\.kernel", P("fsdp", None)),
+    (r"(double\.(img|txt)|single)\.qkv\.bias|single\.mlp\.bias", P(None, None, "tensor")),
+    (r"double\.(img|txt)\.mlp\.fc1\.bias", P(None, "tensor")),
+    (r"(time|guidance|vector)_in\.fc1\.bias", P("tensor")),
+    (r"((img|txt)_in|final_mod|.*proj|proj_out|.*\.fc2)\.bias", P()),
+    (r".*\.norm\.(query|key)", P()),
+)
 
-# BFL's autoencoder as edits of diffusers' names, which are also ours. Its decoder counts levels the other way round.
-BFL_VAE_EDITS = (
-    ("mid_block.resnets.0", "mid.block_1"),
-    ("mid_block.resnets.1", "mid.block_2"),
-    ("mid_block.attentions.0", "mid.attn_1"),
-    ("group_norm", "norm"),
-    ("to_out.0", "proj_out"),
-    ("to_q", "q"),
-    ("to_k", "k"),
-    ("to_v", "v"),
-    ("down_blocks.", "down."),
-    ("resnets.", "block."),
-    ("downsamplers.0", "downsample"),
-    ("upsamplers.0", "upsample"),
-    ("conv_shortcut", "nin_shortcut"),
-    ("conv_norm_out", "norm_out"),
+# RealGen's LoRA targets: the attention projections of all blocks and the feed-forwards of the
+# double blocks. RealGen's suffix rule "attn.to_q" also matches the single blocks, but not their
+# proj_mlp and proj_out.
+LORA_TARGETS = (
+    "double.img.qkv",
+    "double.img.proj",
+    "double.img.mlp.fc1",
+    "double.img.mlp.fc2",
+    "double.txt.qkv",
+    "double.txt.proj",
+    "double.txt.mlp.fc1",
+    "double.txt.mlp.fc2",
+    "single.qkv",
 )

@@ -1,69 +1,53 @@
-"""The FLUX.1 transformer. Numerics follow diffusers' FluxTransformer2DModel; layout follows the model's own figure."""
+"""The FLUX.1 transformer, with the numerics of diffusers' FluxTransformer2DModel.
+
+Shapes: n images, s = height width image tokens, l text tokens, t = l + s tokens in all, D channels,
+h heads of d channels each.
+"""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from realgen_jax.nn.attention import attention
 from realgen_jax.nn.layers import (
     MLP,
-    PROJECTION,
     Linear,
     QKNorm,
     apply_rope,
-    attention,
     modulated_norm,
-    rope_table,
     sinusoidal_embedding,
 )
-from realgen_jax.sharding import BATCH_AXES, constrain
+from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
 
-
-def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A remat policy that keeps what cuDNN's forward kernel gives, so that the backward pass does not run it again."""
-    return primitive.name.startswith("dot_product_attention_fwd")
-
-
-_policies = jax.checkpoint_policies
-_projections = _policies.save_only_these_names(
-    PROJECTION
-)  # not the adapters' products: cheap, and as large
-REMAT_POLICIES = {
-    "full": _policies.nothing_saveable,  # keeps the blocks' inputs only
-    "attention": _flash_attention,  # and the attentions' outputs, on a GPU
-    "dots": _policies.save_from_both_policies(
-        _projections, _flash_attention
-    ),  # and the projections' outputs
-    "none": _policies.everything_saveable,
-}
+Rope = tuple[np.ndarray, np.ndarray]  # cosines and sines, each float32 [t, d/2]
+TIME_CHANNELS = 256  # of the sinusoidal embeddings of sigma and guidance
 _gelu = partial(jax.nn.gelu, approximate=True)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cond:
-    """What a picture is conditioned on: T5 states [n, l, joint_dim], pooled CLIP [n, pooled_dim], guidance f32 [n]."""
+    """What an image is conditioned on: text and guidance scale, one row an image."""
 
-    t5: Array
-    clip: Array
-    guidance: Array
+    t5: Array  # T5 states [n, l, joint_attention_dim]
+    clip: Array  # pooled CLIP state [n, pooled_projection_dim]
+    guidance: Array  # guidance scale, float32 [n]
 
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """Sizes under diffusers' names (`transformer/config.json`); the defaults are FLUX.1-dev's.
-
-    `dtype` is what is computed in, `param_dtype` what the weights are kept in, `remat` a key of REMAT_POLICIES.
-    """
+    """Sizes under diffusers' names (`transformer/config.json`); the defaults are FLUX.1-dev's."""
 
     in_channels: int = 64
-    num_layers: int = 19
+    num_layers: int = 19  # double blocks
     num_single_layers: int = 38
     attention_head_dim: int = 128
     num_attention_heads: int = 24
@@ -71,44 +55,71 @@ class FluxConfig:
     pooled_projection_dim: int = 768
     guidance_embeds: bool = True
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    dtype: Any = jnp.bfloat16
-    param_dtype: Any = jnp.bfloat16
-    remat: str = "full"
+    dtype: Any = jnp.bfloat16  # of the computation
+    param_dtype: Any = jnp.bfloat16  # of the stored weights
+    remat: str = "full"  # a key of REMAT_POLICIES
 
     def __post_init__(self):
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
+        rope_channels = sum(self.axes_dims_rope)
+        if rope_channels != self.attention_head_dim:
             raise ValueError(
-                f"axes_dims_rope {self.axes_dims_rope} add up to {sum(self.axes_dims_rope)}, but must add up to "
-                f"attention_head_dim {self.attention_head_dim}"
+                f"axes_dims_rope {self.axes_dims_rope} add up to {rope_channels}, but must add up "
+                f"to attention_head_dim {self.attention_head_dim}"
             )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
 
     @property
     def hidden_dim(self) -> int:
+        """D, the channels of a token inside the transformer."""
         return self.attention_head_dim * self.num_attention_heads
 
 
-def _rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Pin activations [n, ...]: rows over data and fsdp, tokens and channels whole. Left to itself, GSPMD splits the
-    channels of a block instead of fetching its weights.
+class Modulation(NamedTuple):
+    """AdaLN parameters of one residual branch, each [n, D]."""
+
+    shift: Array
+    scale: Array
+    gate: Array
+
+
+def rope_table(
+    text_tokens: int, height: int, width: int, axes_dims: tuple[int, ...], theta: float = 10000.0
+) -> Rope:
+    """Cosines and sines [t, d/2] for the sequence [text, image].
+
+    Positions are (0, 0, 0) for text tokens and (0, row, column) for image tokens; axis i rotates
+    axes_dims[i] channels. Frequencies are computed in float64, as in diffusers. All shapes are
+    static, so this runs once, on the host, during tracing.
     """
-    return jax.tree.map(lambda a: constrain(a, mesh, BATCH_AXES), tree)
+    # Positions [t, 3].
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+    text = np.zeros((text_tokens, 3))
+    positions = np.concatenate([text, image])
+
+    # Angles [t, d/2], the axes side by side.
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+        angles.append(positions[:, axis, None] * frequencies)
+    table = np.concatenate(angles, axis=-1)
+
+    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
 
 
 def _qkv(
     x: Array, project: Linear, norm: QKNorm, head_dim: int, mesh: Mesh | None
 ) -> tuple[Array, Array, Array]:
-    """[n, t, D] -> normalised q, k and plain v, each [n, t, h, d]."""
-    q, k, v = (
-        rearrange(a, "n t 1 (h d) -> n t h d", d=head_dim)
-        for a in jnp.split(project(x, mesh), 3, axis=2)
-    )
-    return *norm(q, k), v
+    """x [n, t, D] -> normalised q and k, and v, each [n, t, h, d]."""
+    parts = jnp.split(project(x, mesh), 3, axis=2)
+    q, k, v = [rearrange(part, "n t 1 (h d) -> n t h d", d=head_dim) for part in parts]
+    q, k = norm(q, k)
+    return q, k, v
 
 
 class Stream(nnx.Module):
-    """One modality's half of a double block: its projections around the joint attention and its feed-forward."""
+    """The weights of one modality, image or text, in a double block."""
 
     def __init__(self, config: FluxConfig, **kw: Any):
         dim = config.hidden_dim
@@ -120,21 +131,19 @@ class Stream(nnx.Module):
         self.mlp = MLP(dim, 4 * dim, dim, _gelu, **kw)
 
     def __call__(
-        self,
-        x: Array,
-        attended: Array,
-        gate: Array,
-        mlp_modulation: tuple[Array, Array, Array],
-        mesh: Mesh | None,
+        self, x: Array, attended: Array, gate: Array, mlp: Modulation, mesh: Mesh | None
     ) -> Array:
-        """Add the attention's and the feed-forward's gated outputs to the stream x [n, t, D]."""
-        x = _rows(x + gate[:, None] * self.proj(attended), mesh)
-        shift, scale, mlp_gate = mlp_modulation
-        return x + mlp_gate[:, None] * self.mlp(modulated_norm(x, shift, scale))
+        """Add the outputs of attention and feed-forward, each times its gate, to x [n, tokens, D].
+
+        attended [n, tokens, D]: the heads' outputs for this stream's tokens. gate [n, D].
+        """
+        x = x + gate[:, None] * self.proj(attended)
+        x = pin_rows(x, mesh)
+        return x + mlp.gate[:, None] * self.mlp(modulated_norm(x, mlp.shift, mlp.scale))
 
 
 class DoubleBlock(nnx.Module):
-    """Text and image in separate streams that meet in one attention (MM-DiT, arXiv 2403.03206)."""
+    """Separate streams for text and image with a joint attention (MM-DiT, arXiv 2403.03206)."""
 
     def __init__(self, config: FluxConfig, **kw: Any):
         self.head_dim = config.attention_head_dim
@@ -143,34 +152,42 @@ class DoubleBlock(nnx.Module):
 
     @jax.named_scope("double")
     def __call__(
-        self,
-        img: Array,
-        txt: Array,
-        img_mod: Array,
-        txt_mod: Array,
-        rope: tuple[Array, Array],
-        mesh: Mesh | None,
+        self, img: Array, txt: Array, img_mod: Array, txt_mod: Array, rope: Rope, mesh: Mesh | None
     ) -> tuple[Array, Array]:
-        """img [n, s, D], txt [n, l, D]; the modulations [n, 6D]: shift, scale, gate of attention, then of the MLP."""
-        (i_shift, i_scale, i_gate, *i_mlp), (t_shift, t_scale, t_gate, *t_mlp) = (
-            jnp.split(m, 6, axis=-1) for m in (img_mod, txt_mod)
-        )
-        image = _qkv(
-            modulated_norm(img, i_shift, i_scale), self.img.qkv, self.img.norm, self.head_dim, mesh
-        )
-        text = _qkv(
-            modulated_norm(txt, t_shift, t_scale), self.txt.qkv, self.txt.norm, self.head_dim, mesh
-        )
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(text, image, strict=True))
+        """img [n, s, D], txt [n, l, D] -> the same; img_mod and txt_mod [n, 6D]."""
+        # Each stream has two modulations: of the attention and of the feed-forward.
+        img_attn, img_mlp = _two_modulations(img_mod)
+        txt_attn, txt_mlp = _two_modulations(txt_mod)
+
+        # Normalise and modulate each stream, and project it to queries, keys and values.
+        img_normed = modulated_norm(img, img_attn.shift, img_attn.scale)
+        img_q, img_k, img_v = _qkv(img_normed, self.img.qkv, self.img.norm, self.head_dim, mesh)
+        txt_normed = modulated_norm(txt, txt_attn.shift, txt_attn.scale)
+        txt_q, txt_k, txt_v = _qkv(txt_normed, self.txt.qkv, self.txt.norm, self.head_dim, mesh)
+
+        # Join text and image to one sequence, [n, l + s, h, d].
+        q = jnp.concatenate([txt_q, img_q], axis=1)
+        k = jnp.concatenate([txt_k, img_k], axis=1)
+        v = jnp.concatenate([txt_v, img_v], axis=1)
+
+        # Attend, with rotary positions on queries and keys, and take the two streams apart again.
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
         txt_attended, img_attended = jnp.split(attended, [txt.shape[1]], axis=1)
-        return self.img(img, img_attended, i_gate, i_mlp, mesh), self.txt(
-            txt, txt_attended, t_gate, t_mlp, mesh
-        )
+
+        # Add the attention's output, then the feed-forward's, to each stream through their gates.
+        img = self.img(img, img_attended, img_attn.gate, img_mlp, mesh)
+        txt = self.txt(txt, txt_attended, txt_attn.gate, txt_mlp, mesh)
+        return img, txt
+
+
+def _two_modulations(mod: Array) -> tuple[Modulation, Modulation]:
+    """[n, 6D] -> the modulations of the attention and of the feed-forward."""
+    parts = jnp.split(mod, 6, axis=-1)
+    return Modulation(*parts[:3]), Modulation(*parts[3:])
 
 
 class SingleBlock(nnx.Module):
-    """One sequence [text, image]; attention and feed-forward in parallel on the same normalised input."""
+    """Attention and feed-forward in parallel, on one sequence [text, image] (arXiv 2302.05442)."""
 
     def __init__(self, config: FluxConfig, **kw: Any):
         dim = config.hidden_dim
@@ -183,114 +200,118 @@ class SingleBlock(nnx.Module):
         self.proj = Linear((5, dim), dim, **kw)
 
     @jax.named_scope("single")
-    def __call__(self, x: Array, mod: Array, rope: tuple[Array, Array], mesh: Mesh | None) -> Array:
-        """x [n, l + s, D], mod [n, 3D]: shift, scale, gate."""
-        shift, scale, gate = jnp.split(mod, 3, axis=-1)
-        normed = modulated_norm(x, shift, scale)
+    def __call__(self, x: Array, mod: Array, rope: Rope, mesh: Mesh | None) -> Array:
+        """x [n, t, D] -> the same; mod [n, 3D]."""
+        # Normalise and modulate, once for both branches.
+        mod = Modulation(*jnp.split(mod, 3, axis=-1))
+        normed = modulated_norm(x, mod.shift, mod.scale)
+
+        # Attention branch [n, t, 1, D].
         q, k, v = _qkv(normed, self.qkv, self.norm, self.head_dim, mesh)
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
-        hidden = jnp.concatenate([attended[:, :, None], _gelu(self.mlp(normed, mesh))], axis=2)
-        return x + gate[:, None] * self.proj(hidden, mesh)
+        attended = attended[:, :, None]
+
+        # Feed-forward branch [n, t, 4, D].
+        hidden = _gelu(self.mlp(normed, mesh))
+
+        # One projection back for both, added through the gate.
+        both = jnp.concatenate([attended, hidden], axis=2)
+        return x + mod.gate[:, None] * self.proj(both, mesh)
 
 
 class FluxTransformer(nnx.Module):
-    """Velocity of the flow, v = eps - x0, at noise level sigma.
+    """Predicts the velocity of the flow, v = eps - x0, at noise level sigma.
 
-    Blocks are stacked: every array below `double` and `single` has a leading layer axis and the blocks run in a scan,
-    rematerialised. The AdaLN projections depend on the conditioning alone, so they leave the scan as one product
-    for all layers.
+    The blocks of each kind are stacked: every array below `double` and `single` has a leading layer
+    axis, and the blocks run in a scan. The AdaLN projections (`*_mod`) depend on the conditioning
+    alone, so they are computed for all layers at once, outside the scan.
     """
 
     def __init__(self, config: FluxConfig, rngs: nnx.Rngs):
         self.config = config
         dim = config.hidden_dim
         kw = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        double, single = (
-            {**kw, "stack": (config.num_layers,)},
-            {**kw, "stack": (config.num_single_layers,)},
-        )
+        double = {**kw, "stack": (config.num_layers,)}
+        single = {**kw, "stack": (config.num_single_layers,)}
+
+        def embedder(n_in: int) -> MLP:
+            return MLP(n_in, dim, dim, jax.nn.silu, **kw)
+
+        # Embed the latents, the text, and the parts of the conditioning vector.
         self.img_in = Linear(config.in_channels, dim, **kw)
         self.txt_in = Linear(config.joint_attention_dim, dim, **kw)
-        self.time_in = MLP(256, dim, dim, jax.nn.silu, **kw)
-        self.guidance_in = MLP(256, dim, dim, jax.nn.silu, **kw) if config.guidance_embeds else None
-        self.vector_in = MLP(config.pooled_projection_dim, dim, dim, jax.nn.silu, **kw)
+        self.time_in = embedder(TIME_CHANNELS)
+        self.guidance_in = embedder(TIME_CHANNELS) if config.guidance_embeds else None
+        self.vector_in = embedder(config.pooled_projection_dim)
+
+        # Blocks and their modulations.
         self.double = DoubleBlock(config, **double)
         self.double_img_mod = Linear(dim, 6 * dim, **double)
         self.double_txt_mod = Linear(dim, 6 * dim, **double)
         self.single = SingleBlock(config, **single)
         self.single_mod = Linear(dim, 3 * dim, **single)
+
+        # Output layer.
         self.final_mod = Linear(dim, 2 * dim, **kw)
         self.proj_out = Linear(dim, config.in_channels, **kw)
 
     def __call__(
         self, x: Array, sigma: Array, cond: Cond, height: int, width: int, mesh: Mesh | None = None
     ) -> Array:
-        """x [n, s, in_channels] packed latents, sigma f32 [n] in [0, 1] -> velocity float32 [n, s, in_channels].
+        """Noisy latents x [n, s, in_channels] -> velocity, float32 [n, s, in_channels].
 
-        `height` and `width` count latent patches (16 pixels each): s = height width. sigma and guidance stay in float32
-        up to their sinusoids: in bfloat16 two neighbouring steps of the schedule can fall together.
+        sigma: noise level, float32 [n] in [0, 1]. height and width count tokens, 16 pixels each.
+        Raises ValueError if x does not have height width tokens.
         """
         if x.shape[1] != height * width:
             raise ValueError(
-                f"x has {x.shape[1]} tokens, but height {height} times width {width} is {height * width}"
+                f"x has {x.shape[1]} tokens, but height {height} times width {width} is "
+                f"{height * width}"
             )
         config = self.config
-        x, sigma, cond = _rows((x, sigma, cond), mesh)
-        rope = rope_table(cond.t5.shape[1], height, width, config.axes_dims_rope)
-        vec = self.time_in(sinusoidal_embedding(1000.0 * sigma)) + self.vector_in(cond.clip)
-        if config.guidance_embeds:
-            vec = vec + self.guidance_in(sinusoidal_embedding(1000.0 * cond.guidance))
-        vec = _rows(jax.nn.silu(vec), mesh)
+        text_tokens = cond.t5.shape[1]
+        x, sigma, cond = pin_rows((x, sigma, cond), mesh)
+        rope = rope_table(text_tokens, height, width, config.axes_dims_rope)
 
-        img, txt = _rows((self.img_in(x), self.txt_in(cond.t5)), mesh)
+        # Embed. The conditioning vector [n, D] modulates every norm below.
+        vector = self._vector(sigma, cond, mesh)
+        img, txt = pin_rows((self.img_in(x), self.txt_in(cond.t5)), mesh)
 
-        @jax.named_scope("modulation")
-        def per_layer(mod: Linear) -> Array:
-            """A quarter of the weights meets one row an image here: the rows go to the weights, and come back."""
-            out = constrain(
-                mod(constrain(vec, mesh, "data")), mesh, None, "data", ("fsdp", "tensor")
-            )
-            return constrain(out, mesh, None, BATCH_AXES)
+        # Double blocks, on separate streams.
+        img_mods = modulation_of_layers(self.double_img_mod, vector, mesh)
+        txt_mods = modulation_of_layers(self.double_txt_mod, vector, mesh)
 
-        modulation = per_layer(self.double_img_mod), per_layer(self.double_txt_mod)
-        img, txt = self._scan(
-            lambda block, streams, mods: block(*streams, *mods, rope, mesh),
-            self.double,
-            (img, txt),
-            modulation,
-            mesh,
+        def apply_double(block: DoubleBlock, streams: Any, mods: Any) -> tuple[Array, Array]:
+            return block(*streams, *mods, rope, mesh)
+
+        img, txt = scan_blocks(
+            apply_double, self.double, (img, txt), (img_mods, txt_mods), config.remat, mesh
         )
-        both = jnp.concatenate([txt, img], axis=1)
-        apply = lambda block, x, mod: block(x, mod, rope, mesh)  # noqa: E731
-        both = self._scan(apply, self.single, both, per_layer(self.single_mod), mesh)
 
-        scale, shift = jnp.split(_rows(self.final_mod(vec), mesh), 2, axis=-1)
-        out = self.proj_out(modulated_norm(both[:, txt.shape[1] :], shift, scale))
-        return _rows(out.astype(jnp.float32), mesh)
+        # Single blocks, on the joint sequence.
+        joint = jnp.concatenate([txt, img], axis=1)
+        mods = modulation_of_layers(self.single_mod, vector, mesh)
 
-    def _scan(
-        self, apply: Any, blocks: nnx.Module, carry: Any, modulation: Any, mesh: Mesh | None
-    ) -> Any:
-        """Run the stacked blocks in order; the modulation's leading axis is the layer."""
-        graph, weights = nnx.split(blocks)
+        def apply_single(block: SingleBlock, x: Array, mod: Array) -> Array:
+            return block(x, mod, rope, mesh)
 
-        def body(carry, layer):
-            weights, modulation = layer
-            return _rows(
-                apply(nnx.merge(graph, weights), _rows(carry, mesh), modulation), mesh
-            ), None
+        joint = scan_blocks(apply_single, self.single, joint, mods, config.remat, mesh)
 
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(body, carry, (weights, modulation))[0]
+        # Project the image tokens back to latent channels. The final modulation has its scale
+        # first.
+        scale, shift = jnp.split(pin_rows(self.final_mod(vector), mesh), 2, axis=-1)
+        out = self.proj_out(modulated_norm(joint[:, text_tokens:], shift, scale))
+        return pin_rows(out.astype(jnp.float32), mesh)
 
+    def _vector(self, sigma: Array, cond: Cond, mesh: Mesh | None) -> Array:
+        """The conditioning vector [n, D]: SiLU of the sum of noise level, pooled text and guidance.
 
-def pack(latents: Array) -> Array:
-    """[n, h, w, c] VAE latents -> [n, h/2 w/2, 4c] tokens; channel order (c, dy, dx) as in diffusers."""
-    return rearrange(latents, "n (h dy) (w dx) c -> n (h w) (c dy dx)", dy=2, dx=2)
-
-
-def unpack(tokens: Array, height: int, width: int) -> Array:
-    """[n, height width, 4c] tokens -> [n, 2 height, 2 width, c] VAE latents; inverse of `pack`."""
-    return rearrange(
-        tokens, "n (h w) (c dy dx) -> n (h dy) (w dx) c", h=height, w=width, dy=2, dx=2
-    )
+        sigma and guidance stay in float32 up to their sinusoids: in bfloat16, two neighbouring
+        steps of the schedule can become equal.
+        """
+        vector = self.time_in(sinusoidal_embedding(1000.0 * sigma, TIME_CHANNELS))
+        vector = vector + self.vector_in(cond.clip)
+        if self.guidance_in is not None:
+            guidance = sinusoidal_embedding(1000.0 * cond.guidance, TIME_CHANNELS)
+            vector = vector + self.guidance_in(guidance)
+        return pin_rows(jax.nn.silu(vector), mesh)

@@ -8,20 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
-from realgen_jax.models.flux.transformer import FluxConfig
-from realgen_jax.nn.convert import (
-    Tensors,
-    leaves,
-    load_transformer,
-    load_vae,
-    save_transformer,
-    to_torch,
-)
+from realgen_jax.models.flux.tables import DIFFUSERS
+from realgen_jax.models.flux.transformer import FluxConfig, FluxTransformer
+from realgen_jax.nn.convert import Table, abstract, leaves, load, table_rows, to_torch
+from realgen_jax.nn.layers import Linear
+from realgen_jax.nn.tensors import Tensors
+from realgen_jax.nn.vae_files import load_vae
 from tests.helpers.goldens import GOLDENS, PIPELINE
+from tests.helpers.models import load_flux, save_flux
 
-F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 NAME = "diffusion_pytorch_model.safetensors"
 MODEL = PIPELINE / "transformer"
 
@@ -44,7 +43,7 @@ def assert_same(got, want):
 def test_reads_any_float_sharded_or_not(folder, dtype):
     weights = {k: v.astype(jnp.dtype(dtype)) for k, v in load_file(MODEL / NAME).items()}
     save_file(weights, folder / NAME)
-    _, single = load_transformer(folder, **F32)
+    _, single = load_flux(folder)
     for got, key in ((leaves(single)["img_in.kernel"].T, "x_embedder.weight"),):
         np.testing.assert_array_equal(got, weights[key].astype(np.float32))
     (folder / NAME).unlink()
@@ -53,18 +52,18 @@ def test_reads_any_float_sharded_or_not(folder, dtype):
         save_file(shard, folder / f"part{i}.safetensors")
     weight_map = {key: f"part{i}.safetensors" for i, shard in enumerate(shards) for key in shard}
     (folder / f"{NAME}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    _, sharded = load_transformer(folder, **F32)
+    _, sharded = load_flux(folder)
     assert_same(sharded, single)
     (folder / "part1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"part1\.safetensors is missing"):
-        load_transformer(folder, **F32)
+        load_flux(folder)
 
 
 def test_exports_what_diffusers_reads(tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    config, params = load_transformer(MODEL, **F32)
-    save_transformer(tmp_path / "one", config, params)
-    save_transformer(tmp_path / "many", config, params, shard_bytes=300_000)
+    config, params = load_flux(MODEL)
+    save_flux(tmp_path / "one", config, params)
+    save_flux(tmp_path / "many", config, params, shard_bytes=300_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     want = load_file(MODEL / NAME)
     for export in ("one", "many"):
@@ -73,7 +72,7 @@ def test_exports_what_diffusers_reads(tmp_path):
         assert state.keys() == want.keys()
         for key in want:
             np.testing.assert_array_equal(state[key], want[key], err_msg=key)
-        again, loaded = load_transformer(tmp_path / export, **F32)
+        again, loaded = load_flux(tmp_path / export)
         assert again == config
         assert_same(loaded, params)
 
@@ -125,9 +124,9 @@ def bfl_transformer(weights, config):
 
 
 def test_reads_bfls_single_file(tmp_path):
-    config, want = load_transformer(MODEL, **F32)
+    config, want = load_flux(MODEL)
     save_file(bfl_transformer(load_file(MODEL / NAME), config), tmp_path / "flux1-dev.safetensors")
-    found, got = load_transformer(tmp_path / "flux1-dev.safetensors", **F32)
+    found, got = load_flux(tmp_path / "flux1-dev.safetensors")
     assert found == config
     assert_same(got, want)
 
@@ -190,59 +189,55 @@ def test_wrong_checkpoints_are_named(folder):
     key = "transformer_blocks.0.attn.to_k.weight"
     edit(folder, lambda w: w.pop(key))
     with pytest.raises(ValueError, match=rf"lacks {key}; it is not a complete checkpoint"):
-        load_transformer(folder)
+        load_flux(folder)
     edit(folder, lambda w: w.update({key: np.zeros((64, 63), np.float32)}))
     with pytest.raises(
         ValueError,
         match=rf"{key} .* has shape \(64, 63\), which does not fit double.img.qkv.kernel",
     ):
-        load_transformer(folder)
+        load_flux(folder)
     edit(folder, lambda w: w.update({key: np.zeros((63, 64), np.float32)}))
     with pytest.raises(ValueError, match=r"needs more outputs"):
-        load_transformer(folder)
+        load_flux(folder)
     edit(
         folder,
         lambda w: w.update(
             {key: np.zeros((64, 64), np.float32), "pos_embed": np.zeros(3, np.float32)}
         ),
     )
-    with pytest.raises(ValueError, match="holds pos_embed, which this model has no use for"):
-        load_transformer(folder)
+    with pytest.raises(ValueError, match="holds pos_embed, which this model does not have"):
+        load_flux(folder)
 
 
 def test_wrong_files_are_named(folder, tmp_path):
     whole = (folder / NAME).read_bytes()
     (folder / NAME).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
-        load_transformer(folder)
+        load_flux(folder)
     (folder / NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"holds neither .*\.safetensors nor .*index\.json"):
-        load_transformer(folder)
+        load_flux(folder)
     with pytest.raises(
         ValueError, match="describes a AutoencoderKL; expected a FluxTransformer2DModel"
     ):
-        load_transformer(PIPELINE / "vae")
+        load_flux(PIPELINE / "vae")
     with pytest.raises(
         FileNotFoundError, match=r"config\.json is missing; expected a FluxTransformer2DModel"
     ):
-        load_transformer(tmp_path / "nowhere")
+        load_flux(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"expected BFL.s FLUX\.1 file"):
-        load_transformer(PIPELINE / "text_encoder" / "model.safetensors")
+        load_flux(PIPELINE / "text_encoder" / "model.safetensors")
     vae = json.loads((GOLDENS / "02_vae" / "c8_16_l1" / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**vae, "use_quant_conv": True}))
-    with pytest.raises(
-        ValueError, match="has use_quant_conv; FLUX's autoencoder has no such convolution"
-    ):
+    with pytest.raises(ValueError, match="has use_quant_conv; expected an autoencoder without it"):
         load_vae(tmp_path)
 
 
 def test_places_arrays_where_they_are_wanted():
     devices = jax.devices()
     assert len(devices) > 1
-    from jax.sharding import SingleDeviceSharding
-
-    _, params = load_transformer(
-        MODEL, lambda leaf, shape: SingleDeviceSharding(devices["qkv" in leaf]), **F32
+    _, params = load_flux(
+        MODEL, sharding=lambda leaf, shape: SingleDeviceSharding(devices["qkv" in leaf])
     )
     for name, value in leaves(params).items():
         assert value.devices() == {devices["qkv" in name]}
@@ -250,30 +245,35 @@ def test_places_arrays_where_they_are_wanted():
 
 @pytest.mark.slow
 def test_loading_streams(tmp_path):
-    """Host memory beyond the placed arrays stays under twice the largest stacked array (+ 64 MB of allocator noise)."""
+    """Host memory beyond the placed arrays stays under twice the largest stacked array."""
     config = FluxConfig(
-        num_layers=12, num_single_layers=12, attention_head_dim=64, num_attention_heads=16, joint_attention_dim=64,
-        pooled_projection_dim=64, axes_dims_rope=(16, 24, 24), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16,
-    )  # fmt: skip
-    from realgen_jax.models.flux.transformer import FluxTransformer
-    from realgen_jax.nn.convert import abstract
-
+        num_layers=12,
+        num_single_layers=12,
+        attention_head_dim=64,
+        num_attention_heads=16,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        axes_dims_rope=(16, 24, 24),
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
     state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract(FluxTransformer, config)[1])
-    save_transformer(tmp_path, config, state, shard_bytes=10**8)
+    save_flux(tmp_path, config, state, shard_bytes=10**8)
     sizes = [a.nbytes for a in leaves(state).values()]
     program = f"""
         import threading, time
-        from realgen_jax.nn.convert import load_transformer
+        from tests.helpers.models import load_flux
         def anonymous():
-            return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(l.split()[1]) for l in lines if l.startswith("RssAnon")) * 1024
         import jax; jax.devices()
-        load_transformer({str(MODEL)!r})
+        load_flux({str(MODEL)!r})
         before, peak, stop = anonymous(), [0], threading.Event()
         def watch():
             while not stop.is_set():
                 peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
         thread = threading.Thread(target=watch); thread.start()
-        _, params = load_transformer({str(tmp_path)!r})
+        _, params = load_flux({str(tmp_path)!r})
         stop.set(); thread.join()
         print(peak[0] - before)
     """
@@ -286,9 +286,64 @@ def test_loading_streams(tmp_path):
 
 
 def test_to_torch_is_the_inverse_of_load():
-    _, params = load_transformer(MODEL, **F32)
+    _, params = load_flux(MODEL)
     want = load_file(MODEL / NAME)
-    got = dict(to_torch(params))
+    got = dict(to_torch(params, DIFFUSERS))
     assert got.keys() == want.keys() == Tensors(MODEL).keys()
     for key in want:
         np.testing.assert_array_equal(got[key], want[key])
+
+
+class Patches(nnx.Module):
+    """What the tables of other families need: a stack that torch numbers from 3, a bare tensor, a
+    convolution held as a product of patches, and a fused projection.
+    """
+
+    def __init__(self, config, rngs):
+        kw = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": rngs}
+        self.img_in = Linear(12, 5, **kw)
+        self.pos = nnx.Param(jnp.zeros((1, 4, 5)))
+        self.joint = nnx.Dict(qkv=Linear(5, (3, 5), stack=(2,), **kw))
+
+
+PATCHES = Table(
+    rows=table_rows({"img_in": "pos_embed.proj", "pos": "pos_embed.pos_embed"})
+    | table_rows({"joint.qkv": ("blocks.{}.to_q", "blocks.{}.to_k", "blocks.{}.to_v")}, first=3),
+    fused={"qkv.kernel": -2, "qkv.bias": -2},
+    bare=frozenset({"pos"}),
+    windows={"img_in": (2, 2)},
+)
+
+
+def test_stacks_from_another_layer_bare_tensors_and_patches(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"pos_embed.proj.weight": (5, 3, 2, 2), "pos_embed.proj.bias": (5,)}
+    shapes["pos_embed.pos_embed"] = (1, 4, 5)
+    for layer in (3, 4):
+        for name in ("to_q", "to_k", "to_v"):
+            shapes[f"blocks.{layer}.{name}.weight"] = (5, 5)
+            shapes[f"blocks.{layer}.{name}.bias"] = (5,)
+    weights = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+
+    state = load(Tensors(tmp_path / "model.safetensors"), abstract(Patches, None)[1], PATCHES)
+    ours = leaves(state)
+    picture = rng.standard_normal((3, 2, 2), np.float32)
+    convolved = np.einsum("ocij,cij->o", weights["pos_embed.proj.weight"], picture)
+    np.testing.assert_allclose(picture.ravel() @ ours["img_in.kernel"], convolved, rtol=1e-5)
+    np.testing.assert_array_equal(ours["pos"], weights["pos_embed.pos_embed"])
+    np.testing.assert_array_equal(
+        ours["joint.qkv.kernel"][1, :, 2], weights["blocks.4.to_v.weight"].T
+    )
+
+    again = dict(to_torch(state, PATCHES))
+    assert again.keys() == weights.keys()
+    for key, value in weights.items():
+        np.testing.assert_array_equal(again[key], value, err_msg=key)
+
+
+def test_a_row_that_is_missing_is_named():
+    rows = {name: parts for name, parts in PATCHES.rows.items() if name != "img_in"}
+    tensors = Tensors(MODEL)
+    with pytest.raises(ValueError, match=r"no row of the family's table fills img_in\.bias"):
+        load(tensors, abstract(Patches, None)[1], Table(rows, PATCHES.fused))

@@ -15,7 +15,14 @@ from PIL import Image
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.realbench.aggregate import leaderboard
 from realgen_jax.realbench.report import write_report
-from realgen_jax.realbench.results import Entry, Evaluated, Judgement, Problem, PromptSet, Scored
+from realgen_jax.realbench.results import (
+    Entry,
+    Judgement,
+    Problem,
+    PromptSet,
+    Results,
+    ScoredPicture,
+)
 from tests.helpers.browser import browser, console_errors
 
 REWARDS = ("detector", "score")
@@ -24,7 +31,7 @@ NASTY = 'a cat </script><script>throw "out"</script> & <b>a "dog"</b>'
 
 def scored(entry, set, line, copy, *scores, file=Path("x.png")):
     sha256 = hashlib.sha256(f"{entry}{set}{line}{copy}".encode()).hexdigest()
-    return Scored(
+    return ScoredPicture(
         entry, set, line, copy, file, sha256, 64, 64, dict(zip(REWARDS, scores, strict=True))
     )
 
@@ -40,7 +47,7 @@ def settings(**changed):
 def rows_of(pictures, prompts=4, sets=("short",), categories=None, entries="ab", seed=0, **changed):
     every = [PromptSet(name, ["p"] * prompts, categories or [""] * prompts) for name in sets]
     entries = [Entry(name, "model", name) for name in entries]
-    evaluated = Evaluated(every, entries, REWARDS, pictures, [])
+    evaluated = Results(every, entries, REWARDS, pictures, [])
     return leaderboard(evaluated, settings(**changed).evaluate, np.random.default_rng(seed))
 
 
@@ -160,7 +167,7 @@ def picture(file, colour, size=(64, 64)):
 
 
 def evaluation(folder, lines=40, copies=2):
-    """Two models and photographs on two sets of prompts; one picture missing, one of another size."""
+    """Two models and photographs on two sets of prompts; one picture is missing."""
     rng = np.random.default_rng(0)
     sets = [
         PromptSet(
@@ -191,7 +198,9 @@ def evaluation(folder, lines=40, copies=2):
                     scores = np.clip(rng.normal(0.3 + 0.2 * e, 0.15, 2), 0, 1)
                     scores = dict(zip(REWARDS, map(float, scores), strict=True))
                     pictures.append(
-                        Scored(entry.name, one_set.name, line, copy, file, sha256, *size, scores)
+                        ScoredPicture(
+                            entry.name, one_set.name, line, copy, file, sha256, *size, scores
+                        )
                     )
     problems = [
         Problem(
@@ -211,7 +220,7 @@ def evaluation(folder, lines=40, copies=2):
         Problem("photographs", "short", folder / "00007.png", "other size", "80x48"),
         Problem("photographs", "long", folder / "00007.png", "other size", "80x48"),
     ]
-    return Evaluated(sets, entries, REWARDS, pictures, problems)
+    return Results(sets, entries, REWARDS, pictures, problems)
 
 
 def arena():
@@ -354,7 +363,8 @@ def test_opens_from_a_file_without_errors_and_all_pictures_load(laptop, report):
     script = "return [...document.images].map(i => [i.src.slice(0, 23), i.naturalWidth])"
     sources = laptop.execute_async_script(
         "const tell = arguments[0]; "
-        "Promise.all([...document.images].map(i => i.decode())).then(() => tell(true), e => tell(String(e)))"
+        "Promise.all([...document.images].map(i => i.decode()))"
+        ".then(() => tell(true), e => tell(String(e)))"
     )
     assert sources is True
     shown = laptop.execute_script(script)
@@ -365,7 +375,8 @@ def test_opens_from_a_file_without_errors_and_all_pictures_load(laptop, report):
     )
     assert [name for name in asked if not name.startswith("data:")] == []
     plots = laptop.execute_script(
-        "return [...document.querySelectorAll('.chart')].filter(c => c.offsetParent).map(c => !!c.querySelector('svg'))"
+        "return [...document.querySelectorAll('.chart')]"
+        ".filter(c => c.offsetParent).map(c => !!c.querySelector('svg'))"
     )
     assert plots == [True] * (2 + 1 + 2 + 2)  # distributions, categories, curves, arena
     assert console_errors(laptop) == []
@@ -381,7 +392,8 @@ def test_sets_and_categories_switch_tables(laptop, report):
     laptop.execute_script("scrollTo(0, 0)")
     laptop.find_element("css selector", "[data-pick-set=long]").click()
     laptop.execute_script(
-        "const s = document.getElementById('category'); s.value = 'people'; s.dispatchEvent(new Event('change'))"
+        "const s = document.getElementById('category');"
+        "s.value = 'people'; s.dispatchEvent(new Event('change'))"
     )
     row = one(report.rows, entry="base", set="long", category="people")
     assert laptop.execute_script(visible) == [["Set long, people", f"{row.value:.3f}"]]
@@ -397,7 +409,8 @@ def test_filter_finds_prompts(laptop):
     assert laptop.execute_script(count) == 14
     assert "14 of 80 prompts" in laptop.find_element("id", "found").text
     laptop.execute_script(
-        "const s = document.getElementById('filter-category'); s.value = 'animal'; s.dispatchEvent(new Event('change'))"
+        "const s = document.getElementById('filter-category');"
+        "s.value = 'animal'; s.dispatchEvent(new Event('change'))"
     )
     assert laptop.execute_script(count) == 7
     field.send_keys(" nothing like it")

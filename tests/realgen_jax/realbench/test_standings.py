@@ -1,4 +1,4 @@
-"""What a judge's answers add up to, against hand-computed numbers, closed forms and judges whose taste is known."""
+"""Standings against hand-computed numbers, closed forms and simulated judges."""
 
 import math
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def add_up(
 
 
 def test_pairs_in_both_orders_by_hand():
-    """Scores of a: 1, 1/2 (first twice), 3/4 (a tie and a win), 0, and three pairs that lack an order."""
+    """Scores of a: 1, 1/2 (first twice), 3/4 (a tie and a win), 0, and three incomplete pairs."""
     judgements = told(
         "a",
         "b",
@@ -81,7 +81,7 @@ def test_a_person_sees_every_pair_once():
 
 
 def test_intervals_are_those_of_the_binomial():
-    """30 wins of 50 pairs: the bootstrap's percentiles are the quantiles of Binomial(50, 0.6) / 50."""
+    """30 wins of 50 pairs: percentiles are the quantiles of Binomial(50, 0.6) / 50."""
     judgements = told("a", "b", *((line, "first" if line < 30 else "second") for line in range(50)))
     (match,) = add_up(judgements, protocol="human", resamples=20000).matches
     assert match.win_rate == 0.6
@@ -93,7 +93,7 @@ def test_intervals_are_those_of_the_binomial():
 
 
 def test_intervals_draw_prompts_not_answers():
-    """Both sets of a prompt are drawn together: twice the same answers make no interval narrower."""
+    """Both sets of a prompt are drawn together: doubled answers do not narrow the interval."""
     once = told("a", "b", *((line, "first" if line % 3 else "second") for line in range(30)))
     twice = once + [Judgement("long", *list(vars(one).values())[1:]) for one in once]
     (a,), (b,) = (add_up(judgements, protocol="human").matches for judgements in (once, twice))
@@ -126,8 +126,9 @@ def test_a_judge_that_always_says_first_finds_no_difference():
 
 
 def test_two_players_in_closed_form():
-    """Both cells are met exactly: s_a - s_b = (logit(7/10) - logit(4/10)) / 2 and gamma their mean, with the prior's
-    quarter of a win and of a loss in each.
+    """Both cells are met exactly: s_a - s_b = (logit(7/10) - logit(4/10)) / 2, gamma is their mean.
+
+    The prior adds a quarter of a win and of a loss to each.
     """
     judgements = told("a", "b", *((i, "first" if i < 7 else "second") for i in range(10)))
     judgements += told("b", "a", *((i, "first" if i < 4 else "second") for i in range(10)))
@@ -165,7 +166,7 @@ def test_ratings_are_the_likeliest():
 
 
 def simulate(strengths, gamma, lines, seed=0, both=True):
-    """Answers of a judge that follows Bradley and Terry's model, with a liking for what it sees first."""
+    """Answers of a judge that follows Bradley and Terry's model with a position bias."""
     rng, judgements = np.random.default_rng(seed), []
     names = "abcd"[: len(strengths)]
     for i, a in enumerate(names):
@@ -190,8 +191,10 @@ def test_a_known_ranking_is_found_through_the_bias():
 
 
 def test_both_orders_cancel_the_bias_and_one_does_not():
-    """Strengths 0.4 apart and a bias of 1: P(a wins) = (sigmoid(1.4) + 1 - sigmoid(0.6)) / 2 = 0.578 over both orders,
-    near the unbiased sigmoid(0.4) = 0.599; in one order it seems to be sigmoid(1.4) = 0.802.
+    """Strengths 0.4 apart and a bias of 1.
+
+    Over both orders P(a wins) = (sigmoid(1.4) + 1 - sigmoid(0.6)) / 2 = 0.578, near the unbiased
+    sigmoid(0.4) = 0.599. In one order it seems to be sigmoid(1.4) = 0.802.
     """
     truth = [0.2, -0.2]
     (match,) = add_up(simulate(truth, 1.0, 4000)).matches

@@ -16,19 +16,27 @@ for module in ("torch", "httpx2", "starlette", "tenacity", "uvicorn"):
 import httpx2  # noqa: E402
 
 from realgen_jax.realbench import arena  # noqa: E402
-from realgen_jax.realbench.results import Evaluated  # noqa: E402
-from tests.helpers.arena_judges import make, settings  # noqa: E402
+from realgen_jax.realbench.results import Results  # noqa: E402
+from reward_bridge.judges import make_judge  # noqa: E402
+from tests.helpers.arena_judges import make, run, settings  # noqa: E402
 from tests.helpers.browser import browser, console_errors  # noqa: E402
 from tests.helpers.reward_servers import wait_until  # noqa: E402
 
 
 @contextlib.contextmanager
-def page(evaluated: Evaluated, folder: Path, **changed) -> Iterator[SimpleNamespace]:
-    """judge_all waiting for a person, in a thread; `judgements` is what it returned once the page has ended it."""
+def page(evaluated: Results, folder: Path, **changed) -> Iterator[SimpleNamespace]:
+    """judge_all waits for a person in a thread; `result` has what it returned in the end."""
     said, result = [], []
     thread = threading.Thread(
         target=lambda: result.append(
-            arena.judge_all(evaluated, settings(**changed), "human", folder, 0, said.append)
+            arena.judge_all(
+                evaluated,
+                make_judge("human", settings(**changed)),
+                settings(**changed),
+                folder,
+                seed=0,
+                say=said.append,
+            )
         )
     )
     thread.start()
@@ -94,7 +102,7 @@ def test_a_person_judges_by_clicks_and_keys_and_goes_on_later(tmp_path):
             served.thread.join(10)
             (judgements,) = served.result
         assert [j.verdict for j in judgements] == ["first", "second", "first"]
-        assert "judged 3 of 5 pairs; the same command goes on" in served.said[-1]
+        assert "judged 3 of 5 pairs; run the same command again" in served.said[-1]
         with page(evaluated, tmp_path) as served:
             driver.get(served.url)
             count("3 of 5")
@@ -113,10 +121,7 @@ def test_a_person_judges_by_clicks_and_keys_and_goes_on_later(tmp_path):
             wait_until(lambda: "Finished" in driver.find_element(By.ID, "message").text)
         assert [j.verdict for j in judgements] == ["first", "second", "first", "first", "tie"]
         assert not console_errors(driver)
-    said = []
-    again = arena.judge_all(
-        evaluated, settings(), "human", tmp_path, 7, said.append
-    )  # shown in another order, if at all
+    again, said = run(evaluated, tmp_path, "human", seed=7)  # shown in another order, if at all
     assert {str(j) for j in again} == {str(j) for j in judgements}
     assert not said
 

@@ -1,23 +1,16 @@
-import io
+"""Finding rewards by name and checking their options; the JPEG reward."""
 
-import numpy as np
+import importlib
+import io
+import sys
+
 import pytest
+import torch
 from PIL import Image
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from reward_bridge.rewards import REWARDS, make_reward  # noqa: E402
-
-
-def pictures(n, height, width, seed=0):
-    """Smooth random pictures: resampling differs less from PIL's than on noise, as on photographs."""
-    small = np.random.default_rng(seed).integers(0, 256, (n, height // 8, width // 8, 3), np.uint8)
-    big = [
-        np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC))
-        for p in small
-    ]
-    return torch.from_numpy(np.stack(big).transpose(0, 3, 1, 2).copy())
+from reward_bridge.learners import make_learner
+from reward_bridge.rewards import REWARDS, make_reward
+from tests.helpers.pictures import pictures
 
 
 def test_unknown_rewards_are_named():
@@ -25,7 +18,7 @@ def test_unknown_rewards_are_named():
         make_reward("beauty", "cpu", {})
     for target in REWARDS.values():
         module, _, name = target.partition(":")
-        assert hasattr(__import__(module, fromlist=[name]), name)
+        assert hasattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +44,69 @@ def test_unknown_rewards_are_named():
 def test_wrong_options_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_reward(name, "cpu", options)
+
+
+OWN = """
+import torch
+
+class Constant:
+    def __init__(self, device, value):
+        self.value = value
+
+    def __call__(self, images, prompts):
+        return torch.full((len(prompts),), self.value)
+
+broken = 1
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of the user's own, own_rewards."""
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    (tmp_path / "broken_rewards.py").write_text("class Broken(\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("own_rewards", "broken_rewards"):
+        sys.modules.pop(name, None)
+
+
+def test_a_class_of_the_users_own(own_module):
+    options = {"class": "own_rewards:Constant", "value": 0.5}
+    images = pictures(2, 8, 8)
+    for name in ("mine", "clip_score"):  # a name of its own, or one that the table has too
+        assert make_reward(name, "cpu", options)(images, ["a"] * 2).tolist() == [0.5, 0.5]
+    with pytest.raises(
+        ValueError, match=r"options\.mine: missing .*'value'; Constant takes value$"
+    ):
+        make_reward("mine", "cpu", {"class": "own_rewards:Constant"})
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("own_rewards", r"is 'own_rewards'; expected 'package\.module:Class'$"),
+        (":Constant", r"is ':Constant'; expected 'package\.module:Class'$"),
+        (3, r"is 3; expected 'package\.module:Class'$"),
+        (
+            "nowhere.rewards:X",
+            r"is .*, and the module nowhere\.rewards cannot be imported \(No module named",
+        ),
+        (
+            "broken_rewards:Broken",
+            r"is .*, and the module broken_rewards cannot be imported \(.*never closed",
+        ),
+        ("own_rewards:Missing", r"is .*, but the module own_rewards has no Missing$"),
+    ],
+)
+def test_a_class_that_cannot_be_used_is_named(own_module, target, message):
+    with pytest.raises(ValueError, match=rf"^config\.reward\.options\.mine\.class {message}"):
+        make_reward("mine", "cpu", {"class": target, "value": 1.0})
+    with pytest.raises(
+        ValueError, match=rf"^config\.reward\.options\.mine\.class {message}"
+    ) as error:
+        make_learner("mine", "cpu", {"class": target})
+    assert "\n" not in str(error.value)
 
 
 def test_jpeg_compressibility_is_minus_the_files_size():

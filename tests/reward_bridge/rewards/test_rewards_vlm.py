@@ -5,30 +5,30 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from reward_bridge.rewards import make_reward
+from reward_bridge.rewards.forensic_chat import QUESTION, p_real
+from reward_bridge.rewards.hpsv3 import ENDING, INSTRUCTION
+from reward_bridge.rewards.qwen_vl import QwenInputs, patchify
 from tests.helpers.goldens import golden
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # noqa: E402
-
-from reward_bridge.rewards import make_reward  # noqa: E402
-from reward_bridge.rewards.forensic_chat import QUESTION, p_real  # noqa: E402
-from reward_bridge.rewards.hpsv3 import ENDING, INSTRUCTION  # noqa: E402
-from reward_bridge.rewards.qwen_vl import QwenInputs, patchify  # noqa: E402
-from tests.reward_bridge.rewards.test_rewards import pictures  # noqa: E402
+from tests.helpers.pictures import pictures
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 TEMPLATE = (  # Qwen2-VL's, without videos and numbered pictures
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PROCESSOR = {  # as published, but for max_pixels: 12845056
     "min_pixels": 3136,
@@ -50,7 +50,10 @@ UTILS = (4 * 28 * 28, 16384 * 28 * 28)  # qwen_vl_utils' MIN_PIXELS and MAX_PIXE
 
 
 def save_tokenizer(folder, template=TEMPLATE, words=("real", "Real", "fake", "Fake")):
-    """Bytes, the words, the special tokens, and every long line of HPSv3's text as one token to keep tests short."""
+    """Bytes, the words, the special tokens, and every long line of HPSv3's text.
+
+    One token for a long line keeps the tests short.
+    """
     merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
     pieces = ["<|endoftext|>", *sorted(ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
     tokenizer = transformers.Qwen2Tokenizer(
@@ -106,9 +109,10 @@ def tools(folder):
 
 
 def one_by_one(folder, pixels, text, bounds=UTILS):
-    """One picture's and text's inputs by PIL, transformers' PIL processor, and the dialogue written by hand.
+    """The inputs of a picture and a text by PIL, transformers' processor and a dialogue by hand.
 
-    PIL up to 11, which the authors had, resizes the columns first, then the rows; 13 chooses the order by the sizes.
+    PIL up to 11, which the authors had, resizes the columns first, then the rows; 13 chooses the
+    order by the sizes.
     """
     tokenizer, processor = tools(folder)
     height, width = smart_resize(*pixels.shape[1:], 28, *bounds)
@@ -118,7 +122,8 @@ def one_by_one(folder, pixels, text, bounds=UTILS):
     inputs = dict(processor(image, return_tensors="pt"))
     tokens = "<|image_pad|>" * (inputs["image_grid_thw"].prod().item() // 4)
     turn = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    turn += f"<|im_start|>user\n<|vision_start|>{tokens}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+    turn += f"<|im_start|>user\n<|vision_start|>{tokens}<|vision_end|>{text}<|im_end|>\n"
+    turn += "<|im_start|>assistant\n"
     inputs["input_ids"] = tokenizer([turn], return_tensors="pt").input_ids
     inputs["mm_token_type_ids"] = (
         inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -128,7 +133,7 @@ def one_by_one(folder, pixels, text, bounds=UTILS):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_patches_are_the_image_processors(chat_folder, size):
-    """Exactly where nothing is resized, else but for rounding: a grey level in each of at most two resizes."""
+    """Exactly if nothing is resized, else within one grey level for each of two resizes."""
     images = pictures(3, *size)
     patches, grid = QwenInputs(str(chat_folder), "x").patches(images)
     want = [one_by_one(chat_folder, pixels, "") for pixels in images]
@@ -241,7 +246,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def hpsv3(tmp_path_factory):
-    """The base folder, a file of the published layout (transformers 4.45's names), and what is in it."""
+    """The base folder, a file in the published layout (names of transformers 4.45), its tensors."""
     base, place = tmp_path_factory.mktemp("qwen2_vl"), tmp_path_factory.mktemp("hpsv3")
     tokenizer = save_tokenizer(base)
     (base / "preprocessor_config.json").write_text(
@@ -285,7 +290,9 @@ def hpsv3(tmp_path_factory):
 
 
 def test_hpsv3_text_is_the_one_of_its_training():
-    """To the space: sha256 of INSTRUCTION and prompt_with_special_token in hpsv3/dataset/data_collator_qwen.py."""
+    """To the space: SHA-256 of INSTRUCTION and prompt_with_special_token in HPSv3's
+    hpsv3/dataset/data_collator_qwen.py.
+    """
     digest = hashlib.sha256((INSTRUCTION + ENDING).encode()).hexdigest()
     assert digest == "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
 
@@ -299,7 +306,7 @@ def load_hpsv3(hpsv3, **options):
 
 
 def hpsv3_reference(hpsv3, pixels, prompt):
-    """As published: pictures' embeddings put among the words', then the language model without positions."""
+    """As published: the picture's embeddings among the words', then the model without positions."""
     text = INSTRUCTION.format(text_prompt=prompt) + ENDING
     inputs = one_by_one(hpsv3.base, pixels, text, (256 * 28 * 28, 256 * 28 * 28))
     with torch.no_grad():
@@ -335,7 +342,7 @@ def test_hpsv3_is_the_models_own_one_by_one(hpsv3, size):
 
 
 def test_hpsv3_options(hpsv3, tmp_path):
-    """RealGen's scale; a file with the names of today's transformers; the head in float32 beside a model in bf16."""
+    """RealGen's scale; a file with today's names; a float32 head on a bfloat16 model."""
     images, prompts = pictures(1, 56, 56), PROMPTS[:1]
     exact, half = load_hpsv3(hpsv3), load_hpsv3(hpsv3, dtype="bfloat16")
     want = exact(images, prompts)
@@ -363,12 +370,12 @@ def test_hpsv3_names_what_is_wrong(hpsv3, tmp_path):
     file, key = tmp_path / "HPSv3.safetensors", "model.layers.0.mlp.up_proj.weight"
     table = hpsv3.state["model.embed_tokens.weight"]
     for changed, message in (
-        ({"rm_head.6.bias": torch.zeros(2)}, r"1 keys too many, such as 'head\.6\.bias'"),
+        ({"rm_head.6.bias": torch.zeros(2)}, r"1 unexpected keys, such as 'head\.6\.bias'"),
         (
             {"value_head.bias": torch.zeros(2)},
-            r"1 keys that are not of this model, such as 'value_head\.bias'",
+            r"1 keys that do not belong to this model, such as 'value_head\.bias'",
         ),
-        ({key: torch.zeros(3, 32)}, r"up_proj\.weight has shape \(3, 32\), the model \(64, 32\)"),
+        ({key: torch.zeros(3, 32)}, r"up_proj\.weight has shape \(3, 32\), expected \(64, 32\)"),
         ({"model.embed_tokens.weight": table[1:].clone()}, r"embed_tokens\.weight has shape"),
         (
             {key: None},

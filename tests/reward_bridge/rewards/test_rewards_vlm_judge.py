@@ -26,7 +26,7 @@ def pictures(n, height, width):
 
 @pytest.fixture
 def server():
-    """An endpoint on this machine; a test sets `reply(number of the request, its body) -> (status, answer)`."""
+    """A local endpoint; a test sets `reply(number of the request, body) -> (status, answer)`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -73,7 +73,7 @@ def judge(server, **options):
 
 
 def test_vlm_judge_asks_about_each_picture(server, monkeypatch):
-    """Scores in the order of the pictures though the first answers come last, three at a time, pictures intact."""
+    """Scores keep the pictures' order though the first answers come last, three at a time."""
     images, prompts = pictures(6, 40, 56), [f"prompt {i}" for i in range(6)]
     busy, most = set(), []
 
@@ -166,7 +166,7 @@ def test_vlm_judge_gives_up_on_silence(server):
     stop = threading.Event()
     server.reply = lambda number, body: (stop.wait(5), (200, {}))[1]
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"failed: ReadTimeout"):
+    with pytest.raises(ValueError, match=r"failed: no answer within 0\.1 s; check url"):
         judge(server, attempts=2, timeout=0.1)(pictures(2, 16, 16), [""] * 2)
     assert time.monotonic() - start < 3
     with pytest.raises(ValueError, match=r"has not answered 9 questions within 0\.2 s"):
@@ -181,3 +181,20 @@ def test_vlm_judge_wants_the_key_it_was_told_of(server, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match=r"no variable 'JUDGE_KEY'.*export it"):
         judge(server, api_key_env="JUDGE_KEY")
+
+
+def test_vlm_judge_never_prints_its_key(server, monkeypatch):
+    """An endpoint that repeats what it was sent."""
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    server.reply = lambda number, body: (400, b"wrong key s3cret")
+    with pytest.raises(ValueError, match=r"HTTP 400 wrong key \.\.\.;") as raised:
+        judge(server, api_key_env="JUDGE_KEY")(pictures(1, 16, 16), [""])
+    assert "s3cret" not in str(raised.value)
+    server.reply = lambda number, body: (200, b"no chat s3cret")
+    with pytest.raises(ValueError, match="without the first token's") as raised:
+        judge(server, api_key_env="JUDGE_KEY")(pictures(1, 16, 16), [""])
+    assert "s3cret" not in str(raised.value)
+    monkeypatch.setenv("JUDGE_KEY", "s3\ncret")
+    with pytest.raises(ValueError, match="JUDGE_KEY holds characters") as raised:
+        judge(server, api_key_env="JUDGE_KEY")
+    assert "cret" not in str(raised.value)

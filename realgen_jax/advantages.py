@@ -1,0 +1,40 @@
+"""Advantages: how much better a picture is than the others of its prompt."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def group_advantages(
+    scores: Mapping[str, np.ndarray],
+    weights: Mapping[str, float],
+    *,
+    global_std: bool,
+    eps: float = 1e-4,
+) -> np.ndarray:
+    """A_k = (r_k - mean of the group) / (std + eps) for each reward k, then sum w_k A_k / sum w_k.
+
+    scores: {reward: [groups, size]}, one group a prompt. The population std is the group's, or with
+    `global_std` that of all samples. A group whose spread is only rounding (below 1e-6 of its
+    magnitude) has advantage zero. Returns float32 [groups, size]; computed in float64.
+
+    Raises ValueError for scores that are not [groups, size]. Source: Flow-GRPO (arXiv 2505.05470).
+    """
+    shape = next(iter(scores.values())).shape
+    total = np.zeros(shape)
+    for name, weight in weights.items():
+        rewards = np.asarray(scores[name], np.float64)
+        if rewards.ndim != 2 or rewards.shape != shape:
+            raise ValueError(
+                f"the scores of {name!r} have shape {rewards.shape}; expected [groups, size]"
+            )
+        deviation = rewards - rewards.mean(axis=1, keepdims=True)
+        std = rewards.std() if global_std else rewards.std(axis=1, keepdims=True)
+        deviation = np.where(zero_spread(rewards)[:, None], 0.0, deviation)
+        total += weight * deviation / np.maximum(std + eps, 1e-30)
+    return (total / sum(weights.values())).astype(np.float32)
+
+
+def zero_spread(rewards: np.ndarray) -> np.ndarray:
+    """Which groups of rewards [groups, size] differ by rounding only: bool [groups]."""
+    return rewards.std(axis=1) <= 1e-6 * np.abs(rewards).max(axis=1)

@@ -1,0 +1,113 @@
+"""Config files: finding the one that --config names, and running it.
+
+A config is named by its path or, if it is one of the shipped ones, by its name: flux_grpo. A preset
+may follow after a colon, flux_grpo:tiny; it is the argument of the file's get_config().
+"""
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+SHIPPED = "realgen_configs"  # the package that setup.py makes of configs/
+
+
+def load_config(argument: str) -> ConfigDict:
+    """Return the config of "FILE[:PRESET]", or of "NAME[:PRESET]" if it is a shipped one.
+
+    Raises FileNotFoundError if there is no such file or name, and ValueError, with a message of one
+    line, if the file gives no config.
+    """
+    name, *preset = argument.split(":", 1)
+    file = find_config(name)
+    with _one_line_errors(file):
+        module = _run_file(file)
+
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ValueError(f"{file} has no get_config(); expected a function that returns the config")
+    if preset and not inspect.signature(get_config).parameters:
+        raise ValueError(f"{file} has no presets; leave out ':{preset[0]}'")
+
+    with _one_line_errors(file):
+        config = get_config(*preset)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{file}: get_config() returned {config!r}; expected a ConfigDict")
+    return config
+
+
+def find_config(name: str) -> Path:
+    """The file at this path, else the shipped config of this name ("flux_grpo").
+
+    A shipped config's name may be written as its path in the repository, "configs/flux_grpo.py".
+    """
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file
+
+    shipped = shipped_configs()
+    stem = name.removeprefix("configs/").removesuffix(".py")
+    if stem not in shipped:
+        raise FileNotFoundError(
+            f"--config {name}: no such file and no shipped config; shipped are {', '.join(shipped)}"
+        )
+    return shipped[stem]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """{name: file} of the configs that are installed with this package."""
+    package = importlib.util.find_spec(SHIPPED)
+    if package is None:  # a checkout that is not installed
+        return {}
+
+    files = {}
+    for folder in package.submodule_search_locations:
+        for file in sorted(Path(folder).glob("*.py")):
+            files[file.stem] = file
+    return files
+
+
+def missing_keys(config: ConfigDict, template: ConfigDict, parent: str = "") -> list[str]:
+    """The keys, as "train.beta", that the template has and the config lacks."""
+    missing = []
+    for key, value in template.items():
+        if key not in config:
+            missing.append(parent + key)
+        elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+            missing += missing_keys(config[key], value, f"{parent}{key}.")
+    return missing
+
+
+def _run_file(file: Path) -> ModuleType:
+    """Execute a Python file of any name as a module."""
+    loader = SourceFileLoader("_realgen_config", str(file))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loader.name] = module  # dataclasses look up the module of their class
+    loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _one_line_errors(file: Path) -> Iterator[None]:
+    """Raise errors of the file's own code as ValueError, in one line that names file and line."""
+    try:
+        yield
+    except ValueError:  # the file's own message, such as that of an unknown preset
+        raise
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        place = f"{file}, line {lines[-1]}" if lines else str(file)
+        message = " ".join(str(error).split())
+        message = message.partition(" Other fields present")[0]  # ml_collections lists all keys
+        raise ValueError(f"{place}: {type(error).__name__}: {message}") from error

@@ -1,0 +1,140 @@
+"""Diagnose a run: apply all checks to its metrics and describe how the reward develops."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from realgen_jax.diagnosis import rewards, update
+from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
+from realgen_jax.diagnosis.metrics import Metrics, NotRecorded, Trend, read_run
+
+# Causes come before effects. Findings of one severity are listed in this order.
+CHECKS: tuple[Callable[[Metrics, dict], Finding | None], ...] = (
+    rewards.zero_spread,
+    rewards.drowned_reward,
+    rewards.reward_noise,
+    update.ratio_deviation,
+    update.clip_range,
+    update.no_gradient,
+    update.step_size,
+    update.kl_penalty,
+    update.gradient_norm,
+    update.clip_fraction,
+    update.one_sided_clipping,
+    rewards.held_out,
+    rewards.held_out_correlation,
+    rewards.diversity,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The diagnosis of a run."""
+
+    run: str
+    verdict: str
+    trend: str  # rises, falls, barely rises, barely falls, flat
+    trends: list[Trend]
+    findings: list[Finding]
+    not_recorded: list[str]
+
+    def of(self, *severities: str) -> list[Finding]:
+        """The findings of these severities."""
+        return [finding for finding in self.findings if finding.severity in severities]
+
+
+def diagnose(run: Path) -> Answer:
+    """Run all checks; the findings are sorted by severity, problems first.
+
+    Raises ValueError if `run` is not a run's folder or too young, NotRecorded if it has no reward,
+    and KeyError if its config lacks a key.
+    """
+    metrics, config = read_run(run)
+
+    # Checks that cannot run are listed by the value they lack.
+    findings: list[Finding] = []
+    skipped: dict[str, list[str]] = {}
+    for check in CHECKS:
+        try:
+            finding = check(metrics, config)
+        except NotRecorded as error:
+            skipped.setdefault(str(error), []).append(check.__name__)
+            continue
+        if finding is not None:
+            findings.append(finding)
+
+    # A note explains a reward that does not rise, but not one that falls.
+    explanations = {PROBLEM} if metrics.direction == "falls" else {PROBLEM, NOTE}
+    explained = any(finding.severity in explanations for finding in findings)
+    if not metrics.rises and not explained:
+        findings.append(no_cause(metrics, config))
+
+    order = (PROBLEM, NOTE, FINE)
+    findings.sort(key=lambda finding: order.index(finding.severity))
+    not_recorded = [f"{key} (for {', '.join(checks)})" for key, checks in skipped.items()]
+    return Answer(
+        run=str(run),
+        verdict=verdict(metrics, config),
+        trend=metrics.direction,
+        trends=metrics.trends,
+        findings=findings,
+        not_recorded=not_recorded,
+    )
+
+
+def no_cause(metrics: Metrics, config: dict) -> Finding:
+    """The finding for a reward that does not rise although no check explains it."""
+    trend = metrics.trends[0]
+    healthy = f"> {trend.margin:.2g}, the noise"
+    figures = [Figure("rise an epoch", trend.slope, healthy, trend.epochs)]
+
+    hidden = max(0.0, trend.slope + trend.margin)
+    says = (
+        f"No check explains it. A rise of up to {hidden:.2g} per epoch could hide in the noise of "
+        "training."
+    )
+    calls = 2 * config["sample"]["num_batches_per_epoch"]
+    accumulation = 2 * config["train"]["gradient_accumulation_steps"]
+    learning_rate = 2 * config["train"]["learning_rate"]
+    remedy = (
+        f"Use more pictures per step (--config.sample.num_batches_per_epoch={calls} "
+        f"--config.train.gradient_accumulation_steps={accumulation}), more epochs, or "
+        f"--config.train.learning_rate={learning_rate:g}. Look at RUN/samples to see whether high "
+        "scores mean better pictures at all."
+    )
+    severity = PROBLEM if metrics.direction == "falls" else NOTE
+    return Finding("no cause found", severity, figures, says, remedy)
+
+
+def verdict(metrics: Metrics, config: dict) -> str:
+    """Describe the reward's trend in a few sentences."""
+    direction = metrics.direction
+    if direction == "flat":
+        sentences = ["The reward does not rise: any trend is lost in the noise."]
+    elif direction.startswith("barely"):
+        sentences = [f"The reward {direction}, by too little to see in the pictures."]
+    else:
+        sentences = [f"The reward {direction}."]
+
+    for trend in metrics.trends:
+        sentences.append(
+            f"In {trend.where}, epochs {trend.epochs}: {trend.slope:+.2g} per epoch (standard "
+            f"error {trend.error:.1g}), {trend.rise:+.2g} in all, which is {abs(trend.effect):.2g} "
+            "times the spread within a group."
+        )
+
+    learned = config["reward"].get("adversarial")  # missing in older runs
+    if learned:
+        sentences.append(
+            f"{', '.join(learned)} learned during the run, so the level of this reward says "
+            "little; rely on the held-out checks."
+        )
+
+    names = list(config["reward"]["fn"])
+    if len(names) > 1:
+        directions = []
+        for name in names:
+            trend = metrics.trend(f"reward/{name}", metrics.recent(f"reward_std/{name}"))
+            directions.append(f"{name} {trend.direction}")
+        sentences.append(f"Each reward in training: {', '.join(directions)}.")
+    return " ".join(sentences)

@@ -1,0 +1,109 @@
+"""Helpers for files: atomic writes, digests, locks between processes, JSON lines."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+SAMPLED_BLOCKS = 64  # blocks of a large file that `sampled_digest` reads
+BLOCK_BYTES = 1 << 16
+
+
+def write_whole(file: Path, data: str | bytes) -> None:
+    """Write a file in one step: a reader sees the old content or the new one, even after a crash.
+
+    Text is written as UTF-8.
+    """
+    temporary = _temporary(file)
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    temporary.replace(file)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill. It replaces `folder` at the end, unless an error is raised."""
+    temporary = _temporary(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _temporary(path: Path) -> Path:
+    """The name beside `path` under which its new content is written first."""
+    return path.with_name(path.name + ".part")
+
+
+def sha256_file(file: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sampled_digest(file: Path) -> bytes:
+    """Return a SHA-256 over a file's name, its size and its content.
+
+    Of a file above 4 MiB (T5 has 10 GB), only 64 blocks spread evenly over it are read.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{file.name} {size}".encode())
+
+    with file.open("rb") as stream:
+        if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+            digest.update(stream.read())
+        else:
+            for offset in np.linspace(0, size - BLOCK_BYTES, SAMPLED_BLOCKS).astype(np.int64):
+                stream.seek(int(offset))
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.digest()
+
+
+def file_lock(file: Path, timeout: float = -1) -> FileLock:
+    """Return a context manager that holds `file` as a lock between processes.
+
+    It waits `timeout` seconds (-1: forever, 0: not at all), then raises `filelock.Timeout`. The
+    operating system releases the lock when the process ends, however it ends. A file system
+    without such locks raises OSError: a lock file alone would outlive a killed process.
+    """
+    return FileLock(file, timeout=timeout, fallback_to_soft=False)
+
+
+def read_jsonl(file: Path) -> list[Any]:
+    """Return the values of a file with one JSON value a line; [] if there is no such file.
+
+    A last line that a crash left incomplete is skipped. Raises ValueError if any other line is
+    not JSON.
+    """
+    if not file.exists():
+        return []
+    lines = file.read_bytes().splitlines()
+
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{file}, line {number} is not JSON ({error})") from error
+    return values
+
+
+def drop_incomplete_line(file: Path) -> None:
+    """Remove a last line that a crash left incomplete, so that further lines can be appended."""
+    if not file.exists():
+        return
+    content = file.read_bytes()
+    end = content.rfind(b"\n") + 1
+
+    if end < len(content):
+        with file.open("r+b") as stream:
+            stream.truncate(end)

@@ -1,0 +1,203 @@
+"""What an epoch costs: operations and bytes of memory, by formula. Nothing is compiled.
+
+The transformer's part is its family's (`Formulas`, models/flux/cost.py). A multiplication and an
+addition count as two operations, and only products are counted: projections, attention and
+convolutions.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+
+from realgen_jax.nn.tokens import PATCH
+from realgen_jax.nn.vae import VaeConfig, decoded_at_once
+
+F32 = 4  # bytes
+
+
+class Formulas(Protocol):
+    """The costs of a family's transformer; `images` are those of one device."""
+
+    def forward_flops(self, work: "Work") -> dict[str, float]:
+        """Operations of one velocity for one image, by kind; "attention" is one of them."""
+
+    def update_flops(self, work: "Work") -> dict[str, float]:
+        """Operations of one image at one step of the window; "remat" is one of the kinds."""
+
+    def forward_bytes(self, work: "Work", images: float) -> float:
+        """Peak activations of one velocity without gradient."""
+
+    def update_bytes(self, work: "Work", images: float) -> float:
+        """Peak activations of an update."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sizes of one run, as far as its costs depend on them."""
+
+    formulas: Formulas
+    model: Any  # the transformer's sizes, a family's Config
+    vae: VaeConfig
+    image_tokens: int  # s, of one image
+    text_tokens: int  # l, of one prompt
+    text_elements: int  # numbers in one prompt's embeddings
+    rank: int  # of the LoRA; 0: all weights train
+    images: int  # of one call, over all devices
+    slots: int  # of one call, over all devices; each becomes several images at the window's start
+    steps: int  # from noise to image
+    window: int  # steps that are trained on
+    prefix: float  # mean number of steps before the window; these run on slots
+    calls: int  # of an epoch
+    inner_epochs: int
+    reference: bool  # whether the update needs the reference model (beta > 0)
+    recompute: bool  # train.recompute_old
+    flash: bool = True  # attention keeps its scores on the chip; a CPU writes them out
+    weight_parts: int = 1  # devices that share each weight, fsdp x tensor
+
+    @property
+    def tokens(self) -> int:
+        """T, the length of the joint sequence."""
+        return self.image_tokens + self.text_tokens
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image: a token is 2 x 2 latents; all VAE levels but one double h and w."""
+        return self.image_tokens * 4 ** len(self.vae.block_out_channels)
+
+
+def decode_flops(work: Work) -> float:
+    """Operations of decoding one image.
+
+    A k x k convolution takes 2 k^2 in out for each position; one behind an upsampling counts as
+    k = 2 with four times the outputs (see vae.Upsample).
+    """
+    vae = work.vae
+    widths = vae.block_out_channels[::-1]
+    width = widths[0]
+
+    # The coarsest level: conv_in, and two residual blocks with two convolutions each.
+    positions = work.image_tokens * 4
+    total = 18.0 * positions * width * (vae.latent_channels + 4 * width)
+
+    # Its attention over all positions, and that attention's four projections.
+    total += 4.0 * positions * positions * width + 8.0 * positions * width**2
+
+    for level, out in enumerate(widths):
+        # Residual blocks, with a 1x1 convolution as shortcut where the width changes.
+        for _ in range(vae.layers_per_block + 1):
+            shortcut = 2.0 * positions * width * out if width != out else 0.0
+            total += 18.0 * positions * (width * out + out * out) + shortcut
+            width = out
+
+        # Upsampling, on all levels but the last.
+        if level < len(widths) - 1:
+            positions *= 4
+            total += 8.0 * positions * width * width
+
+    # conv_out, to three colours.
+    return total + 18.0 * positions * width * 3
+
+
+def epoch_flops(work: Work) -> dict[str, float]:
+    """Operations of one epoch over all devices.
+
+    useful: without what rematerialisation, flash attention's backward pass and `recompute_old`
+    compute a second time. These are the operations that MFU counts.
+    """
+    flops = work.formulas.forward_flops(work)
+    forward = sum(flops.values())
+    update = work.formulas.update_flops(work)
+    images = work.calls * work.images
+
+    # The steps before the window run on slots, all others on images.
+    steps = work.prefix * work.slots + (work.steps - work.prefix) * work.images
+    rollout = forward * work.calls * steps
+    decode = images * decode_flops(work)
+
+    # An update replays every call at every step of the window.
+    replays = images * work.window * work.inner_epochs
+    step = sum(update.values())
+    recompute = images * work.window * step if work.recompute else 0.0
+
+    useful_step = step - update["remat"]
+    if work.flash:
+        useful_step -= flops["attention"] / 2
+
+    return {
+        "rollout": rollout,
+        "decode": decode,
+        "update": replays * step + recompute,
+        "total": rollout + decode + replays * step + recompute,
+        "useful": rollout + decode + replays * useful_step,
+    }
+
+
+def decode_bytes(work: Work, images: float) -> float:
+    """Bytes of activations at the peak of decoding, for the images that are decoded together."""
+    vae = work.vae
+    at_once = decoded_at_once(vae, work.image_tokens, int(images))
+
+    # Three feature maps of the last level's input at full size.
+    widths = vae.block_out_channels
+    wide = widths[min(1, len(widths) - 1)]
+    maps = 3 * work.pixels * wide * jnp.dtype(vae.dtype).itemsize
+
+    # Or the scores [P, P] of the attention over P positions, which no flash kernel computes: the
+    # logits, the weights and, for several images, a copy.
+    positions = 4 * work.image_tokens
+    scores = positions**2 * F32 * (2 + (at_once > 1))
+
+    return at_once * max(maps, scores)
+
+
+def rollout_bytes(work: Work, parts: int) -> dict[str, float]:
+    """Bytes of one call's rollout on one device, with the batch split into `parts`."""
+    images = work.images / parts
+    slots = work.slots / parts
+
+    # Latents [n, s, c] in float32.
+    channels = PATCH**2 * work.vae.latent_channels
+    latent = images * work.image_tokens * channels * F32
+
+    return {
+        "noise": latent * work.window,
+        # The latents at all window + 1 points, and the mean of every step.
+        "trajectory": latent * (2 * work.window + 1),
+        "means": latent * work.window,
+        "embeddings": slots * work.text_elements * jnp.dtype(work.model.dtype).itemsize,
+        # RGB, one byte each.
+        "pictures": images * work.pixels * 3,
+    }
+
+
+def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str, float]]:
+    """Bytes on one device beside weights and optimizer state: {phase: {part: bytes}}.
+
+    parts: into how many the batch is split. trainable: bytes of the trained arrays on this device.
+    """
+    images = work.images / parts
+    call = rollout_bytes(work, parts)
+    trajectories = work.calls * call["trajectory"]
+    embeddings = work.calls * call["embeddings"]
+    means = work.calls * call["means"] if work.recompute else 0.0
+
+    # Sampling: an epoch's trajectories, embeddings and images (in the worst case none is scored
+    # before the last call), and the activations of the velocity or of the decoder.
+    activations = max(work.formulas.forward_bytes(work, images), decode_bytes(work, images))
+    sample = {
+        "trajectories": trajectories,
+        "embeddings": embeddings,
+        "pictures": work.calls * call["pictures"],
+        "activations": call["noise"] + activations,
+    }
+
+    # Update: trajectories and embeddings twice (the calls', and stacked for the optimizer steps),
+    # and two gradients: their sum and the present call's (later the optimizer's step).
+    update = {
+        "trajectories": 2 * trajectories + means,
+        "embeddings": 2 * embeddings,
+        "gradients": 2 * trainable,
+        "activations": work.formulas.update_bytes(work, images),
+    }
+    return {"sample": sample, "update": update}

@@ -1,0 +1,239 @@
+"""A model from the files that `config.pretrained` names, or from their sizes alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from realgen_jax.models import FAMILIES, get_family
+from realgen_jax.models.family import Family
+from realgen_jax.models.model import Model
+from realgen_jax.models.trainable import AllWeights, Trainable
+from realgen_jax.nn.convert import Sharding, Table, abstract, leaves, load
+from realgen_jax.nn.tensors import Tensors, config_from, read_config
+from realgen_jax.nn.tokens import PATCH
+from realgen_jax.nn.vae import Autoencoder, VaeConfig
+from realgen_jax.nn.vae_files import load_vae, vae_config
+from realgen_jax.sharding import param_sharding, replicated
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def find_family(pretrained: Any) -> Family:
+    """The family of `config.pretrained.model`, by the "_class_name" of its model_index.json.
+
+    Raises FileNotFoundError for a folder that is not there and ValueError for another pipeline.
+    """
+    if not sizes_on_disk(pretrained):
+        raise FileNotFoundError(missing_model(pretrained))
+    return get_family(pipeline_class(Path(pretrained.model)))
+
+
+def pipeline_class(folder: Path) -> str:
+    """The "_class_name" of a pipeline folder, which is one of FAMILIES.
+
+    Raises FileNotFoundError for a folder without model_index.json, ValueError for another class.
+    """
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise FileNotFoundError(f"{folder} holds no model_index.json of diffusers")
+    pipeline = json.loads(index.read_text()).get("_class_name")
+    if pipeline not in FAMILIES:
+        raise ValueError(
+            f'{index} has "_class_name" {pipeline!r}; expected one of {", ".join(FAMILIES)}'
+        )
+    return pipeline
+
+
+def missing_model(pretrained: Any) -> str:
+    """What to do about a missing model folder."""
+    family = default_family(pretrained)
+    if not pretrained.model:
+        return f"config.pretrained.model is empty; expected a {family.pipeline} folder of diffusers"
+    text = (
+        f"config.pretrained.model is {str(pretrained.model)!r}, which holds no model_index.json; "
+        f"expected a {family.pipeline} folder of diffusers"
+    )
+    return f"{text}. {family.download}" if family.download else text
+
+
+def default_family(pretrained: Any) -> Family:
+    """The family that `config.pretrained.family` names, for a model that is not on the disk."""
+    if pretrained.family not in FAMILIES:
+        raise ValueError(
+            f"config.pretrained.family is {pretrained.family!r}; choose from {', '.join(FAMILIES)}"
+        )
+    return get_family(pretrained.family)
+
+
+def sizes_on_disk(pretrained: Any) -> bool:
+    """Whether the model is on the disk, so that its sizes can be read."""
+    folder = Path(pretrained.model)
+    return bool(pretrained.model) and (folder / "model_index.json").exists()
+
+
+def load_model(
+    pretrained: Any,
+    resolution: int,
+    mesh: Mesh,
+    trainable: Trainable | None = None,
+) -> Model:
+    """Load what `config.pretrained` names, for square pictures of `resolution` pixels.
+
+    Raises FileNotFoundError and ValueError for what is missing or does not fit, on shapes where
+    these tell, before a weight is read.
+    """
+    family = find_family(pretrained)
+    abstract_model(pretrained, resolution, mesh, trainable)
+    folder = Path(pretrained.model)
+    dtypes, vae_dtype = _dtypes(pretrained)
+    overrides = {"remat": pretrained.remat, **dtypes}
+    source = Path(pretrained.transformer or folder / "transformer")
+
+    config, params = load_transformer(
+        family, source, param_sharding(mesh, family.rules), **overrides
+    )
+    everywhere = replicated(mesh)
+    vae, vae_params = load_vae(folder / "vae", lambda path, shape: everywhere, dtype=vae_dtype)
+    schedule = _schedule(family, folder)
+    trainable = trainable or AllWeights()
+    return _assemble(family, config, params, vae, vae_params, schedule, resolution, mesh, trainable)
+
+
+def abstract_model(
+    pretrained: Any,
+    resolution: int,
+    mesh: Any,
+    trainable: Trainable | None = None,
+) -> Model:
+    """The model without weights; its leaves are jax.ShapeDtypeStructs with their shardings.
+
+    Sizes are read from the folder's config.json files or the single file's header. For a model
+    that is not on the disk they are those of the published model of `config.pretrained.family`.
+    `mesh` may be an AbstractMesh. Raises as `load_model`.
+    """
+    dtypes, vae_dtype = _dtypes(pretrained)
+    overrides = {"remat": pretrained.remat, **dtypes}
+    if sizes_on_disk(pretrained):
+        family = find_family(pretrained)
+        folder = Path(pretrained.model)
+        source = Path(pretrained.transformer or folder / "transformer")
+        if source.is_file():
+            config, _ = single_file(family, source, **overrides)
+        else:
+            config = transformer_config(family, source, **overrides)
+        vae = vae_config(folder / "vae", dtype=vae_dtype)
+        schedule = _schedule(family, folder)
+    else:
+        family = default_family(pretrained)
+        config = family.Config(**overrides)
+        vae = VaeConfig(dtype=vae_dtype)
+        schedule = family.Schedule()
+
+    everywhere = replicated(mesh)
+    params = _placed(abstract(family.Module, config)[1], param_sharding(mesh, family.rules))
+    vae_params = _placed(abstract(Autoencoder, vae)[1], lambda path, shape: everywhere)
+    trainable = trainable or AllWeights()
+    return _assemble(family, config, params, vae, vae_params, schedule, resolution, mesh, trainable)
+
+
+def load_transformer(
+    family: Family,
+    path: str | Path,
+    sharding: Sharding = lambda path, shape: None,
+    **overrides: Any,
+) -> tuple[Any, nnx.State]:
+    """Config and weights of a `transformer/` folder of diffusers or the publisher's single file.
+
+    `overrides` are fields of the family's Config (dtype, ...).
+    """
+    path = Path(path)
+    if path.is_file():
+        config, table = single_file(family, path, **overrides)
+    else:
+        config = transformer_config(family, path, **overrides)
+        table = family.table(config)
+    state = abstract(family.Module, config)[1]
+    return config, load(Tensors(path), state, table, sharding)
+
+
+def single_file(family: Family, path: Path, **overrides: Any) -> tuple[Any, Table]:
+    """Config and table of the publisher's single file, by the shapes in its header.
+
+    Raises ValueError for a family that has none, and for another model's file.
+    """
+    if family.single_file is None:
+        raise ValueError(f"{path} is a file; expected a {family.transformer} folder of diffusers")
+    return family.single_file(Tensors(path), **overrides)
+
+
+def transformer_config(family: Family, folder: Path, **overrides: Any) -> Any:
+    """The sizes in the config.json of diffusers' `transformer/`."""
+    return config_from(family.Config, read_config(folder, family.transformer), **overrides)
+
+
+def _schedule(family: Family, folder: Path) -> Any:
+    values = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return config_from(family.Schedule, values)
+
+
+def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:
+    """The transformer's dtype and param_dtype, and the autoencoder's dtype."""
+    for name in ("dtype", "param_dtype", "vae_dtype"):
+        if pretrained[name] not in DTYPES:
+            raise ValueError(
+                f"config.pretrained.{name} is {pretrained[name]!r}; "
+                f"choose one of {', '.join(DTYPES)}"
+            )
+    dtypes = {name: jnp.dtype(pretrained[name]) for name in ("dtype", "param_dtype")}
+    return dtypes, jnp.dtype(pretrained.vae_dtype)
+
+
+def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
+    """An abstract state with the sharding of every array."""
+    placed = []
+    arrays = leaves(state)
+    for (name, array), (path, variable) in zip(
+        arrays.items(), nnx.to_flat_state(state), strict=True
+    ):
+        struct = jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=sharding(name, array.shape)
+        )
+        placed.append((path, variable.replace(struct)))
+    return nnx.from_flat_state(placed)
+
+
+def _assemble(
+    family: Family,
+    config: Any,
+    params: nnx.State,
+    vae: VaeConfig,
+    vae_params: nnx.State,
+    schedule: Any,
+    resolution: int,
+    mesh: Any,
+    trainable: Trainable,
+) -> Model:
+    """The model, once the resolution is known to fit."""
+    side = PATCH * 2 ** (len(vae.block_out_channels) - 1)
+    if resolution < side or resolution % side:
+        raise ValueError(
+            f"config.sample.resolution is {resolution}; expected a multiple of {side} pixels"
+        )
+    tokens = resolution // side
+    return Model(
+        params=params,
+        vae_params=vae_params,
+        family=family,
+        config=config,
+        vae=vae,
+        schedule=schedule,
+        trainable=trainable,
+        height=tokens,
+        width=tokens,
+        mesh=mesh,
+    )

@@ -1,0 +1,85 @@
+"""Runs a transformer's blocks as one scan with rematerialisation.
+
+Blocks of one kind are a single module whose parameters have a leading layer axis. A scan compiles
+the block once, however many layers there are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from realgen_jax.nn.layers import PROJECTION, Linear
+from realgen_jax.sharding import BATCH_AXES, constrain
+
+
+def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy: save the outputs of cuDNN's forward kernel, so that it does not run twice."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# The adapters' products are not saved: they are cheap to recompute and as large as the projections.
+_projections = jax.checkpoint_policies.save_only_these_names(PROJECTION)
+
+# What a block's forward pass saves for the backward pass; the rest is computed a second time.
+REMAT_POLICIES = {
+    # Only the block's input.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Also the output of attention, on a GPU.
+    "attention": _flash_attention,
+    # Also the outputs of the projections.
+    "dots": jax.checkpoint_policies.save_from_both_policies(_projections, _flash_attention),
+    # Everything that autodiff needs.
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
+def pin_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Shard activations [n, ...] by rows over data and fsdp; tokens and channels stay whole.
+
+    Without this constraint GSPMD splits the channels of a block instead of gathering its weights.
+    """
+    return jax.tree.map(lambda a: constrain(a, mesh, BATCH_AXES), tree)
+
+
+def scan_blocks(
+    apply: Callable[[Any, Any, Any], Any],
+    blocks: nnx.Module,
+    carry: Any,
+    modulation: Any,
+    policy: str,
+    mesh: Mesh | None,
+) -> Any:
+    """Run stacked blocks in order: carry = apply(block, carry, modulation of this layer).
+
+    blocks: a module whose parameters are [layers, ...]. carry: activations, each [n, ...].
+    modulation: arrays [layers, n, ...]. policy: a key of REMAT_POLICIES.
+    """
+    graph, weights = nnx.split(blocks)
+
+    def body(carry: Any, layer: tuple[nnx.State, Any]) -> tuple[Any, None]:
+        weights, modulation = layer
+        block = nnx.merge(graph, weights)
+        carry = apply(block, pin_rows(carry, mesh), modulation)
+        return pin_rows(carry, mesh), None
+
+    body = jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+    carry, _ = jax.lax.scan(body, carry, (weights, modulation))
+    return carry
+
+
+@jax.named_scope("modulation")
+def modulation_of_layers(project: Linear, vector: Array, mesh: Mesh | None) -> Array:
+    """The AdaLN modulations of all layers in one product: vector [n, D] -> [layers, n, k D].
+
+    These projections hold a quarter of FLUX's weights but see only one row an image. So the rows
+    move to the devices that hold the weights, and the results move back; the weights stay where
+    they are.
+    """
+    vector = constrain(vector, mesh, "data")
+    out = project(vector)
+    out = constrain(out, mesh, None, "data", ("fsdp", "tensor"))
+    return constrain(out, mesh, None, BATCH_AXES)

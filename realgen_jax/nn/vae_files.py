@@ -1,0 +1,80 @@
+"""Loading the autoencoder: a `vae/` folder of diffusers or BFL's `ae.safetensors`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from realgen_jax.nn.convert import Sharding, Table, abstract, leaves, load, table_rows
+from realgen_jax.nn.tensors import Tensors, config_from, read_config
+from realgen_jax.nn.vae import Autoencoder, VaeConfig
+
+# BFL's names as edits of diffusers' names, which are also ours. BFL's decoder counts its levels the
+# other way round.
+BFL_EDITS = (
+    ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.resnets.1", "mid.block_2"),
+    ("mid_block.attentions.0", "mid.attn_1"),
+    ("group_norm", "norm"),
+    ("to_out.0", "proj_out"),
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("down_blocks.", "down."),
+    ("resnets.", "block."),
+    ("downsamplers.0", "downsample"),
+    ("upsamplers.0", "upsample"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+)
+
+
+def _bfl_name(name: str, last_level: int) -> str:
+    """BFL's name of one of our modules."""
+    name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{last_level - int(match[1])}", name)
+    for ours, theirs in BFL_EDITS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def vae_table(config: VaeConfig, layout: str) -> Table:
+    """The autoencoder's table for the layout "diffusers" (each name is its own) or "bfl"."""
+    last_level = len(config.block_out_channels) - 1
+    rows = {}
+    for path in leaves(abstract(Autoencoder, config)[1]):
+        module = path.rpartition(".")[0]
+        rows[module] = module if layout == "diffusers" else _bfl_name(module, last_level)
+    return Table(table_rows(rows))
+
+
+def vae_config(folder: Path, **overrides: Any) -> VaeConfig:
+    """The sizes in the config.json of diffusers' `vae/`; `overrides` are VaeConfig fields.
+
+    Raises ValueError for an autoencoder with quantisation convolutions, which ours has not.
+    """
+    values = read_config(folder, "AutoencoderKL")
+    for name in ("use_quant_conv", "use_post_quant_conv"):
+        if values.get(name, True):
+            raise ValueError(
+                f"{folder / 'config.json'} has {name}; expected an autoencoder without it"
+            )
+    return config_from(VaeConfig, values, **overrides)
+
+
+def load_vae(
+    path: str | Path, sharding: Sharding = lambda leaf, shape: None, **overrides: Any
+) -> tuple[VaeConfig, nnx.State]:
+    """The autoencoder's config and weights; `overrides` are VaeConfig fields.
+
+    Raises as `load` and `vae_config`.
+    """
+    path = Path(path)
+    if path.is_file():
+        config = VaeConfig(**overrides)
+        layout = "bfl"
+    else:
+        config = vae_config(path, **overrides)
+        layout = "diffusers"
+    state = abstract(Autoencoder, config)[1]
+    return config, load(Tensors(path), state, vae_table(config, layout), sharding)

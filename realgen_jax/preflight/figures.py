@@ -1,0 +1,101 @@
+"""Figures of a preflight report: time and memory on each kind of accelerator, and JSON."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from realgen_jax.preflight.report import Report
+
+GIB = 2**30
+TERA = 1e12
+
+# name: (dense bf16 TFLOP/s, GiB that a program can see). Sources: NVIDIA's data sheets of the A100
+# (2021), H100 SXM and H200 SXM (2024); cloud.google.com/tpu/docs, "TPU v5p" and "TPU v6e", per
+# chip.
+ACCELERATORS = {
+    "A100 80 GB": (312, 79.0),
+    "H100 SXM": (989, 78.0),
+    "H200 SXM": (989, 139.0),
+    "TPU v5p": (459, 95.0),
+    "TPU v6e": (918, 31.2),
+}
+
+# Fraction of that memory that a run can use. The driver's context, the kernels' workspaces and
+# fragmentation take the rest.
+USABLE = 0.95
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One iteration of a run on one kind of accelerator."""
+
+    name: str
+    seconds: float  # of an iteration
+    sample_seconds: float  # of its sampling
+    fits: bool
+    share: float  # of the accelerator's memory that the run needs
+    fraction: float | None  # XLA_CLIENT_MEM_FRACTION to start with; None on a TPU
+
+
+def accelerator(report: Report, name: str, mfu: float) -> Accelerator:
+    """Estimate a run on a kind of accelerator; `mfu` is the fraction of peak FLOP/s it reaches."""
+    tflops, gib = ACCELERATORS[name]
+    flops_per_second = report.devices * tflops * TERA * mfu
+    sample_flops = report.flops["rollout"] + report.flops["decode"]
+    share = report.peak / (gib * GIB)
+    return Accelerator(
+        name=name,
+        seconds=report.flops["total"] / flops_per_second,
+        sample_seconds=sample_flops / flops_per_second,
+        fits=share <= USABLE,
+        share=share,
+        fraction=None if name.startswith("TPU") else memory_fraction(share),
+    )
+
+
+def memory_fraction(share: float) -> float:
+    """Return XLA_CLIENT_MEM_FRACTION for a run that needs this share of a GPU.
+
+    It is a tenth more, rounded up to a multiple of 0.05.
+    """
+    return min(USABLE, math.ceil(share * 1.1 / 0.05) * 0.05)
+
+
+def usable_bytes(name: str) -> float:
+    """Return the bytes that a run can use of an accelerator's memory."""
+    _, gib = ACCELERATORS[name]
+    return USABLE * gib * GIB
+
+
+def figures(
+    report: Report, arguments: dict[str, int], mfu: float, accelerators: list[Accelerator]
+) -> dict[str, Any]:
+    """Return all figures of a report, for JSON."""
+    layout = report.recipe.layout
+    sizes = {
+        "held": report.held,
+        **report.phases,
+        "peak": report.peak,
+        "arguments_by_xla": arguments,
+    }
+    flops = {
+        **report.flops,
+        "forward": report.work.formulas.forward_flops(report.work),
+        "update_image_step": report.work.formulas.update_flops(report.work),
+    }
+    by_name = {}
+    for estimate in accelerators:
+        row = asdict(estimate)
+        by_name[row.pop("name")] = row
+    return {
+        "preset": report.recipe.config.preset,
+        "devices": report.devices,
+        "mesh": dict(report.model.mesh.shape),
+        "images": layout.calls * layout.images,
+        "prompts": layout.groups,
+        "mean_prefix": report.work.prefix,
+        "bytes": sizes,
+        "flops": flops,
+        "mfu": mfu,
+        "accelerators": by_name,
+    }

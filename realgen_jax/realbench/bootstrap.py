@@ -1,0 +1,50 @@
+"""Percentile bootstrap of ratios of sums, as the leaderboard and the arena use it.
+
+A resample is given by how often each unit (a prompt) is drawn into it: counts [resamples, units].
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+BLOCK = 1 << 22  # numbers in a block of resamples: 32 MB
+
+
+def draw(units: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Return float64 [resamples, units]: how often each unit is in each resample."""
+    return rng.multinomial(units, [1 / units] * units, resamples).astype(float)
+
+
+def draw_in_blocks(units: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """As `draw`, in blocks of bounded size, int64 [resamples of the block, units].
+
+    It uses the generator in another way than `draw`: the two do not give the same resamples.
+    """
+    block = max(1, BLOCK // units)
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        drawn = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units)
+
+
+def ratio_intervals(
+    draws: Iterable[np.ndarray], sums: np.ndarray, counts: np.ndarray, confidence: float
+) -> np.ndarray:
+    """Return float64 [2, m]: the intervals of sums.sum(0) / counts.sum() over the resamples.
+
+    draws: blocks of counts [resamples, units]; sums [units, m]; counts [units]. Resamples without
+    any count are left out.
+    """
+    columns = np.column_stack([sums, counts])
+    ratios = []
+    for block in draws:
+        totals = block @ columns
+        with np.errstate(invalid="ignore"):
+            ratios.append(totals[:, :-1] / totals[:, -1:])
+    return percentile_interval(np.concatenate(ratios), confidence)
+
+
+def percentile_interval(values: np.ndarray, confidence: float) -> np.ndarray:
+    """Return [2, ...]: the ends of the central `confidence` of values [resamples, ...]."""
+    tail = 50 * (1 - confidence)
+    return np.nanpercentile(values, [tail, 100 - tail], axis=0)

@@ -1,0 +1,166 @@
+"""RealBench's evaluation: prompts and entries -> pictures -> scores."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from realgen_jax.hosts import process_count, process_index, sum_over_processes
+from realgen_jax.realbench.interfaces import Scorer
+from realgen_jax.realbench.picture_files import Picture, read_batches
+from realgen_jax.realbench.pictures import PictureMaker, manifest, prepare_folder
+from realgen_jax.realbench.results import Entry, PromptSet, Results
+from realgen_jax.realbench.scores import (
+    PictureScorer,
+    ScoreStore,
+    evaluation_options,
+    reward_keys,
+)
+from realgen_jax.realbench.tasks import Task, find_missing, plan_tasks
+from realgen_jax.sharding import batch_devices, make_mesh
+from realgen_jax.text_cache import TextCache
+from realgen_jax.training.progress import progress_bars
+
+Encode = Callable[[Sequence[str], str], TextCache]  # (prompts, model folder) -> their embeddings
+
+
+def evaluate_entries(
+    config: ConfigDict,
+    entries: Sequence[Entry],
+    sets: Sequence[PromptSet],
+    folder: Path,
+    *,
+    seed: int,
+    remake: bool,
+    open_scorer: Callable[[], Scorer],
+    encode: Encode,
+    console: Console,
+) -> Results:
+    """Make the missing pictures, read the others, and score them all, in `folder`/evaluation.
+
+    open_scorer: loads the rewards; called once, after all checks and before JAX starts. Every
+    process must call this; the first one writes and scores, and only its results have pictures.
+    Raises ValueError or OSError for wrong input before anything is computed, and ScoringError,
+    after which another call continues.
+    """
+    # -- Check the input, and plan what to do.
+    check_settings(config.evaluate)
+    tasks, problems = plan_tasks(config, entries, sets, folder)
+    tasks = _prepare_folders(tasks, config, seed, remake)
+
+    # -- Text encoders and rewards are loaded before JAX, which takes the memory that is left.
+    caches = _encode_prompts(tasks, sets, encode)
+    with contextlib.ExitStack() as stack:
+        scorer = stack.enter_context(contextlib.closing(open_scorer()))
+
+        # -- Start JAX. All processes make the pictures that the first one misses.
+        mesh = make_mesh(**config.mesh, devices=jax.devices())
+        tasks = [_agree_on_missing(task) for task in tasks]
+        weights = [task.weights for task in tasks if task.weights is not None]
+        maker = PictureMaker(config, mesh, caches, weights, seed)
+
+        # -- Make or read the pictures, and score them meanwhile.
+        pool = stack.enter_context(ThreadPoolExecutor(8, thread_name_prefix="pictures"))
+        size = _batch_size(config.evaluate.batch_size, mesh)
+        bars = stack.enter_context(progress_bars(console if process_index() == 0 else None))
+        keys = reward_keys(evaluation_options(config))
+        pictures = []
+        for task in tasks:
+            batches = _batches(task, maker, size, pool)
+            if process_index():
+                deque(batches, maxlen=0)  # only takes part in the sampling
+                continue
+            store = ScoreStore(task.folder / "scores.jsonl", keys)
+            side = config.sample.resolution
+            task_scorer = PictureScorer(task.entry.name, task.prompt_set, store, scorer, side)
+            label = f"{task.entry.name}, {task.prompt_set.name}"
+            task_scorer.score(batches, bars(label, task.count, "pictures"))
+            pictures += task_scorer.scored
+            problems += task_scorer.problems
+    return Results(sets, entries, list(config.evaluate.scores), pictures, problems)
+
+
+def check_settings(settings: ConfigDict) -> None:
+    """Raise ValueError for settings out of range. settings: config.evaluate."""
+    for key in ("images_per_prompt", "batch_size"):
+        if settings[key] < 1:
+            raise ValueError(f"config.evaluate.{key} is {settings[key]}; expected 1 or more")
+    if not 0 < settings.confidence < 1:
+        raise ValueError(
+            f"config.evaluate.confidence is {settings.confidence}; expected a number between 0 and "
+            "1, such as 0.95"
+        )
+
+
+def _prepare_folders(
+    tasks: Sequence[Task], config: ConfigDict, seed: int, remake: bool
+) -> list[Task]:
+    """Check what existing pictures were made with, and find out which are missing.
+
+    Only the first process looks; for the others nothing is missing yet.
+    """
+    manifests = []
+    for task in tasks:
+        contents = None
+        if task.weights is not None:
+            contents = manifest(task.weights, config, seed, task.prompt_set.prompts)
+        manifests.append(contents)
+    if process_index():
+        return list(tasks)
+
+    prepared = []
+    for task, contents in zip(tasks, manifests, strict=True):
+        if contents is not None:
+            prepare_folder(task.folder, contents, remake)
+        prepared.append(find_missing(task, config.evaluate.images_per_prompt))
+    return prepared
+
+
+def _encode_prompts(
+    tasks: Sequence[Task], sets: Sequence[PromptSet], encode: Encode
+) -> dict[str, TextCache]:
+    """{model folder: embeddings of all prompts}, for the models that have pictures to make.
+
+    One of several processes cannot know what the first one misses, so it encodes for all models.
+    """
+    prompts = []
+    for prompt_set in sets:
+        prompts += prompt_set.prompts
+
+    caches = {}
+    for task in tasks:
+        if task.weights is None or task.weights.model in caches:
+            continue
+        if process_count() > 1 or task.missing.any():
+            caches[task.weights.model] = encode(prompts, task.weights.model)
+    return caches
+
+
+def _agree_on_missing(task: Task) -> Task:
+    """The task with the pictures that the first process misses, in every process."""
+    if task.weights is None:
+        return task
+    return replace(task, missing=sum_over_processes(task.missing.astype(np.int32)) > 0)
+
+
+def _batch_size(wanted: int, mesh: jax.sharding.Mesh) -> int:
+    """The next multiple of the devices that share a batch."""
+    devices = batch_devices(mesh)
+    return -(-wanted // devices) * devices
+
+
+def _batches(
+    task: Task, maker: PictureMaker, size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[Picture]]:
+    """A task's pictures; only the first process reads existing ones."""
+    if task.weights is None:
+        files = {} if process_index() else task.files
+        return read_batches(files, len(task.prompt_set.prompts), size, pool)
+    return maker.batches(task, size, pool)

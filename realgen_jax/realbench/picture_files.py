@@ -1,0 +1,109 @@
+"""Picture files: reading, checking and writing them, and the pixels in memory."""
+
+import hashlib
+import io
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from realgen_jax.files import write_whole
+
+Slot = tuple[int, int]  # line of the prompts, copy
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in memory, or why it could not be read."""
+
+    slot: Slot
+    file: Path
+    sha256: str
+    pixels: np.ndarray | None  # uint8 [3, h, w]
+    detail: str = ""  # of the error
+
+
+def file_name(line: int, copy: int) -> str:
+    return f"{line:05}_{copy}.png" if copy else f"{line:05}.png"
+
+
+def read_image(data: bytes) -> Image.Image:
+    """Return a picture file in RGB: upright, transparency over white, 8 bits, the first frame.
+
+    Raises ValueError for what cannot be decoded to its end.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel
+            values = np.asarray(image).astype(np.float64)
+            image = Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{error}") from error
+
+
+def decode(data: bytes) -> np.ndarray:
+    """A picture file -> uint8 [3, h, w]. Raises ValueError as `read_image` does."""
+    return np.ascontiguousarray(np.asarray(read_image(data)).transpose(2, 0, 1))
+
+
+def read_picture(slot: Slot, file: Path) -> Picture:
+    """Read a picture; an error becomes its `detail`."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        return Picture(slot, file, "", None, str(error))
+
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        return Picture(slot, file, digest, decode(data))
+    except ValueError as error:
+        return Picture(slot, file, digest, None, str(error))
+
+
+def write_picture(slot: Slot, file: Path, pixels: np.ndarray) -> Picture:
+    """Write uint8 [3, h, w] as a lossless file that is whole or absent, even after a crash."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "PNG")
+    data = stream.getvalue()
+
+    write_whole(file, data)
+    return Picture(slot, file, hashlib.sha256(data).hexdigest(), np.ascontiguousarray(pixels))
+
+
+def read_batches(
+    files: Mapping[Slot, Path], lines: int, size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[Picture]]:
+    """Yield existing pictures in batches of `size` slots; the next batch is read ahead.
+
+    Every line and copy has a slot, whether its file exists or not: a picture is scored together
+    with the same neighbours when other files appear or disappear.
+    """
+    copies = 1 + max((copy for _, copy in files), default=0)
+    slots = [(line, copy) for line in range(lines) for copy in range(copies)]
+    ahead = deque()
+    for start in range(0, len(slots), size):
+        batch = [slot for slot in slots[start : start + size] if slot in files]
+        ahead.append([pool.submit(read_picture, slot, files[slot]) for slot in batch])
+        if len(ahead) > 1:
+            yield [future.result() for future in ahead.popleft()]
+    for batch in ahead:
+        yield [future.result() for future in batch]
+
+
+def missing_pictures(folder: Path, lines: int, copies: int) -> np.ndarray:
+    """Return bool [lines * copies]: which pictures of a folder do not exist."""
+    missing = np.zeros(lines * copies, bool)
+    for line in range(lines):
+        for copy in range(copies):
+            missing[line * copies + copy] = not (folder / file_name(line, copy)).exists()
+    return missing

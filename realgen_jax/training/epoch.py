@@ -1,0 +1,154 @@
+"""The two halves of an epoch that run on the devices: sampling its calls, and the updates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from realgen_jax.hosts import process_count, put
+from realgen_jax.sharding import batch_sharding
+from realgen_jax.training.log import NoLog, RunLog
+from realgen_jax.training.preemption import Preemption
+from realgen_jax.training.programs import Programs
+from realgen_jax.training.run import TRAINING, Run
+from realgen_jax.training.saving import stop_if_not_finite
+from realgen_jax.training.scoring import PendingBatch, submit
+from realgen_jax.update import Batch, TrainState
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rollout call of an epoch.
+
+    record: what the objective keeps. cond: leaves [slots, ...]. scores: on their way. finite:
+    bool [], whether all latents are.
+    """
+
+    record: Any
+    cond: Any
+    scores: PendingBatch
+    finite: Array
+
+
+def sample_epoch(
+    run: Run,
+    programs: Programs,
+    trainable: Any,
+    epoch: int,
+    rows: np.ndarray,
+    seeds: Sequence[int],
+) -> list[Call]:
+    """Sample every call of an epoch; its pictures are scored while the next call runs.
+
+    rows: int [groups], the epoch's prompts. seeds: one a call, for the reference pictures that go
+    with its own.
+    """
+    layout = run.recipe.layout
+    epoch_key = jax.random.fold_in(run.key(TRAINING), epoch)
+    calls = []
+    for number in range(layout.calls):
+        # One prompt a slot.
+        groups = layout.groups_of_slots(number)
+        prompts = [run.prompts[rows[group]] for group in groups]
+        cond = run.cond(prompts)
+
+        # With same_latent a group has one first latent, also where it goes on in the next call.
+        call_key = jax.random.fold_in(epoch_key, number)
+        start_key, noise_key, latent_key = jax.random.split(call_key, 3)
+        if run.config.sample.same_latent:
+            latent_key = jax.random.fold_in(epoch_key, layout.calls + int(groups[0]))
+
+        plan = run.plan.draw(start_key)
+        pictures, record, finite = programs.sample(
+            run.model, trainable, cond, (latent_key, noise_key), plan
+        )
+
+        # Every image has its slot's prompt.
+        image_prompts = [prompt for prompt in prompts for _ in range(layout.branches)]
+        trained = list(run.config.reward.fn)
+        scores = submit(run.scorer, pictures, image_prompts, trained, seeds[number])
+        calls.append(Call(record, cond, scores, finite))
+    return calls
+
+
+def wait_for(calls: Sequence[Call], preemption: Preemption) -> bool:
+    """Wait until all calls are sampled. Returns whether SIGTERM came meanwhile.
+
+    A reward that failed is told as soon as it has. With several processes both are decided later,
+    where all of them agree.
+    """
+    for call in calls:
+        call.finite.block_until_ready()
+        if process_count() == 1:
+            call.scores.pending.raise_if_failed()
+            if preemption.wanted():
+                return True
+    return False
+
+
+def latents_of(calls: Sequence[Call]) -> dict[str, float]:
+    """{"latents": 0, or NaN if any of the calls' final latents is not finite}."""
+    finite = all(call.finite for call in calls)
+    return {"latents": 0.0 if finite else float("nan")}
+
+
+@jax.jit
+def _stack(*trees: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def update_epoch(
+    run: Run,
+    programs: Programs,
+    state: TrainState,
+    calls: Sequence[Call],
+    advantages: np.ndarray,
+    epoch: int,
+) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+    """The epoch's optimizer steps, and the metrics of each.
+
+    advantages: float32 [groups, group]. Raises FloatingPointError if a metric is not finite.
+    """
+    train = run.config.train
+    advantages = advantages.reshape(len(calls), -1)
+    advantages = put(advantages, batch_sharding(run.model.mesh, axis=1))
+
+    # The calls of one optimizer step, stacked.
+    batches = []
+    for first in range(0, len(calls), train.gradient_accumulation_steps):
+        parts = []
+        for number in range(first, first + train.gradient_accumulation_steps):
+            call = calls[number]
+            parts.append(Batch(call.record, call.cond, advantages[number]))
+        batches.append(_stack(*parts))
+
+    # For hardware whose kernels differ between rollout and update.
+    if train.recompute_old:
+        batches = [programs.recompute(run.model, state.trainable, batch) for batch in batches]
+
+    metrics = []
+    for _ in range(train.num_inner_epochs):
+        for batch in batches:
+            state, step_metrics = programs.update(run.model, state, batch)
+            metrics.append(step_metrics)
+    metrics = jax.device_get(metrics)
+    for step_metrics in metrics:
+        stop_if_not_finite(step_metrics, epoch, "update", run)
+    return run.recipe.objective.after_epoch(state), metrics
+
+
+def warn_of_deviation(log: RunLog | NoLog, steps: Sequence[dict[str, Any]], clip: float) -> None:
+    """Warn if replay on unchanged weights is not exact: the hardware picks other kernels for it.
+
+    steps: the metrics of the first optimizer steps. clip: the clip range of the ratio.
+    """
+    deviation = float(steps[0].get("ratio_deviation", 0.0)) if steps else 0.0
+    if deviation > 0.1 * clip:
+        log.warn(
+            f"on unchanged weights a ratio is {deviation:.1e} away from 1, over a tenth of the "
+            f"clip range {clip:g}: set --config.train.recompute_old=True"
+        )

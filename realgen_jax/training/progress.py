@@ -1,0 +1,76 @@
+"""Progress bars, with and without a terminal."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+LINE_SECONDS = 30  # without a terminal, the least time between two lines
+
+
+def progress_columns() -> tuple[ProgressColumn, ...]:
+    """Return the columns of a progress bar: what, the bar, how many of how many, time left."""
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+
+
+@contextlib.contextmanager
+def progress_bars(
+    console: Console | None,
+) -> Iterator[Callable[[str, int, str], Callable[[int], None]]]:
+    """Yield a function (label, total, unit) -> a progress bar; call it with the number newly done.
+
+    Without a terminal, a bar is a line when it is full and one every half minute. Without a
+    console, nothing is printed.
+    """
+    on_terminal = console is not None and console.is_terminal
+    progress = Progress(*progress_columns(), console=console, disable=not on_terminal)
+
+    def bar(label: str, total: int, unit: str) -> Callable[[int], None]:
+        if console is None:
+            return lambda count: None
+        if not on_terminal:
+            return _LineBar(console, label, total, unit)
+        task = progress.add_task(label, total=total)
+        return lambda count: progress.advance(task, count)
+
+    with progress if on_terminal else contextlib.nullcontext():
+        yield bar
+
+
+class _LineBar:
+    """A progress bar where there is no terminal: a line now and then."""
+
+    def __init__(self, console: Console, label: str, total: int, unit: str):
+        self.console = console
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.start = time.monotonic()
+        self.done = 0
+        self.last_line = 0.0  # seconds after the start
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        passed = time.monotonic() - self.start
+        if self.done != self.total and passed <= self.last_line + LINE_SECONDS:
+            return
+        self.last_line = passed
+        left = passed * (self.total - self.done) / max(1, self.done)
+        self.console.print(
+            f"{self.label}  {self.done}/{self.total} {self.unit}  {passed:.0f} s, {left:.0f} s left"
+        )

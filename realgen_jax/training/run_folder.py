@@ -1,0 +1,166 @@
+"""The folder of a run: its name, its lock, and whether a run in it can be resumed."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from ml_collections import ConfigDict
+
+from realgen_jax.checkpoint import newest_good, read_meta
+from realgen_jax.files import file_lock
+
+# Config keys that a resumed run may change: where and how long it runs, but not what it computes.
+# Another mesh or another place for a reward only changes rounding.
+FREE_KEYS = (
+    "run_name",
+    "run_root",
+    "num_epochs",
+    "save_freq",
+    "eval_freq",
+    "num_checkpoint_limit",
+    "save_failure",
+    "preemption_grace",
+    "wandb_project",
+    "compilation_cache",
+    "profile.*",
+    "mesh.*",
+    "evaluate.*",
+    "prompts.cache",
+    "prompts.device",
+    "reward.deadline",
+    "reward.retries",
+    "reward.stop_*",
+    "reward.batch_size",
+    "reward.device",
+    "reward.devices.*",
+    "reward.share_gpu",
+    "reward.adversarial.*.deadline",
+    "reward.options.*.servers",
+    "reward.options.*.deadline",
+    "reward.options.*.attempts",
+    "reward.options.*.token_env",
+)
+
+
+def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
+    """Return root/name; `name` defaults to preset, date and time, or to the latest run to resume.
+
+    Raises FileExistsError if a new run would use the folder of another one, FileNotFoundError if
+    there is no run to resume.
+    """
+    if resume and not name:
+        return _latest_run(root, preset)
+
+    folder = Path(root) / (name or f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    has_run = (folder / "config.json").exists()
+    if resume and not has_run:
+        raise FileNotFoundError(f"{folder} cannot be resumed: it has no config.json")
+    if has_run and not resume:
+        raise FileExistsError(
+            f"{folder} already holds a run; continue it with --resume, or choose another "
+            "--config.run_name"
+        )
+    return folder
+
+
+def _latest_run(root: str, preset: str) -> Path:
+    """Return the newest run folder of a preset."""
+    folders = [file.parent for file in Path(root).glob(f"{preset}-*/config.json")]
+    if not folders:
+        raise FileNotFoundError(
+            f"{root}/ holds no run of preset {preset!r} to resume; set --config.run_name"
+        )
+    return max(folders, key=lambda folder: folder.stat().st_mtime)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Create a run's folder and hold its lock, which ends with the process.
+
+    A folder that is still empty at the end is removed. Raises FileExistsError if another process
+    holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = file_lock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileExistsError(
+            f"{folder} is in use: a run of this name is going on; wait for its end, or choose "
+            "another --config.run_name"
+        ) from error
+
+    try:
+        yield
+    finally:
+        if [entry.name for entry in folder.iterdir()] == ["lock"]:
+            with suppress(OSError):  # Windows does not remove a file in use; then the folder stays
+                (folder / "lock").unlink()
+                folder.rmdir()
+        lock.release()
+
+
+def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | None:
+    """Return the epoch of the checkpoint to resume from, None if there is none; print what changed.
+
+    Raises ValueError if the run would compute something else than before, unless `allow_change`;
+    it names each such key with both values.
+    """
+    epoch, warnings = newest_good(folder / "checkpoints")
+    for line in warnings:
+        print(f"warning: {line}")
+
+    if epoch is None:
+        before = json.loads((folder / "config.json").read_text())
+        start = "its beginning: there is no checkpoint yet"
+    else:
+        before = read_meta(folder / "checkpoints", epoch)["config"]
+        start = f"epoch {epoch}"
+
+    free, others = changed_keys(before, config.to_dict())
+    if others and not allow_change:
+        message = (
+            f"{folder} was computed with another config; --allow_config_change resumes anyway:"
+        )
+        raise ValueError("\n".join([message, *others]))
+
+    changes = [*free, *others]
+    heading = f"resumed from {start}" + (", with another config:" if changes else "")
+    print("\n".join([heading, *changes]))
+    return epoch
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Describe each key in which two configs differ, one line a key.
+
+    Returns the lines of the keys that a resumed run may change (`FREE_KEYS`), and those of all
+    other keys. Values are compared as JSON keeps them.
+    """
+    old = _flatten(before)
+    new = _flatten(json.loads(json.dumps(now)))
+
+    free = []
+    others = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        is_free = any(fnmatchcase(key, pattern) for pattern in FREE_KEYS)
+        lines = free if is_free else others
+        lines.append(f"  config.{key}: was {old.get(key)!r}, is now {new.get(key)!r}")
+    return free, others
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"a.b.c": value} of nested dictionaries."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

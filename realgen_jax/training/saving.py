@@ -1,0 +1,123 @@
+"""When a run saves, what a checkpoint has beside the arrays, and what happens if a save fails."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from realgen_jax.checkpoint import SaveError, read_meta
+from realgen_jax.training import learning
+from realgen_jax.training.log import NoLog, RunLog
+from realgen_jax.training.preemption import Preemption
+from realgen_jax.training.run import Run
+from realgen_jax.update import TrainState
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint would hold now: the state after `epoch` epochs, and JSON beside it."""
+
+    epoch: int
+    state: TrainState
+    meta: dict[str, Any]
+
+
+class Saver:
+    """Saves and restores one run. `history` is what evaluations remember of one another."""
+
+    def __init__(self, run: Run, data: grain.DatasetIterator, log: RunLog | NoLog):
+        self.run = run
+        self.data = data
+        self.log = log
+        self.history: dict[str, Any] = {}
+
+    def restore(self, epoch: int, state: TrainState) -> TrainState:
+        """The state of a checkpoint; prompts, history and rewards go on from there too."""
+        run = self.run
+        restored = run.checkpoints.restore(epoch, state)
+        meta = read_meta(run.checkpoints.folder, epoch)
+        self.history = meta["history"]
+        self.data.set_state(meta["data"])
+
+        # Batches that memory allowed: scores of other batches round differently.
+        current = run.scorer.batch_sizes
+        for name, size in meta["batch_sizes"].items():
+            limits = [limit for limit in (size, current[name]) if limit]
+            current[name] = min(limits, default=0)
+        learning.restore(run.learning, run.checkpoints, epoch, self.log.warn)
+        return restored
+
+    def snapshot(self, epoch: int, state: TrainState) -> Snapshot:
+        """The run as it is now; the config has the seed, the root of all keys."""
+        meta = {
+            "data": self.data.get_state(),
+            "history": copy.deepcopy(self.history),
+            "config": self.run.config.to_dict(),
+            "batch_sizes": dict(self.run.scorer.batch_sizes),
+        }
+        return Snapshot(epoch, state, meta)
+
+    def save_if_due(self, epoch: int, state: TrainState) -> None:
+        """Save every `save_freq` epochs and at the end, and tell whether an earlier save failed."""
+        config = self.run.config
+        if epoch % config.save_freq == 0 or epoch == config.num_epochs:
+            self.save(self.snapshot(epoch, state))
+        self.tolerate(self.run.checkpoints.raise_if_failed)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin a checkpoint, once the one before is written."""
+        checkpoints = self.run.checkpoints
+        files = learning.files(self.run.learning)
+        self.tolerate(checkpoints.wait)
+        self.tolerate(
+            lambda: checkpoints.save(snapshot.epoch, snapshot.state, snapshot.meta, files)
+        )
+
+    def leave(self, snapshot: Snapshot, preemption: Preemption) -> None:
+        """Save the state from the start of this epoch, unless already saved, and say good-bye."""
+        preemption.reached()
+        if self.run.checkpoints.begun != snapshot.epoch:
+            self.save(snapshot)
+        self.run.checkpoints.wait()
+        self.log.say(
+            f"stopped by SIGTERM, saved after {snapshot.epoch} epochs; to go on: "
+            f"--config.run_name={self.run.folder.name} --resume"
+        )
+
+    def wait(self) -> None:
+        """Wait for the save that is being written."""
+        self.tolerate(self.run.checkpoints.wait)
+
+    @partial(jax.profiler.annotate_function, name="checkpoint")
+    def tolerate(self, action: Callable[[], None]) -> None:
+        """Run `action`; on a failed save, stop or warn as `config.save_failure` says."""
+        try:
+            action()
+        except SaveError as error:
+            if self.run.config.save_failure == "stop":
+                raise
+            self.log.warn(f"{error}; the run goes on (config.save_failure)")
+
+
+def stop_if_not_finite(values: Mapping[str, float], epoch: int, phase: str, run: Run) -> None:
+    """Raise FloatingPointError naming epoch, phase and values; nothing of this epoch was saved."""
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if not bad:
+        return
+    with contextlib.suppress(SaveError):
+        run.checkpoints.wait()
+    newest = run.checkpoints.newest()
+    resume = "there is no checkpoint yet"
+    if newest:
+        resume = f"--resume goes on from the newest good checkpoint, epoch {newest}"
+    raise FloatingPointError(
+        f"epoch {epoch}, {phase}: {', '.join(bad)} not finite; {resume} "
+        f"({run.checkpoints.folder}). If it happens again, lower "
+        "config.train.learning_rate or config.sample.noise_level"
+    )

@@ -1,0 +1,64 @@
+"""Finds the class of a reward, and checks the options that the config gives it.
+
+A table entry is "module:Class" and is imported when it is asked for: a run loads only what it uses.
+The option `class` names a class outside the table, config.reward.options.NAME = {"class":
+"package.module:Class"}. Only the user's own config can set it.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+CLASS = "class"  # the option that names a class of the user's own
+
+
+def find_class(kind: str, name: str, table: Mapping[str, str], options: Mapping[str, Any]) -> type:
+    """The class that the option `class` names, else the one that the table has for `name`.
+
+    Raises ValueError if neither exists or the class cannot be imported. `kind` is for the error.
+    """
+    if CLASS in options:
+        return _import(options[CLASS], f"config.reward.options.{name}.{CLASS}")
+    if name not in table:
+        raise ValueError(f"there is no {kind} {name!r}; choose from {', '.join(sorted(table))}")
+    return _import(table[name], name)
+
+
+def check_arguments(make: Callable, name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if `make` does not take these keyword arguments."""
+    signature = inspect.signature(make)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        options = [key for key in signature.parameters if key not in ("device", "name")]
+        raise ValueError(
+            f"config.reward.options.{name}: {error}; {make.__name__} takes "
+            f"{', '.join(options) or 'no options'}"
+        ) from error
+
+
+def without_class(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a class's constructor receives."""
+    return {key: value for key, value in options.items() if key != CLASS}
+
+
+def _import(target: Any, source: str) -> type:
+    """Import "package.module:Class". Raises ValueError naming `source`, where the string stands."""
+    module, _, name = str(target).partition(":")
+    if not module or not name:
+        raise ValueError(f"{source} is {target!r}; expected 'package.module:Class'")
+    try:
+        imported = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{source} is {target!r}, and the module {module} cannot be imported ({error}); its "
+            "folder must be in PYTHONPATH"
+        ) from error
+    except SyntaxError as error:
+        raise ValueError(
+            f"{source} is {target!r}, and the module {module} cannot be imported ({error})"
+        ) from error
+    if not hasattr(imported, name):
+        raise ValueError(f"{source} is {target!r}, but the module {module} has no {name}")
+    return getattr(imported, name)

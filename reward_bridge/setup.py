@@ -1,0 +1,295 @@
+"""Sets up the rewards of a run from its config: checks, devices, loading. Never imports jax.
+
+`reward` is config.reward throughout; realgen_jax/config.py explains its keys.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from reward_bridge.adversary import Adversary
+from reward_bridge.adversary_settings import Settings
+from reward_bridge.bridge import RewardBridge
+from reward_bridge.devices import check_room, reserve, resolve
+from reward_bridge.learners import LEARNERS, make_learner
+from reward_bridge.metrics import METRICS, Metric, make_metric
+from reward_bridge.references import References
+from reward_bridge.registry import CLASS, find_class
+from reward_bridge.rewards import REWARDS, make_reward
+
+# Options of rewards that name files or folders.
+FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """A run's rewards, loaded."""
+
+    bridge: RewardBridge
+    learning: dict[str, Adversary]  # those of the bridge's rewards that learn
+    metrics: dict[str, Metric]
+
+
+# -- Checks: nothing is loaded yet
+
+
+def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list[str]:
+    """Everything that is wrong with a training run's rewards, one line per problem.
+
+    extra_names: rewards that the run needs besides those it trains on and holds out.
+    """
+    names = [*reward.fn, *reward.held_out]
+    problems = []
+    twice = sorted(set(reward.fn) & set(reward.held_out))
+    if twice:
+        problems.append(
+            f"{', '.join(twice)}: both in config.reward.fn (trained on) and in "
+            "config.reward.held_out; choose one"
+        )
+    problems += _learning_problems(reward)
+    problems += missing_rewards(reward, [*names, *extra_names])
+    problems += _device_problems(reward)
+
+    unknown_metrics = [name for name in reward.metrics if name not in METRICS]
+    if unknown_metrics:
+        problems.append(
+            f"config.reward.metrics: there is no metric {', '.join(unknown_metrics)}; choose from "
+            f"{', '.join(sorted(METRICS))}"
+        )
+    return problems
+
+
+def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
+    """What these rewards lack, one line per problem: weight files, and classes for their names."""
+    options = reward.options.to_dict()
+    problems = []
+    unknown_rewards = []
+    unknown_learners = []
+    for name in dict.fromkeys(names):
+        reward_options = options.get(name, {})
+        if "servers" in reward_options:  # its servers know what they have
+            continue
+        problems += _missing_files(name, reward_options)
+
+        if name in reward.adversarial:
+            learner_options = _learner_options(reward, name)
+            if CLASS in learner_options:
+                problems += _class_problems(name, learner_options)
+            elif name not in LEARNERS:
+                unknown_learners.append(name)
+        elif CLASS in reward_options:
+            problems += _class_problems(name, reward_options)
+        elif name not in REWARDS:
+            unknown_rewards.append(name)
+
+    if unknown_rewards:
+        problems.append(
+            f"there is no reward {', '.join(unknown_rewards)}; choose from "
+            f"{', '.join(sorted(REWARDS))}"
+        )
+    if unknown_learners:
+        problems.append(
+            f"config.reward.adversarial: there is no learner {', '.join(unknown_learners)}; choose "
+            f"from {', '.join(sorted(LEARNERS))}"
+        )
+    return problems
+
+
+def _learning_problems(reward: ConfigDict) -> list[str]:
+    """What is wrong with config.reward.adversarial."""
+    problems = []
+    for name, settings in reward.adversarial.items():
+        if name not in reward.fn:
+            problems.append(
+                f"config.reward.adversarial has {name}, which is not trained on (config.reward.fn)"
+            )
+        if "servers" in reward.options.get(name, {}):
+            problems.append(
+                f"{name} is computed by servers and cannot learn; remove it from "
+                "config.reward.adversarial, or its servers from config.reward.options"
+            )
+        try:
+            Settings.read(name, settings.to_dict())
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _device_problems(reward: ConfigDict) -> list[str]:
+    """Why the rewards cannot run on the devices that the config names."""
+    try:
+        reward_devices(reward)
+        resolve(reward.device)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for option in FILE_OPTIONS:
+        file = options.get(option)
+        if file and not Path(file).expanduser().exists():
+            problems.append(
+                f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
+                "docs/rewards.md says where the weights come from"
+            )
+    return problems
+
+
+def _class_problems(name: str, options: Mapping[str, Any]) -> list[str]:
+    """Why the class that an option names cannot be used."""
+    try:
+        find_class("reward", name, {}, options)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+# -- Devices
+
+
+def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> dict[str, str]:
+    """The torch device of each of these rewards (default: those of the run).
+
+    A reward runs on its device in `reward.devices`, else on `reward.device`; one that servers
+    compute runs on the CPU unless told otherwise. Raises ValueError for a device that does not
+    exist, and for a name in `reward.devices` that is not among the rewards.
+    """
+    run_names = [*reward.fn, *reward.held_out]
+    if names is None:
+        names = run_names
+    unknown = sorted(set(reward.devices) - {*run_names, *names})
+    if unknown:
+        raise ValueError(
+            f"config.reward.devices has {', '.join(unknown)}, not among this run's rewards "
+            f"({', '.join(dict.fromkeys([*run_names, *names]))})"
+        )
+
+    devices = {}
+    for name in names:
+        is_remote = "servers" in reward.options.get(name, {})
+        default = "cpu" if is_remote else reward.device
+        devices[name] = resolve(reward.devices.get(name, default))
+    return devices
+
+
+# -- Loading
+
+
+def open_rewards(
+    reward: ConfigDict,
+    names: Sequence[str] | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    hide_from_jax: Callable[[str], None],
+    jax_platforms: str | None,
+    meet: Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
+    load: bool = True,
+) -> Rewards:
+    """Load rewards and start their bridge. Call this before JAX starts.
+
+    JAX takes its share of the memory when it starts, so the rewards come first, and JAX is kept off
+    their GPUs.
+
+    names: the rewards to load, frozen. None: those of a training run, `reward.fn` and
+        `reward.held_out`, of which `reward.adversarial` learn, and `reward.metrics`.
+    prompts: the training prompts, for the reference pictures of rewards that learn.
+    hide_from_jax: called with the GPUs that JAX may see ("0,1,2"), if there are others; the
+        caller sets jax_cuda_visible_devices.
+    jax_platforms: jax.config.jax_platforms.
+    meet: for several processes that train. `meet(names)` returns the torch.distributed group of
+        each reward that learns; see reward_bridge/adversary.py, join.
+    load: False only keeps JAX off the GPUs, for a process in whose place another one scores.
+
+    Raises ValueError or OSError for what the user can correct.
+    """
+    training = names is None
+    devices = reward_devices(reward, names)
+    metrics_device = resolve(reward.device)
+
+    # Divide the GPUs between JAX and the rewards.
+    used = set(devices.values())
+    if training and reward.metrics:
+        used.add(metrics_device)
+    allotment = reserve(used, jax_platforms, reward.share_gpu)
+    if allotment.visible is not None:
+        hide_from_jax(allotment.visible)
+
+    # Load what learns, what is frozen, and the metrics.
+    learning: dict[str, Adversary] = {}
+    rewards: dict[str, Any] = {}
+    metrics: dict[str, Metric] = {}
+    if load:
+        if training:
+            learning = _make_adversaries(reward, devices, prompts, meet)
+        rewards = _make_rewards(reward, devices, learning)
+    if load and training:
+        metrics = _make_metrics(reward, metrics_device)
+
+    # JAX, once it starts, must find the memory that it claims.
+    for device in sorted(allotment.shared):
+        check_room(device)
+
+    bridge = RewardBridge(
+        rewards,
+        devices,
+        deadline=reward.deadline,
+        retries=reward.retries,
+        batch_size=reward.batch_size,
+    )
+    return Rewards(bridge, learning, metrics)
+
+
+def _make_adversaries(
+    reward: ConfigDict,
+    devices: Mapping[str, str],
+    prompts: Sequence[str],
+    meet: Callable[[Sequence[str]], Mapping[str, Any]] | None,
+) -> dict[str, Adversary]:
+    """The rewards in `reward.adversarial`. Several processes meet, to average gradients."""
+    if not reward.adversarial:
+        return {}
+
+    # Settings and pictures are checked before weights are loaded.
+    settings = {}
+    for name, values in reward.adversarial.to_dict().items():
+        settings[name] = Settings.read(name, values)
+    references = References(reward.references.path, reward.references.root, prompts)
+
+    groups = meet(list(settings)) if meet is not None else {}
+    adversaries = {}
+    for name in settings:
+        learner = make_learner(name, devices[name], _learner_options(reward, name))
+        adversaries[name] = Adversary(
+            name, learner, settings[name], references, devices[name], groups.get(name)
+        )
+    return adversaries
+
+
+def _make_rewards(
+    reward: ConfigDict, devices: Mapping[str, str], learning: Mapping[str, Adversary]
+) -> dict[str, Any]:
+    """All rewards by name, in the order of `devices`; the frozen ones are loaded here."""
+    options = reward.options.to_dict()
+    rewards = {}
+    for name, device in devices.items():
+        if name in learning:
+            rewards[name] = learning[name]
+        else:
+            rewards[name] = make_reward(name, device, options.get(name, {}))
+    return rewards
+
+
+def _make_metrics(reward: ConfigDict, device: str) -> dict[str, Metric]:
+    options = reward.options.to_dict()
+    return {name: make_metric(name, device, options.get(name, {})) for name in reward.metrics}
+
+
+def _learner_options(reward: ConfigDict, name: str) -> dict[str, Any]:
+    """The options of a reward that learns: those of the frozen reward, and its own over them."""
+    options = reward.options.to_dict().get(name, {})
+    return {**options, **reward.adversarial.to_dict()[name].get("options", {})}

@@ -1,0 +1,61 @@
+"""Layers by themselves: what no family uses yet, or the comparisons of whole models do not show."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from realgen_jax.nn.layers import Linear, QKNorm, apply_rope, modulated_norm, rms_norm
+
+F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_a_linear_layer_with_and_without_bias(bias, stack):
+    layer = Linear(4, 5, stack=stack, bias=bias, rngs=nnx.Rngs(0), **F32)
+    assert (layer.bias is not None) == bias
+    if bias:
+        layer.bias[...] = normal(1, *stack, 5)
+
+    x = normal(2, 2, 4)
+    expected = jnp.einsum("ni,...io->...no", x, layer.kernel[...])
+    if bias:
+        expected = expected + layer.bias[...][..., None, :]
+    np.testing.assert_allclose(layer(x), expected, atol=1e-6)
+
+    names = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(layer))}
+    assert names == ({"kernel", "bias"} if bias else {"kernel"})
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_norms_add_eps_to_the_mean_square(eps):
+    x = 0.1 * normal(0, 2, 3, 8)
+    scale = normal(1, 8)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+    np.testing.assert_allclose(rms_norm(x, scale, eps), expected, atol=1e-5)
+
+    norm = QKNorm(8, param_dtype=jnp.float32, eps=eps)
+    norm.query[...] = scale
+    q, k = norm(x, x)
+    np.testing.assert_allclose(q, expected, atol=1e-5)
+    np.testing.assert_allclose(k, rms_norm(x, jnp.ones(8), eps), atol=1e-5)
+
+    zeros = jnp.zeros((2, 8))
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    np.testing.assert_allclose(modulated_norm(x, zeros, zeros, eps), expected, atol=1e-5)
+
+
+def test_rotary_tables_may_differ_between_images():
+    x = normal(0, 2, 5, 3, 8)
+    angles = normal(1, 2, 5, 4)
+    together = apply_rope(x, jnp.cos(angles), jnp.sin(angles))
+    for i in range(2):
+        alone = apply_rope(x[i : i + 1], jnp.cos(angles[i]), jnp.sin(angles[i]))
+        np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-6)

@@ -1,0 +1,236 @@
+"""Configs: all keys in one place, experiments as their docstrings say, mistakes in one line."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from realgen_configs import flux_grpo, serve_rewards
+from realgen_jax.config import adversary, base
+from realgen_jax.config_files import load_config, missing_keys
+from realgen_jax.training.run import check
+from tests.helpers.goldens import ROOT
+
+# -- Keys
+
+
+def test_a_misspelled_key_is_an_error():
+    c = base()
+    with pytest.raises(AttributeError, match="lerning_rate"):
+        c.train.lerning_rate = 1e-4
+    with pytest.raises(AttributeError, match="epochs"):
+        c.epochs = 3
+    with pytest.raises(TypeError, match="learning_rate"):
+        c.train.learning_rate = "high"
+    with pytest.raises(AttributeError, match="scedule"):
+        adversary().scedule = "every"
+
+
+def test_mappings_of_rewards_and_prompt_sets_take_new_names():
+    c = base()
+    c.reward.fn.omniaid = 1.0
+    c.reward.options.omniaid = ConfigDict({"path": "models/omniaid"})
+    c.reward.devices.omniaid = "cuda:1"
+    c.reward.adversarial.omniaid = adversary()
+    c.evaluate.prompts.short = "short.txt"
+
+
+def test_base_is_refused_with_a_line_for_each_gap():
+    with pytest.raises(ValueError, match=r"pretrained\.model") as error:
+        check(base())
+    lines = str(error.value).splitlines()
+    assert [line.partition(" is ")[0] for line in lines] == [
+        "config.pretrained.model",
+        "config.prompts.train",
+        "config.prompts.test",
+        "config.reward.fn",
+    ]
+
+
+# -- Experiments
+
+
+@pytest.mark.parametrize("name", list(flux_grpo.PRESETS))
+def test_an_experiment_is_complete_and_names_its_command(name):
+    config = flux_grpo.get_config(name)
+    assert config.preset == name
+    assert config.is_locked
+    assert not missing_keys(config, base())
+
+    description = flux_grpo.PRESETS[name].__doc__
+    for part in ("Command:", "Machine:", "Time:"):
+        assert part in description
+    argument = "configs/flux_grpo.py" if name == "tiny" else f"configs/flux_grpo.py:{name}"
+    example = (ROOT / "examples" / "slurm.sh").read_text()
+    assert re.search(rf"{argument}\b", description + example)
+
+
+@pytest.mark.parametrize("name", [name for name in flux_grpo.PRESETS if name.startswith("flux")])
+def test_an_epoch_has_the_sizes_of_the_docstring(name):
+    description = " ".join(flux_grpo.PRESETS[name].__doc__.split())
+    sizes = re.search(r"(\d+) images of (\d+) prompts and (\d+) optimizer steps", description)
+
+    config = flux_grpo.get_config(name)
+    images = config.sample.train_batch_size * config.sample.num_batches_per_epoch
+    prompts = images / config.sample.num_image_per_prompt
+    steps = config.sample.num_batches_per_epoch / config.train.gradient_accumulation_steps
+    assert [images, prompts, steps] == [int(size) for size in sizes.groups()]
+
+
+def test_the_embedded_files_are_there():
+    config = flux_grpo.get_config("tiny_soft")
+    files = [
+        config.pretrained.model,
+        config.prompts.train,
+        config.prompts.test,
+        config.reward.references.path,
+        *config.evaluate.prompts.values(),
+        flux_grpo.get_config("tiny").reward.options.clip_score.path,
+    ]
+    for file in files:
+        assert Path(file).is_absolute()
+        assert Path(file).exists()
+
+
+def test_the_discriminator_follows_the_seed():
+    config = flux_grpo.get_config("flux_dino_adv")
+    config.seed = 7
+    assert config.reward.adversarial.dino_discriminator.options.seed == 7
+
+
+# -- Names and files
+
+
+@pytest.mark.parametrize(
+    "name", ["flux_grpo", "flux_grpo.py", "configs/flux_grpo.py", "configs/flux_grpo"]
+)
+def test_shipped_configs_are_found_by_name(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).preset == "tiny"
+    assert load_config(f"{name}:tiny_soft").preset == "tiny_soft"
+
+
+@pytest.mark.parametrize("name", ["flux_grpo", "configs/flux_grpo.py"])
+def test_a_file_wins_over_a_name(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(
+        "from realgen_jax.config import base\n"
+        "def get_config():\n"
+        "    c = base()\n"
+        "    c.preset = 'own'\n"
+        "    return c\n"
+    )
+    assert load_config(name).preset == "own"
+
+
+@pytest.mark.parametrize("module", [flux_grpo, serve_rewards], ids=lambda module: module.__name__)
+def test_a_copy_works_in_any_folder(monkeypatch, tmp_path, module):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(module.__file__, "own.py")
+    assert load_config("own.py").to_dict() == module.get_config().to_dict()
+    assert load_config("own.py:tiny").to_dict() == module.get_config("tiny").to_dict()
+
+
+# -- Mistakes
+
+MISTAKES = {
+    "x = 1": "own.py has no get_config(); expected a function that returns the config",
+    "def get_config(:": "own.py, line 1: invalid syntax",
+    "import no_such_module": "own.py, line 1: ModuleNotFoundError: No module named",
+    "def get_config():\n    return {}['a']": "own.py, line 2: KeyError: 'a'",
+    "def get_config():\n    return 3": "own.py: get_config() returned 3; expected a ConfigDict",
+    "from realgen_jax.config import base\ndef get_config():\n    base().train.rate = 1": (
+        'own.py, line 3: AttributeError: \'Key "rate" does not exist'
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES.items())
+def test_a_broken_file_is_an_error_of_one_line(monkeypatch, tmp_path, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
+        load_config("own.py")
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_and_presets_list_the_known_ones(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="shipped are embedded, flux_grpo, serve_rewards"):
+        load_config("flux_grop")
+    with pytest.raises(ValueError, match=r"flux_grpo\.py has no preset 'flux'; choose from tiny,"):
+        load_config("flux_grpo:flux")
+    with pytest.raises(ValueError, match=r"serve_rewards\.py has no preset '8'; choose from tiny"):
+        load_config("serve_rewards:8")
+
+    Path("own.py").write_text("def get_config():\n    pass\n")
+    with pytest.raises(ValueError, match=r"own\.py has no presets; leave out ':tiny'"):
+        load_config("own.py:tiny")
+
+
+# -- Command line
+
+PROGRAM = '''"""A program with a config."""
+
+from absl import app, flags
+
+from realgen_jax.config import define_config, parse_flags
+
+define_config("embedded")
+
+
+def run(arguments):
+    config = flags.FLAGS.config
+    print(config.preset, config.train.learning_rate, *config.profile.steps, *arguments[1:])
+
+
+app.run(run, flags_parser=parse_flags)
+'''
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output"),
+    [
+        (["a"], "tiny 0.001 a\n"),
+        (["--config=flux_grpo:tiny_soft", "--config.train.learning_rate=2"], "tiny_soft 2.0\n"),
+        (["--config", "flux_grpo", "a", "--config.profile.steps=3,5", "b"], "tiny 0.001 3 5 a b\n"),
+        (["--help"], "A program with a config.\n"),
+        (["--config.train.rate=1"], "error: the config has no key 'rate'\n"),
+        (["--config=nothing"], "error: --config nothing: no such file and no shipped config; "),
+        (["--config=serve_rewards"], "error: serve_rewards lacks the keys compilation_cache, "),
+        (["--confg=flux_grpo"], "error: Unknown command line flag 'confg'. Did you mean: config"),
+        (["--config.num_epochs=x"], "error: flag --config.num_epochs=x: invalid literal for int"),
+    ],
+)
+def test_the_command_line(tmp_path, arguments, output):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "program.py", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stderr + done.stdout).startswith(output)
+    assert done.returncode == output.startswith("error")
+
+
+def test_the_big_preset_says_what_is_missing(monkeypatch, tmp_path):
+    """In an empty folder: the model, the prompts and the rewards' weights, each in a line."""
+    pytest.importorskip("torch")
+    from reward_bridge.setup import reward_problems
+
+    monkeypatch.chdir(tmp_path)
+    config = flux_grpo.get_config("flux_dev_8xh200")
+    with pytest.raises(ValueError, match=r"hf download black-forest-labs/FLUX\.1-dev") as error:
+        check(config, reward_problems(config.reward))
+    for text in (
+        "--config.pretrained.model=",
+        "config.prompts.train is 'dataset/realgen/train.txt'",
+        "config.reward.options.forensic_chat.path is 'models/forensic_chat', which does not exist",
+    ):
+        assert text in str(error.value)
+    with pytest.raises(ValueError, match="no preset 'flux'; choose from tiny, tiny_adversarial"):
+        flux_grpo.get_config("flux")

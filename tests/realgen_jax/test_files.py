@@ -1,0 +1,97 @@
+"""Atomic writes, digests, locks and JSON lines."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+from filelock import Timeout
+
+from realgen_jax.files import (
+    drop_incomplete_line,
+    file_lock,
+    read_jsonl,
+    sampled_digest,
+    sha256_file,
+    whole_folder,
+    write_whole,
+)
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
+    file = tmp_path / "a.txt"
+    write_whole(file, "one\nHäuser\n")
+    assert file.read_bytes() == "one\nHäuser\n".encode()
+    write_whole(file, b"\x00\xff")
+    assert file.read_bytes() == b"\x00\xff"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_replaced_only_without_an_error(tmp_path):
+    folder = tmp_path / "lora"
+    with whole_folder(folder) as part:
+        (part / "a").write_text("old")
+    with pytest.raises(IsADirectoryError), whole_folder(folder) as part:
+        part.write_text("not a folder")
+    assert (folder / "a").read_text() == "old"
+    (tmp_path / "lora.part" / "rest").write_text("left by the error")
+    with whole_folder(folder) as part:
+        (part / "b").write_text("new")
+    assert list(tmp_path.rglob("*")) == [folder, folder / "b"]
+
+
+def test_digests(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"abc")
+    assert sha256_file(file) == hashlib.sha256(b"abc").hexdigest()
+    assert sampled_digest(file) == hashlib.sha256(b"weights 3abc").digest()
+
+    # A large file: its size and its last byte count.
+    content = bytearray(5 << 20)
+    file.write_bytes(content)
+    first = sampled_digest(file)
+    content[-1] = 1
+    file.write_bytes(content)
+    changed = sampled_digest(file)
+    file.write_bytes(content[:-1])
+    assert len({first, changed, sampled_digest(file)}) == 3
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from realgen_jax.files import file_lock\n"
+        "with file_lock(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    file = tmp_path / "lock"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(file)], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(Timeout), file_lock(file, timeout=0):
+        pass
+    other.kill()
+    other.wait()
+    with file_lock(file, timeout=0):
+        pass
+
+
+def test_json_lines_tolerate_a_last_line_cut_by_a_crash(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert read_jsonl(file) == []
+    drop_incomplete_line(file)
+    assert not file.exists()
+
+    file.write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    assert read_jsonl(file) == [{"a": 1}, {"a": 2}]
+    drop_incomplete_line(file)
+    assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
+    drop_incomplete_line(file)
+    assert read_jsonl(file) == [{"a": 1}, {"a": 2}]
+
+    file.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is not JSON"):
+        read_jsonl(file)

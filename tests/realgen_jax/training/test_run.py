@@ -1,0 +1,121 @@
+"""What a run refuses before anything is loaded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from realgen_jax.training.run import check, check_shapes
+from tests.helpers import golden_config
+
+pytest.importorskip("torch")
+
+from reward_bridge.setup import reward_problems
+
+
+def refusals(**changes):
+    """The lines that train.py would end with; keys of the config with __ for the dots."""
+    config = golden_config.get_config()
+    config.update_from_flattened_dict(
+        {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    with pytest.raises((ValueError, OSError)) as error:
+        check_all(config)
+    return str(error.value)
+
+
+def check_all(config):
+    check(config, reward_problems(config.reward))
+    check_shapes(config, devices=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sample__sde_window_size": 9},
+            "config.sample.sde_window_size 9 does not fit sde_window_range (0, 4); expected "
+            "0 <= lo, lo + window <= hi and hi <= 4 (4 steps)",
+        ),
+        ({"sample__noise_level": 0.0}, "config.sample.noise_level is 0.0"),
+        ({"sample__sde_type": "ode"}, "config.sample.sde_type is 'ode'; choose one of sde, cps"),
+        (
+            {"sample__train_batch_size": 6},
+            "cannot be divided into groups of num_image_per_prompt 4",
+        ),
+        ({"sample__test_batch_size": 0}, "test_batch_size is 0"),
+        (
+            {"train__gradient_accumulation_steps": 3},
+            "must be a multiple of gradient_accumulation_steps 3",
+        ),
+        (
+            {"sample__resolution": 72},
+            "config.sample.resolution is 72; expected a multiple of 16 pixels",
+        ),
+        ({"sample__resolution": 0}, "config.sample.resolution is 0"),
+        ({"train__lora_rank": 0}, "lora_rank is 0; expected 1 or more"),
+        ({"train__lora_alpha": 0.0}, "lora_alpha is 0; expected a number above 0"),
+        ({"train__lora_init": "ones"}, "lora_init is 'ones'; choose one of gaussian, kaiming"),
+        ({"train__loss": "ppo"}, "loss is 'ppo'; choose one of grpo, guard"),
+        ({"train__kl": "forward"}, "kl is 'forward'; choose one of velocity, mean"),
+        ({"pretrained__lora": "nowhere"}, "nowhere does not exist; expected a LoRA file or folder"),
+        (
+            {"pretrained__dtype": "bf16"},
+            "config.pretrained.dtype is 'bf16'; choose one of float32, bfloat16, float16",
+        ),
+        ({"pretrained__remat": "some"}, "remat is 'some'; choose one of full, attention, dots"),
+        ({"mesh__fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices"),
+        ({"reward__device": "cuda:7"}, "there is no device 'cuda:7': torch sees 0 CUDA devices"),
+    ],
+)
+def test_a_mistake_is_one_line(changes, message):
+    refusal = refusals(**changes)
+    assert message in refusal
+    assert len(refusal.splitlines()) == 1
+
+
+def test_all_that_is_missing_is_named_at_once():
+    lines = refusals(
+        prompts__train="nowhere.txt",
+        pretrained__model="nowhere",
+        pretrained__lora="x",
+        train__lora=False,
+        eval_freq=0,
+        evaluate__after_training=True,
+        evaluate__arena__protocol="realgen",
+        save_failure="pray",
+    ).splitlines()
+    for start in (
+        "config.pretrained.model is 'nowhere', which holds no model_index.json",
+        "config.prompts.train is 'nowhere.txt', which does not exist",
+        "config.pretrained.lora is set, but config.train.lora=False trains all weights",
+        "config.evaluate.arena.protocol is 'realgen', which compares with photographs",
+        "config.save_failure is 'pray'; choose stop or continue",
+        "eval_freq 0 and save_freq 2 must be 1 epoch or more",
+    ):
+        assert [line for line in lines if line.startswith(start)], start
+
+
+PROGRAM = """
+from realgen_configs.flux_grpo import get_config
+from realgen_jax.training.run import check_shapes
+
+config = get_config("flux_dev_8xh200")
+check_shapes(config, 7)
+config.sample.sde_window_size = 30
+try:
+    check_shapes(config, 7)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_shapes_are_checked_without_a_device_or_a_model():
+    """The full-size recipe. A platform that does not exist would be an error once JAX starts."""
+    environment = os.environ | {"JAX_PLATFORMS": "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("config.sample.sde_window_size 30 does not fit")
