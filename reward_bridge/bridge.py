@@ -150,11 +150,14 @@ class _Pending:
         """Wait for all lanes. If one fails, what is still queued of this batch is dropped."""
         answers = self._answers.values()
         try:
-            self.raise_if_failed()
-            while any(answer.outcome is None for answer in answers):
-                with contextlib.suppress(queue.Empty):
-                    self._done.get(timeout=0.05)
+            waiting = True
+            while waiting:
+                # In this order: an error that comes between the two lines is seen in the next turn.
+                waiting = any(answer.outcome is None for answer in answers)
                 self.raise_if_failed()
+                if waiting:
+                    with contextlib.suppress(queue.Empty):
+                        self._done.get(timeout=0.05)
         except BaseException:
             for answer in answers:
                 if answer.outcome is None:

@@ -358,6 +358,7 @@ def test_inside_the_blocks_only_weights_are_gathered(layout):
         ]
 
 
+@pytest.mark.slow
 def test_the_count_sees_a_constraint_that_is_gone(monkeypatch):
     for module in (stack, transformer):
         monkeypatch.setattr(module, "pin_rows", lambda tree, mesh: tree)

@@ -1,14 +1,17 @@
 """Rewards that fail, hang or exit; closing the bridge; interrupts."""
 
+import queue
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from reward_bridge.bridge import PendingScores
 from reward_bridge.reward import RewardError
 from tests.helpers.bridges import PROMPTS, bridge, images
 
@@ -29,6 +32,29 @@ def test_a_reward_that_fails_once_is_tried_again():
         1,
     ]
     assert len(calls) == 2
+
+
+class AnswersLater:
+    """An answer that is None at the first `reads` looks, then an error."""
+
+    def __init__(self, reads):
+        self.reads = reads
+
+    @property
+    def outcome(self):
+        self.reads -= 1
+        return None if self.reads >= 0 else RewardError("the reward failed")
+
+
+@pytest.mark.parametrize("reads", range(5))
+def test_an_error_is_raised_at_whatever_moment_it_comes(reads):
+    lane = Mock()
+    done = queue.SimpleQueue()
+    for _ in range(9):
+        done.put(None)
+    pending = PendingScores({lane: AnswersLater(reads)}, done, ["odd"])
+    with pytest.raises(RewardError, match="the reward failed"):
+        pending.result()
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert not done.stderr.strip(), done.stderr  # no wall of warnings
 
 
+@pytest.mark.slow
 def test_every_program_compiles_once_and_a_run_is_not_overwritten(cache, tmp_path):
     where = [f"--config.run_root={tmp_path}", "--config.run_name=run"]
     first = call("train.py", cache, *where, "--config.num_epochs=2", JAX_LOG_COMPILES="1")
@@ -199,6 +200,7 @@ def config_with(tmp_path, *lines):
     return file
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_held_out_rewards_fall(cache, tmp_path):
     """Trained on the JPEG size, with the detector held out, which does not care for it."""
     config = config_with(

@@ -36,6 +36,7 @@ def tables(lines):
     return tables
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_run_adds_up_and_agrees_with_its_metrics(cache, tmp_path):
     pytest.importorskip("torch")
     words = ("--config.num_epochs=2", "--config.run_name=traced", "--config.profile.steps=1,2")
