@@ -75,6 +75,7 @@ def train(
     run: Run,
     state: TrainState,
     log: RunLog | NoLog,
+    traces: StepTraces,
     preemption: Preemption,
     resumed: int | None,
 ) -> bool:
@@ -93,70 +94,69 @@ def train(
         state = saver.restore(resumed, state)
         first = resumed
 
-    with log, StepTraces(run.folder, config.profile.steps, log) as traces:
-        for epoch in range(first, config.num_epochs + 1):
-            traces.begin(epoch + 1)
-            seconds = {}
-            scoring_before = dict(run.scorer.seconds)
+    for epoch in range(first, config.num_epochs + 1):
+        traces.begin(epoch + 1)
+        seconds = {}
+        scoring_before = dict(run.scorer.seconds)
 
-            # What a save goes back to if SIGTERM interrupts this epoch.
-            start = saver.snapshot(epoch, state)
-            if preemption.wanted_anywhere():
-                saver.leave(start, preemption)
-                return False
+        # What a save goes back to if SIGTERM interrupts this epoch.
+        start = saver.snapshot(epoch, state)
+        if preemption.wanted_anywhere():
+            saver.leave(start, preemption)
+            return False
 
-            # -- Evaluate. The last evaluation ends the run, and so do held-out rewards that fall.
-            if evaluate_if_due(run, programs, log, epoch, state.ema, saver.history):
-                break
+        # -- Evaluate. The last evaluation ends the run, and so do held-out rewards that fall.
+        if evaluate_if_due(run, programs, log, epoch, state.ema, saver.history):
+            break
 
-            # -- Sample. Each call's pictures go to the rewards while the next call samples.
-            with phase("sample", seconds):
-                seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
-                calls = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
-                interrupted = wait_for(calls, preemption)
-            if interrupted:
-                saver.leave(start, preemption)
-                return False
-            stop_if_not_finite(latents_of(calls), epoch, "rollout (velocity)", run)
+        # -- Sample. Each call's pictures go to the rewards while the next call samples.
+        with phase("sample", seconds):
+            seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
+            calls = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
+            interrupted = wait_for(calls, preemption)
+        if interrupted:
+            saver.leave(start, preemption)
+            return False
+        stop_if_not_finite(latents_of(calls), epoch, "rollout (velocity)", run)
 
-            with phase("reward_wait", seconds):
-                # -- Score. Waits for the slowest reward: {reward: [groups, group]}.
-                scores = scores_of_all([call.scores for call in calls], layout.images)
-                groups = scores.grouped(weights, layout.group)
+        with phase("reward_wait", seconds):
+            # -- Score. Waits for the slowest reward: {reward: [groups, group]}.
+            scores = scores_of_all([call.scores for call in calls], layout.images)
+            groups = scores.grouped(weights, layout.group)
 
-                # -- Advantages within the pictures of one prompt: [groups, group].
-                advantages = group_advantages(groups, weights, global_std=config.sample.global_std)
+            # -- Advantages within the pictures of one prompt: [groups, group].
+            advantages = group_advantages(groups, weights, global_std=config.sample.global_std)
 
-                # -- Learn: rewards whose schedule says so, in threads of their own.
-                learning = begin_learning(
-                    run.scorer, run.learning, epoch, scores, seeds[layout.calls :]
-                )
+            # -- Learn: rewards whose schedule says so, in threads of their own.
+            learning = begin_learning(
+                run.scorer, run.learning, epoch, scores, seeds[layout.calls :]
+            )
 
-            # -- Update, unless the generator rests while its rewards learn.
-            with phase("update", seconds):
-                steps = []
-                if not learning.generator_rests:
-                    state, steps = update_epoch(run, programs, state, calls, advantages, epoch)
-            with phase("reward_learning", seconds):
-                details = learning.result()
+        # -- Update, unless the generator rests while its rewards learn.
+        with phase("update", seconds):
+            steps = []
+            if not learning.generator_rests:
+                state, steps = update_epoch(run, programs, state, calls, advantages, epoch)
+        with phase("reward_learning", seconds):
+            details = learning.result()
 
-            # -- Log.
-            for name, mean in scores.reference_means().items():
-                details[f"reward/{name}/references"] = mean
-            for name in weights:
-                scoring = run.scorer.seconds[name] - scoring_before[name]
-                details[f"seconds/scoring/{name}"] = scoring
-            if epoch == first:
-                warn_of_deviation(log, steps, config.train.clip_range)
-            columns = step_columns(steps, run.recipe.objective.largest_metrics)
-            log.train(epoch + 1, groups, weighted_mean(groups, weights), columns, seconds, details)
+        # -- Log.
+        for name, mean in scores.reference_means().items():
+            details[f"reward/{name}/references"] = mean
+        for name in weights:
+            scoring = run.scorer.seconds[name] - scoring_before[name]
+            details[f"seconds/scoring/{name}"] = scoring
+        if epoch == first:
+            warn_of_deviation(log, steps, config.train.clip_range)
+        columns = step_columns(steps, run.recipe.objective.largest_metrics)
+        log.train(epoch + 1, groups, weighted_mean(groups, weights), columns, seconds, details)
 
-            # -- Save.
-            saver.save_if_due(epoch + 1, state)
+        # -- Save.
+        saver.save_if_due(epoch + 1, state)
 
-        preemption.reached()
-        saver.wait()
-        log.say(f"trained weights: {export(run.folder / 'lora', run.model, state.ema)}")
+    preemption.reached()
+    saver.wait()
+    log.say(f"trained weights: {export(run.folder / 'lora', run.model, state.ema)}")
     return True
 
 
@@ -207,7 +207,8 @@ def run_training(_: Sequence[str]) -> None:
             sys.exit(f"error: {error}")
 
         try:
-            over = train(run, state, log, preemption, resumed)
+            with log, StepTraces(run.folder, config.profile.steps, log) as traces:
+                over = train(run, state, log, traces, preemption, resumed)
         except (OSError, RewardError, ScoringError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
         except (SaveError, RestoreError) as error:
