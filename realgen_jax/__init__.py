@@ -1,21 +1,21 @@
-"""Text-to-image flow models made photorealistic by reinforcement learning, in JAX.
+"""Reinforcement learning that makes text-to-image flow models photorealistic, in JAX.
 
-The programs in scripts/ are the usual way in. From Python:
+The usual entry points are the programs in scripts/. From Python:
 
     from realgen_jax import load_model, make_mesh
 
     mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.devices())
     model = load_model(config.pretrained, resolution=1024, mesh=mesh)
 
-Names are imported when they are used, so that programs which need no JAX do not load it. The
-package imports neither torch nor reward_bridge: it is handed its rewards and judges.
+Names are imported on first use, so programs that do not need JAX do not load it. The package
+imports neither torch nor reward_bridge: callers pass in the rewards and judges.
 """
 
 import importlib
 from typing import Any
 
 _MODULES = {
-    # Models and what is trained of them.
+    # Models and their trainable parts.
     "FAMILIES": "models",
     "Family": "models.family",
     "Model": "models.model",

@@ -1,4 +1,4 @@
-"""Advantages: how much better a picture is than the others of its prompt."""
+"""Advantages: how much better a picture is than the other pictures of its prompt."""
 
 from collections.abc import Mapping
 
@@ -14,9 +14,10 @@ def group_advantages(
 ) -> np.ndarray:
     """A_k = (r_k - mean of the group) / (std + eps) for each reward k, then sum w_k A_k / sum w_k.
 
-    scores: {reward: [groups, size]}, one group a prompt. The population std is the group's, or with
-    `global_std` that of all samples. A group whose spread is only rounding (below 1e-6 of its
-    magnitude) has advantage zero. Returns float32 [groups, size]; computed in float64.
+    scores: {reward: [groups, size]}, one group per prompt. std is the population standard deviation
+    of the group, or of all samples if `global_std`. A group whose spread is only rounding error
+    (below 1e-6 of its magnitude) has advantage zero. Returns float32 [groups, size]; computed in
+    float64.
 
     Raises ValueError for scores that are not [groups, size]. Source: Flow-GRPO (arXiv 2505.05470).
     """
@@ -36,5 +37,5 @@ def group_advantages(
 
 
 def zero_spread(rewards: np.ndarray) -> np.ndarray:
-    """Which groups of rewards [groups, size] differ by rounding only: bool [groups]."""
+    """Return bool [groups]: which groups of rewards [groups, size] differ only by rounding."""
     return rewards.std(axis=1) <= 1e-6 * np.abs(rewards).max(axis=1)

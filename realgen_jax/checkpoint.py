@@ -24,10 +24,10 @@ import orbax.checkpoint as ocp
 from realgen_jax.files import sha256_file, write_whole
 from realgen_jax.hosts import process_index, wait_for_all
 
-FORMAT = 2  # of a checkpoint; 1 kept the state as nested dictionaries and had no number
+FORMAT = 2  # checkpoint format; format 1 stored nested dictionaries and recorded no number
 SUMS = "SHA256SUMS"
 META = "meta.json"
-BARRIER_SECONDS = 300  # that processes wait for each other while saving
+BARRIER_SECONDS = 300  # how long processes wait for each other while saving
 
 
 class SaveError(RuntimeError):
@@ -35,7 +35,7 @@ class SaveError(RuntimeError):
 
 
 class RestoreError(ValueError):
-    """A checkpoint does not hold what is to be restored."""
+    """A checkpoint does not contain the requested state."""
 
 
 # -- Checkpoint folders
@@ -52,7 +52,7 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     """Return {file: SHA-256} of all files of a checkpoint except SHA256SUMS."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != SUMS)
     names = [file.relative_to(checkpoint).as_posix() for file in files]
-    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return dict(zip(names, pool.map(sha256_file, files), strict=True))
 
 
@@ -106,7 +106,7 @@ def newest_good(folder: Path) -> tuple[int | None, list[str]]:
             shutil.rmtree(folder / str(epoch))
             warnings.append(f"checkpoint {epoch} is incomplete and was removed")
 
-    # Go back to the newest checkpoint that is as it was written.
+    # Go back to the newest undamaged checkpoint.
     epochs = _epochs(folder)
     for epoch in reversed(epochs):
         checkpoint = folder / str(epoch)
@@ -125,7 +125,7 @@ def newest_good(folder: Path) -> tuple[int | None, list[str]]:
 
 
 def read_meta(folder: Path, epoch: int) -> dict[str, Any]:
-    """Return a checkpoint's metadata. Raises RestoreError if it has another format than FORMAT."""
+    """Return a checkpoint's metadata. Raises RestoreError if its format is not FORMAT."""
     meta = json.loads((folder / str(epoch) / "meta" / META).read_text())
     found = meta.pop("format", 1)
     if found != FORMAT:
@@ -149,8 +149,8 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 class Checkpoints:
     """Saves and restores the checkpoints of a run; the newest `keep` are kept.
 
-    With several processes all must make the same calls, and `folder` must be on a file system that
-    they share; process 0 seals and removes.
+    With several processes, all must make the same calls, and `folder` must be on a shared file
+    system. Process 0 seals new checkpoints and removes old ones.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -184,7 +184,7 @@ class Checkpoints:
         meta: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Begin to save; return once the arrays are copied and may be donated.
+        """Start a save; return once the arrays have been copied and may be donated.
 
         Args:
           epoch: the number of finished epochs, which becomes the checkpoint's name.
@@ -192,7 +192,7 @@ class Checkpoints:
           meta: JSON values.
           files: further files by their names in the checkpoint; each process adds its own.
 
-        Raises SaveError if this save cannot begin, or if the save before it failed.
+        Raises SaveError if this save cannot start, or if the previous save failed.
         """
         self.wait()
         args = ocp.args.Composite(
@@ -224,7 +224,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         for epoch in list(self._complete())[self.keep :]:
-            # Without SHA256SUMS, what a kill leaves of the folder is known to be incomplete.
+            # Without SHA256SUMS, a folder left half-removed by a kill counts as incomplete.
             (self.folder / str(epoch) / SUMS).unlink()
             shutil.rmtree(self.folder / str(epoch))
 
@@ -261,15 +261,15 @@ class Checkpoints:
             self.wait()
 
     def read(self, epoch: int, name: str) -> bytes | None:
-        """Return one of the `files` saved with a checkpoint, None if there is none of this name."""
+        """Return one of the `files` saved with a checkpoint, or None if it does not exist."""
         file = self.folder / str(epoch) / name
         return file.read_bytes() if file.exists() else None
 
     def restore(self, epoch: int, like: Any) -> Any:
         """Return the pytree of a checkpoint, with the structure and the shardings of `like`.
 
-        The mesh may differ from the one it was saved on. Raises RestoreError if the checkpoint
-        holds other arrays than `like`.
+        The mesh may differ from the one it was saved on. Raises RestoreError if the checkpoint's
+        arrays do not match `like`.
         """
         named = _named_leaves(like)
         shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in named.items()}
@@ -286,7 +286,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])
 
     def close(self) -> None:
-        """Wait for the save in progress and release Orbax. Raises SaveError as `wait`."""
+        """Wait for the save in progress and release Orbax. Raises SaveError as `wait` does."""
         try:
             self.wait()
         finally:

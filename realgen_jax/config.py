@@ -33,35 +33,35 @@ flags.disclaim_key_flags()  # --help lists --config under the program that calls
 
 
 def base() -> ConfigDict:
-    """All keys of a training config with neutral values: no model, no prompts and no rewards.
+    """Return a training config with neutral values: no model, no prompts and no rewards.
 
-    The keys are fixed: a misspelled one raises AttributeError or KeyError. New keys can only be
-    added to the mappings whose keys are names of rewards or of prompt sets.
+    The keys are fixed: a misspelled key raises AttributeError or KeyError. New keys can only be
+    added to mappings that are keyed by reward or prompt set.
     """
     c = ConfigDict()
     c.preset = "custom"  # part of the run's default name; get_config() sets it
     c.seed = 0  # root of all random numbers
     c.run_name = ""  # the run's folder; empty: preset, date and time
-    c.run_root = "runs"  # where the runs' folders are
+    c.run_root = "runs"  # parent of the run folders
     c.num_epochs = 100
     c.save_freq = 10  # epochs between checkpoints
-    c.num_checkpoint_limit = 5  # checkpoints to keep, the newest ones
-    c.save_failure = "stop"  # stop, continue: if a checkpoint cannot be written (a full disk)
+    c.num_checkpoint_limit = 5  # number of newest checkpoints to keep
+    c.save_failure = "stop"  # stop, continue: what to do if a checkpoint cannot be written
     c.preemption_grace = 25.0  # seconds after SIGTERM within which the last save must have started
     c.eval_freq = 10  # epochs between evaluations; epoch 0 and the last one are always evaluated
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # folder of compiled programs; empty: none
 
-    # Epochs to trace, counted from 1. Take 3 or later: the first ones include compilation.
+    # Epochs to trace, counted from 1. Use 3 or later: earlier epochs include compilation.
     c.profile = ConfigDict({"steps": ()})
 
-    # Mesh axes; -1 takes the devices that the others leave. docs/clusters.md explains the axes.
+    # Mesh axes; -1 takes all remaining devices. docs/clusters.md explains the axes.
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
-    # Assumptions of scripts/preflight.py. Training uses the devices it finds.
+    # Assumptions made by scripts/preflight.py. Training uses the devices it finds.
     c.preflight = ConfigDict()
-    c.preflight.devices = 1  # devices that train, if config.mesh leaves the number open
-    c.preflight.mfu = 0.4  # fraction of the devices' peak FLOP/s that is reached
+    c.preflight.devices = 1  # training devices, if config.mesh leaves the number open
+    c.preflight.mfu = 0.4  # achieved fraction of the devices' peak FLOP/s
 
     c.pretrained = _pretrained()
     c.prompts = _prompts()
@@ -80,17 +80,17 @@ def base() -> ConfigDict:
 def _pretrained() -> ConfigDict:
     """The model that training starts from."""
     c = ConfigDict()
-    c.model = ""  # a pipeline folder of diffusers; its model_index.json says which family it is
+    c.model = ""  # a diffusers pipeline folder; its model_index.json determines the family
     c.family = "FluxPipeline"  # pipeline class that preflight.py assumes if there is no such folder
-    c.transformer = ""  # another transformer: a diffusers folder or BFL's single file
+    c.transformer = ""  # replaces the transformer: a diffusers folder or BFL's single file
     c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
     c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer
     c.param_dtype = "float32"  # float32, bfloat16: dtype of its frozen weights
     c.vae_dtype = "float32"  # float32, bfloat16
 
-    # What the backward pass keeps of the forward pass, from the least memory to the most:
+    # What the forward pass saves for the backward pass, from least to most memory:
     # full: the inputs of the blocks; attention: also the attention outputs (on NVIDIA GPUs);
-    # dots: also the outputs of all projections; none: everything it needs, nothing is recomputed.
+    # dots: also the outputs of all projections; none: everything, so nothing is recomputed.
     c.remat = "full"
     return c
 
@@ -98,8 +98,8 @@ def _pretrained() -> ConfigDict:
 def _prompts() -> ConfigDict:
     """Prompt files and their text embeddings."""
     c = ConfigDict()
-    c.train = ""  # .txt, one prompt a line, or .jsonl with "prompt"
-    c.test = ""  # prompts of evaluations, same formats
+    c.train = ""  # .txt with one prompt per line, or .jsonl with "prompt"
+    c.test = ""  # evaluation prompts, same formats
     c.max_tokens = 512  # T5 tokens
     c.cache = "~/.cache/realgen_jax/text"  # folder of text embeddings
     c.dtype = "float32"  # float32, bfloat16: dtype of the text encoders and embeddings
@@ -110,21 +110,21 @@ def _prompts() -> ConfigDict:
 def _sample() -> ConfigDict:
     """Rollouts and evaluation images."""
     c = ConfigDict()
-    c.resolution = 512  # pixels a side
+    c.resolution = 512  # pixels per side
     c.num_steps = 10  # denoising steps of a rollout
     c.eval_num_steps = 10  # denoising steps of an evaluation
     c.guidance_scale = 3.5
-    c.train_batch_size = 8  # images of one rollout call, over all devices
-    c.num_image_per_prompt = 8  # group size: images of one prompt
-    c.branches = 1  # images that share the ODE prefix and separate where the SDE window starts
+    c.train_batch_size = 8  # images per rollout call, over all devices
+    c.num_image_per_prompt = 8  # group size: images per prompt
+    c.branches = 1  # images that share the ODE prefix and branch where the SDE window starts
     c.same_latent = False  # True: the images of a group share the initial noise
-    c.num_batches_per_epoch = 2  # rollout calls
+    c.num_batches_per_epoch = 2  # rollout calls per epoch
     c.sde_type = "sde"  # sde, cps
     c.noise_level = 0.9
-    c.sde_window_size = 3  # steps with noise, the ones that are trained
-    c.sde_window_range = (0, 8)  # [first, end) of the steps in which the window's place is drawn
+    c.sde_window_size = 3  # number of steps with noise; these are trained on
+    c.sde_window_range = (0, 8)  # [first, end) of the steps among which the window is placed
     c.global_std = False  # True: advantages are divided by the epoch's std, not the group's
-    c.test_batch_size = 8  # images of one evaluation call
+    c.test_batch_size = 8  # images per evaluation call
     c.test_images_per_prompt = 1
     return c
 
@@ -137,7 +137,7 @@ def _train() -> ConfigDict:
     c.lora_alpha = 64.0
     c.lora_init = "gaussian"  # gaussian, kaiming
     c.loss = "guard"  # grpo, guard
-    c.guard_bias = "sample"  # sample; batch: averaged over the batch as well, as in RealGen's code
+    c.guard_bias = "sample"  # sample; batch: also averaged over the batch, as in RealGen's code
     c.kl = "velocity"  # velocity, mean, mean_reference
     c.beta = 0.0  # weight of the KL term
     c.clip_range = 1e-4  # of the policy ratio, around 1
@@ -152,29 +152,29 @@ def _train() -> ConfigDict:
     c.num_inner_epochs = 1  # passes over an epoch's images
     c.ema_decay = 0.9
     c.ema_update_interval = 1  # optimizer steps between EMA updates
-    c.recompute_old = False  # True: the update's own program recomputes the sampled means first
+    c.recompute_old = False  # True: the update program first recomputes the sampled means
     return c
 
 
 def _reward() -> ConfigDict:
-    """Rewards and their devices. docs/rewards.md lists them, their classes have the options."""
+    """Rewards and their devices. docs/rewards.md lists them; their classes define the options."""
     c = ConfigDict()
-    c.fn = ConfigDict()  # {reward: weight}: what is trained on
-    c.held_out = ()  # rewards that are scored in evaluations and never trained on
+    c.fn = ConfigDict()  # {reward: weight}: the rewards to train on
+    c.held_out = ()  # rewards that are scored in evaluations but never trained on
     c.metrics = ()  # metrics of a whole set of images in evaluations; lower is better
     c.options = ConfigDict()  # {reward: its constructor's options}
 
-    # auto: the last GPU, which JAX then leaves free if there are others; the CPU if there is none.
+    # auto: the last GPU, which JAX does not use if there are others; without a GPU, the CPU.
     # Or cpu, cuda:N.
     c.device = "auto"
     c.share_gpu = False  # True: JAX uses the rewards' GPUs too
     c.devices = ConfigDict()  # rewards with a device of their own: {"omniaid": "cuda:6"}
-    c.batch_size = 0  # images a reward gets at once, halved when out of memory; 0: all of a call
+    c.batch_size = 0  # images a reward gets at once, halved if out of memory; 0: the whole call
     c.deadline = 120.0  # seconds for one reward and one call, retries included
     c.retries = 1
 
     # Stop the run once a held-out reward has been `stop_drop` (in its own units) below its best
-    # for `stop_patience` evaluations in a row while the trained reward rose. 0: never.
+    # for `stop_patience` evaluations in a row while the trained reward rose. 0: never stop.
     c.stop_drop = 0.05
     c.stop_patience = 0
 
@@ -182,13 +182,13 @@ def _reward() -> ConfigDict:
 
     # Real images for rewards that learn: .jsonl ("prompt", "image" or "images"), .json
     # ({prompt: [images]}), or a folder of photographs that are used for every prompt. File names
-    # are relative to root; if root is empty, to the folder that path is in.
+    # are relative to root; if root is empty, to the folder that contains path.
     c.references = ConfigDict({"path": "", "root": ""})
     return c
 
 
 def _evaluate() -> ConfigDict:
-    """RealBench, which scripts/evaluate.py and the report at the end of a run show."""
+    """RealBench, as run by scripts/evaluate.py and for the report at the end of a run."""
     c = ConfigDict()
 
     # {set: file}, .txt or .jsonl ("prompt", "category"). Line i of all sets describes one scene.
@@ -196,10 +196,10 @@ def _evaluate() -> ConfigDict:
     c.images_per_prompt = 1  # RealBench: 1
     c.batch_size = 8  # images that are generated and scored in one call
     c.scores = ()  # rewards
-    c.detectors = ()  # scores that are a P(real); the share above 0.5 is reported as well
+    c.detectors = ()  # scores that are P(real); the share above 0.5 is reported as well
     c.confidence = 0.95  # level of all intervals
     c.resamples = 2000  # bootstrap resamples, over prompts
-    c.report_prompts = 100  # prompts whose images are in the report; its tables have all prompts
+    c.report_prompts = 100  # prompts whose images are in the report; its tables cover all prompts
     c.after_training = False  # True: train.py ends with the report
     c.arena = _arena()
     return c
@@ -210,23 +210,23 @@ def _arena() -> ConfigDict:
     c = ConfigDict()
     c.protocol = "balanced"  # balanced: both orders, ties count as ties; realgen: the paper's
     c.pairs = "all"  # all; photographs: each entry with the photographs; first: each with the first
-    c.prompts = 0  # most prompts per set, evenly spaced; 0: all
+    c.prompts = 0  # maximum number of prompts per set, evenly spaced; 0: all
     c.concurrency = 8  # questions in flight
     c.requests_per_minute = 0.0  # upper limit; 0: no limit
     c.timeout = 120.0  # seconds for an answer
     c.attempts = 5  # per question: rate limits, time-outs and unreadable answers are retried
-    c.max_failures = 10  # failed questions in a row after which the judge is given up
-    c.port = 0  # of the page for human judges; 0: any free port
+    c.max_failures = 10  # give up on the judge after this many failed questions in a row
+    c.port = 0  # port of the page for human judges; 0: any free port
     return c
 
 
 def adversary() -> ConfigDict:
-    """How a reward learns: a value of config.reward.adversarial, with the numbers of RealGen-V2.
+    """How a reward learns: a value of config.reward.adversarial. Defaults are RealGen-V2's.
 
     Sizes count pairs of a real and a generated image, per replica.
     """
     c = ConfigDict()
-    c.options = ConfigDict()  # of the learner (reward_bridge/learners/), added to reward.options
+    c.options = ConfigDict()  # learner options (reward_bridge/learners/), added to reward.options
 
     # When it learns.
     # threshold: in epochs whose mean reward is above `threshold`;
@@ -241,23 +241,24 @@ def adversary() -> ConfigDict:
     c.patience = 5
     c.min_rise = 0.01
     c.always_first = True  # learn in epoch 0, whatever the schedule says
-    c.skip_generator = False  # True: the generator is not updated in epochs in which this learns
+    c.skip_generator = False  # True: the generator is not updated in epochs when this learns
 
     c.optimizer = "adamw"  # adam, adamw
     c.learning_rate = 4e-5
     c.betas = (0.9, 0.999)
     c.weight_decay = 0.01
 
-    c.batch_size = 16  # pairs of this epoch per step; 0: all
-    c.history_batch_size = 16  # pairs of earlier epochs, added to each step
-    c.history_size = 1000  # pairs kept of the epochs it learned in, in host memory and checkpoints
-    c.max_passes = 20  # most passes over the epoch's pairs
+    c.batch_size = 16  # pairs from this epoch per step; 0: all
+    c.history_batch_size = 16  # pairs from earlier epochs, added to each step
+    c.history_size = 1000  # pairs kept from epochs it learned in, in host memory and checkpoints
+    c.max_passes = 20  # maximum number of passes over the epoch's pairs
     c.target_accuracy = 0.9  # stop after a pass with this mean accuracy
 
-    # EMA of the weights, which gives the reward: min((1 + steps) / (10 + steps), ema_decay).
+    # The reward is computed with an EMA of the weights. Its decay is
+    # min((1 + steps) / (10 + steps), ema_decay).
     c.ema_decay = 0.99
-    c.codec = "jpeg"  # none, jpeg: what real and generated images are encoded with after the resize
-    c.quality = 90  # of the codec
+    c.codec = "jpeg"  # none, jpeg: how real and generated images are encoded after the resize
+    c.quality = 90  # codec quality
     c.deadline = 600.0  # seconds for one update
 
     c.lock()
@@ -271,8 +272,8 @@ def adversary() -> ConfigDict:
 def define_config(default: str | None = None, template: Callable[[], ConfigDict] = base) -> None:
     """Define the flag --config. Programs that call this pass `parse_flags` to app.run.
 
-    default: the config if the command line names none. template: returns a config with all keys
-    that the program needs; a config that lacks any of them is refused.
+    default: the config to use if the command line names none. template: returns a config with all
+    keys that the program needs; a config that lacks any of them is rejected.
     """
     usage = "a config file, or a shipped config by name, with a preset: flux_grpo:flux_dev_8xh200"
     config_flags.DEFINE_config_file("config", None, usage)
@@ -311,10 +312,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _show_help() -> None:
-    """Print what the program does and its flags.
+    """Print the program's description and flags.
 
-    absl's own --help only knows the flags of a program that is run as a file, not those of an
-    installed command.
+    absl's own --help finds the flags only if the program is run as a file, not as an installed
+    command.
     """
     name = flags.FLAGS.find_module_defining_flag("config")
     module = sys.modules.get(name, sys.modules["__main__"])

@@ -1,7 +1,7 @@
-"""Config files: finding the one that --config names, and running it.
+"""Find and run the config file that --config names.
 
-A config is named by its path or, if it is one of the shipped ones, by its name: flux_grpo. A preset
-may follow after a colon, flux_grpo:tiny; it is the argument of the file's get_config().
+A config is named by its path or, if it ships with the package, by its name: flux_grpo. A preset may
+follow after a colon, flux_grpo:tiny; it is passed to the file's get_config().
 """
 
 import importlib.util
@@ -16,14 +16,14 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-SHIPPED = "realgen_configs"  # the package that setup.py makes of configs/
+SHIPPED = "realgen_configs"  # the package that setup.py builds from configs/
 
 
 def load_config(argument: str) -> ConfigDict:
-    """Return the config of "FILE[:PRESET]", or of "NAME[:PRESET]" if it is a shipped one.
+    """Return the config of "FILE[:PRESET]", or of "NAME[:PRESET]" for a shipped config.
 
-    Raises FileNotFoundError if there is no such file or name, and ValueError, with a message of one
-    line, if the file gives no config.
+    Raises FileNotFoundError if there is no such file or name, and ValueError with a one-line
+    message if the file does not produce a config.
     """
     name, *preset = argument.split(":", 1)
     file = find_config(name)
@@ -44,9 +44,9 @@ def load_config(argument: str) -> ConfigDict:
 
 
 def find_config(name: str) -> Path:
-    """The file at this path, else the shipped config of this name ("flux_grpo").
+    """Return the file at this path, or else the shipped config of this name ("flux_grpo").
 
-    A shipped config's name may be written as its path in the repository, "configs/flux_grpo.py".
+    A shipped config may also be named by its path in the repository, "configs/flux_grpo.py".
     """
     file = Path(name).expanduser()
     if file.is_file():
@@ -62,7 +62,7 @@ def find_config(name: str) -> Path:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """{name: file} of the configs that are installed with this package."""
+    """Return {name: file} of the configs that are installed with this package."""
     package = importlib.util.find_spec(SHIPPED)
     if package is None:  # a checkout that is not installed
         return {}
@@ -75,7 +75,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def missing_keys(config: ConfigDict, template: ConfigDict, parent: str = "") -> list[str]:
-    """The keys, as "train.beta", that the template has and the config lacks."""
+    """Return the keys, such as "train.beta", that the template has and the config lacks."""
     missing = []
     for key, value in template.items():
         if key not in config:
@@ -97,7 +97,7 @@ def _run_file(file: Path) -> ModuleType:
 
 @contextmanager
 def _one_line_errors(file: Path) -> Iterator[None]:
-    """Raise errors of the file's own code as ValueError, in one line that names file and line."""
+    """Turn errors from the file's own code into a one-line ValueError naming file and line."""
     try:
         yield
     except ValueError:  # the file's own message, such as that of an unknown preset

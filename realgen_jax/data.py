@@ -1,4 +1,4 @@
-"""Prompt files, the order in which a run uses their prompts, and the layout of a batch."""
+"""Prompt files, the order in which a run uses the prompts, and the layout of a batch."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read a prompt file: a prompt a line (.txt), or a JSON object with "prompt" a line (.jsonl).
+    """Read a prompt file: each line is a prompt (.txt) or a JSON object with "prompt" (.jsonl).
 
     Raises FileNotFoundError, or ValueError naming the first bad line.
     """
@@ -19,7 +19,7 @@ def read_prompts(path: str | Path) -> list[str]:
 def read_categorised(path: str | Path) -> list[tuple[str, str]]:
     """Read a prompt file as (prompt, category) pairs.
 
-    The category is the "category" of a JSON line, "" if there is none. Raises FileNotFoundError,
+    The category is the "category" of a JSON line, or "" if it has none. Raises FileNotFoundError,
     or ValueError naming the first bad line.
     """
     path = Path(path)
@@ -48,7 +48,7 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
 
 
 def _parse_record(line: str, place: str) -> tuple[str, str]:
-    """Return (prompt, category) of a JSON line; other keys are ignored."""
+    """Return (prompt, category) of a JSON line, ignoring other keys."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -69,7 +69,7 @@ def _parse_record(line: str, place: str) -> tuple[str, str]:
 def prompt_batches(count: int, groups: int, seed: int) -> grain.DatasetIterator:
     """Return endless batches of row numbers, int [groups], each in [0, count).
 
-    Every pass over the rows is a new shuffle. `get_state` and `set_state` of the iterator save and
+    Every pass over the rows is reshuffled. The iterator's `get_state` and `set_state` save and
     restore its position.
     """
     rows = grain.MapDataset.source(np.arange(count)).seed(seed).shuffle().repeat()
@@ -81,17 +81,17 @@ class Layout:
     """How the images of an epoch are divided into rollout calls, slots and groups.
 
     Images are numbered call by call and, within a call, slot by slot. A slot is `branches`
-    neighbouring images that share a prefix of the rollout; a group is `group` neighbouring images
-    of one prompt. The scores of an epoch therefore reshape to [groups, group].
+    consecutive images that share a prefix of the rollout; a group is `group` consecutive images of
+    one prompt. The scores of an epoch therefore reshape to [groups, group].
     """
 
-    calls: int  # rollout calls of an epoch
-    images: int  # images of a call, over all devices
-    branches: int  # images of a slot
-    group: int  # images of a group
+    calls: int  # rollout calls per epoch
+    images: int  # images per call, over all devices
+    branches: int  # images per slot
+    group: int  # images per group
 
     def check(self, parts: int) -> None:
-        """Raise ValueError if sizes do not divide; `parts` devices share the slots of a call."""
+        """Raise ValueError if sizes do not divide evenly; `parts` devices share a call's slots."""
         whole_groups = self.images % self.group == 0
         whole_calls = self.group % self.images == 0
         if self.calls * self.images % self.group or not (whole_groups or whole_calls):
@@ -109,15 +109,15 @@ class Layout:
 
     @property
     def slots(self) -> int:
-        """Slots of a call."""
+        """Slots per call."""
         return self.images // self.branches
 
     @property
     def groups(self) -> int:
-        """Groups of an epoch."""
+        """Groups per epoch."""
         return self.calls * self.images // self.group
 
     def groups_of_slots(self, call: int) -> np.ndarray:
-        """Return the group that each slot of a call belongs to: int [slots]."""
+        """Return the group of each slot of a call: int [slots]."""
         first_image = call * self.images + np.arange(self.slots) * self.branches
         return first_image // self.group

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-SAMPLED_BLOCKS = 64  # blocks of a large file that `sampled_digest` reads
+SAMPLED_BLOCKS = 64  # number of blocks that `sampled_digest` reads of a large file
 BLOCK_BYTES = 1 << 16
 
 
 def write_whole(file: Path, data: str | bytes) -> None:
-    """Write a file in one step: a reader sees the old content or the new one, even after a crash.
+    """Write a file atomically: a reader sees the old or the new content, even after a crash.
 
     Text is written as UTF-8.
     """
@@ -38,7 +38,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """The name beside `path` under which its new content is written first."""
+    """Return the temporary path beside `path` where its new content is written first."""
     return path.with_name(path.name + ".part")
 
 
@@ -51,7 +51,7 @@ def sha256_file(file: Path) -> str:
 def sampled_digest(file: Path) -> bytes:
     """Return a SHA-256 over a file's name, its size and its content.
 
-    Of a file above 4 MiB (T5 has 10 GB), only 64 blocks spread evenly over it are read.
+    Only 64 evenly spaced blocks of a file above 4 MiB are read (T5 has 10 GB).
     """
     size = file.stat().st_size
     digest = hashlib.sha256(f"{file.name} {size}".encode())
@@ -70,14 +70,14 @@ def file_lock(file: Path, timeout: float = -1) -> FileLock:
     """Return a context manager that holds `file` as a lock between processes.
 
     It waits `timeout` seconds (-1: forever, 0: not at all), then raises `filelock.Timeout`. The
-    operating system releases the lock when the process ends, however it ends. A file system
-    without such locks raises OSError: a lock file alone would outlive a killed process.
+    operating system releases the lock however the process ends. Raises OSError on a file system
+    without such locks, because a lock file alone would outlive a killed process.
     """
     return FileLock(file, timeout=timeout, fallback_to_soft=False)
 
 
 def read_jsonl(file: Path) -> list[Any]:
-    """Return the values of a file with one JSON value a line; [] if there is no such file.
+    """Return the values of a file with one JSON value per line; [] if there is no such file.
 
     A last line that a crash left incomplete is skipped. Raises ValueError if any other line is
     not JSON.

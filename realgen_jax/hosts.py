@@ -1,18 +1,18 @@
-"""Several processes, usually one a host, that run as one program: start-up, barriers, host data.
+"""Multi-process runs, usually one process per host: start-up, barriers and host data.
 
-With a single process everything here is plain numpy.
+With a single process, everything here is plain numpy.
 """
 
 import jax
 import numpy as np
 
-# JAX has no public access to the number of this process before the devices start, nor to the
-# key-value store and the barriers of its coordination service. This is the only private import.
+# JAX has no public API for the index of this process before the devices start, nor for the
+# key-value store and barriers of its coordination service. This is the only private import.
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-TIMEOUT_SECONDS = 300  # for a text that process 0 sends
-HEARTBEAT_SECONDS = 20  # without one for this long, a process counts as dead and the others end
+TIMEOUT_SECONDS = 300  # how long to wait for a text from process 0
+HEARTBEAT_SECONDS = 20  # a process without a heartbeat for this long is dead and the others end
 WEEK_SECONDS = 7 * 24 * 3600
 
 
@@ -22,10 +22,10 @@ def connect(coordinator: str, processes: int, process: int, detect: bool) -> Non
     Args:
       coordinator: host:port of process 0, the same in every process; "" if not set.
       processes: the number of processes; 0 if not set.
-      process: the number of this process, from 0; -1 if not set.
+      process: the index of this process, from 0; -1 if not set.
       detect: let JAX find all three in the environment (Slurm, Open MPI, Kubernetes, Cloud TPU).
 
-    With none of them set this is a single process and nothing happens. Raises ValueError if only
+    If none of them is set, this is a single process and nothing happens. Raises ValueError if only
     some of them are set, or if the processes cannot connect.
     """
     is_set = {
@@ -65,9 +65,10 @@ def connect(coordinator: str, processes: int, process: int, detect: bool) -> Non
 
 
 def process_index() -> int:
-    """Return the number of this process.
+    """Return the index of this process.
 
-    Unlike jax.process_index(), it does not start the devices, whose memory the rewards take first.
+    Unlike jax.process_index(), this does not start the devices: the rewards must allocate their
+    device memory before JAX.
     """
     return distributed.global_state.process_id
 
@@ -78,14 +79,14 @@ def process_count() -> int:
 
 
 def coordinator_host() -> str:
-    """Return the host of process 0, as the other processes reach it."""
+    """Return the address at which the other processes reach the host of process 0."""
     return distributed.global_state.coordinator_address.rpartition(":")[0]
 
 
 def broadcast_text(key: str, text: str | None) -> str:
-    """Return the text of process 0 in every process, without starting the devices.
+    """Return process 0's text in every process, without starting the devices.
 
-    Process 0 passes the text, the others None. Each key can be used once.
+    Process 0 passes the text; the others pass None. Each key can be used once.
     """
     client = distributed.global_state.client
     if text is not None:
@@ -104,7 +105,7 @@ def wait_for_all(name: str, seconds: int = WEEK_SECONDS) -> None:
 
 
 def hide_gpus(visible: str) -> None:
-    """Let JAX see these GPUs only ("0,1,2"). Call it before JAX starts."""
+    """Let JAX see only these GPUs ("0,1,2"). Call it before JAX starts."""
     jax.config.update("jax_cuda_visible_devices", visible)
 
 
@@ -132,7 +133,7 @@ def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
 def local_rows(array: jax.Array) -> np.ndarray:
     """Return the rows (of the first axis) that this process handles: int [m], sorted.
 
-    Every row belongs to exactly one process, also where several devices hold copies of it.
+    Every row belongs to exactly one process, even if several devices hold copies of it.
     """
     rows = []
     for shard in array.addressable_shards:

@@ -1,8 +1,8 @@
 """Sampling: an ODE prefix shared by the branches, an SDE window that is recorded, an ODE suffix.
 
-Functions here are given a velocity and know no model: velocity(x, sigma, cond) -> v with
-x [n, s, c], sigma float32 [n], cond a pytree whose leaves have n rows, v float32 [n, s, c]. The
-velocity of a policy takes its trained state in front, velocity(trainable, x, sigma, cond).
+Functions here do not depend on a model. They take a function velocity(x, sigma, cond) -> v with
+x [n, s, c], sigma float32 [n], cond a pytree whose leaves have n rows, and v float32 [n, s, c]. A
+policy's velocity also takes its trained state first, velocity(trainable, x, sigma, cond).
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ Velocity = Callable[..., Array]
 )
 @dataclass(frozen=True)
 class Plan:
-    """How a rollout runs: T steps of either kind, and the window that takes the noisy ones.
+    """The plan of a rollout: T steps of each kind, and the window that uses the noisy steps.
 
-    The window is [start, start + window). start int32 [] is traced, so that a new start never
-    recompiles; it lies in [lo, hi - window] with bounds = (lo, hi). `branches` rows grow out of
-    each slot at the start of the window.
+    The window is [start, start + window). start, int32 [], is traced, so a new start does not
+    trigger recompilation; it lies in [lo, hi - window] with bounds = (lo, hi). Each slot branches
+    into `branches` rows at the start of the window.
     """
 
     ode: Steps
@@ -42,7 +42,7 @@ class Plan:
     branches: int
 
     def draw(self, key: Array) -> "Plan":
-        """The same plan with a start drawn uniformly, both ends included."""
+        """Return the same plan with a start drawn uniformly, including both ends."""
         low, high = self.bounds
         return replace(self, start=jax.random.randint(key, (), low, high - self.window + 1))
 
@@ -50,11 +50,11 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Trajectory:
-    """What the update needs of a window of w steps.
+    """The record of a window of w steps that the update needs.
 
-    latents: float32 [w + 1, n, s, c], before the first step and after each. mean: float32
-    [w, n, s, c] and logp: float32 [w, n], under the policy that sampled. steps: the coefficients,
-    each float32 [w].
+    latents: float32 [w + 1, n, s, c], before the first step and after each step. mean: float32
+    [w, n, s, c] and logp: float32 [w, n], under the sampling policy. steps: the coefficients, each
+    float32 [w].
     """
 
     latents: Array
@@ -72,17 +72,17 @@ def make_plan(
     bounds: tuple[int, int],
     branches: int,
 ) -> Plan:
-    """A plan on noise levels float32 [T + 1] that starts at the lower bound.
+    """Return a plan for noise levels, float32 [T + 1], with the window at the lower bound.
 
-    kind: a key of STOCHASTIC_STEPS. Raises ValueError for a window that the bounds or the steps
-    cannot hold, and for one without noise.
+    kind: a key of STOCHASTIC_STEPS. Raises ValueError if the window does not fit into the bounds or
+    the steps, or has no noise.
     """
     if kind not in STOCHASTIC_STEPS:
         raise ValueError(
             f"config.sample.sde_type is {kind!r}; choose one of {', '.join(STOCHASTIC_STEPS)}"
         )
 
-    # The last step of cps has no noise, so that nothing can be learnt from it.
+    # The last step of cps has no noise, so nothing can be learnt from it.
     steps = len(sigmas) - 1
     last = steps - 1 if kind == "cps" else steps
     low, high = bounds
@@ -100,7 +100,7 @@ def make_plan(
     return Plan(
         ode=ode_steps(sigmas),
         noisy=STOCHASTIC_STEPS[kind](sigmas, noise_level),
-        start=np.int32(low),  # numpy, so that making a plan does not start JAX
+        start=np.int32(low),  # numpy, so that making a plan does not initialise JAX
         window=window,
         bounds=bounds,
         branches=branches,
@@ -108,17 +108,16 @@ def make_plan(
 
 
 def draw_latents(key: Array, slots: int, distinct: int, shape: tuple[int, int]) -> Array:
-    """First latents float32 [slots, s, c], of which `distinct` differ."""
+    """Draw initial latents, float32 [slots, s, c], of which `distinct` are different."""
     latents = jax.random.normal(key, (distinct, *shape))
     return jnp.repeat(latents, slots // distinct, axis=0)
 
 
 def policy_step(velocity: Velocity, x: Array, step: Steps, cond: Any) -> tuple[Array, Array]:
-    """(mean, v) of one step.
+    """Return (mean, v) of one step.
 
-    Rollout and update both call this at the same batch size, so that on unchanged weights the mean
-    is the same to the last bit. The barriers keep the compiler from fusing it differently in the
-    two programs.
+    Rollout and update both call this with the same batch size, so on unchanged weights the mean is
+    bit-identical. The barriers keep the compiler from fusing it differently in the two programs.
     """
     v = velocity(x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
     x, v = jax.lax.optimization_barrier((x, v))
@@ -126,7 +125,7 @@ def policy_step(velocity: Velocity, x: Array, step: Steps, cond: Any) -> tuple[A
 
 
 def _integrate(velocity: Velocity, x: Array, cond: Any, ode: Steps, first: Any, stop: Any) -> Array:
-    """Euler steps first, ..., stop - 1; both may be traced."""
+    """Take Euler steps first, ..., stop - 1. Both bounds may be traced."""
 
     def body(i: Array, x: Array) -> Array:
         step = jax.tree.map(lambda coefficients: jnp.asarray(coefficients)[i], ode)
@@ -144,7 +143,7 @@ def sample(velocity: Velocity, cond: Any, latents: Array, ode: Steps) -> Array:
 def rollout(
     velocity: Velocity, cond: Any, latents: Array, noise: Array, plan: Plan
 ) -> tuple[Array, Trajectory]:
-    """Sample p slots, each of which splits into k branches where the window starts.
+    """Sample p slots, each of which splits into k branches at the start of the window.
 
     cond: leaves [p, ...]; latents float32 [p, s, c]; noise float32 [w, n, s, c], n = p k images,
     slot-major. Returns the final latents float32 [n, s, c] and the window's Trajectory.

@@ -1,4 +1,4 @@
-"""The solver's steps on a noise schedule. Pure numbers: no model, no state.
+"""Solver steps for a noise schedule. Pure numerics: no model, no state.
 
 Flow matching: x_sigma = (1 - sigma) x0 + sigma eps; the network gives v = eps - x0; sigma falls
 from 1 to 0. Every solver here draws x_next ~ N(mean, std^2) with a mean that is linear in x and v,
@@ -22,7 +22,7 @@ from jax import Array
 class Steps:
     """The coefficients of a schedule's T steps, each float32 [T].
 
-    sigma is the noise level at which a step starts, dt > 0 its length.
+    sigma is the noise level at the start of a step, and dt > 0 is its length.
     """
 
     x: Array
@@ -32,12 +32,12 @@ class Steps:
     dt: Array
 
     def mean(self, x: Array, v: Array) -> Array:
-        """Mean of one step's Gaussian; the coefficients are scalars or broadcast to x and v."""
+        """Return the mean of one step; the coefficients are scalars or broadcast to x and v."""
         return self.x * x + self.v * v
 
 
 def _steps(sigmas: np.ndarray, x: np.ndarray, v: np.ndarray, std: np.ndarray) -> Steps:
-    """Steps from coefficients that were computed in float64."""
+    """Build Steps from coefficients that were computed in float64."""
     sigmas = sigmas.astype(np.float64)
     return Steps(
         x=np.float32(x),
@@ -65,7 +65,7 @@ def sde_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
         mean = x (1 - s^2 dt / (2 sigma)) - v (1 + s^2 (1 - sigma) / (2 sigma)) dt
         std = s sqrt(dt)
 
-    At sigma = 1 the denominator 1 - sigma takes the second sigma instead, as in the reference.
+    At sigma = 1, the denominator 1 - sigma uses the schedule's second sigma, as in the reference.
     """
     sigmas64 = sigmas.astype(np.float64)
     sigma = sigmas64[:-1]
@@ -107,7 +107,7 @@ STOCHASTIC_STEPS: dict[str, Callable[[np.ndarray, float], Steps]] = {
 def log_prob(x_next: Array, mean: Array, std: Array) -> Array:
     """Gaussian log-density of x_next [n, ...]: float32 [n].
 
-    It is the mean over a sample's elements, not their sum, as in Flow-GRPO.
+    As in Flow-GRPO, this is the mean over a sample's elements, not the sum.
     """
     z = (x_next - mean) / std
     density = -0.5 * z * z - jnp.log(std) - 0.5 * np.log(2.0 * np.pi)

@@ -1,7 +1,7 @@
-"""One mesh from a laptop to many GPUs, and where every array lies on it.
+"""The device mesh, from a laptop to many GPUs, and the sharding of every array.
 
-Axes: data (batch), fsdp (batch and parameters), tensor (a parameter's other side). Plain GSPMD:
-`jax.jit` follows the shardings that the arguments arrive with.
+Axes: data (batch), fsdp (batch and parameters), tensor (a parameter's other dimension). This is
+plain GSPMD: `jax.jit` follows the shardings of its arguments.
 """
 
 import math
@@ -19,7 +19,7 @@ Rules = Sequence[tuple[str, P]]  # (pattern of a parameter's path, how it is spl
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-    """The mesh's three sizes; one of them may be -1 and takes the devices that are left.
+    """Return the mesh's three sizes; one argument may be -1 and takes all remaining devices.
 
     Three positive sizes may use fewer devices than there are. Raises ValueError if they do not fit.
     """
@@ -38,7 +38,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, in
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of `devices`. Raises as `mesh_sizes`."""
+    """Return a mesh of `devices`. Raises ValueError as `mesh_sizes` does."""
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     return jax.make_mesh(
         sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
@@ -46,16 +46,16 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device]) 
 
 
 def abstract_mesh(data: int, fsdp: int, tensor: int, devices: int) -> AbstractMesh:
-    """The mesh's sizes without its devices, to check shapes before JAX starts."""
+    """Return a mesh without devices, to check shapes before JAX starts."""
     sizes = mesh_sizes(data, fsdp, tensor, devices)
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
-    """Pin where x and its gradient lie: one entry of `spec` an axis, from the front.
+    """Constrain the sharding of x and its gradient: one entry of `spec` per axis, from the front.
 
-    Without a mesh or on one device this is x itself, so that the program is the same as one that
-    knows no mesh.
+    Without a mesh or on one device this returns x itself, so the program is the same as without a
+    mesh.
     """
     if mesh is None or mesh.size == 1:
         return x
@@ -63,25 +63,25 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows of the batch spread over data and fsdp; `axis` is where the rows are."""
+    """Return the sharding of batch rows over data and fsdp; `axis` is the batch axis."""
     return NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
 
 
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
-    """The number of parts that a batch is split into."""
+    """Return the number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def param_sharding(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """A function (dotted path, shape) -> sharding of a parameter, by a family's rules.
+    """Return a function (dotted path, shape) -> sharding of a parameter, by a family's rules.
 
-    The function raises ValueError unless exactly one rule matches the path, and if a side does not
-    divide by its mesh axis.
+    The function raises ValueError unless exactly one rule matches the path, and if a dimension is
+    not divisible by its mesh axis.
     """
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -1,11 +1,11 @@
 """The cache of text embeddings on disk.
 
-The text encoders are PyTorch models. They run once, in a process of their own, before training
-starts; the trainer only reads the folder that they leave:
+The text encoders are PyTorch models. They run once, in a separate process, before training starts;
+the trainer only reads the resulting folder:
 
-    prompts.json     the prompts, in the order of the rows
-    NAME.zarr        an array with a row for every prompt; the names depend on the model
-    progress.json    the number of rows that are complete, and the names of the arrays
+    prompts.json     the prompts, in row order
+    NAME.zarr        an array with one row per prompt; the names depend on the model
+    progress.json    the number of complete rows, and the names of the arrays
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from realgen_jax.models.family import Encoder
 
 
 def encoders_to_json(encoders: Sequence[Encoder]) -> str:
-    """Return encoders as one command-line argument."""
+    """Serialise encoders to one command-line argument."""
     return json.dumps([asdict(encoder) for encoder in encoders])
 
 
 def encoders_from_json(text: str) -> list[Encoder]:
-    """Return the encoders of `encoders_to_json`."""
+    """Parse the output of `encoders_to_json`."""
     return [Encoder(**fields) for fields in json.loads(text)]
 
 
@@ -41,14 +41,14 @@ def cache_folder(
     encoders: Sequence[Encoder],
     **settings: Any,
 ) -> Path:
-    """Return the cache folder of these prompts, named after a fingerprint of all that decides it.
+    """Return the cache folder of these prompts, named by a fingerprint of everything that matters.
 
     Args:
       root: the folder of all caches.
-      model: a pipeline folder of diffusers.
-      prompts: the prompts, in the order of the rows.
-      encoders: the text encoders, whose files decide the embeddings.
-      **settings: JSON values which decide the embeddings too, such as max_tokens and dtype.
+      model: a diffusers pipeline folder.
+      prompts: the prompts, in row order.
+      encoders: the text encoders, whose files are part of the fingerprint.
+      **settings: other JSON values that affect the embeddings, such as max_tokens and dtype.
 
     Raises FileNotFoundError if the model lacks one of the subfolders.
     """
@@ -69,9 +69,9 @@ def cache_folder(
 
 
 class TextCache:
-    """Named arrays with one row for every prompt of a list.
+    """Named arrays with one row for each prompt of a list.
 
-    Rows are written in order and never twice, so an interrupted encoding continues where it was.
+    Rows are written in order and only once, so an interrupted encoding continues where it stopped.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str]):
@@ -96,7 +96,7 @@ class TextCache:
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the next n rows of every array, {name: [n, ...]}.
 
-        They count as complete once all arrays are on disk. Hold `lock` when other processes may
+        The rows count as complete once all arrays are on disk. Hold `lock` if other processes may
         write too.
         """
         start = self.rows_done
@@ -124,7 +124,7 @@ class TextCache:
         return {name: read.result() for name, read in reads.items()}
 
     def read(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Read {name: [n, ...]} of these prompts, in this order. Raises as `rows`, `read_rows`."""
+        """Read {name: [n, ...]} of these prompts, in order. Raises as `rows` and `read_rows` do."""
         return self.read_rows(self.rows(prompts))
 
     def _progress(self) -> dict[str, Any]:
@@ -157,12 +157,12 @@ class TextCache:
 def open_cache(
     prompts: Sequence[str], model: str | Path, encoders: Sequence[Encoder], settings: Any
 ) -> TextCache:
-    """Return the cache of these prompts with what is encoded so far; create an empty one if needed.
+    """Open the cache of these prompts, which may be incomplete; create an empty one if needed.
 
     Args:
       prompts: the prompts; duplicates get one row.
-      model: a pipeline folder of diffusers.
-      encoders: the text encoders, whose files decide the embeddings.
+      model: a diffusers pipeline folder.
+      encoders: the text encoders, whose files determine the embeddings.
       settings: `config.prompts`, or any object with its cache, max_tokens and dtype.
     """
     prompts = list(dict.fromkeys(prompts))
@@ -190,13 +190,13 @@ def ensure_encoded(
     settings: Any,
     command: Sequence[str],
 ) -> TextCache:
-    """Return the complete cache of these prompts; encode what is missing in a subprocess.
+    """Return the complete cache of these prompts; encode missing rows in a subprocess.
 
     Args:
-      prompts, model, encoders: as of `open_cache`.
-      settings: as of `open_cache`, with the `device` that the encoders run on.
-      command: the program that encodes, such as [sys.executable, "scripts/encode_prompts.py"]. It
-        is called with --model, --folder, --encoders, --max_tokens, --dtype and --device.
+      prompts, model, encoders: as for `open_cache`.
+      settings: as for `open_cache`, plus the `device` that the encoders run on.
+      command: the encoding program, such as [sys.executable, "scripts/encode_prompts.py"]. It is
+        called with --model, --folder, --encoders, --max_tokens, --dtype and --device.
 
     Raises ChildProcessError if the program fails.
     """

@@ -17,10 +17,10 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that training moves.
+    """Everything that training changes.
 
-    trainable: LoRA factors, or the weights. ema: their moving average, of the same shape.
-    opt_state: the optimizer's. step: int32 [], optimizer steps taken. old: a second set of
+    trainable: LoRA factors, or the weights. ema: their moving average, with the same structure.
+    opt_state: the optimizer's state. step: int32 [], optimizer steps taken. old: a second set of
     trainable arrays for objectives with an old policy, else None.
     """
 
@@ -36,7 +36,7 @@ class TrainState:
 class Batch:
     """The rollout calls of one optimizer step; every leaf is [calls, ...].
 
-    record: what the objective keeps of a rollout. cond: a row a slot. advantages: [calls, n].
+    record: the objective's record of a rollout. cond: one row per slot. advantages: [calls, n].
     """
 
     record: Any
@@ -45,48 +45,48 @@ class Batch:
 
 
 class Objective(Protocol):
-    """What is optimised (realgen_jax/objectives). `velocity` is (trainable, x, sigma, cond) -> v.
+    """The objective (realgen_jax/objectives). `velocity` is (trainable, x, sigma, cond) -> v.
 
-    coupled: whether the gradient replays what was sampled, which only an exact rollout allows.
-    largest_metrics: names of metrics whose largest value counts, where others are averaged.
+    coupled: whether the gradient replays the sampled steps, which requires an exact rollout.
+    largest_metrics: names of metrics that are reduced by maximum; all others are averaged.
     """
 
     coupled: bool
     largest_metrics: tuple[str, ...]
 
     def make_plan(self, sigmas: Any) -> Any:
-        """How a rollout runs on a schedule, float32 [steps + 1]; with draw(key) for each call."""
+        """Return the rollout plan for sigmas, float32 [steps + 1]; calls use plan.draw(key)."""
 
     def draw_noise(self, key: Array, plan: Any, images: int, token_shape: tuple[int, int]) -> Any:
-        """The noise of one call beside its first latents; leaves have the images on axis 1."""
+        """Draw a call's noise other than the initial latents; leaves have images on axis 1."""
 
     def collect(
         self, velocity: Velocity, trainable: Any, cond: Any, latents: Array, noise: Any, plan: Any
     ) -> tuple[Array, Any]:
-        """Sample one call: (final latents float32 [n, s, c], what the gradient needs of it)."""
+        """Sample one call: (final latents float32 [n, s, c], the record for the gradient)."""
 
     def gradient(self, velocity: Velocity, state: TrainState, batch: Batch) -> tuple[Any, Metrics]:
         """The mean gradient over a batch, as float32 arrays like `state.trainable`, and metrics."""
 
     def after_epoch(self, state: TrainState) -> TrainState:
-        """The state after an epoch's optimizer steps: an old policy moves here."""
+        """Return the state after an epoch's optimizer steps; an old policy is updated here."""
 
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """The average moves at every `interval`-th step with a rate of at least 1 - `decay`."""
+    """The average is updated every `interval` steps with a rate of at least 1 - `decay`."""
 
     decay: float
     interval: int
 
 
 def ema_decay(step: Array, decay: float) -> Array:
-    """min((1 + n) / (10 + n), decay): a young average forgets its start."""
+    """Return min((1 + step) / (10 + step), decay), so that the average soon forgets its start."""
     return jnp.minimum((1.0 + step) / (10.0 + step), decay)
 
 
 def ema_update(ema: Any, trainable: Any, step: Array, config: EmaConfig) -> Any:
-    """Move the average; `step` counts from 0 and is the optimizer step just taken."""
+    """Update the average; `step` is the optimizer step just taken, counted from 0."""
     moves = (step + 1) % config.interval == 0
     rate = jnp.where(moves, 1.0 - ema_decay(step, config.decay), 0.0)
     return jax.tree.map(lambda average, new: average + rate * (new - average), ema, trainable)
@@ -100,7 +100,7 @@ def make_optimizer(
     weight_decay: float,
     max_grad_norm: float,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with decoupled decay, as torch's AdamW."""
+    """Global-norm clipping, then AdamW with decoupled weight decay, as in torch's AdamW."""
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
@@ -116,10 +116,9 @@ def update(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step.
+    """Take one optimizer step.
 
-    The metrics are the objective's and the norms (L2, of all trained arrays together) of gradient,
-    step and weights.
+    The metrics are the objective's, plus the global L2 norms of gradient, step and weights.
     """
     grads, metrics = objective.gradient(velocity, state, batch)
 
@@ -138,7 +137,7 @@ def update(
 
 
 def reduce_metrics(metrics: Mapping[str, Array], largest: tuple[str, ...]) -> Metrics:
-    """One number a metric: its mean, or for names in `largest` its largest value."""
+    """Reduce each metric to one number: its mean, or its maximum for names in `largest`."""
     reduced = {}
     for name, values in metrics.items():
         reduced[name] = jnp.max(values) if name in largest else jnp.mean(values)

@@ -46,12 +46,12 @@ class Answer:
 def diagnose(run: Path) -> Answer:
     """Run all checks; the findings are sorted by severity, problems first.
 
-    Raises ValueError if `run` is not a run's folder or too young, NotRecorded if it has no reward,
-    and KeyError if its config lacks a key.
+    Raises ValueError if `run` is not a run folder or has too few epochs, NotRecorded if it has no
+    reward, and KeyError if its config lacks a key.
     """
     metrics, config = read_run(run)
 
-    # Checks that cannot run are listed by the value they lack.
+    # Checks that cannot run are listed by the missing value.
     findings: list[Finding] = []
     skipped: dict[str, list[str]] = {}
     for check in CHECKS:
@@ -63,7 +63,7 @@ def diagnose(run: Path) -> Answer:
         if finding is not None:
             findings.append(finding)
 
-    # A note explains a reward that does not rise, but not one that falls.
+    # A note can explain why a reward does not rise, but not why it falls.
     explanations = {PROBLEM} if metrics.direction == "falls" else {PROBLEM, NOTE}
     explained = any(finding.severity in explanations for finding in findings)
     if not metrics.rises and not explained:
@@ -83,7 +83,7 @@ def diagnose(run: Path) -> Answer:
 
 
 def no_cause(metrics: Metrics, config: dict) -> Finding:
-    """The finding for a reward that does not rise although no check explains it."""
+    """Return the finding for a reward that does not rise although no check explains why."""
     trend = metrics.trends[0]
     healthy = f"> {trend.margin:.2g}, the noise"
     figures = [Figure("rise an epoch", trend.slope, healthy, trend.epochs)]

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-# A line through two points has no uncertainty, and one through three has hardly any evidence.
+# With two points the slope has no uncertainty, and with three it is hardly evidence.
 MIN_EPOCHS = 4
 # Quantile of Student's t: a slope counts if it is significant at 5 %, two-sided.
 QUANTILE = 0.975
-# Fraction of the spread within a group. Cohen's "small" effect; nobody sees less in the pictures.
+# As a fraction of the spread within a group. This is Cohen's "small" effect; smaller changes are
+# not visible in the pictures.
 SMALL_EFFECT = 0.2
 
 
@@ -37,7 +38,7 @@ class Trend:
 
     @property
     def direction(self) -> str:
-        """Rises, falls, barely rises, barely falls or flat."""
+        """One of "rises", "falls", "barely rises", "barely falls" and "flat"."""
         if abs(self.slope) <= self.margin:
             return "flat"
         direction = "rises" if self.slope > 0 else "falls"
@@ -82,7 +83,7 @@ class Metrics:
         return span(row["epoch"] for row in self.rows["train"][-self.window :])
 
     def recent(self, key: str) -> float:
-        """The median of a training metric over the recent epochs."""
+        """The median of a training metric over the recent epochs. Raises as `series` does."""
         _, values = self.series(key)
         return float(np.median(values[-self.window :]))
 
@@ -128,7 +129,7 @@ class Metrics:
 
     @cached_property
     def direction(self) -> str:
-        """Where the reward goes, by the clearer of the two trends; a fall counts first."""
+        """The reward's direction, by the clearer of the two trends; a fall takes precedence."""
         directions = {trend.direction for trend in self.trends}
         for direction in ("falls", "rises", "barely falls", "barely rises"):
             if direction in directions:
@@ -149,7 +150,7 @@ def span(epochs: Iterable[float]) -> str:
 def read_run(run: Path) -> tuple[Metrics, dict]:
     """Read metrics.jsonl and config.json of a run.
 
-    Raises ValueError if `run` is not a run's folder or has fewer than MIN_EPOCHS finished epochs.
+    Raises ValueError if `run` is not a run folder or has fewer than MIN_EPOCHS finished epochs.
     """
     for name in ("config.json", "metrics.jsonl"):
         if not (run / name).is_file():

@@ -42,7 +42,7 @@ def show(answer: Answer, console: Console) -> None:
 
 
 def print_paragraph(console: Console, text: str, *, style: str = "", indent: str = "") -> None:
-    """Print text, wrapped to the console's width but never at a hyphen of an option."""
+    """Print text, wrapped to the console's width but never at the hyphens of an option."""
     wrapped = textwrap.fill(
         text,
         console.width,

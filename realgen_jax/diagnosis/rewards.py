@@ -1,13 +1,13 @@
-"""Checks on rewards: what the advantages consist of, and how untrained metrics change."""
+"""Checks on rewards: the composition of the advantages, and how held-out metrics change."""
 
 import numpy as np
 
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import Metrics, NotRecorded, span
 
-# Groups without spread give no gradient (DAPO, arXiv 2503.14476, section 3.2). With half of the
-# groups, the batch costs twice what it teaches; with a fifth, the gradient's noise has grown by a
-# tenth, 1 / sqrt(0.8).
+# Groups without spread give no gradient (DAPO, arXiv 2503.14476, section 3.2). If half of the
+# groups have none, half of the batch is wasted; if a fifth have none, the gradient's noise has
+# grown by a tenth, 1 / sqrt(0.8).
 NO_SPREAD = 0.5
 NO_SPREAD_NOTE = 0.2
 
@@ -15,25 +15,25 @@ NO_SPREAD_NOTE = 0.2
 ADVANTAGE_EPS = 1e-4
 
 # Share of a reward in the advantages. A hundredth is lost in sampling noise, 1 / sqrt(n), for any
-# batch under 10,000 pictures. A tenth has an effect, but decides nothing.
+# batch under 10,000 pictures. A tenth has an effect, but is never decisive.
 DROWNED = 0.01
 DROWNED_NOTE = 0.1
 
 # Reliability: the share of a score's variance that comes from the picture, 1 - noise^2 / spread^2.
-# Below a half, most of what is learned is noise. Test theory asks for 0.8 from a measurement that
-# ranks.
+# Below a half, most of what is learned is noise. Test theory asks for 0.8 if a score is used for
+# ranking.
 UNRELIABLE = 0.5
 UNRELIABLE_NOTE = 0.8
 
 # Fall of a held-out reward, as a fraction of its spread over pictures: again a small effect.
-# Evaluations share noise.
+# All evaluations use the same noise.
 HELD_OUT_FALL = 0.2
 # The absolute fall, if no spread was recorded. The same as in train.py.
 HELD_OUT_FALL_PLAIN = 0.02
 
 # Metrics for which lower is better. Evaluations of a run that learns nothing stay within 5 % of
-# each other, so 1.2 times the first value is real. The best value is the luckiest of many, so the
-# limit there is higher: the Frechet distance of the demo ends at 1.19 times its best.
+# each other, so 1.2 times the first value is a real change. The best value is the luckiest of many,
+# so its limit is higher: the Frechet distance of the demo ends at 1.19 times its best.
 OVER_FIRST = 1.2
 OVER_BEST = 1.5
 
@@ -113,7 +113,7 @@ def drowned_reward(metrics: Metrics, config: dict) -> Finding | None:
     if share >= DROWNED_NOTE:
         return Finding("one reward drowning the others", FINE, figures[:1])
 
-    # Either its weight is too small, or its spread.
+    # Either its weight or its spread is too small.
     says = f"{name} makes up {share:.2%} of the advantages; the other rewards decide alone."
     if share > 0.5 * by_weight:
         says += " Each reward is divided by its own spread, so the weights are the cause."

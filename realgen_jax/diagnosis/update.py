@@ -11,19 +11,19 @@ RATIO_SHARE = 0.1
 FLOAT32_STEP = 2.0**-23
 
 # With a range as narrow as RealGen's 2e-6, nine in ten ratios are usually outside after one step.
-# That only costs the later steps of the epoch (the embedded run with all ratios clipped, at two
-# steps an epoch: half the rise). A step is flagged when it moves 30 clip ranges: clipping removes
-# gradients after a move, it cannot shorten the move.
+# That only wastes the later steps of the epoch (the embedded run with all ratios clipped, at two
+# steps per epoch: half the rise). A step is flagged when it moves 30 clip ranges: clipping removes
+# the gradient after a move, but cannot shorten the move itself.
 ALWAYS_CLIPPED = 0.9
 FAR = 30.0
 
-# GRPO-Guard (arXiv 2510.22319): ratios centred below 1 are clipped on one side only. At least one
-# ratio in twenty must be clipped to tell.
+# GRPO-Guard (arXiv 2510.22319): ratios centred below 1 are clipped on one side only. To tell, at
+# least one ratio in twenty must be clipped.
 ONE_SIDED = 3.0
 ONE_SIDED_FROM = 0.05
 
-# Norm of a step, as a fraction of the weights' norm. Ten steps at 0.1 rewrite the adapters. Usual:
-# 1e-3 (cs231n), 2e-2 in a young LoRA.
+# Norm of a step, as a fraction of the weights' norm. Ten steps at 0.1 rewrite the adapters. Typical
+# values: 1e-3 (cs231n), 2e-2 early in LoRA training.
 STEP_HIGH = 0.1
 # Sum of the norms of all steps, as a fraction of the weights' norm. The embedded run needs 0.18 to
 # raise its reward by 0.8 spreads; with 0.018 it rose by a tenth of that, with 0.0015 by a
@@ -32,18 +32,18 @@ PATH_LOW = 0.05
 # The step size that a proposed learning rate aims at.
 STEP_USUAL = 5e-3
 
-# Gradient of the KL term, 2 beta sqrt(KL) for a unit of velocity, over the policy's gradient:
-# advantages have variance 1 and average out as 1 / sqrt(pictures of a step). The embedded run is at
-# 0.02. At 0.6 (beta 1) a tenth of its rise is left, at 46 (beta 100) nothing, and the gradient's
-# norm is 90 times as large.
+# Ratio of the KL term's gradient, 2 beta sqrt(KL) per unit of velocity, to the policy gradient:
+# advantages have variance 1 and average out as 1 / sqrt(pictures per step). The embedded run is at
+# 0.02. At 0.6 (beta 1) a tenth of its rise is left; at 46 (beta 100) nothing is left, and the
+# gradient's norm is 90 times as large.
 KL_PULL = 0.3
 
 # Adam's step is lr m / (sqrt(v) + eps). The mean m of a noisy gradient g is about a quarter of g,
 # so a step of more than a tenth of lr g / eps shows that eps exceeds sqrt(v).
 ALL_EPSILON = 0.1
 
-# Multiple of max_grad_norm. Adam forgives a constant factor, but not that a few batches dominate
-# the sum.
+# Multiple of max_grad_norm. Adam is invariant to a constant factor, but not to a few batches that
+# dominate the sum.
 GRADIENT_HIGH = 10.0
 
 
@@ -127,14 +127,14 @@ def no_gradient(metrics: Metrics, config: dict) -> Finding:
 
 
 def step_figures(metrics: Metrics, planned: int) -> list[Figure]:
-    """Norms of steps relative to the weights: the largest, the recent, all planned, all so far."""
+    """Norms of steps relative to the weights: largest, recent, sum of planned, sum so far."""
     epochs, update = metrics.series("update_norm")
     _, weights = metrics.series("param_norm")
     relative = update / weights
     recent = float(np.median(relative[-metrics.window :]))
     largest = float(relative.max())
 
-    # The lengths of all steps, so far and by the end of the run.
+    # The summed lengths of all steps, so far and by the end of the run.
     so_far = float(relative.mean()) * metrics.recent("steps") * len(epochs)
     path = so_far * max(planned / len(epochs), 1.0)
 
@@ -154,7 +154,7 @@ def step_size(metrics: Metrics, config: dict) -> Finding:
     learning_rate = config["train"]["learning_rate"]
     option = "--config.train.learning_rate"
 
-    # Too large. A run that recovered from large first steps is fine.
+    # Too large. A run that has recovered from large first steps is fine.
     recovered = metrics.rises and recent < STEP_HIGH
     if largest > STEP_HIGH and not recovered:
         says = (
@@ -194,8 +194,8 @@ def step_size(metrics: Metrics, config: dict) -> Finding:
 def kl_penalty(metrics: Metrics, config: dict) -> Finding | None:
     """Compare the pull of the KL term with the push of the advantages.
 
-    Exact for kl=velocity. The other kinds scale the KL, and this by a factor of about three at
-    most.
+    Exact for kl=velocity. The other kinds scale the KL, which changes this figure by a factor of
+    about three at most.
     """
     train = config["train"]
     beta = train["beta"]
@@ -289,7 +289,7 @@ def clip_fraction(metrics: Metrics, config: dict) -> Finding | None:
 def one_sided_clipping(metrics: Metrics, config: dict) -> Finding | None:
     """Check that ratios are clipped on both sides.
 
-    If they are not, over-confident updates on the other side are not bounded.
+    If they are not, over-confident updates on the other side are unbounded.
     """
     train = config["train"]
     above = metrics.recent("clipfrac_gt_one")

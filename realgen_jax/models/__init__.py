@@ -1,4 +1,4 @@
-"""Model families, one folder each, picked by the "_class_name" of a model's model_index.json."""
+"""Model families, one folder each, selected by "_class_name" in a model's model_index.json."""
 
 import importlib
 from typing import Any
@@ -10,6 +10,6 @@ FAMILIES = {
 
 
 def get_family(pipeline: str) -> Any:
-    """The Family (family.py) of a pipeline class in FAMILIES, imported when it is asked for."""
+    """Return the Family (family.py) of a pipeline class in FAMILIES, importing it on first use."""
     module, _, name = FAMILIES[pipeline].partition(":")
     return getattr(importlib.import_module(module), name)

@@ -1,8 +1,8 @@
-"""What an epoch costs: operations and bytes of memory, by formula. Nothing is compiled.
+"""The cost of an epoch: operations and bytes of memory, by formula. Nothing is compiled.
 
-The transformer's part is its family's (`Formulas`, models/flux/cost.py). A multiplication and an
-addition count as two operations, and only products are counted: projections, attention and
-convolutions.
+Each family provides the formulas for its transformer (`Formulas`, models/flux/cost.py). A
+multiplication and an addition count as two operations, and only products are counted: projections,
+attention and convolutions.
 """
 
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ F32 = 4  # bytes
 
 
 class Formulas(Protocol):
-    """The costs of a family's transformer; `images` are those of one device."""
+    """The costs of a family's transformer; `images` counts the images on one device."""
 
     def forward_flops(self, work: "Work") -> dict[str, float]:
-        """Operations of one velocity for one image, by kind; "attention" is one of them."""
+        """Operations of one velocity for one image, by kind; "attention" is one of the kinds."""
 
     def update_flops(self, work: "Work") -> dict[str, float]:
         """Operations of one image at one step of the window; "remat" is one of the kinds."""
 
     def forward_bytes(self, work: "Work", images: float) -> float:
-        """Peak activations of one velocity without gradient."""
+        """Peak bytes of activations of one velocity without gradient."""
 
     def update_bytes(self, work: "Work", images: float) -> float:
-        """Peak activations of an update."""
+        """Peak bytes of activations of an update."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The sizes of one run, as far as its costs depend on them."""
+    """The sizes of a run that determine its cost."""
 
     formulas: Formulas
     model: Any  # the transformer's sizes, a family's Config
@@ -48,11 +48,11 @@ class Work:
     steps: int  # from noise to image
     window: int  # steps that are trained on
     prefix: float  # mean number of steps before the window; these run on slots
-    calls: int  # of an epoch
+    calls: int  # per epoch
     inner_epochs: int
     reference: bool  # whether the update needs the reference model (beta > 0)
     recompute: bool  # train.recompute_old
-    flash: bool = True  # attention keeps its scores on the chip; a CPU writes them out
+    flash: bool = True  # attention keeps its scores on chip; a CPU writes them to memory
     weight_parts: int = 1  # devices that share each weight, fsdp x tensor
 
     @property
@@ -102,8 +102,8 @@ def decode_flops(work: Work) -> float:
 def epoch_flops(work: Work) -> dict[str, float]:
     """Operations of one epoch over all devices.
 
-    useful: without what rematerialisation, flash attention's backward pass and `recompute_old`
-    compute a second time. These are the operations that MFU counts.
+    "useful" leaves out operations that are repeated by rematerialisation, by flash attention's
+    backward pass and by `recompute_old`. These are the operations that MFU counts.
     """
     flops = work.formulas.forward_flops(work)
     forward = sum(flops.values())
@@ -134,7 +134,7 @@ def epoch_flops(work: Work) -> dict[str, float]:
 
 
 def decode_bytes(work: Work, images: float) -> float:
-    """Bytes of activations at the peak of decoding, for the images that are decoded together."""
+    """Bytes of activations at the peak of decoding `images` that are decoded together."""
     vae = work.vae
     at_once = decoded_at_once(vae, work.image_tokens, int(images))
 
@@ -143,8 +143,8 @@ def decode_bytes(work: Work, images: float) -> float:
     wide = widths[min(1, len(widths) - 1)]
     maps = 3 * work.pixels * wide * jnp.dtype(vae.dtype).itemsize
 
-    # Or the scores [P, P] of the attention over P positions, which no flash kernel computes: the
-    # logits, the weights and, for several images, a copy.
+    # Or the scores [P, P] of the attention over P positions, which does not use a flash kernel:
+    # the logits, the weights and, for several images, a copy.
     positions = 4 * work.image_tokens
     scores = positions**2 * F32 * (2 + (at_once > 1))
 
@@ -172,9 +172,10 @@ def rollout_bytes(work: Work, parts: int) -> dict[str, float]:
 
 
 def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str, float]]:
-    """Bytes on one device beside weights and optimizer state: {phase: {part: bytes}}.
+    """Bytes on one device besides weights and optimizer state: {phase: {part: bytes}}.
 
-    parts: into how many the batch is split. trainable: bytes of the trained arrays on this device.
+    parts: number of parts the batch is split into. trainable: bytes of the trained arrays on this
+    device.
     """
     images = work.images / parts
     call = rollout_bytes(work, parts)
@@ -192,8 +193,8 @@ def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str,
         "activations": call["noise"] + activations,
     }
 
-    # Update: trajectories and embeddings twice (the calls', and stacked for the optimizer steps),
-    # and two gradients: their sum and the present call's (later the optimizer's step).
+    # Update: trajectories and embeddings twice (per call, and stacked for the optimizer steps), and
+    # two gradients: the running sum and the current call's (later the optimizer's step).
     update = {
         "trajectories": 2 * trajectories + means,
         "embeddings": 2 * embeddings,

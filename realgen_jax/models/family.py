@@ -1,4 +1,4 @@
-"""What a model family is: one folder of realgen_jax/models, and one line in the table FAMILIES."""
+"""The interface of a model family: a folder of realgen_jax/models and an entry in FAMILIES."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from realgen_jax.sharding import Rules
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder, and the array that it leaves in the cache of embeddings.
+    """A text encoder, and the array that it writes to the embedding cache.
 
     array: the array's name. recipe: a function of scripts/encode_prompts.py. tokenizer, model:
     subfolders of the pipeline.
@@ -26,28 +26,29 @@ class Encoder:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """What the programs ask of a model family. Fields are values and plain functions.
+    """Everything the programs need from a model family. Fields are values and plain functions.
 
     pipeline: the "_class_name" of its model_index.json; transformer: that of
         transformer/config.json.
-    published: the published model whose sizes are the defaults of Config.
+    published: name of the published model whose sizes are the defaults of Config.
     Config: dataclass of the transformer's sizes under diffusers' names, with num_attention_heads,
         and dtype, param_dtype and remat.
     Module: Module(config, rngs) is the network, (x [n, s, c], sigma float32 [n], cond, height,
         width, mesh) -> velocity float32 [n, s, c]. Guidance happens inside.
     Schedule: dataclass of the entries of scheduler_config.json, with sigmas(steps, image_tokens)
         -> float32 [steps + 1] from 1 to 0.
-    table(config): how diffusers' transformer/ fills the network. config_entries: what its
-        config.json has besides the sizes.
-    lora_targets: paths of the projections that get adapters. rules: where parameters lie.
-    encoders: what scripts/encode_prompts.py runs, and the arrays it leaves in the cache.
+    table(config): how diffusers' transformer/ fills the network. config_entries: the entries of its
+        config.json other than the sizes.
+    lora_targets: paths of the projections that get adapters. rules: how parameters are sharded.
+    encoders: the text encoders that scripts/encode_prompts.py runs, and the arrays they write to
+        the cache.
     text_shapes(config, max_tokens): {array of the cache: its shape for one prompt}.
-    cond(arrays, negative, guidance): what the network is conditioned on, a pytree whose leaves have
-        a row an image slot. arrays and negative: {array of the cache: [n, ...]}, guidance float32
-        [n]. negative is None unless the family has a negative_prompt.
+    cond(arrays, negative, guidance): the network's conditioning, a pytree whose leaves have one row
+        per image slot. arrays and negative: {array of the cache: [n, ...]}, guidance float32 [n].
+        negative is None unless the family has a negative_prompt.
     single_file(tensors, **overrides): (config, table) of the publisher's single file, or None.
     cost: the module with the family's formulas for operations and bytes (cost.py).
-    download: how to get the published model, for an error message.
+    download: how to get the published model, for error messages.
     """
 
     pipeline: str

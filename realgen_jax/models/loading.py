@@ -1,4 +1,4 @@
-"""A model from the files that `config.pretrained` names, or from their sizes alone."""
+"""Build a model from the files that `config.pretrained` names, or from its sizes alone."""
 
 import json
 from pathlib import Path
@@ -24,9 +24,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def find_family(pretrained: Any) -> Family:
-    """The family of `config.pretrained.model`, by the "_class_name" of its model_index.json.
+    """Return the family of `config.pretrained.model`, by "_class_name" in its model_index.json.
 
-    Raises FileNotFoundError for a folder that is not there and ValueError for another pipeline.
+    Raises FileNotFoundError for a missing folder and ValueError for an unknown pipeline class.
     """
     if not sizes_on_disk(pretrained):
         raise FileNotFoundError(missing_model(pretrained))
@@ -34,7 +34,7 @@ def find_family(pretrained: Any) -> Family:
 
 
 def pipeline_class(folder: Path) -> str:
-    """The "_class_name" of a pipeline folder, which is one of FAMILIES.
+    """Return the "_class_name" of a pipeline folder, which must be one of FAMILIES.
 
     Raises FileNotFoundError for a folder without model_index.json, ValueError for another class.
     """
@@ -50,7 +50,7 @@ def pipeline_class(folder: Path) -> str:
 
 
 def missing_model(pretrained: Any) -> str:
-    """What to do about a missing model folder."""
+    """Say what to do about a missing model folder."""
     family = default_family(pretrained)
     if not pretrained.model:
         return f"config.pretrained.model is empty; expected a {family.pipeline} folder of diffusers"
@@ -62,7 +62,10 @@ def missing_model(pretrained: Any) -> str:
 
 
 def default_family(pretrained: Any) -> Family:
-    """The family that `config.pretrained.family` names, for a model that is not on the disk."""
+    """Return the family that `config.pretrained.family` names, for a model that is not on disk.
+
+    Raises ValueError for an unknown family.
+    """
     if pretrained.family not in FAMILIES:
         raise ValueError(
             f"config.pretrained.family is {pretrained.family!r}; choose from {', '.join(FAMILIES)}"
@@ -71,7 +74,7 @@ def default_family(pretrained: Any) -> Family:
 
 
 def sizes_on_disk(pretrained: Any) -> bool:
-    """Whether the model is on the disk, so that its sizes can be read."""
+    """Return whether the model is on disk, so that its sizes can be read."""
     folder = Path(pretrained.model)
     return bool(pretrained.model) and (folder / "model_index.json").exists()
 
@@ -82,10 +85,10 @@ def load_model(
     mesh: Mesh,
     trainable: Trainable | None = None,
 ) -> Model:
-    """Load what `config.pretrained` names, for square pictures of `resolution` pixels.
+    """Load the model that `config.pretrained` names, for square pictures of `resolution` pixels.
 
-    Raises FileNotFoundError and ValueError for what is missing or does not fit, on shapes where
-    these tell, before a weight is read.
+    Raises FileNotFoundError for missing files and ValueError for files that do not fit. Where
+    shapes are enough to tell, this happens before any weight is read.
     """
     family = find_family(pretrained)
     abstract_model(pretrained, resolution, mesh, trainable)
@@ -110,11 +113,11 @@ def abstract_model(
     mesh: Any,
     trainable: Trainable | None = None,
 ) -> Model:
-    """The model without weights; its leaves are jax.ShapeDtypeStructs with their shardings.
+    """Return the model without weights; its leaves are jax.ShapeDtypeStructs with shardings.
 
-    Sizes are read from the folder's config.json files or the single file's header. For a model
-    that is not on the disk they are those of the published model of `config.pretrained.family`.
-    `mesh` may be an AbstractMesh. Raises as `load_model`.
+    Sizes are read from the folder's config.json files or the single file's header. If the model is
+    not on disk, they are those of the published model of `config.pretrained.family`. `mesh` may be
+    an AbstractMesh. Raises the errors of `load_model`.
     """
     dtypes, vae_dtype = _dtypes(pretrained)
     overrides = {"remat": pretrained.remat, **dtypes}
@@ -147,7 +150,7 @@ def load_transformer(
     sharding: Sharding = lambda path, shape: None,
     **overrides: Any,
 ) -> tuple[Any, nnx.State]:
-    """Config and weights of a `transformer/` folder of diffusers or the publisher's single file.
+    """Return config and weights of a diffusers `transformer/` folder or a publisher's single file.
 
     `overrides` are fields of the family's Config (dtype, ...).
     """
@@ -162,9 +165,9 @@ def load_transformer(
 
 
 def single_file(family: Family, path: Path, **overrides: Any) -> tuple[Any, Table]:
-    """Config and table of the publisher's single file, by the shapes in its header.
+    """Return config and table of the publisher's single file, by the shapes in its header.
 
-    Raises ValueError for a family that has none, and for another model's file.
+    Raises ValueError if the family has no such file or if the file belongs to another model.
     """
     if family.single_file is None:
         raise ValueError(f"{path} is a file; expected a {family.transformer} folder of diffusers")
@@ -194,7 +197,7 @@ def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
-    """An abstract state with the sharding of every array."""
+    """Return an abstract state with shardings attached to every array."""
     placed = []
     arrays = leaves(state)
     for (name, array), (path, variable) in zip(
@@ -218,7 +221,7 @@ def _assemble(
     mesh: Any,
     trainable: Trainable,
 ) -> Model:
-    """The model, once the resolution is known to fit."""
+    """Check that the resolution fits and return the model."""
     side = PATCH * 2 ** (len(vae.block_out_channels) - 1)
     if resolution < side or resolution % side:
         raise ValueError(

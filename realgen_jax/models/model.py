@@ -1,6 +1,6 @@
-"""A text-to-image model on a mesh, whatever its family: transformer, autoencoder and schedule.
+"""A text-to-image model of any family on a mesh: transformer, autoencoder and schedule.
 
-Weights are loaded by loading.py; what differs between families is in Family (family.py).
+loading.py loads the weights; Family (family.py) holds everything that differs between families.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +32,11 @@ from realgen_jax.sharding import batch_sharding
 )
 @dataclass(frozen=True)
 class Model:
-    """A pytree of the frozen weights, so that jitted functions take it as an argument.
+    """A pytree of the frozen weights, so that jitted functions can take it as an argument.
 
-    params: the transformer's weights; vae_params: the autoencoder's. Of an abstract model they are
-    jax.ShapeDtypeStructs. height, width: tokens down and across. Raises ValueError if the mesh axis
-    `tensor` does not divide the attention heads.
+    params: the transformer's weights; vae_params: the autoencoder's. In an abstract model they are
+    jax.ShapeDtypeStructs. height, width: image size in tokens. Raises ValueError if the mesh axis
+    `tensor` does not divide the number of attention heads.
     """
 
     params: nnx.State
@@ -69,7 +69,7 @@ class Model:
         return self.schedule.sigmas(steps, self.height * self.width)
 
     def velocity(self, trainable: Any, x: Array, sigma: Array, cond: Any) -> Array:
-        """v = eps - x0, float32 [n, s, c], of x [n, s, c] at noise levels sigma float32 [n].
+        """Predict v = eps - x0, float32 [n, s, c], from x [n, s, c] and sigma, float32 [n].
 
         `trainable` is the trained state; None means the base model.
         """
@@ -88,10 +88,10 @@ class Model:
         return decode_tokens(vae, tokens, self.height, self.width, self.mesh)
 
     def cond(self, cache: Any, prompts: Sequence[str], guidance: float) -> Any:
-        """The prompts' conditioning, one a slot, spread over the mesh.
+        """Return the prompts' conditioning, one prompt per slot, sharded over the mesh.
 
-        cache: a TextCache, with read(prompts) -> {array: [n, ...]}. Every host reads the
-            embeddings of its own slots only.
+        cache: a TextCache, with read(prompts) -> {array: [n, ...]}. Each host reads only the
+            embeddings of its own slots.
         """
         n = len(prompts)
         sharding = batch_sharding(self.mesh)
@@ -128,9 +128,9 @@ class Model:
         )
 
     def sampler(self, steps: int) -> Callable[..., Array]:
-        """A jitted (model, trainable, cond, key, ids int32 [n]) -> uint8 pictures [n, 3, H, W].
+        """Return a jitted (model, trainable, cond, key, ids int32 [n]) -> uint8 [n, 3, H, W].
 
-        The noise of a picture comes from its id and the key alone, whatever the batch it is in.
+        The noise of a picture depends only on its id and the key, not on its batch.
         """
         ode = ode_steps(self.sigmas(steps))
 
@@ -148,5 +148,5 @@ class Model:
         return pictures
 
     def with_trainable(self, trainable: Trainable) -> "Model":
-        """The same weights with another trained part."""
+        """Return a model with the same weights and a different trainable part."""
         return replace(self, trainable=trainable)

@@ -16,11 +16,11 @@ def embed_prompts(
     command: Sequence[str],
     model: str = "",
 ) -> TextCache:
-    """The complete cache of these prompts, and of the negative prompt where the family has one.
+    """Return the complete cache of these prompts and of the family's negative prompt, if any.
 
-    pretrained: config.pretrained; settings: config.prompts; command: the program that encodes, as
-    for `ensure_encoded`; model: another pipeline folder than that of the config. Raises
-    FileNotFoundError or ValueError for a folder that is none of a known family.
+    pretrained: config.pretrained; settings: config.prompts; command: the encoding program, as for
+    `ensure_encoded`; model: a pipeline folder that replaces the config's. Raises FileNotFoundError
+    or ValueError for a folder that does not hold a model of a known family.
     """
     if model:
         pretrained = ConfigDict({**pretrained.to_dict(), "model": model})

@@ -1,4 +1,4 @@
-"""What is trained: LoRA adapters or all weights. Nothing else in the code asks which of the two.
+"""The trainable part: LoRA adapters or all weights. No other code distinguishes the two.
 
 Both classes have the same methods; `model` is the Model that they belong to.
 """
@@ -25,36 +25,36 @@ from realgen_jax.nn.lora import (
 )
 from realgen_jax.sharding import replicated
 
-NOT_SIZES = ("dtype", "param_dtype", "remat")  # fields of a config that a file does not have
+NOT_SIZES = ("dtype", "param_dtype", "remat")  # Config fields that are not in config.json
 
 
 class Trainable(Protocol):
     """The trained part of a model.
 
-    rank: of the adapters, 0 without. entry: the flag of scripts/evaluate.py that takes what `save`
-    writes.
+    rank: rank of the adapters; 0 if there are none. entry: the flag of scripts/evaluate.py that
+    accepts the output of `save`.
     """
 
     rank: int
     entry: str
 
     def bind(self, model: Any, state: nnx.State) -> nnx.Module:
-        """The network with `state` in it."""
+        """Return the network with `state` inserted."""
 
     def abstract(self, model: Any) -> nnx.State:
         """The state as jax.ShapeDtypeStructs with their shardings."""
 
     def init(self, model: Any, key: Array) -> nnx.State:
-        """The state before any step. Same key, same state, whatever the mesh."""
+        """Return the initial state. It depends on the key but not on the mesh."""
 
     def load(self, model: Any, path: str | Path) -> nnx.State:
-        """A state from a file to start from."""
+        """Load a state to start from."""
 
     def check_file(self, path: str | Path) -> None:
         """Raise ValueError or FileNotFoundError if `load` could not take this file."""
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
-        """Write what diffusers loads. Every process must call it; the first one writes."""
+        """Write files that diffusers can load. All processes must call this; the first writes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Lora:
         return self._placed(model, create(key))
 
     def load(self, model: Any, path: str | Path) -> nnx.State:
-        """Raises ValueError for a file of another rank or alpha, and as `read_lora`."""
+        """Load adapters. Raises ValueError for another rank or alpha, and as `read_lora` does."""
         self.check_file(path)
         _, like = _with_adapters(model.family, model.config, self.config)
         table = model.family.table(model.config)
@@ -116,7 +116,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class AllWeights:
-    """Every weight of the transformer, with float32 master copies sharded as the frozen ones."""
+    """All transformer weights, with float32 master copies sharded like the frozen weights."""
 
     rank = 0
     entry = "model"
@@ -176,7 +176,7 @@ def _with_adapters(family: Any, config: Any, lora: LoraConfig) -> tuple[nnx.Grap
 
 
 def make_trainable(train: Any) -> Lora | AllWeights:
-    """What `config.train` asks for. Raises ValueError for a rank, alpha or start that cannot be."""
+    """Return the Trainable of `config.train`. Raises ValueError for invalid LoRA settings."""
     if train.lora:
         return Lora(LoraConfig(train.lora_rank, train.lora_alpha, train.lora_init))
     return AllWeights()

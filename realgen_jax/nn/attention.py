@@ -1,8 +1,8 @@
 """Softmax attention with the fastest kernel that the platform has.
 
 Shapes: n images, t tokens, h heads of d channels each. All functions take `lengths`, int32 [n] or
-None: row i attends to its first lengths[i] keys only (at least 1); None means to all. The output
-rows of padding tokens are computed too, but mean nothing.
+None: row i attends only to its first lengths[i] keys (at least 1), or to all keys if None. The
+outputs for padding tokens are computed but meaningless.
 """
 
 from dataclasses import fields
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from realgen_jax.sharding import BATCH_AXES, constrain
 
 LANES = 128  # width of a TPU's vector register
-SPLASH_BLOCKS = (512, 256, LANES)  # tile sizes of the TPU kernel; the first that divides t
+SPLASH_BLOCKS = (512, 256, LANES)  # tile sizes of the TPU kernel; the first that divides t is used
 
 
 @jax.named_scope("attention")
@@ -27,11 +27,11 @@ def attention(
 ) -> Array:
     """softmax(q k^T / sqrt(d)) v, without a causal mask: [n, t, h, d] -> [n, t, h d].
 
-    The kernel depends on the platform, which only this function asks for:
+    The kernel depends on the platform, and only this function checks the platform:
 
-    - CUDA and 16 bits: cuDNN's flash kernel. Chosen during tracing, because it cannot be traced
-      where cuDNN is not installed.
-    - TPU and sizes that fill its tiles: Pallas' splash kernel. Chosen during lowering, so that
+    - CUDA with 16-bit inputs: cuDNN's flash kernel. Chosen during tracing, because it cannot be
+      traced where cuDNN is not installed.
+    - TPU with sizes that fill its tiles: Pallas' splash kernel. Chosen during lowering, so that
       programs for TPUs can be built on any machine.
     - Otherwise: XLA.
     """
@@ -54,8 +54,8 @@ def attention(
 def plain_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
     """softmax(q k^T / sqrt(d)) v in plain JAX: [n, t, h, d] -> [n, t, h, d]. Scores in float32.
 
-    The sum of the softmax divides the result [t, d] instead of the weights [t, t]. On a CPU the
-    gradient then takes 40 % of the time of jax.nn.dot_product_attention's.
+    The softmax's denominator divides the result [t, d] instead of the weights [t, t]. On a CPU, the
+    gradient then takes 40 % of the time that jax.nn.dot_product_attention needs.
     """
     scaled = jnp.swapaxes(q * q.shape[-1] ** -0.5, 1, 2)
     k = jnp.swapaxes(k, 1, 2)
@@ -67,7 +67,7 @@ def plain_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) 
         valid = jnp.arange(k.shape[2]) < lengths[:, None]
         scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
 
-    # Softmax, with the division at the end. The largest score is subtracted against overflow.
+    # Softmax, with the division at the end. The largest score is subtracted to avoid overflow.
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     out = jnp.einsum(
@@ -122,7 +122,7 @@ def _splash_on_one_device(
         interpret=interpret,
     )
 
-    # Queries attend to keys of the same segment: all queries are in segment 0, padding keys in 1.
+    # Queries attend to keys in the same segment: all queries are in segment 0, padding keys in 1.
     segments = None
     if lengths is not None:
         padding = jnp.arange(tokens) >= lengths[:, None]

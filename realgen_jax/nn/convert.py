@@ -1,8 +1,7 @@
-"""Published checkpoints <-> our arrays: one strict function reads a family's table.
+"""Convert between published checkpoints and our arrays, strictly by a family's table.
 
-Torch weights are [out, in, *window]; ours are [*window, in, out], and a stacked block has its
-layers in front. Where ours keep the parts of a fused projection on an axis of their own, torch's
-weight is one matrix.
+Torch weights are [out, in, *window]; ours are [*window, in, out], with a leading layer axis in
+stacked blocks. Our fused projections have a separate axis for their parts; torch's are one matrix.
 """
 
 import json
@@ -26,10 +25,10 @@ SUFFIXES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
 
 @dataclass(frozen=True)
 class Part:
-    """A torch module, or the share [start, stop) of its outputs, in `of`-ths.
+    """A torch module, or the share [start/of, stop/of) of its outputs.
 
-    In the name of a stacked block's module "{}" stands for the layer; `first` is the number that
-    torch gives the first one.
+    In module names of stacked blocks, "{}" stands for the layer; `first` is torch's number of the
+    first layer.
     """
 
     module: str
@@ -43,12 +42,12 @@ class Part:
 class Table:
     """How a checkpoint's tensors fill our arrays.
 
-    rows: our module -> the torch modules that fill it, side by side along the output axis.
-    fused: ends of the paths of arrays that keep the parts of a fused projection apart -> the axis
-        of the parts, counted from the end. In the file that axis and the next one are joined.
-    suffixes: kind of our array -> what follows the module in torch's key.
-    bare: arrays that are a tensor by themselves: no suffix, torch's layout.
-    windows: our modules that hold a convolution as a product of patches -> (height, width); the
+    rows: our module -> the torch modules that fill it, concatenated along the output axis.
+    fused: path suffix of an array with a separate axis for the parts of a fused projection -> that
+        axis, counted from the end. In the file, that axis and the next one are joined.
+    suffixes: kind of our array -> the suffix after the module in torch's key.
+    bare: arrays that are stored as a tensor without a suffix, in torch's layout.
+    windows: our modules that store a convolution as a matmul over patches -> (height, width); the
         kernel's input is then ordered (channel, row, column).
     """
 
@@ -62,7 +61,7 @@ class Table:
 def table_rows(
     short: Mapping[str, str | tuple[str | Part, ...]], first: int = 0
 ) -> dict[str, tuple[Part, ...]]:
-    """Rows from their short form: a string is a whole module, a single one needs no tuple."""
+    """Expand the short form of rows: a string is a whole module; a single string needs no tuple."""
     rows = {}
     for ours, theirs in short.items():
         parts = theirs if isinstance(theirs, tuple) else (theirs,)
@@ -74,12 +73,12 @@ def table_rows(
 
 @cache
 def abstract(cls: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, nnx.State]:
-    """A module's graph and its state of ShapeDtypeStructs; nothing is allocated."""
+    """Return a module's graph and its state as ShapeDtypeStructs; nothing is allocated."""
     return nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(0))))
 
 
 def leaves(state: nnx.State) -> dict[str, Any]:
-    """{dotted path: array} of a state, in the state's own order."""
+    """Return {dotted path: array} of a state, in the state's own order."""
     flat = nnx.to_flat_state(state)
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
@@ -99,7 +98,7 @@ class _Source:
         return "{}" in self.parts[0].module
 
     def keys(self, layer: int) -> list[tuple[str, Part]]:
-        """The tensors of one layer, in order of our output axis."""
+        """The tensors of one layer, in the order of our output axis."""
         keys = []
         for part in self.parts:
             keys.append((part.module.format(layer + part.first) + self.suffix, part))
@@ -138,16 +137,15 @@ def load(
     """Fill an abstract state from a checkpoint.
 
     Every key is used and every array is filled exactly once. `sharding(path, shape)` says where an
-    array goes (None: the default device). Arrays are assembled on the host one by one, and each is
-    placed before the next: host memory beyond the placed arrays is one (stacked) array and one
-    tensor.
+    array goes (None: the default device). Arrays are assembled on the host and placed one at a
+    time, so the extra host memory is one (stacked) array and one tensor.
 
-    Raises ValueError that names the first keys which are missing, unused or of another shape.
+    Raises ValueError naming the first keys that are missing, unused or of another shape.
     """
     wanted = leaves(state)
     sources = {leaf: _source(leaf, table) for leaf in wanted}
 
-    # Every key of the file has exactly one place, and the other way round.
+    # Every key of the file has exactly one place, and vice versa.
     expected = set()
     for leaf, source in sources.items():
         for layer in range(wanted[leaf].shape[0] if source.stacked else 1):
@@ -206,7 +204,7 @@ def _assemble(
 
 
 def _to_ours(weight: np.ndarray, ndim: int) -> np.ndarray:
-    """[out, in, *window] -> [*window, in, out]; a convolution held as a product is flattened."""
+    """[out, in, *window] -> [*window, in, out]; a convolution stored as a matmul is flattened."""
     if weight.ndim == 4 and ndim == 2:
         weight = weight.reshape(len(weight), -1)
     if weight.ndim == 1:
@@ -231,7 +229,10 @@ def _some(keys: list[str]) -> str:
 
 
 def to_torch(state: nnx.State, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, array in torch's layout) of every tensor of a state; one of our arrays at a time."""
+    """Yield (key, array in torch's layout) for every tensor, fetching one of our arrays at a time.
+
+    All processes must iterate.
+    """
     for leaf, value in leaves(state).items():
         source = _source(leaf, table)
         host = source.joined(fetch(value))
@@ -250,7 +251,7 @@ def save_folder(
 ) -> None:
     """Write a model folder that diffusers' `from_pretrained` reads: `config` and the weights.
 
-    Every process must call it, since each holds a part of the weights; the first one writes.
+    Every process must call this, since each holds a part of the weights; the first one writes.
     """
     if process_index():
         for _ in to_torch(state, table):
@@ -267,7 +268,7 @@ def save_folder(
             shards.append({})
         shards[-1][key] = array
 
-    # The names that diffusers looks for, with an index where there are several files.
+    # The names that diffusers looks for, with an index if there are several files.
     names = [f"{STEM}.safetensors"]
     if len(shards) > 1:
         names = []

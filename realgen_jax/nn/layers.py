@@ -27,9 +27,9 @@ class Linear(nnx.Module):
 
     kernel [*stack, *in, *out], bias [*stack, *out].
 
-    A fused projection keeps its parts on an axis of their own, for instance (3, D) for qkv. The
-    mesh axis `tensor` then splits each part separately and never cuts a head. Each part has its
-    own LoRA factors, which is what peft trains on the separate projections:
+    A fused projection has a separate axis for its parts, for instance (3, D) for qkv. The mesh axis
+    `tensor` then splits each part separately and never cuts a head. Each part has its own LoRA
+    factors, as in peft, where the projections are separate:
     lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out].
     """
 
@@ -84,8 +84,8 @@ class Linear(nnx.Module):
         lead = x.shape[: x.ndim - self.axes_in]
         shape_out = kernel.shape[self.axes_in :]
 
-        # Where `tensor` does not split the parts, treat them as one axis: for the gradient of x
-        # over several axes, XLA's CPU backend transposes the kernel, which costs a sixth of the
+        # If `tensor` does not split the parts, flatten them into one axis: with several axes, XLA's
+        # CPU backend transposes the kernel for the gradient of x, which costs a sixth of the
         # product.
         if mesh is None or mesh.shape["tensor"] == 1:
             y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(shape_out))
@@ -97,8 +97,8 @@ class Linear(nnx.Module):
 def _all_layers(x: Array, kernel: Array) -> Array:
     """x W for the kernels of all layers: [n, in], [layers, in, out] -> [layers, n, out].
 
-    Batched over the layers: as one large product, XLA would copy all kernels into another layout in
-    every call.
+    This is batched over the layers: for one large product, XLA would copy all kernels into another
+    layout in every call.
     """
     rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
     return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,))))
@@ -111,10 +111,10 @@ def lora_product(x: Array, a: Array, b: Array) -> Array:
     x [..., in], A float32 [in, parts, r], B float32 [parts, r, out]
     -> [..., parts, out] in x's dtype.
 
-    One product for each part, because XLA computes a batched one transposed. The gradients are
-    written by hand: autodiff would transpose the wide factor of each product (x, or the output's
-    gradient), although transposing the narrow one is enough. The gradients of A and B accumulate
-    in float32, whatever x's dtype.
+    Each part is a separate product, because XLA computes a batched product transposed. The
+    gradients are written by hand: autodiff would transpose the wide factor of each product (x, or
+    the output's gradient), although transposing the narrow one is enough. The gradients of A and B
+    accumulate in float32, whatever x's dtype.
     """
     return _lora_forward(x, a, b)[0]
 

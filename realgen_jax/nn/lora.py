@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): where they sit, how they start, and their files."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): attachment, initialisation and files."""
 
 import json
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank r, alpha (the product is scaled by alpha / r) and peft's name for the start of A.
+    """Rank r, alpha (the product is scaled by alpha / r) and peft's name for the init of A.
 
-    B starts at zero. Raises ValueError for values that cannot train.
+    B is initialised to zero. Raises ValueError for values that cannot train.
     """
 
     rank: int = 64
@@ -85,7 +85,7 @@ def _submodule(network: nnx.Module, path: str) -> Linear:
 
 @dataclass(frozen=True)
 class _Factor:
-    """Where one module's factor lies in our arrays: the array, its layer, its part."""
+    """The location of one module's factor in our arrays: array, layer and part."""
 
     variable: nnx.Variable
     layer: int
@@ -126,7 +126,7 @@ def lora_tensors(adapters: nnx.State, table: Table) -> dict[str, np.ndarray]:
 
 
 def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table: Table) -> None:
-    """Write the file that diffusers' `load_lora_weights` reads, rank and alpha in its header."""
+    """Write a file for diffusers' `load_lora_weights`, with rank and alpha in its header."""
     tensors = lora_tensors(adapters, table)
     modules = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     header = {
@@ -145,7 +145,7 @@ def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table
 
 
 def _lora_file(path: Path) -> Path:
-    """The LoRA's file: `path`, or what lies in the folder of peft or diffusers."""
+    """The LoRA's file: `path` itself, or the file in a peft or diffusers folder."""
     if path.is_dir():
         for name in (PEFT_FILE, DIFFUSERS_FILE):
             if (path / name).exists():
@@ -159,7 +159,7 @@ def _lora_file(path: Path) -> Path:
 
 
 def _stated_alpha(path: Path, file: Path, tensors: Tensors) -> float | None:
-    """The alpha that the files state: peft's config, the header, or tensors named ".alpha"."""
+    """The alpha stated by the files: in peft's config, the header, or tensors named ".alpha"."""
     if path.is_dir() and file.name == PEFT_FILE:
         return float(json.loads((path / "adapter_config.json").read_text())["lora_alpha"])
     header = tensors.metadata().get("lora_adapter_metadata")
@@ -185,10 +185,10 @@ def _lora_names(tensors: Tensors) -> dict[str, str]:
 
 
 def read_lora_config(path: str | Path) -> LoraConfig:
-    """Rank and alpha of a LoRA file or folder; only its header is read.
+    """Return rank and alpha of a LoRA file or folder; only the file's header is read.
 
-    A file that states no alpha means alpha = rank, as diffusers reads it. Raises FileNotFoundError,
-    or ValueError for a file without adapters.
+    Without a stated alpha, alpha = rank, as in diffusers. Raises FileNotFoundError, or ValueError
+    for a file without adapters.
     """
     path = Path(path)
     file = _lora_file(path)
@@ -204,7 +204,7 @@ def read_lora_config(path: str | Path) -> LoraConfig:
 
 
 def read_lora(path: str | Path, like: nnx.State, table: Table) -> nnx.State:
-    """The adapters of a peft folder (RealGen's published form) or a diffusers file.
+    """Return the adapters of a peft folder (RealGen's published format) or a diffusers file.
 
     like: the adapters' abstract state for the file's rank. Raises ValueError naming the first
     module that is missing, unknown or of another shape.

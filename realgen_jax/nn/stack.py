@@ -24,7 +24,7 @@ def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 # The adapters' products are not saved: they are cheap to recompute and as large as the projections.
 _projections = jax.checkpoint_policies.save_only_these_names(PROJECTION)
 
-# What a block's forward pass saves for the backward pass; the rest is computed a second time.
+# What a block's forward pass saves for the backward pass; the rest is recomputed.
 REMAT_POLICIES = {
     # Only the block's input.
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -38,9 +38,9 @@ REMAT_POLICIES = {
 
 
 def pin_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Shard activations [n, ...] by rows over data and fsdp; tokens and channels stay whole.
+    """Shard activations [n, ...] by rows over data and fsdp; tokens and channels are not split.
 
-    Without this constraint GSPMD splits the channels of a block instead of gathering its weights.
+    Without this constraint, GSPMD splits a block's channels instead of gathering its weights.
     """
     return jax.tree.map(lambda a: constrain(a, mesh, BATCH_AXES), tree)
 
@@ -75,9 +75,8 @@ def scan_blocks(
 def modulation_of_layers(project: Linear, vector: Array, mesh: Mesh | None) -> Array:
     """The AdaLN modulations of all layers in one product: vector [n, D] -> [layers, n, k D].
 
-    These projections hold a quarter of FLUX's weights but see only one row an image. So the rows
-    move to the devices that hold the weights, and the results move back; the weights stay where
-    they are.
+    These projections hold a quarter of FLUX's weights but see only one row per image. So the rows
+    move to the devices that hold the weights, and the results move back; the weights do not move.
     """
     vector = constrain(vector, mesh, "data")
     out = project(vector)

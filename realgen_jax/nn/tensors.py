@@ -14,7 +14,7 @@ Config = TypeVar("Config")
 
 
 class Tensors:
-    """The tensors of one safetensors file, or of a folder with one file or an index of several.
+    """The tensors of a safetensors file, or of a folder with one such file or an index of several.
 
     Raises FileNotFoundError for a missing file and ValueError for one that is incomplete.
     """
@@ -44,14 +44,14 @@ class Tensors:
         return tuple(self._file_of[key].get_slice(key).get_shape())
 
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """A tensor, or its rows [start, stop). Nothing else is read from the disk."""
+        """Return a tensor, or its rows [start, stop). Nothing else is read from disk."""
         if start is None:
             return self._file_of[key].get_tensor(key)
         return self._file_of[key].get_slice(key)[start:stop]
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files of `path`: itself, or what lies in the diffusers folder."""
+    """The safetensors files of `path`: itself, or the files in a diffusers folder."""
     if not path.is_dir():
         return [path]
     single = path / f"{STEM}.safetensors"
@@ -67,7 +67,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """The config.json of a diffusers folder.
+    """Return the config.json of a diffusers folder.
 
     Raises FileNotFoundError if it is missing, ValueError if it describes another class.
     """
@@ -81,7 +81,7 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
 
 
 def config_from(cls: type[Config], values: dict[str, Any], **overrides: Any) -> Config:
-    """A config dataclass from the entries of config.json that it has fields for."""
+    """Build a config dataclass from the entries of config.json that it has fields for."""
     known = {}
     for field in fields(cls):
         if field.name in values:

@@ -3,14 +3,14 @@
 from einops import rearrange
 from jax import Array
 
-PATCH = 2  # latent pixels a token's side
+PATCH = 2  # side of a token in latent pixels
 
 
 def pack(latents: Array) -> Array:
     """VAE latents [n, h, w, c] -> tokens [n, h/2 w/2, 4c].
 
-    Rows of patches come one after another. Channels are in the order (c, dy, dx), as in diffusers'
-    FluxPipeline; a model that works in another order permutes inside its transformer.
+    Tokens are in row-major order. Channels are in the order (c, dy, dx), as in diffusers'
+    FluxPipeline; a model that uses another order permutes them inside its transformer.
     """
     return rearrange(latents, "n (h dy) (w dx) c -> n (h w) (c dy dx)", dy=PATCH, dx=PATCH)
 

@@ -1,7 +1,7 @@
 """The convolutional image autoencoder (diffusers' AutoencoderKL without quantisation convolutions).
 
-Shapes: n images, h x w positions of a feature map, c channels, channels last. Widths of a level are
-`config.block_out_channels`, from the finest level to the coarsest.
+Shapes: n images, h x w positions of a feature map, c channels, channels last. The widths of the
+levels are `config.block_out_channels`, from the finest level to the coarsest.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from realgen_jax.nn.layers import EPS, Linear
 from realgen_jax.nn.tokens import unpack
 from realgen_jax.sharding import BATCH_AXES, batch_devices, constrain
 
-# Limit on the largest feature map of the images that are decoded together: what fits a CPU's cache.
-# A large image fills any GPU by itself; decoding several at once would only take more memory.
+# Limit on the largest feature map of the images that are decoded together, so that it fits into a
+# CPU's cache. One large image already keeps any GPU busy; several would only take more memory.
 DECODE_BYTES = 2**23
 
 
@@ -33,14 +33,14 @@ class VaeConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
-    dtype: Any = jnp.float32  # of computation and weights
+    dtype: Any = jnp.float32  # compute and weight dtype
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Group normalisation with statistics in float32 and the variance in two passes, as in PyTorch.
+    """Group normalisation with float32 statistics and a two-pass variance, as in PyTorch.
 
-    Sums run over positions first, over whole rows of channels, and over a group's few channels
-    last. On a CPU this is three times as fast as flax's reduction over [h, w, channels of a
+    Sums are taken over positions first, for all channels, and then over the few channels of a
+    group. On a CPU this is three times as fast as flax's reduction over [h, w, channels of a
     group].
     """
 
@@ -153,12 +153,12 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest neighbour to twice the size, then a 3x3 convolution: [n, h, w, c] -> [n, 2h, 2w, c].
+    """2x nearest-neighbour upsampling, then a 3x3 convolution: [n, h, w, c] -> [n, 2h, 2w, c].
 
     Computed as one 2x2 convolution of the small image with four times the channels. After
-    doubling, two of the kernel's three rows always meet the same pixel, so they are added
-    beforehand: in one way for the even rows of the output and in another for the odd ones;
-    columns likewise. That is 16 products a pixel instead of 36.
+    upsampling, two of the kernel's three rows always fall on the same pixel, so they are summed
+    beforehand. Which two differs between even and odd rows of the output; the same holds for
+    columns. That is 16 products per pixel instead of 36.
     """
 
     def __init__(self, channels: int, config: VaeConfig, rngs: nnx.Rngs):
@@ -304,7 +304,7 @@ class Autoencoder(nnx.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def normalise(self, latents: Array) -> Array:
-        """Latents from the encoder's scale to the transformer's: about zero mean, unit variance."""
+        """Map latents to the transformer's scale, with about zero mean and unit variance."""
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Array) -> Array:
@@ -322,10 +322,10 @@ def to_uint8(images: Array) -> Array:
 
 
 def decoded_at_once(config: VaeConfig, image_tokens: int, images: int) -> int:
-    """How many of a device's `images` are decoded together.
+    """Return how many of a device's `images` are decoded together.
 
-    The largest divisor of `images` that keeps the largest feature map within DECODE_BYTES, at
-    least 1.
+    This is the largest divisor of `images` that keeps the largest feature map within DECODE_BYTES,
+    but at least 1.
     """
     # A token is 2 x 2 latents, and each level but the last doubles the sides. The largest feature
     # map has the full size and the channels of the level before the last.
@@ -357,7 +357,7 @@ def decode_tokens(
         latents = unpack(tokens, height, width).astype(vae.config.dtype)
         return to_uint8(vae.decode(latents))
 
-    # Every round takes the next images of every device.
+    # Each round takes the next few images of each device.
     rounds = rearrange(
         tokens, "(parts rounds k) s c -> rounds (parts k) s c", parts=parts, k=at_once
     )

@@ -10,8 +10,8 @@ from realgen_jax.nn.convert import Sharding, Table, abstract, leaves, load, tabl
 from realgen_jax.nn.tensors import Tensors, config_from, read_config
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 
-# BFL's names as edits of diffusers' names, which are also ours. BFL's decoder counts its levels the
-# other way round.
+# BFL's names as edits of diffusers' names, which are also ours. BFL's decoder numbers its levels in
+# reverse.
 BFL_EDITS = (
     ("mid_block.resnets.0", "mid.block_1"),
     ("mid_block.resnets.1", "mid.block_2"),
@@ -39,7 +39,7 @@ def _bfl_name(name: str, last_level: int) -> str:
 
 
 def vae_table(config: VaeConfig, layout: str) -> Table:
-    """The autoencoder's table for the layout "diffusers" (each name is its own) or "bfl"."""
+    """Return the autoencoder's table for the layout "diffusers" (names are the same) or "bfl"."""
     last_level = len(config.block_out_channels) - 1
     rows = {}
     for path in leaves(abstract(Autoencoder, config)[1]):
@@ -49,9 +49,9 @@ def vae_table(config: VaeConfig, layout: str) -> Table:
 
 
 def vae_config(folder: Path, **overrides: Any) -> VaeConfig:
-    """The sizes in the config.json of diffusers' `vae/`; `overrides` are VaeConfig fields.
+    """Return the sizes in the config.json of diffusers' `vae/`; `overrides` are VaeConfig fields.
 
-    Raises ValueError for an autoencoder with quantisation convolutions, which ours has not.
+    Raises ValueError for an autoencoder with quantisation convolutions, which ours does not have.
     """
     values = read_config(folder, "AutoencoderKL")
     for name in ("use_quant_conv", "use_post_quant_conv"):
@@ -65,9 +65,9 @@ def vae_config(folder: Path, **overrides: Any) -> VaeConfig:
 def load_vae(
     path: str | Path, sharding: Sharding = lambda leaf, shape: None, **overrides: Any
 ) -> tuple[VaeConfig, nnx.State]:
-    """The autoencoder's config and weights; `overrides` are VaeConfig fields.
+    """Return the autoencoder's config and weights; `overrides` are VaeConfig fields.
 
-    Raises as `load` and `vae_config`.
+    Raises the errors of `load` and `vae_config`.
     """
     path = Path(path)
     if path.is_file():

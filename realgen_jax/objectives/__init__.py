@@ -1,6 +1,6 @@
-"""Objectives: what a rollout keeps, the gradient of a batch, and what follows an epoch.
+"""Objectives: how a rollout is recorded, the gradient of a batch, and the end of an epoch.
 
-An objective is one file here and one line in OBJECTIVES; realgen_jax/update.py has the interface.
+An objective is one file here and one entry in OBJECTIVES; realgen_jax/update.py has the interface.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ OBJECTIVES = {
 
 
 def make_objective(train: Any, sample: Any) -> Objective:
-    """The objective that `config.train.loss` names. Raises ValueError for an unknown one."""
+    """Return the objective named by `config.train.loss`. Raises ValueError for an unknown name."""
     if train.loss not in OBJECTIVES:
         raise ValueError(f"loss is {train.loss!r}; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[train.loss](train, sample)

@@ -22,12 +22,12 @@ GUARD_BIASES = ("sample", "batch")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The numbers of the loss.
+    """Hyperparameters of the loss.
 
     beta: weight of the KL to the base model. clip_range: c of the clip 1 +- c. adv_clip_max:
-    largest advantage. guard_bias: "sample" (ours), or "batch" as in RealGen's code, which averages
-    over one rank's microbatch and so needs a rollout call of that size. Raises ValueError for
-    another one.
+    largest absolute advantage. guard_bias: "sample" (ours), or "batch" as in RealGen's code, which
+    averages over one rank's microbatch and so needs a rollout call of that size. Raises ValueError
+    for any other guard_bias.
     """
 
     beta: float
@@ -50,7 +50,7 @@ def grpo_loss(
 ) -> tuple[Array, Metrics]:
     """Flow-GRPO: the plain likelihood ratio of the step mean -> x_next (arXiv 2505.05470, eq. 5).
 
-    Raises ValueError for arrays that do not belong together.
+    Raises ValueError if the shapes do not match.
     """
     _check_shapes(mean, mean_old, x_next, advantages)
     log_ratio = _log_prob_difference(mean, mean_old, x_next, step.std)
@@ -65,7 +65,7 @@ def guard_loss(
 
     This is std (log-prob difference + bias) with bias = mean((mean - mean_old)^2) / (2 std^2),
     which centres log r at zero and gives every step the same scale (arXiv 2510.22319). RealGen's
-    code averages the bias over the batch too (`guard_bias` "batch"). Raises as `grpo_loss`.
+    code also averages the bias over the batch (`guard_bias` "batch"). Raises as `grpo_loss` does.
     """
     _check_shapes(mean, mean_old, x_next, advantages)
     shift = mean - mean_old
@@ -80,7 +80,7 @@ def guard_loss(
 
 
 def _check_shapes(mean: Array, mean_old: Array, x_next: Array, advantages: Array) -> None:
-    """Shapes that would broadcast to something else are an error."""
+    """Raise ValueError for shapes that would broadcast silently."""
     if not mean.shape == mean_old.shape == x_next.shape:
         raise ValueError(
             f"mean {mean.shape}, mean_old {mean_old.shape} and x_next {x_next.shape} "
@@ -100,8 +100,8 @@ def _per_sample(x: Array) -> Array:
 def _log_prob_difference(mean: Array, mean_old: Array, x_next: Array, std: Array) -> Array:
     """log p_new(x_next) - log p_old(x_next), mean over elements: float32 [n].
 
-    The two differ by far less than the rounding of either, so the difference of squares is taken
-    first and no two log-probs are subtracted.
+    The two differ by far less than the rounding error of either, so the difference of squares is
+    factored instead of subtracting two log-probs.
     """
     return _per_sample((mean - mean_old) * (2.0 * x_next - mean - mean_old) / (2.0 * std**2))
 
@@ -128,7 +128,7 @@ def _clipped(log_ratio: Array, advantages: Array, config: LossConfig) -> tuple[A
 
 
 def velocity_kl(v: Array, v_ref: Array, x: Array, step: Steps) -> Array:
-    """mean (v - v_ref)^2: the KL up to a factor a step."""
+    """mean (v - v_ref)^2: the KL up to a factor that depends on the step."""
     return jnp.mean((v - v_ref) ** 2)
 
 
@@ -150,7 +150,7 @@ KLS = {"velocity": velocity_kl, "mean": mean_kl, "mean_reference": mean_kl_refer
 
 @dataclass(frozen=True)
 class Grpo:
-    """An SDE window is sampled and recorded; the update replays it and takes the policy's ratio.
+    """Records an SDE window during sampling; the update replays it to get the policy ratio.
 
     loss: grpo_loss or guard_loss. kl: one of KLS. The window is that of `make_plan`.
     """
@@ -203,9 +203,9 @@ class Grpo:
 
     @jax.named_scope("recompute")
     def recompute_means(self, velocity: Velocity, trainable: Any, batch: Batch) -> Batch:
-        """The batch with the means of the update's own program in place of the rollout's.
+        """Return the batch with means from the update program in place of the rollout's.
 
-        For hardware that picks other kernels in the two programs (`train.recompute_old`). The
+        For hardware that picks different kernels in the two programs (`train.recompute_old`). The
         gradient is computed as well: without it the compiler would build a third program, whose
         means would agree with neither.
         """
@@ -216,11 +216,11 @@ class Grpo:
     def _accumulate(
         self, velocity: Velocity, trainable: Any, batch: Batch
     ) -> tuple[Any, Metrics, Array]:
-        """Mean gradient over every call and window step, metrics, and means [calls, w, n, s, c].
+        """Mean gradient over all calls and window steps, metrics, and means [calls, w, n, s, c].
 
-        One microbatch is one rollout call at one window step. That is the batch that was sampled,
-        so that the replayed forward pass is the sampled one bit for bit. Activation memory is set
-        by `sample.train_batch_size` and nothing else.
+        One microbatch is one rollout call at one window step. This is the same batch as in
+        sampling, so the replayed forward pass is bit-identical to the sampled one. Activation
+        memory depends only on `sample.train_batch_size`.
         """
 
         def window_step(
@@ -275,7 +275,10 @@ class Grpo:
 
 
 def make_grpo(loss: Callable[..., tuple[Array, Metrics]], train: Any, sample: Any) -> Grpo:
-    """The objective of `config.train` and `config.sample`. Raises ValueError for unknown names."""
+    """Build the objective of `config.train` and `config.sample`.
+
+    Raises ValueError for unknown names.
+    """
     if train.kl not in KLS:
         raise ValueError(f"kl is {train.kl!r}; choose one of {', '.join(KLS)}")
     return Grpo(

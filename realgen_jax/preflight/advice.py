@@ -10,7 +10,7 @@ from realgen_jax.preflight.figures import GIB, Accelerator, usable_bytes
 from realgen_jax.preflight.report import Report
 from realgen_jax.training.programs import Recipe
 
-# Pixels per side. A reward that learns keeps pictures at this size at most.
+# Pixels per side. A reward that learns stores pictures at no more than this size.
 KEPT_SIDE = 518
 # The fraction of a GPU's memory that JAX takes by default.
 DEFAULT_FRACTION = 0.75
@@ -22,7 +22,7 @@ Tried = list[tuple[Change, Report]]
 
 
 def candidates(report: Report) -> Iterator[Change]:
-    """Yield changes that leave the result as it is, except for rounding."""
+    """Yield changes that do not alter the result, except for rounding."""
     config = report.recipe.config
     layout = report.recipe.layout
 
@@ -36,7 +36,7 @@ def candidates(report: Report) -> Iterator[Change]:
         if divides and fsdp != config.mesh.fsdp:
             yield {"mesh.data": -1, "mesh.fsdp": fsdp}
 
-    # Decode in half the precision.
+    # Decode in bfloat16.
     if config.pretrained.vae_dtype == "float32":
         yield {"pretrained.vae_dtype": "bfloat16"}
 
@@ -47,7 +47,7 @@ def candidates(report: Report) -> Iterator[Change]:
 
 
 def smaller_calls(report: Report, parts: int) -> Iterator[Change]:
-    """Yield changes that split each call into `parts`; a step still accumulates the same images."""
+    """Yield changes that split each call into `parts`; each step still sees the same images."""
     layout = report.recipe.layout
     accumulation = report.recipe.config.train.gradient_accumulation_steps
     change = {
@@ -128,7 +128,7 @@ def advice(
 def too_small(
     report: Report, name: str, find_changes: Callable[[float], tuple[Tried, Tried]]
 ) -> list[str]:
-    """Return lines for an accelerator that is too small: what is needed, and changes that fit."""
+    """Return lines for an accelerator that is too small: memory needed, and changes that fit."""
     room = usable_bytes(name)
     needed = f"needs {report.peak / GIB:.1f} GiB, but {room / GIB:.1f} GiB are usable"
     lines = [f"\n[bold]{name}[/bold]: {needed}"]
@@ -177,7 +177,7 @@ def other_counts(report: Report) -> str:
     if width % devices == 0 and devices > 1:
         return "Use more devices."
 
-    # The nearest divisors of the width, below and above.
+    # The nearest divisors of the width, one below and one above.
     divisors = [number for number in range(2, width + 1) if width % number == 0]
     below = max((number for number in divisors if number < devices), default=divisors[0])
     above = min(number for number in divisors if number > devices)

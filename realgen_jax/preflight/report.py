@@ -1,4 +1,4 @@
-"""A run on paper: its programs' arguments as ShapeDtypeStructs on the target's mesh, and costs."""
+"""The estimate of a run: program arguments as ShapeDtypeStructs on the target mesh, and costs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +22,17 @@ from realgen_jax.training.programs import (
 )
 from realgen_jax.update import Batch
 
-# The code is never run; what the compiler plans to hold is the same.
+# The code is never run, and its planned memory is the same without optimisation.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(frozen=True)
 class Report:
-    """A run on paper; bytes are those of one device.
+    """The estimate of a run; bytes are per device.
 
-    parts: of the batch. held: what stays in memory (weights, trained arrays, optimizer state).
-    phases: {phase: {what: bytes}}. flops: of an iteration, over all devices.
+    parts: number of parts the batch is split into. held: {name: bytes} that stay in memory
+    (weights, trained arrays, optimizer state). phases: {phase: {name: bytes}}. flops: operations
+    of an iteration, over all devices.
     """
 
     recipe: Recipe
@@ -60,9 +61,9 @@ def device_bytes(tree: Any) -> int:
 
 
 def make_report(config: ConfigDict, devices: int) -> Report:
-    """The report of a config on this many devices.
+    """Return the report of a config on this many devices.
 
-    Raises ValueError for what does not exist, divide or fit together, as scripts/train.py would.
+    Raises ValueError for invalid names and sizes, as scripts/train.py would.
     """
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
@@ -148,7 +149,7 @@ def update_arguments(recipe: Recipe, model: Model, programs: Programs) -> tuple:
         return jax.ShapeDtypeStruct((calls, *leaf.shape), leaf.dtype, sharding=sharding)
 
     def stack_record(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """What a rollout records has the images on its second axis, or is the same for all."""
+        """Recorded arrays have images on the second axis, or are the same for all images."""
         has_images = leaf.ndim > 1 and leaf.shape[1] == images
         return stack(leaf, 2 if has_images else None)
 
@@ -161,7 +162,7 @@ def update_arguments(recipe: Recipe, model: Model, programs: Programs) -> tuple:
 def build(report: Report, compile: bool) -> dict[str, int]:
     """Trace and lower the run's two large programs.
 
-    Returns the bytes of their arguments on one device, by XLA, if they are compiled.
+    If they are compiled, returns the bytes of their arguments on one device, as XLA reports them.
     """
     recipe = report.recipe
     model = report.model

@@ -41,7 +41,7 @@ def show(
     """
     console = Console(highlight=False, width=None)
 
-    # What is computed, and on what.
+    # The computation and the devices.
     if not described:
         console.print(default_sizes(report))
     console.print(summary(report))
@@ -113,12 +113,12 @@ def bytes_table(report: Report) -> Table:
     table = new_table("Memory of one device, GiB", ("",), ("sampling", "update"))
     labels = memory_labels(report)
 
-    # What stays in memory all the time.
+    # Arrays that stay in memory all the time.
     for name, size in report.held.items():
         gib = f"{size / GIB:.2f}"
         table.add_row(labels[name], gib, gib)
 
-    # What one of the two phases needs.
+    # Arrays of one of the two phases.
     phases = [report.phases["sample"], report.phases["update"]]
     for name in dict.fromkeys([*phases[0], *phases[1]]):
         cells = [f"{phase[name] / GIB:.2f}" if name in phase else "-" for phase in phases]
@@ -132,7 +132,7 @@ def bytes_table(report: Report) -> Table:
 
 
 def memory_labels(report: Report) -> dict[str, str]:
-    """What the names of a report's sizes mean."""
+    """Return descriptions of the sizes in a report, by name."""
     trained = "LoRA" if report.recipe.trainable.rank else "trained weights"
     return {
         "transformer": "transformer, frozen",
@@ -159,14 +159,14 @@ def flops_table(report: Report) -> Table:
 
 
 def flops_details(report: Report) -> dict[str, str]:
-    """What the operations of each part are."""
+    """Return descriptions of the operations of each part."""
     work = report.work
     forward = work.formulas.forward_flops(work)
     per_image = (sum(forward.values()) - forward["lora"]) / TERA
     decode = cost.decode_flops(work) / TERA
     branches = work.images // work.slots
 
-    # What rematerialisation computes a second time. A flash kernel keeps its scores on the chip.
+    # What rematerialisation recomputes. A flash kernel keeps its scores on chip.
     recomputed = {
         "full": "all blocks computed twice",
         "attention": "all blocks computed twice",

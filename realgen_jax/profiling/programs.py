@@ -52,7 +52,7 @@ class Operation(NamedTuple):
 
     name: str  # the compiler's name
     scope: tuple[str, ...]  # the scopes it is in, outermost first
-    does: str  # JAX's name for what it does, such as dot_general
+    does: str  # JAX's name for the operation, such as dot_general
 
 
 # {program's number or name: {operation's name: operation}}
@@ -89,8 +89,8 @@ def _add_program(programs: Programs, metadata: bytes) -> None:
 def operations(module: bytes) -> list[Operation]:
     """Return the operations of a serialized HloModuleProto.
 
-    An operation without a path of its own was added by the compiler, such as a copy in a loop. It
-    gets the scope of the operation that calls its computation.
+    An operation without a path was added by the compiler, such as a copy in a loop. It gets the
+    scope of the operation that calls its computation.
     """
     # By computation: the path of each instruction, and the instruction that calls the computation.
     paths: dict[int, list[tuple[str, str]]] = {}
@@ -150,7 +150,7 @@ def last_name(path: str) -> str:
 def path_names(path: str) -> list[str]:
     """Split a path into its names, without the transformations around them.
 
-    Of operations that the compiler merged, a/(b/c:d/e), only the first is kept.
+    If the compiler merged several operations, a/(b/c:d/e), only the first is kept.
     """
     first = re.split("[;:]", path)[0]
     plain = re.sub(r"\b(transpose|jvp|vmap)\(|(?<=/)\(|\)", "", first)

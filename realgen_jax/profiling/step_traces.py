@@ -16,8 +16,8 @@ STEP = "epoch"  # the name of a step in its trace
 class StepTraces:
     """Context manager that writes FOLDER/profile/step_N while epoch N runs, for every N in `steps`.
 
-    Epochs are counted from 1. Every process traces its own devices. An open trace is closed however
-    the run ends.
+    Epochs are counted from 1. Every process traces its own devices. An open trace is closed
+    however the run ends.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int], log: RunLog | NoLog):
@@ -42,9 +42,9 @@ class StepTraces:
         folder.mkdir(parents=True, exist_ok=True)
 
         options = jax.profiler.ProfileOptions()
-        # Recording every call of a Python function would slow all of them down.
+        # Recording every Python function call would slow the program down.
         options.python_tracer_level = 0
-        # Trace files are named by host, and processes may share one.
+        # Trace files are named by host, and several processes may share a host.
         options.session_id = f"process_{process_index()}"
 
         # Closed in reverse order: the message comes once the trace is complete.

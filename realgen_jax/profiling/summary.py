@@ -1,8 +1,9 @@
 """Summarise the trace of an epoch in three tables.
 
-Each table adds up to the wall-clock time of the epoch: what the program waited for, which scope of
-the compiled programs the devices were in, and which operations they ran. The time of an operation
-excludes operations that it contains, or that began after it and run on the same device.
+Each table adds up to the wall-clock time of the epoch. The tables show what the program waited for,
+which scopes of the compiled programs the devices were in, and which operations they ran. The time
+of an operation excludes operations that it contains, and operations that start later on the same
+device.
 """
 
 from collections import Counter

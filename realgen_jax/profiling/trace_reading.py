@@ -49,7 +49,7 @@ class Trace:
 def read_trace(file: Path) -> Trace:
     """Read a trace file.
 
-    Raises ValueError if the file is not a trace, or has no operations of a device.
+    Raises ValueError if the file is not a trace, or contains no device operations.
     """
     try:
         planes = list(ProfileData.from_file(str(file)).planes)
@@ -95,8 +95,7 @@ def host_lines(planes: Iterable[Any]) -> list[Any]:
 def device_events(planes: Iterable[Any], programs: Programs) -> dict[str, list[Event]]:
     """Return the events of each device.
 
-    GPUs and TPUs have a plane of their own, called /device:... On a CPU, operations run in threads
-    of the host.
+    Each GPU or TPU has its own plane, called /device:... On a CPU, operations run in host threads.
     """
     planes = list(planes)
     events = accelerator_events(planes, programs)
@@ -112,7 +111,7 @@ def accelerator_events(planes: Iterable[Any], programs: Programs) -> dict[str, l
         if not plane.name.startswith("/device:"):
             continue
 
-        # A GPU's operations are in its streams, and its other lines sum them up. A TPU has no
+        # A GPU's operations are in its "Stream" lines; its other lines summarise them. A TPU has no
         # streams.
         lines = [line for line in plane.lines if line.name.startswith("Stream")]
         if not lines:
@@ -130,8 +129,8 @@ def accelerator_events(planes: Iterable[Any], programs: Programs) -> dict[str, l
 def cpu_events(planes: Iterable[Any], programs: Programs) -> dict[str, list[Event]]:
     """Return the events of each CPU device.
 
-    An operation may end in another thread than it began in. The end is then an event called "end:
-    NAME", and both carry the same number: `_p` where it began, `_c` where it ended.
+    An operation may end in a different thread from the one it began in. The end is then an event
+    called "end: NAME", and both events carry the same number: `_p` at the start, `_c` at the end.
     """
     devices: dict[str, list[Event]] = {}
     for plane in planes:
@@ -175,9 +174,9 @@ def _event(event: Any, stats: Mapping[str, Any], programs: Programs, end: float)
 def self_times(events: Iterable[Event], start: float, end: float) -> Counter[Operation]:
     """Return the ns of each operation between `start` and `end`.
 
-    While several operations run at once, the time counts for the one that began last. A loop is
-    therefore left with what the operations of its body do not cover, and a collective with what no
-    computation hides. The sum is the time in which the device was busy.
+    While several operations run at once, the time counts for the one that began last. A loop
+    therefore counts only the time that its body does not cover, and a collective only the time that
+    no computation hides. The sum is the time in which the device was busy.
     """
     events = [event for event in events if event.start < end and event.end > start]
 
@@ -188,7 +187,7 @@ def self_times(events: Iterable[Event], start: float, end: float) -> Counter[Ope
         moments.add(min(max(event.end, start), end))
 
     waiting = sorted(events, key=lambda event: event.start, reverse=True)
-    running: list[tuple[float, float, Operation]] = []  # a heap: the last begun comes first
+    running: list[tuple[float, float, Operation]] = []  # a heap, latest start first
     times: Counter[Operation] = Counter()
     for moment, next_moment in pairwise(sorted(moments)):
         while waiting and waiting[-1].start <= moment:

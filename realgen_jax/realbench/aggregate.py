@@ -1,4 +1,4 @@
-"""From scores of pictures to a leaderboard: RealBench's means, with intervals over prompts."""
+"""The leaderboard: RealBench's means of picture scores, with intervals over prompts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from realgen_jax.realbench.bootstrap import draw_in_blocks, ratio_intervals
 from realgen_jax.realbench.results import Results
 
-ALL = "all"  # the sets together
+ALL = "all"  # all sets together
 MEAN = "mean"
 SHARE = "share above 0.5"
 Measure = tuple[str, str]  # reward; MEAN or SHARE
@@ -19,7 +19,8 @@ Measure = tuple[str, str]  # reward; MEAN or SHARE
 class Row:
     """One number of the leaderboard, its interval, and its difference from the first entry.
 
-    nan: there is no such number (no pictures, fewer than two prompts, the first entry itself).
+    nan means that the number is undefined (no pictures, fewer than two prompts, or the first entry
+    compared with itself).
     """
 
     entry: str
@@ -32,20 +33,20 @@ class Row:
     high: float
     pictures: int
     prompts: int
-    difference: float  # over the prompts that both entries have pictures of
+    difference: float  # over the prompts for which both entries have pictures
     difference_low: float
     difference_high: float
 
 
 @dataclass(frozen=True)
 class _Table:
-    """An entry's scores, added up by unit: a line of a set, numbered set * lines + line."""
+    """An entry's scores, summed by unit. A unit is a line of a set: set * lines + line."""
 
     sums: np.ndarray  # float64 [units, measures]
     counts: np.ndarray  # int64 [units]
 
     def only(self, units: np.ndarray) -> "_Table":
-        """units: bool [units]; the others become empty."""
+        """Keep only these units, bool [units]; the others become empty."""
         return _Table(self.sums * units[:, None], self.counts * units)
 
 
@@ -53,8 +54,8 @@ def leaderboard(results: Results, settings: ConfigDict, rng: np.random.Generator
     """Return the rows, ordered by set, category, measure and entry. settings: config.evaluate.
 
     Values are means over the pictures that exist, as in RealBench. Intervals resample prompts, not
-    pictures: the copies of a prompt and its short and long variant stay together. A row does not
-    depend on which other entries there are.
+    pictures: all copies of a prompt and its short and long variants stay together. Apart from the
+    first entry, a row does not depend on other entries.
     """
     measures = _measures(results, settings)
     lines = max((len(prompt_set.prompts) for prompt_set in results.sets), default=0)
@@ -64,7 +65,7 @@ def leaderboard(results: Results, settings: ConfigDict, rng: np.random.Generator
 
     rows = []
     for set_name, category, units in _slices(results, lines):
-        # -- Every entry's numbers on this slice, and its differences from the first entry.
+        # -- Each entry's numbers on this slice, and its differences from the first entry.
         reference = tables[first].only(units)
         numbers = {}
         for entry, whole in tables.items():
@@ -100,7 +101,7 @@ def leaderboard(results: Results, settings: ConfigDict, rng: np.random.Generator
 
 
 def _measures(results: Results, settings: ConfigDict) -> list[Measure]:
-    """Each reward's mean; for a detector also the share of pictures that it takes for real."""
+    """Each reward's mean; for a detector, also the share of pictures that it classifies as real."""
     measures = []
     for name in results.rewards:
         measures.append((name, MEAN))
@@ -136,7 +137,7 @@ def _tables(results: Results, measures: list[Measure], lines: int) -> dict[str, 
 
 
 def _gaps(table: _Table, reference: _Table) -> _Table:
-    """The differences of means by unit; a unit counts once if both have pictures of it."""
+    """The differences of means by unit; a unit counts once if both entries have pictures of it."""
     both = (table.counts > 0) & (reference.counts > 0)
     gaps = np.zeros_like(table.sums)
     means = table.sums[both] / table.counts[both, None]
@@ -163,7 +164,7 @@ def _slices(results: Results, lines: int) -> Iterator[tuple[str, str, np.ndarray
 def _estimate(table: _Table, lines: int, settings: ConfigDict, seed: int) -> np.ndarray:
     """[3, measures]: the means over pictures and both ends of their intervals.
 
-    What is drawn is a line with all its units. Lines without pictures are left out, so that no
+    Resampling draws lines, each with all its units. Lines without pictures are left out, so that no
     resample is empty.
     """
     sums = table.sums.reshape(-1, lines, table.sums.shape[-1]).sum(axis=0)
@@ -178,7 +179,7 @@ def _estimate(table: _Table, lines: int, settings: ConfigDict, seed: int) -> np.
     if len(counts) < 2 or settings.resamples < 1:
         return estimate
 
-    # The same resamples for all numbers over the same count of lines.
+    # Use the same resamples for all numbers over the same number of lines.
     rng = np.random.default_rng((seed, len(counts)))
     draws = draw_in_blocks(len(counts), settings.resamples, rng)
     estimate[1:] = ratio_intervals(draws, sums, counts, settings.confidence)

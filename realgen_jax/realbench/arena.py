@@ -29,7 +29,7 @@ Answers = dict[tuple[str, str], Mapping[str, Any]]  # digests of both pictures -
 
 
 def protocol_for(judge: Judge, settings: Any) -> Protocol:
-    """Return the protocol under which a judge is asked. settings: config.evaluate.arena.
+    """Return the protocol to use for a judge. settings: config.evaluate.arena.
 
     Raises ValueError for settings out of range.
     """
@@ -47,7 +47,7 @@ def protocol_for(judge: Judge, settings: Any) -> Protocol:
 
 
 def check_arena(entries: Sequence[Entry], settings: Any, judge: Judge) -> None:
-    """Raise ValueError for settings and entries that would stop the arena later."""
+    """Raise ValueError for settings or entries with which the arena would fail later."""
     protocol = protocol_for(judge, settings)
     entry_pairs(entries, protocol.pairs or settings.pairs)
 
@@ -61,18 +61,18 @@ def judge_all(
     seed: int,
     say: Callable[[str], None],
 ) -> list[Judgement]:
-    """Return the judgements of every pair, as far as the judge gave them.
+    """Return the judgements of all pairs that the judge answered.
 
-    settings: config.evaluate.arena. Answers are stored in `folder` one by one, and what is stored
-    is not asked again. Raises ValueError for settings that the entries do not allow.
+    settings: config.evaluate.arena. Answers are stored in `folder` one by one, and questions with a
+    stored answer are not asked again. Raises ValueError for settings that the entries do not allow.
     """
-    # -- What to ask.
+    # -- Make the questions.
     protocol = protocol_for(judge, settings)
     questions, incomplete = make_questions(results, settings, protocol, seed)
     for reason, count in incomplete.items():
         say(f"arena: {count} prompts {reason} are left out")
 
-    # -- Ask what has no stored answer.
+    # -- Ask the questions without a stored answer.
     file = answers_file(folder, judge.name, protocol)
     answers = load_answers(file)
     remaining = _unanswered(questions, answers)
@@ -93,9 +93,9 @@ def judge_all(
 
 
 def _unanswered(questions: Sequence[Question], answers: Answers) -> list[Question]:
-    """The questions without an answer; questions about the same files only once.
+    """The questions without an answer, without duplicates about the same two files.
 
-    A person is asked about every pair, as the page counts pairs.
+    A person is asked about every pair, because the page counts pairs.
     """
     remaining = {}
     for i, question in enumerate(questions):
@@ -107,7 +107,7 @@ def _unanswered(questions: Sequence[Question], answers: Answers) -> list[Questio
 
 @contextlib.contextmanager
 def _counting(judge: Judge, questions: Sequence[Question], keep: Keep) -> Iterator[Keep]:
-    """`keep` with a progress bar. The person's page has its own."""
+    """Add a progress bar to `keep`, except for a person, whose page has its own."""
     if judge.is_person:
         yield keep
         return
@@ -143,9 +143,9 @@ def _warn_of_missing(
 
 
 def judgement_of(question: Question, answers: Answers) -> Judgement | None:
-    """Return a question's judgement, None if it has no answer.
+    """Return a question's judgement, or None if it has no answer.
 
-    A person's verdict counts whichever of the two was shown first.
+    A person's verdict counts no matter which of the two was shown first.
     """
     first = question.first
     second = question.second

@@ -1,6 +1,6 @@
-"""Percentile bootstrap of ratios of sums, as the leaderboard and the arena use it.
+"""Percentile bootstrap of ratios of sums, for the leaderboard and the arena.
 
-A resample is given by how often each unit (a prompt) is drawn into it: counts [resamples, units].
+A resample is represented by how often each unit (a prompt) is drawn: counts [resamples, units].
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,9 +16,9 @@ def draw(units: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_in_blocks(units: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """As `draw`, in blocks of bounded size, int64 [resamples of the block, units].
+    """Like `draw`, but in blocks of bounded size, int64 [resamples of the block, units].
 
-    It uses the generator in another way than `draw`: the two do not give the same resamples.
+    This uses the generator differently from `draw`, so the two do not give the same resamples.
     """
     block = max(1, BLOCK // units)
     for start in range(0, resamples, block):

@@ -1,4 +1,4 @@
-"""Who is compared: the config's model, LoRAs, other models, and folders of existing pictures."""
+"""The entries to compare: the config's model, LoRAs, other models, and folders of pictures."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from realgen_jax.realbench.prompts import SAFE
 from realgen_jax.realbench.results import Entry, Problem, PromptSet
 
 BASE = "base"  # the name of the config's own model
-RESERVED = ("arena",)  # folders beside those of the entries
+RESERVED = ("arena",)  # names of other folders next to those of the entries
 PICTURE = re.compile(r"(\d{5,})(?:_(\d+))?\.(?:png|jpe?g|webp)", re.IGNORECASE)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 WEIGHT_FILES = ("pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
@@ -29,8 +29,8 @@ def read_entries(
 ) -> list[Entry]:
     """Return the entries that flags name as [NAME=]PATH, the config's own model first.
 
-    Raises FileNotFoundError for a path that does not exist, and ValueError for a name that is used
-    twice, reserved or cannot name a folder, and if there is no entry.
+    Raises FileNotFoundError for a path that does not exist. Raises ValueError for a name that is
+    used twice, is reserved or cannot name a folder, and if there are no entries.
     """
     entries = []
     if base:
@@ -74,7 +74,7 @@ def _entry(kind: str, value: str) -> Entry:
 
 
 def default_name(path: str) -> str:
-    """Return an entry's name by its path: runs/NAME/lora is NAME, runs/NAME/best is NAME-best."""
+    """Return an entry's name by its path: runs/NAME/lora -> NAME, runs/NAME/best -> NAME-best."""
     folder = Path(path).expanduser().absolute()
     if folder.suffix == ".safetensors":
         folder = folder.parent if folder.stem in WEIGHT_FILES else folder.with_suffix("")
@@ -92,15 +92,15 @@ def default_name(path: str) -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """The files that the pictures of a `model` or `lora` entry are made with; "" for none."""
+    """The weights that generate the pictures of a `model` or `lora` entry; "" for none."""
 
     model: str  # FluxPipeline folder
-    transformer: str  # replaces the folder's
+    transformer: str  # replaces the folder's transformer
     lora: str
 
 
 def weights_of(entry: Entry, pretrained: ConfigDict) -> Weights:
-    """Return an entry's weights. Raises ValueError for a folder that holds no model."""
+    """Return an entry's weights. Raises ValueError for a folder that contains no model."""
     if entry.kind == "lora":
         return Weights(pretrained.model, pretrained.transformer, entry.source)
     if entry.name == BASE:
@@ -125,7 +125,7 @@ def find_pictures(
 
     FOLDER/<set>/ holds a set's pictures; without such a folder, FOLDER itself stands for every set.
     A line without a picture is a Problem, and so is a picture without a line. Raises ValueError if
-    there is no picture at all, or if two files are the same picture.
+    there are no pictures at all, or if two files are the same line and copy.
     """
     folder = Path(entry.source).expanduser()
     if not folder.is_dir():

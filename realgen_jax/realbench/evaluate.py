@@ -43,30 +43,30 @@ def evaluate_entries(
     encode: Encode,
     console: Console,
 ) -> Results:
-    """Make the missing pictures, read the others, and score them all, in `folder`/evaluation.
+    """Generate the missing pictures, read the others, and score all, in `folder`/evaluation.
 
     open_scorer: loads the rewards; called once, after all checks and before JAX starts. Every
-    process must call this; the first one writes and scores, and only its results have pictures.
-    Raises ValueError or OSError for wrong input before anything is computed, and ScoringError,
-    after which another call continues.
+    process must call this; the first one writes and scores, and only its results contain pictures.
+    Raises ValueError or OSError for invalid input before anything is computed. Raises ScoringError
+    if a reward fails; another call then continues from there.
     """
     # -- Check the input, and plan what to do.
     check_settings(config.evaluate)
     tasks, problems = plan_tasks(config, entries, sets, folder)
     tasks = _prepare_folders(tasks, config, seed, remake)
 
-    # -- Text encoders and rewards are loaded before JAX, which takes the memory that is left.
+    # -- Load text encoders and rewards before JAX, which takes all remaining memory.
     caches = _encode_prompts(tasks, sets, encode)
     with contextlib.ExitStack() as stack:
         scorer = stack.enter_context(contextlib.closing(open_scorer()))
 
-        # -- Start JAX. All processes make the pictures that the first one misses.
+        # -- Start JAX. All processes generate the pictures that the first process lacks.
         mesh = make_mesh(**config.mesh, devices=jax.devices())
         tasks = [_agree_on_missing(task) for task in tasks]
         weights = [task.weights for task in tasks if task.weights is not None]
         maker = PictureMaker(config, mesh, caches, weights, seed)
 
-        # -- Make or read the pictures, and score them meanwhile.
+        # -- Generate or read the pictures, and score them in the background.
         pool = stack.enter_context(ThreadPoolExecutor(8, thread_name_prefix="pictures"))
         size = _batch_size(config.evaluate.batch_size, mesh)
         bars = stack.enter_context(progress_bars(console if process_index() == 0 else None))
@@ -102,9 +102,9 @@ def check_settings(settings: ConfigDict) -> None:
 def _prepare_folders(
     tasks: Sequence[Task], config: ConfigDict, seed: int, remake: bool
 ) -> list[Task]:
-    """Check what existing pictures were made with, and find out which are missing.
+    """Check how existing pictures were made, and find the missing ones.
 
-    Only the first process looks; for the others nothing is missing yet.
+    Only the first process looks at the disk; for the others nothing is missing yet.
     """
     manifests = []
     for task in tasks:
@@ -126,9 +126,10 @@ def _prepare_folders(
 def _encode_prompts(
     tasks: Sequence[Task], sets: Sequence[PromptSet], encode: Encode
 ) -> dict[str, TextCache]:
-    """{model folder: embeddings of all prompts}, for the models that have pictures to make.
+    """Return {model folder: embeddings of all prompts} for models with pictures to generate.
 
-    One of several processes cannot know what the first one misses, so it encodes for all models.
+    With several processes, the others do not know which pictures the first one lacks, so all models
+    are encoded.
     """
     prompts = []
     for prompt_set in sets:
@@ -144,14 +145,14 @@ def _encode_prompts(
 
 
 def _agree_on_missing(task: Task) -> Task:
-    """The task with the pictures that the first process misses, in every process."""
+    """Return the task with the first process's missing pictures, in every process."""
     if task.weights is None:
         return task
     return replace(task, missing=sum_over_processes(task.missing.astype(np.int32)) > 0)
 
 
 def _batch_size(wanted: int, mesh: jax.sharding.Mesh) -> int:
-    """The next multiple of the devices that share a batch."""
+    """Round up to a multiple of the number of devices that share a batch."""
     devices = batch_devices(mesh)
     return -(-wanted // devices) * devices
 
@@ -159,7 +160,7 @@ def _batch_size(wanted: int, mesh: jax.sharding.Mesh) -> int:
 def _batches(
     task: Task, maker: PictureMaker, size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[Picture]]:
-    """A task's pictures; only the first process reads existing ones."""
+    """A task's pictures in batches; only the first process reads existing ones."""
     if task.weights is None:
         files = {} if process_index() else task.files
         return read_batches(files, len(task.prompt_set.prompts), size, pool)

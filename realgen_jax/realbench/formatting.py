@@ -1,4 +1,4 @@
-"""Numbers as the report shows them."""
+"""Number formatting for the report."""
 
 import math
 
@@ -24,7 +24,7 @@ def number(value: float, kind: str = MEAN) -> str:
 
 
 def signed(value: float, kind: str = MEAN) -> str:
-    """Return a difference with its sign; of shares in percentage points."""
+    """Return a difference with its sign; differences of shares are in percentage points."""
     text = number(value, kind).replace("%", "pp")
     if text.startswith((MINUS, NOTHING)):
         return text

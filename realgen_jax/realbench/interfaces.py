@@ -1,4 +1,4 @@
-"""What RealBench sees of rewards and judges. It is handed both and imports neither."""
+"""Interfaces of the rewards and judges that callers pass to RealBench; it imports neither."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ from realgen_jax.realbench.questions import Question
 
 
 class Scores(Protocol):
-    """What a batch's pictures scored."""
+    """The scores of a batch of pictures."""
 
     rewards: Mapping[str, np.ndarray]  # {reward: float32 [n]}
 
@@ -20,8 +20,8 @@ class PendingScores(Protocol):
     def result(self) -> Scores:
         """Wait for the scores.
 
-        An error that a picture caused has an attribute `image`, the picture's index in the batch or
-        None if it concerns them all. RealBench adds the picture's file to such an error's message.
+        An error caused by a picture has an attribute `image`: the picture's index in the batch, or
+        None if it concerns the whole batch. RealBench adds the picture's file to the message.
         """
 
 
@@ -34,7 +34,7 @@ class Scorer(Protocol):
         """Queue uint8 images [n, 3, h, w] for the named rewards and return at once."""
 
     def close(self) -> None:
-        """Drop what is queued and stop."""
+        """Drop all queued work and stop."""
 
 
 # Stores one verdict (first, second, tie, refused, unreadable, undone) and the judge's reply.
@@ -44,7 +44,7 @@ Keep = Callable[[Question, str, str], None]
 class Judge(Protocol):
     """Says which of two pictures of a prompt looks more like a photograph."""
 
-    name: str  # what its verdicts are filed under
+    name: str  # the name under which its verdicts are stored
     is_person: bool  # a person is shown each pair once, in random order
 
     def compare(
@@ -55,8 +55,8 @@ class Judge(Protocol):
         keep: Keep,
         say: Callable[[str], None],
     ) -> None:
-        """Answer questions in their order, calling `keep` with each verdict as soon as it is known.
+        """Answer questions in order, calling `keep` with each verdict as soon as it is known.
 
-        answered: how many pairs earlier calls have answered. A question whose pictures cannot be
-        read is left out, and so are those that the judge fails to answer; `say` tells why.
+        answered: how many pairs earlier calls have answered. A question is skipped if its pictures
+        cannot be read or the judge fails to answer; `say` reports why.
         """

@@ -65,7 +65,7 @@ def _leaderboard(results: Results, rows: Sequence[Row]) -> list[str]:
 
 
 def _cells(line: dict[str, Any]) -> list[str]:
-    """One measure of all entries: value [interval]; difference [interval]."""
+    """The cells of one measure for all entries: value [interval]; difference [interval]."""
     kind = line["kind"]
     cells = []
     for column in line["columns"]:

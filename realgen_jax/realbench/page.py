@@ -1,4 +1,4 @@
-"""The data in the report's page: prompts with their scores, and the pictures inside the page."""
+"""The data of the report's page: prompts with their scores, and the embedded pictures."""
 
 import base64
 import io
@@ -15,16 +15,16 @@ from PIL import Image
 from realgen_jax.realbench.picture_files import read_image
 from realgen_jax.realbench.results import Judgement, Results, ScoredPicture
 
-SIDE = 384  # pixels; the longest side of a picture inside the page
-LOSSLESS = 128  # pixels; smaller pictures are stored without loss, as every pixel is looked at
-SHOWN = 8  # gains, losses, best and worst, each
-REPLY = 600  # characters of a judge's reply
+SIDE = 384  # pixels; the longest side of an embedded picture
+LOSSLESS = 128  # pixels; smaller pictures are stored losslessly, as every pixel is visible
+SHOWN = 8  # number of gains, losses, best and worst pictures, each
+REPLY = 600  # maximum characters of a judge's reply
 Item = tuple[str, int, int]  # set, line, copy
 Group = dict[str, Any]  # an entry's pictures at both ends of a scale: "most" and "least"
 
 
 def main_measure(results: Results, settings: ConfigDict) -> str:
-    """Return the reward that orders pictures: the first detector, or else the first reward."""
+    """Return the reward used to order pictures: the first detector, or else the first reward."""
     for name in results.rewards:
         if name in settings.detectors:
             return name
@@ -44,8 +44,8 @@ def pairs(
 ) -> list[Group]:
     """Return each generated entry's largest gains and losses against the first entry.
 
-    Only generated pictures start from the same noise, so there is nothing to compare if the first
-    entry is not generated.
+    Only generated pictures start from the same noise, so the result is empty if the first entry is
+    not generated.
     """
     first, *others = results.entries
     if not first.is_generated:
@@ -82,7 +82,7 @@ def extremes(results: Results, measure: str) -> list[Group]:
 def _ends(values: Mapping[Item, float]) -> dict[str, list[Item]]:
     """The items with the largest and the smallest values.
 
-    One item per prompt, and at most half of the prompts, so that none is at both ends.
+    At most one item per prompt and half of the prompts, so that no item is at both ends.
     """
     ascending = sorted(values, key=lambda item: values[item])
     least = _first_of_each_prompt(ascending)
@@ -103,9 +103,9 @@ def _first_of_each_prompt(items: Sequence[Item]) -> list[Item]:
 
 
 def embedded_items(results: Results, settings: ConfigDict, groups: Sequence[Group]) -> set[Item]:
-    """Return the items whose pictures are inside the page.
+    """Return the items whose pictures are embedded in the page.
 
-    These are the first copies of evenly spread lines, and everything that is in `groups`.
+    These are the first copies of evenly spaced lines, and everything in `groups`.
     """
     lines = max((len(prompt_set.prompts) for prompt_set in results.sets), default=0)
     count = min(settings.report_prompts, lines)
@@ -120,7 +120,7 @@ def embedded_items(results: Results, settings: ConfigDict, groups: Sequence[Grou
 
 
 def thumbnail(file: Path) -> str:
-    """Return a picture, as the rewards saw it, as WebP in a data URL, at most SIDE pixels wide."""
+    """Return a picture, as the rewards saw it, as a WebP data URL; at most SIDE pixels per side."""
     image = read_image(file.read_bytes())
     lossless = max(image.size) <= LOSSLESS
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -140,11 +140,11 @@ def embed(pictures: Sequence[ScoredPicture]) -> tuple[dict[str, int], list[str]]
 def page_data(
     folder: Path, results: Results, settings: ConfigDict, judgements: Sequence[Judgement]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return what the page's script reads, and the data URLs to which it refers by index.
+    """Return the data for the page's script, and the data URLs that it refers to by index.
 
-    folder: the run's, to which picture files are named relative.
+    folder: the run's folder; picture files are named relative to it.
     """
-    # -- What is shown, and the pictures for it.
+    # -- Choose what to show, and embed its pictures.
     measure = main_measure(results, settings)
     items = by_item(results)
     pair_groups = pairs(results, items, measure)
@@ -179,7 +179,7 @@ def page_data(
 
 
 class _Prompts:
-    """Iterates over all prompts, each as the page's script reads it."""
+    """Iterates over all prompts in the format of the page's script."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class _Prompts:
         index: Mapping[str, int],
         judgements: Sequence[Judgement],
     ):
-        """chosen: items whose pictures are inside the page; index: {sha256: index of the image}."""
+        """chosen: items whose pictures are embedded; index: {sha256: index of the image}."""
         self.folder = folder
         self.results = results
         self.chosen = chosen
@@ -227,7 +227,7 @@ class _Prompts:
                 }
 
     def _describe(self, picture: ScoredPicture) -> list[Any]:
-        """A picture as report.js reads it: the order of these values is fixed there."""
+        """A picture in the format of report.js, which fixes the order of these values."""
         image = -1
         if (picture.set, picture.line, picture.copy) in self.chosen:
             image = self.index[picture.sha256]

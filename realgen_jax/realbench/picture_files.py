@@ -1,4 +1,4 @@
-"""Picture files: reading, checking and writing them, and the pixels in memory."""
+"""Read, check and write picture files; pictures in memory."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ class Picture:
     file: Path
     sha256: str
     pixels: np.ndarray | None  # uint8 [3, h, w]
-    detail: str = ""  # of the error
+    detail: str = ""  # the error message
 
 
 def file_name(line: int, copy: int) -> str:
@@ -32,15 +32,15 @@ def file_name(line: int, copy: int) -> str:
 
 
 def read_image(data: bytes) -> Image.Image:
-    """Return a picture file in RGB: upright, transparency over white, 8 bits, the first frame.
+    """Decode a picture file to 8-bit RGB: upright, on a white background, the first frame only.
 
-    Raises ValueError for what cannot be decoded to its end.
+    Raises ValueError for a file that cannot be decoded completely.
     """
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits per pixel
             values = np.asarray(image).astype(np.float64)
             image = Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8))
         elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -57,7 +57,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def read_picture(slot: Slot, file: Path) -> Picture:
-    """Read a picture; an error becomes its `detail`."""
+    """Read a picture; an error message is stored in its `detail`."""
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -71,7 +71,7 @@ def read_picture(slot: Slot, file: Path) -> Picture:
 
 
 def write_picture(slot: Slot, file: Path, pixels: np.ndarray) -> Picture:
-    """Write uint8 [3, h, w] as a lossless file that is whole or absent, even after a crash."""
+    """Write uint8 [3, h, w] as a lossless file, atomically: it is whole or absent after a crash."""
     stream = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "PNG")
     data = stream.getvalue()
@@ -85,8 +85,8 @@ def read_batches(
 ) -> Iterator[list[Picture]]:
     """Yield existing pictures in batches of `size` slots; the next batch is read ahead.
 
-    Every line and copy has a slot, whether its file exists or not: a picture is scored together
-    with the same neighbours when other files appear or disappear.
+    Every line and copy has a slot, whether or not its file exists, so a picture stays in the same
+    batch when other files appear or disappear.
     """
     copies = 1 + max((copy for _, copy in files), default=0)
     slots = [(line, copy) for line in range(lines) for copy in range(copies)]

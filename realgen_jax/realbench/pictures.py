@@ -1,4 +1,4 @@
-"""Pictures made by a model, from noise that depends on seed, line and copy alone."""
+"""Generate pictures from noise that depends only on seed, line and copy."""
 
 import hashlib
 import json
@@ -33,20 +33,19 @@ from realgen_jax.sharding import batch_sharding, replicated
 from realgen_jax.text_cache import TextCache
 
 MANIFEST = "manifest.json"
-PATHS = ("model", "transformer")  # keys of the manifest for people: where, not what
+PATHS = ("model", "transformer")  # manifest keys that only inform people: paths, not contents
 LINES = 1 << 20  # in every set, a picture's noise has the number copy * LINES + line
 
 
-# --- What pictures were made with
+# --- Manifests: how pictures were made
 
 
 def manifest(
     weights: Weights, config: ConfigDict, seed: int, prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """Return everything that decides the pixels of a set's pictures, except their number.
+    """Return everything that determines the pixels of a set's pictures, except their number.
 
-    `PATHS` are there for people and are not compared. Raises FileNotFoundError if there is no
-    model.
+    `PATHS` only inform people and are not compared. Raises FileNotFoundError if there is no model.
     """
     # -- The model's files.
     model = Path(weights.model).expanduser()
@@ -87,7 +86,7 @@ def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
 
 
 def _subfolders(family: Family) -> list[str]:
-    """The subfolders of a model that decide its pictures, besides the transformer."""
+    """The subfolders of a model, other than the transformer, that determine its pictures."""
     tokenizers = sorted({encoder.tokenizer for encoder in family.encoders})
     encoders = sorted({encoder.model for encoder in family.encoders})
     return ["vae", "scheduler", *tokenizers, *encoders]
@@ -115,9 +114,9 @@ def lora_digest(path: str) -> str:
 
 
 def prepare_folder(folder: Path, contents: Mapping[str, Any], remake: bool) -> None:
-    """Make sure that a folder holds only pictures that were made with this manifest.
+    """Ensure that a folder contains only pictures made with this manifest.
 
-    With `remake`, other pictures are removed. Otherwise raises ValueError naming the difference.
+    With `remake`, other pictures are removed. Otherwise, raises ValueError naming the difference.
     """
     file = folder / MANIFEST
     pictures = sorted(folder.glob("[0-9]*.png"))
@@ -141,7 +140,7 @@ def prepare_folder(folder: Path, contents: Mapping[str, Any], remake: bool) -> N
     write_whole(file, json.dumps(now, indent=2) + "\n")
 
 
-# --- Making them
+# --- Generating pictures
 
 
 class Sampler:
@@ -150,7 +149,7 @@ class Sampler:
     def __init__(
         self, weights: Weights, config: ConfigDict, mesh: jax.sharding.Mesh, loras: Sequence[str]
     ):
-        """loras: all that this model will be asked for; they are read now, to fail early."""
+        """loras: all LoRAs that will be used with this model; they are read now, to fail early."""
         self.weights = weights
         self.steps = config.sample.eval_num_steps
         pretrained = _pretrained(weights, config)
@@ -185,7 +184,7 @@ class Sampler:
         return model, lambda cond, key, ids: pictures(model, adapters, cond, key, ids)
 
     def _load_lora(self, path: str) -> tuple[Model, Any]:
-        """The model with room for a LoRA of this rank and alpha, and the LoRA's adapters."""
+        """The model configured for a LoRA of this rank and alpha, and the LoRA's adapters."""
         file = Path(path).expanduser()
         model = self.model.with_trainable(Lora(read_lora_config(file)))
         return model, model.trainable.load(model, file)
@@ -201,7 +200,7 @@ class _Batch:
 
 
 class PictureMaker:
-    """Makes the pictures of tasks; tasks in a row with the same model load it once."""
+    """Generates the pictures of tasks; consecutive tasks with the same model load it once."""
 
     def __init__(
         self,
@@ -223,7 +222,7 @@ class PictureMaker:
         """Yield a task's pictures batch by batch; one batch is written while the next is sampled.
 
         size: a multiple of the mesh's batch_devices. A batch with a missing picture is sampled as a
-        whole, so that its pictures have the same bits, but existing files stay as they are. Every
+        whole, so that its pictures are bit-identical, but existing files are not overwritten. Every
         process must iterate; the first one writes, the others get empty batches.
         """
         copies = self.config.evaluate.images_per_prompt
@@ -237,7 +236,7 @@ class PictureMaker:
             if missing.any():
                 if program is None:
                     program = self._program(task.weights)
-                # The last batch is filled up with pictures from the start.
+                # Pad the last batch with pictures from the start.
                 filled = [slots[i % len(slots)] for i in range(start, start + size)]
                 images = self._sample(task, filled, *program)
             ahead.append(_Batch(slots[start : start + size], missing, images))

@@ -1,6 +1,6 @@
-"""The report's figures, by plotly.
+"""The report's plotly figures.
 
-The page draws them when they come into view, in its own light or dark colours.
+The page draws them when they scroll into view, in its own light or dark colours.
 """
 
 import json
@@ -20,7 +20,7 @@ from realgen_jax.realbench.results import Results
 from realgen_jax.realbench.standings import Match, Rating
 from realgen_jax.training.log import short_name
 
-# Colours of entries on white and on black, which colour-blind people can tell apart too.
+# Colour-blind-safe colours of entries, on white and on black.
 COLOURS = [
     "#6b7280",
     "#2563eb",
@@ -71,7 +71,7 @@ def _figure(height: int, hovermode: str | None = None) -> go.Figure:
 
 
 def _plain(figure: go.Figure) -> Figure:
-    """As JSON without plotly's own template: the page has one."""
+    """Return the figure as JSON without plotly's template, because the page has its own."""
     data = json.loads(figure.to_json())
     data["layout"].pop("template", None)
     return data
@@ -220,7 +220,7 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
 
 
 def _curve(metrics: Metrics, name: str, main_colour: str) -> Figure | None:
-    """One reward over the epochs: thin while training, thick on test prompts; None without rows."""
+    """One reward over the epochs: thin in training, thick on test prompts. None without rows."""
     figure = _figure(HEIGHT, "x unified")
     series = (
         (f"reward/{name}", "train", "while training"),
@@ -252,7 +252,7 @@ def _curve(metrics: Metrics, name: str, main_colour: str) -> Figure | None:
     if max(trace.x[-1] for trace in figure.data) < SHORT_RUN:
         figure.update_xaxes(dtick=1)
     figure.update_yaxes(nticks=5)
-    # On a constant curve, plotly's axis would reach from zero to twice the value.
+    # For a constant curve, plotly's axis would range from zero to twice the value.
     everything = np.concatenate([np.float64(trace.y) for trace in figure.data])
     if np.ptp(everything) < 1e-6:
         figure.update_yaxes(range=[everything[0] - 0.05, everything[0] + 0.05])
@@ -305,7 +305,7 @@ def arena_ratings(ratings: Sequence[Rating], entries: Sequence[str]) -> Figure:
     """Return ratings with their intervals, the best one on top."""
     ascending = sorted(ratings, key=lambda rating: rating.rating)
     figure = _figure(max(HEIGHT, 60 + 56 * len(ascending)), "closest")
-    for rating in ascending:  # a trace each, as error bars have one colour per trace
+    for rating in ascending:  # one trace each, because error bars have one colour per trace
         own_colour = colour(entries.index(rating.entry))
         interval = f"[{rating.low:.0f}, {rating.high:.0f}]"
         figure.add_scatter(

@@ -1,4 +1,4 @@
-"""An evaluation's prompts: several variants of the same scenes, line by line."""
+"""The prompts of an evaluation: several variants of the same scenes, aligned line by line."""
 
 import re
 from collections.abc import Mapping

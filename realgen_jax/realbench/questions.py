@@ -1,4 +1,4 @@
-"""The arena's questions: what a judge is asked under each protocol, and how its reply is read."""
+"""The arena's questions: how each protocol asks a judge and parses its reply."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ CRITERIA = (
 
 
 def read_realgen(reply: str) -> str | None:
-    """Read a verdict as RealGen's code does: by what the reply contains, image 1 before image 2."""
+    """Parse a verdict as RealGen's code does: by substring, checking image 1 before image 2."""
     text = reply.lower()
     if "more realistic image: image 1" in text:
         return "first"
@@ -34,7 +34,7 @@ def read_realgen(reply: str) -> str | None:
 
 
 def read_balanced(reply: str) -> str | None:
-    """Read a verdict from the last line, which must have the form that was asked for.
+    """Parse a verdict from the last line, which must have the requested form.
 
     Only Markdown emphasis is ignored.
     """
@@ -49,7 +49,7 @@ def read_balanced(reply: str) -> str | None:
 
 
 def _read_nothing(reply: str) -> str | None:
-    """A person gives no reply in words."""
+    """Return None: a person gives no textual reply."""
     return None
 
 
@@ -58,11 +58,11 @@ class Protocol:
     """How two pictures are compared."""
 
     name: str
-    text: str  # the question; its wording decides verdicts, so any change needs a new name
+    text: str  # the question; its wording affects verdicts, so any change needs a new name
     image_format: str  # PNG or JPEG
-    both_orders: bool  # ask about each pair twice, with either picture first
+    both_orders: bool  # ask about each pair twice, once with each picture first
     random_order: bool  # show each pair once, with a random picture first
-    pairs: str | None  # which entries meet; None: as the settings say
+    pairs: str | None  # which entries meet; None: as set in the config
     read: Callable[[str], str | None]  # a reply -> first, second, tie or None
 
 
@@ -80,7 +80,7 @@ REALGEN = Protocol(
     read=read_realgen,
 )
 
-# Ours: both orders, lossless pictures, and the judge may say that it sees no difference.
+# Ours: both orders, lossless pictures, and the judge may answer that it sees no difference.
 BALANCED = Protocol(
     name="balanced",
     text="You are shown two pictures, first picture 1, then picture 2. Which one looks more like a "
@@ -147,10 +147,10 @@ class Question:
 def make_questions(
     results: Results, settings: Any, protocol: Protocol, seed: int
 ) -> tuple[list[Question], Counter[str]]:
-    """Return all questions and, by reason, how many prompts have none because a picture is missing.
+    """Return all questions, and the number of prompts skipped for a missing picture, by reason.
 
-    settings: config.evaluate.arena. Prompts come in random order, so that a part of the questions
-    is a fair sample. Raises ValueError if the entries that should meet do not exist.
+    settings: config.evaluate.arena. Prompts are in random order, so that the first questions are a
+    fair sample. Raises ValueError if the entries that should meet do not exist.
     """
     pairs = entry_pairs(results.entries, protocol.pairs or settings.pairs)
     pictures = {}
@@ -166,7 +166,7 @@ def make_questions(
             lines.append((prompt_set, line))
     shuffled = [lines[i] for i in rng.permutation(len(lines))]
 
-    # -- One question for each pair, or two.
+    # -- One or two questions for each pair.
     questions = []
     incomplete = Counter()
     for prompt_set, line in shuffled:
@@ -193,8 +193,8 @@ def make_questions(
 def entry_pairs(entries: Sequence[Entry], pairs: str) -> list[tuple[str, str]]:
     """Return the pairs of entries that meet.
 
-    pairs: "all"; "photographs", every other entry with each entry of photographs; or "first", the
-    first entry with each other. Raises ValueError if there is no such pair.
+    pairs: "all"; "photographs", every other entry against each entry of photographs; or "first",
+    the first entry against each other entry. Raises ValueError if there is no such pair.
     """
     if pairs not in ("all", "photographs", "first"):
         raise ValueError(

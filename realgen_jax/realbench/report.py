@@ -39,7 +39,7 @@ from realgen_jax.realbench.tables import (
 from realgen_jax.training.log import short_name
 
 HERE = Path(__file__).parent
-LISTED = 200  # problems that the page lists; the Markdown has them all
+LISTED = 200  # maximum number of problems on the page; the Markdown lists all of them
 
 
 def write_report(
@@ -54,8 +54,9 @@ def write_report(
 ) -> Path:
     """Write index.html, report.md, leaderboard.csv and scores.csv to folder/report.
 
-    Returns the page. standings: None without an arena; seed: the evaluation's. If `folder` is a
-    run's, its reward curves are part of the page. Raises ValueError if no picture was scored.
+    Returns the path of the page. standings: None without an arena; seed: the evaluation's seed. If
+    `folder` is a run folder, the page includes its reward curves. Raises ValueError if no picture
+    was scored.
     """
     if not results.pictures:
         names = ", ".join(entry.name for entry in results.entries)
@@ -63,12 +64,12 @@ def write_report(
     report = folder / "report"
     report.mkdir(parents=True, exist_ok=True)
 
-    # -- For machines.
+    # -- CSV, for programs.
     header = [field.name for field in fields(Row)]
     write_csv(report / "leaderboard.csv", header, map(astuple, rows))
     write_scores(report / "scores.csv", results)
 
-    # -- For people.
+    # -- The page and Markdown, for people.
     facts = _facts(config, results, seed)
     text = markdown(folder, facts, results, rows, standings)
     write_whole(report / "report.md", text)
@@ -103,7 +104,7 @@ def write_scores(file: Path, results: Results) -> None:
 
 
 def write_csv(file: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-    """Write a table; nan becomes an empty cell. A reader finds the old table or the new one."""
+    """Write a table atomically; nan becomes an empty cell."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(header)
@@ -187,7 +188,7 @@ def _template() -> Template:
 
 
 def script_json(value: Any) -> Markup:
-    """Return JSON for the inside of a <script>, without any character that could end it."""
+    """Return JSON for use inside a <script>, without any character that could end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -195,7 +196,7 @@ def script_json(value: Any) -> Markup:
 
 
 def _facts(config: ConfigDict, results: Results, seed: int) -> list[tuple[str, str]]:
-    """(name, value) of what is true of the whole evaluation."""
+    """(name, value) pairs that describe the whole evaluation."""
     settings = config.evaluate
     lines = max((len(prompt_set.prompts) for prompt_set in results.sets), default=0)
     set_names = join_names([prompt_set.name for prompt_set in results.sets])
@@ -221,7 +222,7 @@ def _facts(config: ConfigDict, results: Results, seed: int) -> list[tuple[str, s
 
 
 def _leads(results: Results, rows: Sequence[Row], settings: ConfigDict) -> list[dict[str, Any]]:
-    """Each entry but the first in a sentence: its main measure, and which means differ for sure."""
+    """One sentence for each entry but the first: its main measure, and which means differ."""
     # -- The means over all prompts, by entry.
     set_name = ALL if len(results.sets) > 1 else results.sets[0].name
     means: dict[str, list[Row]] = {entry.name: [] for entry in results.entries}

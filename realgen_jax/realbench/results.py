@@ -1,4 +1,4 @@
-"""What an evaluation consists of. Plain data, no JAX and no PyTorch."""
+"""The data of an evaluation. Plain data, without JAX or PyTorch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Entry:
-    """A participant. Pictures of `model` and `lora` are made, those of the other kinds are read."""
+    """A participant. Pictures of kind `model` and `lora` are generated; the others are read."""
 
     name: str
     kind: str  # model, lora, folder, photographs
-    source: str  # path of the model, the LoRA or the pictures, as it was given
+    source: str  # path of the model, the LoRA or the pictures, as given by the user
 
     @property
     def is_generated(self) -> bool:
@@ -44,7 +44,7 @@ class ScoredPicture:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a picture. Pictures of another size are scored, all others are not."""
+    """Something wrong with a picture. Only pictures of kind "other size" are still scored."""
 
     entry: str
     set: str
@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation's outcome: all that the tables and the report are made of."""
+    """The outcome of an evaluation: all data for the tables and the report."""
 
     sets: Sequence[PromptSet]
     entries: Sequence[Entry]  # the others are compared with the first one

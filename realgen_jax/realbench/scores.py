@@ -1,6 +1,4 @@
-"""Scores of pictures: computed while others are made or read, and stored, so that none is computed
-twice.
-"""
+"""Score pictures in the background, and store the scores so that none is computed twice."""
 
 import hashlib
 import itertools
@@ -20,8 +18,8 @@ from realgen_jax.realbench.picture_files import Picture
 from realgen_jax.realbench.results import Problem, PromptSet, ScoredPicture
 from realgen_jax.training.scoring import ScoringError
 
-AHEAD = 2  # batches that wait for their scores
-IRRELEVANT = ("deadline", "attempts", "token_env")  # options of a reward that change no score
+AHEAD = 2  # maximum number of batches waiting for their scores
+IRRELEVANT = ("deadline", "attempts", "token_env")  # reward options that do not affect scores
 
 
 def evaluation_options(config: ConfigDict) -> dict[str, Any]:
@@ -58,7 +56,7 @@ class ScoreStore:
             self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
 
     def get(self, picture: Picture, prompt: str) -> dict[str, float]:
-        """Return {reward: score} of what is stored."""
+        """Return {reward: score} of all stored scores of a picture."""
         digest = _digest(prompt)
         scores = {}
         for name, key in self.keys.items():
@@ -70,7 +68,7 @@ class ScoreStore:
     def add(
         self, pictures: Sequence[Picture], prompts: Sequence[str], scores: Mapping[str, np.ndarray]
     ) -> None:
-        """Store those of these scores, {reward: float32 [n]}, that are new."""
+        """Store the scores, {reward: float32 [n]}, that are not stored yet."""
         lines = []
         for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             for name in scores.keys() - self.get(picture, prompt).keys():
@@ -94,14 +92,14 @@ class _Group:
 
     pictures: list[Picture]
     prompts: list[str]
-    pending: PendingScores | None  # None: all of their scores are stored
+    pending: PendingScores | None  # None: all their scores are stored
 
 
 class PictureScorer:
     """Scores the pictures of one entry and prompt set.
 
-    A batch is scored as a whole, size by size, if any of its scores is missing: a picture's scores
-    do not depend on what was stored before.
+    If any score is missing, all pictures of that size in the batch are scored together, so a
+    picture's scores do not depend on which scores were stored before.
     """
 
     def __init__(
@@ -119,8 +117,7 @@ class PictureScorer:
     def score(self, batches: Iterable[Sequence[Picture]], advance: Callable[[int], None]) -> None:
         """Fill `scored` and `problems`; `advance` is called with the number of pictures done.
 
-        Raises ScoringError naming the picture on which a reward failed; scores until then are
-        stored.
+        Raises ScoringError naming the picture on which a reward failed; earlier scores stay stored.
         """
         waiting = deque()
         for batch in batches:
@@ -134,7 +131,7 @@ class PictureScorer:
         self.scored.sort(key=lambda picture: (picture.line, picture.copy))
 
     def _readable(self, batch: Sequence[Picture]) -> list[Picture]:
-        """The pictures that can be scored; notes what is wrong with which picture."""
+        """Return the pictures that can be scored, and record all problems with pictures."""
         readable = []
         for picture in batch:
             if picture.pixels is None:
@@ -152,7 +149,7 @@ class PictureScorer:
         self.problems.append(problem)
 
     def _submit(self, pictures: Sequence[Picture]) -> list[_Group]:
-        """Queue what is not stored, for all pictures of a size together."""
+        """Queue the missing scores, for all pictures of one size together."""
 
         def size(picture: Picture) -> tuple[int, ...]:
             return picture.pixels.shape
@@ -170,7 +167,7 @@ class PictureScorer:
         return groups
 
     def _missing_rewards(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[str]:
-        """The rewards of which at least one of these pictures has no score."""
+        """The rewards for which at least one of these pictures has no score."""
         missing = set()
         for picture, prompt in zip(pictures, prompts, strict=True):
             missing |= self.store.keys.keys() - self.store.get(picture, prompt).keys()

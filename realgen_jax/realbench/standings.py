@@ -1,4 +1,4 @@
-"""What a judge's answers add up to: win rates, ratings and position bias, with intervals."""
+"""Aggregate a judge's answers: win rates, ratings and position bias, with intervals."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from realgen_jax.realbench.questions import PROTOCOLS, VERDICTS
 from realgen_jax.realbench.results import Judgement
 
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the picture shown first
-PRIOR = 0.5  # answers "tie" that every ordered pair of entries starts with: ratings stay finite
-ELO = 400 / np.log(10)  # rating points of one unit of log-odds
+PRIOR = 0.5  # prior "tie" answers for every ordered pair of entries, which keep ratings finite
+ELO = 400 / np.log(10)  # rating points per unit of log-odds
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -24,20 +24,20 @@ class Match:
     a: str
     b: str
     wins: int  # pairs with a score above 1/2
-    losses: int  # below
-    ties: int  # of exactly 1/2, also if the judge chose whichever it saw first
+    losses: int  # pairs with a score below 1/2
+    ties: int  # pairs with a score of 1/2, including those where the judge always chose the first
     pairs: int  # wins + losses + ties
     win_rate: float  # mean score; nan without pairs
     low: float
     high: float
-    refused: int  # answers
-    unreadable: int  # answers
-    incomplete: int  # pairs without a verdict in every order; not part of the rate
+    refused: int  # answers, not pairs
+    unreadable: int  # answers, not pairs
+    incomplete: int  # pairs that lack a verdict in some order; not part of the rate
 
 
 @dataclass(frozen=True)
 class Rating:
-    """Bradley-Terry on Elo's scale: 400 points are odds of ten to one, the mean is 1000."""
+    """A Bradley-Terry rating on the Elo scale: 400 points are odds of ten to one, mean 1000."""
 
     entry: str
     rating: float  # nan for an entry without verdicts
@@ -47,12 +47,14 @@ class Rating:
 
 @dataclass(frozen=True)
 class Standings:
+    """The aggregated answers of one judge under one protocol."""
+
     judge: str
     protocol: str
     matches: Sequence[Match]  # of entries that met, in the order of the entries
     ratings: Sequence[Rating]  # of all entries, the best one first
     first_share: Interval  # share of "first" among "first" and "second"; 1/2: no position bias
-    counts: Mapping[str, int]  # verdict -> answers
+    counts: Mapping[str, int]  # verdict -> number of answers
 
 
 class _Lines:
@@ -70,7 +72,7 @@ class _Lines:
         return len(self.row)
 
     def interval(self, sums: np.ndarray, counts: np.ndarray) -> Interval:
-        """Of a ratio of sums over the lines; nan where fewer than two lines count."""
+        """The interval of a ratio of sums over lines; nan if fewer than two lines count."""
         if not counts.sum():
             return np.nan, np.nan, np.nan
         value = float(sums.sum() / counts.sum())
@@ -92,8 +94,8 @@ def standings(
 ) -> Standings:
     """Add up the answers. settings: config.evaluate with its `confidence` and `resamples`.
 
-    A prompt is resampled with all its judgements, of every set and pair. Intervals are percentile
-    intervals, nan if fewer than two prompts stand behind the number.
+    A prompt is resampled with all its judgements, from all sets and pairs. Intervals are percentile
+    intervals, or nan if the number is based on fewer than two prompts.
     """
     lines = _Lines(judgements, settings, rng)
 
@@ -118,7 +120,8 @@ def standings(
             said_first[lines.row[judgement.line]] += judgement.verdict == "first"
             said_either[lines.row[judgement.line]] += 1
 
-    # Under `realgen` the photograph is always second: its strength and a position bias are one.
+    # Under `realgen` the photograph is always second, so its strength and a position bias cannot be
+    # told apart.
     with_position = protocol != "realgen"
     counts = Counter(judgement.verdict for judgement in judgements)
     return Standings(
@@ -196,7 +199,7 @@ def _ratings(
 def _rate(
     answers: Sequence[Judgement], columns: Mapping[str, int], lines: _Lines, with_position: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ratings, low, high), each [k], of the k entries that `columns` numbers."""
+    """Return (ratings, low, high), each [k], of the k entries in `columns`."""
     k = len(columns)
     if k == 0:
         return np.zeros(0), np.zeros(0), np.zeros(0)
@@ -215,7 +218,7 @@ def _rate(
     if len(lines) < 2:
         return values, np.full(k, np.nan), np.full(k, np.nan)
 
-    # -- The same of every resample.
+    # -- The ratings of every resample.
     score_draws = (lines.draws @ score.reshape(len(lines), -1)).reshape(-1, k, k)
     count_draws = (lines.draws @ count.reshape(len(lines), -1)).reshape(-1, k, k)
     strengths, _ = bradley_terry(score_draws, count_draws, with_position)
@@ -226,7 +229,7 @@ def _rate(
 def bradley_terry(
     score: np.ndarray, count: np.ndarray, with_position: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most likely strengths [r, k], of mean 0, and position terms [r], of r tables.
+    """Return maximum-likelihood strengths [r, k], with mean 0, and position terms [r], of r tables.
 
     P(i beats j | i shown first) = 1 / (1 + exp(-(s_i - s_j + gamma))), gamma 0 without a position
     term. count [r, k, k]: answers with entry i shown first and j second; score: the wins of i among
@@ -247,7 +250,7 @@ def bradley_terry(
     design[:, k] = with_position
     squares = (design[:, :, None] * design[:, None, :]).reshape(len(first), -1)
 
-    # -- A penalty on the sum of strengths, which the data leave open, and on an unused gamma.
+    # -- A penalty on the sum of strengths, which the data do not determine, and on an unused gamma.
     penalty = np.ones((k + 1, k + 1))
     penalty[k] = 0
     penalty[:, k] = 0

@@ -1,4 +1,4 @@
-"""What an evaluation comes to: the leaderboard, the arena and the report."""
+"""The results of an evaluation: leaderboard, arena and report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from realgen_jax.realbench.results import Judgement, Problem, Results
 from realgen_jax.realbench.standings import Standings, standings
 from realgen_jax.training.log import short_name
 
-# Streams of the root key, beside the pictures' noise.
+# Streams of the root key, in addition to the pictures' noise.
 RESAMPLES = 0
 ARENA = 1
 STANDINGS = 2
@@ -56,7 +56,7 @@ def summarize(
 def _run_arena(
     config: ConfigDict, results: Results, folder: Path, judge: Judge, seed: int, console: Console
 ) -> tuple[list[Judgement], Standings]:
-    """Judge all pairs, and add up the answers."""
+    """Judge all pairs and aggregate the answers."""
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What the page and the Markdown of a report have in common: its title and tables."""
+"""The title and tables that the page and the Markdown of a report share."""
 
 import math
 from collections import Counter
@@ -25,7 +25,7 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def nearby(path: str) -> str:
-    """Return a path relative to the working directory if it lies below that."""
+    """Return a path relative to the working directory if it is inside it."""
     if Path(path).is_relative_to(Path.cwd()):
         return str(Path(path).relative_to(Path.cwd()))
     return path
@@ -41,7 +41,7 @@ def certain(row: Row) -> int:
 
 
 def problem_counts(results: Results) -> list[dict[str, Any]]:
-    """Return, by entry and set, the pictures scored, the prompts they cover, and the problems."""
+    """Return the scored pictures, the prompts they cover, and the problems, by entry and set."""
     problems = Counter((problem.entry, problem.set, problem.kind) for problem in results.problems)
     pictures = Counter((picture.entry, picture.set) for picture in results.pictures)
     lines = {(picture.entry, picture.set, picture.line) for picture in results.pictures}
@@ -83,7 +83,7 @@ def leaderboard_tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One measure's cells. The best value is marked if only one of several entries has it."""
+    """One measure's cells. The best value is marked if exactly one of several entries has it."""
     best = max((row.value for row in rows if row.pictures), default=math.nan)
     is_unique = sum(row.value == best for row in rows) == 1 and len(rows) > 1
     columns = []

@@ -1,4 +1,4 @@
-"""The plan of an evaluation: whose pictures of which prompts are made or read."""
+"""The plan of an evaluation: which pictures to generate or read, by entry and prompt set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +18,9 @@ class Task:
 
     entry: Entry
     prompt_set: PromptSet
-    folder: Path  # of the pictures that are made, and of scores.jsonl
-    weights: Weights | None  # what the pictures are made with; None: they are read
-    files: Mapping[Slot, Path] = field(default_factory=dict)  # pictures that are read
+    folder: Path  # folder of the generated pictures and of scores.jsonl
+    weights: Weights | None  # weights that generate the pictures; None: they are read
+    files: Mapping[Slot, Path] = field(default_factory=dict)  # existing pictures to read
     missing: np.ndarray = field(
         default_factory=lambda: np.zeros(0, bool)
     )  # to make, [lines * copies]
@@ -34,7 +34,7 @@ class Task:
 def plan_tasks(
     config: ConfigDict, entries: Sequence[Entry], sets: Sequence[PromptSet], folder: Path
 ) -> tuple[list[Task], list[Problem]]:
-    """Return the tasks by entry and set, and the problems of pictures that are read.
+    """Return the tasks by entry and set, and the problems with the pictures to read.
 
     Raises ValueError for entries without weights or pictures. Nothing is written.
     """
@@ -63,7 +63,7 @@ def plan_tasks(
 
 
 def find_missing(task: Task, copies: int) -> Task:
-    """Return the task with its `missing` pictures, as the disk has them now."""
+    """Return the task with `missing` updated from the files on disk."""
     if task.weights is None:
         return task
     lines = len(task.prompt_set.prompts)

@@ -1,4 +1,4 @@
-"""The two halves of an epoch that run on the devices: sampling its calls, and the updates."""
+"""The two halves of an epoch that run on the devices: sampling and updates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from realgen_jax.update import Batch, TrainState
 class Call:
     """One rollout call of an epoch.
 
-    record: what the objective keeps. cond: leaves [slots, ...]. scores: on their way. finite:
-    bool [], whether all latents are.
+    record: the objective's record. cond: leaves [slots, ...]. scores: the pending scores. finite:
+    bool [], whether all latents are finite.
     """
 
     record: Any
@@ -42,21 +42,21 @@ def sample_epoch(
     rows: np.ndarray,
     seeds: Sequence[int],
 ) -> list[Call]:
-    """Sample every call of an epoch; its pictures are scored while the next call runs.
+    """Sample every call of an epoch; each call's pictures are scored while the next call runs.
 
-    rows: int [groups], the epoch's prompts. seeds: one a call, for the reference pictures that go
-    with its own.
+    rows: int [groups], the epoch's prompts. seeds: one per call, to draw the reference pictures
+    that are scored alongside the call's pictures.
     """
     layout = run.recipe.layout
     epoch_key = jax.random.fold_in(run.key(TRAINING), epoch)
     calls = []
     for number in range(layout.calls):
-        # One prompt a slot.
+        # One prompt per slot.
         groups = layout.groups_of_slots(number)
         prompts = [run.prompts[rows[group]] for group in groups]
         cond = run.cond(prompts)
 
-        # With same_latent a group has one first latent, also where it goes on in the next call.
+        # With same_latent, a group has one initial latent, even if it continues in the next call.
         call_key = jax.random.fold_in(epoch_key, number)
         start_key, noise_key, latent_key = jax.random.split(call_key, 3)
         if run.config.sample.same_latent:
@@ -76,10 +76,10 @@ def sample_epoch(
 
 
 def wait_for(calls: Sequence[Call], preemption: Preemption) -> bool:
-    """Wait until all calls are sampled. Returns whether SIGTERM came meanwhile.
+    """Wait until all calls are sampled. Returns whether SIGTERM arrived in the meantime.
 
-    A reward that failed is told as soon as it has. With several processes both are decided later,
-    where all of them agree.
+    A failed reward raises its error as soon as it fails. With several processes, both are decided
+    later, at a point where all of them agree.
     """
     for call in calls:
         call.finite.block_until_ready()
@@ -91,7 +91,7 @@ def wait_for(calls: Sequence[Call], preemption: Preemption) -> bool:
 
 
 def latents_of(calls: Sequence[Call]) -> dict[str, float]:
-    """{"latents": 0, or NaN if any of the calls' final latents is not finite}."""
+    """Return {"latents": 0}, with NaN instead of 0 if any call's final latents are not finite."""
     finite = all(call.finite for call in calls)
     return {"latents": 0.0 if finite else float("nan")}
 
@@ -109,7 +109,7 @@ def update_epoch(
     advantages: np.ndarray,
     epoch: int,
 ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
-    """The epoch's optimizer steps, and the metrics of each.
+    """Take the epoch's optimizer steps; return the new state and the metrics of each step.
 
     advantages: float32 [groups, group]. Raises FloatingPointError if a metric is not finite.
     """
@@ -126,7 +126,7 @@ def update_epoch(
             parts.append(Batch(call.record, call.cond, advantages[number]))
         batches.append(_stack(*parts))
 
-    # For hardware whose kernels differ between rollout and update.
+    # For hardware that uses different kernels in rollout and update.
     if train.recompute_old:
         batches = [programs.recompute(run.model, state.trainable, batch) for batch in batches]
 
@@ -142,7 +142,7 @@ def update_epoch(
 
 
 def warn_of_deviation(log: RunLog | NoLog, steps: Sequence[dict[str, Any]], clip: float) -> None:
-    """Warn if replay on unchanged weights is not exact: the hardware picks other kernels for it.
+    """Warn if replay on unchanged weights is inexact because the hardware picks other kernels.
 
     steps: the metrics of the first optimizer steps. clip: the clip range of the ratio.
     """

@@ -1,4 +1,4 @@
-"""Evaluations within a run: test prompts on fixed noise, and checks that nothing is trained on."""
+"""Evaluations within a run: test prompts on fixed noise, and checks that are not trained on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ from realgen_jax.training.programs import Programs
 from realgen_jax.training.run import EVALUATION, Run
 from realgen_jax.training.scoring import PendingBatch, scores_of_all, submit, weighted_mean
 
-SHOWN = 16  # prompts whose first picture is in the grids
+SHOWN = 16  # number of prompts whose first picture is in the grids
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Pictures of the test prompts on noise that is fixed for each of them, and their scores.
+    """Pictures of the test prompts, each on its own fixed noise, and their scores.
 
-    pictures: uint8 [n, 3, H, W]. scores: {reward: float32 [n]}, held-out rewards included; "reward"
-    is the weighted mean of the trained ones. means: of the scores, of their spread within a prompt,
-    and the metrics. correlation: of each held-out reward with the trained one, over pictures.
-    details: what metrics.jsonl has besides.
+    pictures: uint8 [n, 3, H, W]. scores: {reward: float32 [n]}, including held-out rewards;
+    "reward" is the weighted mean of the trained rewards. means: of the scores and of their spread
+    within a prompt, plus the metrics. correlation: of each held-out reward with the trained reward,
+    over pictures. details: further values for metrics.jsonl.
     """
 
     prompts: list[str]
@@ -49,7 +49,7 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
     pictures, scores, noise = _sample_and_score(run, programs, trainable, prompts)
     scores["reward"] = weighted_mean(scores, reward.fn)
 
-    # Means: of the scores, of their spread within a prompt, and the checks on the whole set.
+    # Means of the scores and of their spread within a prompt, and the checks on the whole set.
     means = {name: float(values.mean()) for name, values in scores.items()}
     spread = scores["reward"].reshape(-1, copies).std(axis=1)
     means["prompt_std"] = float(spread.mean())
@@ -72,9 +72,9 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
 def _sample_and_score(
     run: Run, programs: Programs, trainable: Any, prompts: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
-    """Pictures uint8 [n, 3, H, W], {reward: float32 [n]}, and the noise of each reward.
+    """Return pictures uint8 [n, 3, H, W], {reward: float32 [n]}, and the noise of each reward.
 
-    The last call is filled up with prompts from the front; what is over is dropped.
+    The last call is padded with prompts from the start; the surplus pictures are dropped.
     """
     batch_size = run.config.sample.test_batch_size
     images = []
@@ -89,8 +89,8 @@ def _sample_and_score(
         batches.append(submit(run.scorer, images[-1], texts))
     pictures = [fetch(array) for array in images]
 
-    # Score half of the last batch again in a different batch: a reward is to judge a picture by
-    # itself, whatever else is in the batch.
+    # Score half of the last batch again in a different batch: a picture's reward should not depend
+    # on the rest of its batch.
     rows = batches[-1].rows
     rows = rows[: max(1, len(rows) // 2)]
     half = run.scorer.submit(jnp.asarray(pictures[-1][rows]), [texts[row] for row in rows])
@@ -108,7 +108,7 @@ def _sample_and_score(
 
 
 def drift(start: Mapping[str, float], now: Mapping[str, float], reward: ConfigDict) -> list[str]:
-    """What got worse since the start while the reward rose: signs that the reward is exploited."""
+    """Return the checks that got worse while the reward rose: signs of reward hacking."""
     if now["reward"] <= start["reward"]:
         return []
     worse = [name for name in reward.held_out if now[name] < start[name] - 0.02]
@@ -119,11 +119,11 @@ def drift(start: Mapping[str, float], now: Mapping[str, float], reward: ConfigDi
 
 
 def fallen(peaks: dict[str, dict], now: Mapping[str, float], reward: ConfigDict) -> list[str]:
-    """Held-out rewards that say that the run must end, a line each.
+    """Return one line for each held-out reward because of which the run must end.
 
-    A reward is listed when it was `stop_drop` below its best for `stop_patience` evaluations in a
-    row, while the trained reward was above its value at that best. `peaks` is what is remembered
-    from one evaluation to the next.
+    A reward is listed if it was `stop_drop` below its best for `stop_patience` evaluations in a
+    row, while the trained reward was above its value at that best. `peaks` is the state kept
+    between evaluations.
     """
     reasons = []
     for name in reward.held_out:
@@ -141,9 +141,9 @@ def fallen(peaks: dict[str, dict], now: Mapping[str, float], reward: ConfigDict)
 
 
 def export(folder: Path, model: Model, trainable: Any) -> Path:
-    """Write what diffusers loads, a LoRA or a transformer, in place of an older one.
+    """Write a LoRA or a transformer that diffusers can load, replacing an older one.
 
-    All processes must call it; the first one writes.
+    All processes must call this; the first one writes.
     """
     if process_index():
         model.trainable.save(model, folder, trainable)
@@ -180,9 +180,10 @@ def evaluate_and_report(
     trainable: Any,
     history: dict[str, Any],
 ) -> list[str]:
-    """Evaluate; log figures, pictures and warnings; keep the best weights.
+    """Evaluate; log figures, pictures and warnings; save the best weights.
 
-    Returns why the run must end here, if it must. `history` is remembered between evaluations.
+    Returns the reasons to end the run here, if any. `history` is the state kept between
+    evaluations.
     """
     config = run.config
     evaluation = evaluate(run, programs, trainable)
@@ -209,7 +210,7 @@ def evaluate_and_report(
 def _show_pictures(
     run: Run, log: RunLog | NoLog, epoch: int, evaluation: Evaluation, first: bool, last: bool
 ) -> None:
-    """The grid of an evaluation; at the end also one of before and after, from the same noise."""
+    """Save a picture grid; at the end, also one of before and after, from the same noise."""
     copies = run.config.sample.test_images_per_prompt
     shown = np.arange(0, len(evaluation.prompts), copies)[:SHOWN]  # a prompt's first picture
     pictures = evaluation.pictures[shown]
@@ -237,7 +238,7 @@ def _show_pictures(
 def _captions(
     scores: Mapping[str, np.ndarray], names: Sequence[str] | Mapping | None = None
 ) -> list[str]:
-    """One line a picture with its scores [n] by reward."""
+    """Return one line per picture, with its scores by reward. scores: {reward: [n]}."""
     names = list(scores if names is None else names)
     captions = []
     for number in range(len(scores[names[0]])):

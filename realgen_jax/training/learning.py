@@ -1,4 +1,4 @@
-"""Rewards that learn, within a run: when they learn, and what a checkpoint keeps of them."""
+"""Rewards that learn during a run: when they learn, and their state in checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,32 +13,32 @@ from realgen_jax.training.scoring import BatchScores, Pending, Scorer
 
 
 class LearningReward(Protocol):
-    """What a run sees of a reward that learns; reward_bridge.adversary.Adversary is one."""
+    """The interface of a reward that learns; reward_bridge.adversary.Adversary implements it."""
 
     settings: Any  # the values of config.reward.adversarial.NAME
 
     def due(self, epoch: int, generated: float, references: float) -> bool:
-        """Whether its schedule has it learn, by the epoch's mean scores."""
+        """Return whether it should learn in this epoch, by its schedule and the mean scores."""
 
     def forget(self) -> None:
         """Drop the pairs that were observed in this epoch."""
 
     def state(self) -> bytes:
-        """What a checkpoint keeps."""
+        """Return the state to store in a checkpoint."""
 
     def restore(self, state: bytes, with_history: bool) -> None:
-        """Go on from a checkpoint. Raises ValueError for a state that is not its own."""
+        """Restore a state from a checkpoint. Raises ValueError for another reward's state."""
 
 
 @dataclass(frozen=True)
 class Learning:
-    """An epoch's learning: metrics on their way, and whether the generator rests meanwhile."""
+    """An epoch's learning: pending metrics, and whether the generator's update is skipped."""
 
     pending: Pending
     generator_rests: bool
 
     def result(self) -> dict[str, float]:
-        """Wait for it: {"learning/REWARD/METRIC": value}."""
+        """Wait for the metrics, {"learning/REWARD/METRIC": value}."""
         metrics = {}
         for name, values in self.pending.result().items():
             for key, value in values.items():
@@ -47,7 +47,7 @@ class Learning:
 
 
 def draw_seeds(key: jax.Array, epoch: int, count: int) -> list[int]:
-    """`count` whole numbers below 2^32 for an epoch, different in every process."""
+    """Draw `count` integers below 2^32 for an epoch, different in every process."""
     key = jax.random.fold_in(jax.random.fold_in(key, epoch), process_index())
     return np.asarray(jax.random.bits(key, (count,))).tolist()
 
@@ -59,7 +59,7 @@ def begin_learning(
     scores: BatchScores,
     seeds: Sequence[int],
 ) -> Learning:
-    """Have those rewards learn whose schedule says so, by the epoch's scores. seeds: one each."""
+    """Start the learning of rewards that are due by the epoch's scores. seeds: one per reward."""
     generated = scores.means()
     references = scores.reference_means()
     chosen = {}
@@ -74,7 +74,7 @@ def begin_learning(
 
 
 def files(rewards: Mapping[str, LearningReward]) -> dict[str, bytes]:
-    """What a checkpoint keeps of the rewards that learn: a file for each and for every process."""
+    """Return checkpoint files of the rewards that learn: one per reward and process."""
     return {_file(name, process_index()): reward.state() for name, reward in rewards.items()}
 
 
@@ -86,8 +86,8 @@ def restore(
 ) -> None:
     """Restore the rewards that learn from a checkpoint.
 
-    Processes that were added since then start with an empty history. Raises RestoreError if the
-    checkpoint does not hold the state of one of these rewards.
+    Processes added since then start with an empty history. Raises RestoreError if the checkpoint
+    lacks the state of one of these rewards.
     """
     for name, reward in rewards.items():
         own = checkpoints.read(epoch, _file(name, process_index()))

@@ -1,4 +1,4 @@
-"""What a run records and shows: metrics.jsonl, TensorBoard, pictures and the terminal."""
+"""The output of a run: metrics.jsonl, TensorBoard, pictures and the terminal."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ class RunLog:
     Args:
       folder: the run's folder.
       config: the run's config; written to config.json.
-      start: the epochs that a resumed run has already finished.
-      epochs: the epochs that the run is to have.
+      start: the number of epochs that a resumed run has already finished.
+      epochs: the total number of epochs.
       wandb_project: also log to this Weights & Biases project; "" for none.
     """
 
@@ -55,7 +55,7 @@ class RunLog:
                 resume="allow",
             )
 
-        # The progress bar, with the figures of the last epoch below it: beside the bar they would
+        # The progress bar, with the figures of the last epoch below it. Next to the bar, they would
         # not fit on a narrow terminal.
         self._progress = Progress(*progress_columns(), console=self.console)
         self._task = self._progress.add_task("epoch", total=epochs, completed=start)
@@ -120,7 +120,7 @@ class RunLog:
           scores: each trained reward's scores, [groups, size].
           reward: their weighted mean, [groups, size].
           steps: the columns about its optimizer steps, as `step_columns` returns them.
-          seconds: the time of each phase; together they are the epoch's.
+          seconds: the time of each phase; they add up to the epoch's time.
           details: further columns, such as "seconds/scoring/NAME" and "learning/NAME/KEY".
         """
         row = {**score_columns(scores, reward), **steps, **details}
@@ -160,7 +160,7 @@ class RunLog:
           epoch: the number of finished epochs.
           start: the figures of the run's first evaluation; `now` itself if this is the first.
           now: the figures of this evaluation.
-          trained: the names of those that are trained on; the others are checks.
+          trained: the names of the figures that are trained on; the others are checks.
           correlation: of each held-out reward with the trained one, over pictures.
           drift: the checks that got worse while the reward rose; each gets a warning.
         """
@@ -199,9 +199,9 @@ class RunLog:
         """Save a picture grid as `samples/<name>.png` and return the file.
 
         Args:
-          name: of the file.
+          name: the file's name without suffix.
           epoch: the number of finished epochs.
-          rows: uint8 [n, 3, h, w]; the i-th pictures of all rows stand below each other.
+          rows: uint8 [n, 3, h, w] each; the i-th pictures of all rows are aligned in a column.
           captions: n captions for each row.
           columns: rows break after this many pictures.
         """
@@ -217,7 +217,7 @@ class RunLog:
 
 
 class NoLog:
-    """A RunLog that does nothing, for all processes except the first."""
+    """A no-op RunLog, for all processes except the first."""
 
     def __enter__(self) -> "NoLog":
         return self
@@ -229,9 +229,9 @@ class NoLog:
 
 
 def score_columns(scores: Mapping[str, np.ndarray], reward: np.ndarray) -> dict[str, float]:
-    """Return the columns about an epoch's scores [groups, size] and their weighted mean `reward`.
+    """Return the columns for an epoch's scores [groups, size] and their weighted mean `reward`.
 
-    A group without spread has equal scores up to rounding; it contributes no advantage.
+    A group without spread has equal scores up to rounding and contributes no advantage.
     """
     means = {}
     spreads = {}
@@ -257,11 +257,11 @@ def score_columns(scores: Mapping[str, np.ndarray], reward: np.ndarray) -> dict[
 def step_columns(
     steps: Sequence[Mapping[str, Any]], largest: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Return the columns about an epoch's optimizer steps.
+    """Return the columns for an epoch's optimizer steps.
 
-    steps: the metrics of each step; empty if the generator was not trained. They are averaged, but
-    for names in `largest` the largest value counts, and the first one has a column of its own:
-    before the first step no weight has moved.
+    steps: the metrics of each step; empty if the generator was not trained. They are averaged,
+    except that names in `largest` take the largest value. Those also get a separate column with the
+    first step's value, which is computed before any weight has moved.
     """
     columns = {"steps": len(steps)}
     if not steps:
@@ -276,10 +276,10 @@ def step_columns(
 
 
 def memory() -> dict[str, int]:
-    """Return the bytes in use now, of the host by this process and of its first device.
+    """Return the bytes currently in use: host memory of this process, and its first device.
 
-    The host's are known on Linux only. For a device without statistics (the CPU), they are those
-    of all live arrays.
+    Host memory is known on Linux only. For a device without memory statistics (the CPU), the value
+    is the size of all live arrays.
     """
     used = {}
     status = Path("/proc/self/status")
@@ -307,12 +307,12 @@ def short_name(name: str) -> str:
 
 
 def _keep_rows_before(file: Path, epoch: int) -> None:
-    """Remove the rows of metrics.jsonl that a run which resumes at `epoch` will write again."""
+    """Remove the rows of metrics.jsonl that a run resumed at `epoch` will write again."""
     if not file.exists():
         return
     kept = []
     for row in read_jsonl(file):
-        # At its start the resumed run repeats the evaluation of `epoch`, but not the training.
+        # A resumed run starts by repeating the evaluation of `epoch`, but not its training.
         trained = row["kind"] == "train" and row["epoch"] == epoch
         if row["epoch"] < epoch or trained:
             kept.append(json.dumps(row) + "\n")

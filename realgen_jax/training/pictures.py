@@ -6,18 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MIN_TILE = 192  # pixels of a picture's shorter side in a grid, at least
+MIN_TILE = 192  # minimum length in pixels of a picture's shorter side in a grid
 GAP = 8  # pixels between pictures
 FONT_PIXELS = 13
-LINE_PIXELS = 17  # height of a caption's line
-MAX_LINES = 8  # of a caption
+LINE_PIXELS = 17  # height of a caption line
+MAX_LINES = 8  # maximum lines per caption
 
 
 def picture_grid(rows: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> Image.Image:
     """Draw pictures in rows, each above its caption.
 
     Args:
-      rows: uint8 [n, 3, h, w] for each row, of one h and w. Small pictures are enlarged.
+      rows: uint8 [n, 3, h, w] for each row, all with the same h and w. Small pictures are enlarged.
       captions: n captions for each row; long lines wrap.
     """
     height, width = rows[0].shape[2:]
@@ -69,7 +69,7 @@ def wrap_caption(text: str, characters: int) -> list[str]:
 def break_rows(
     rows: Sequence[np.ndarray], captions: Sequence[Sequence[str]], columns: int
 ) -> tuple[list[np.ndarray], list[Sequence[str]]]:
-    """Break long rows after `columns` pictures; rows that belong together stay below each other."""
+    """Break long rows after `columns` pictures; the parts of each break stay below each other."""
     short_rows = []
     short_captions = []
     for first in range(0, len(rows[0]), columns):

@@ -1,4 +1,4 @@
-"""Start-up with several processes, and the end by SIGTERM: what a cluster's scheduler does."""
+"""Running under a cluster scheduler: start-up with several processes, and the end by SIGTERM."""
 
 import os
 import signal
@@ -21,17 +21,17 @@ flags.DEFINE_bool(
 
 
 def connect_by_flags() -> None:
-    """Connect to the other processes as the flags say. Call it before anything starts JAX."""
+    """Connect to the other processes according to the flags. Call it before JAX starts."""
     values = flags.FLAGS
     connect(values.coordinator, values.num_processes, values.process_id, values.distributed)
 
 
 class Preemption:
-    """Notices SIGTERM, after which the run has `grace` seconds to reach a point where it can save.
+    """Catches SIGTERM, after which the run has `grace` seconds to reach a point where it can save.
 
-    The training loop asks `wanted` at each such point, and calls `reached` before it saves and
-    ends. If it does not get there in time, the process ends with status 0, and the newest
-    checkpoint on disk is what remains.
+    The training loop checks `wanted` at each such point, and calls `reached` before it saves and
+    ends. If it does not get there in time, the process exits with status 0, and the newest
+    checkpoint on disk is the last one.
     """
 
     def __init__(self, grace: float):
@@ -75,5 +75,5 @@ class Preemption:
         return bool(sum_over_processes(np.int32([self.wanted()]))[0])
 
     def reached(self) -> None:
-        """Lift the time limit: the loop has stopped, and what it still writes is not cut off."""
+        """Lift the time limit: the loop has stopped, and its last writes must not be cut off."""
         self._reached.set()

@@ -1,6 +1,6 @@
-"""The compiled programs of a run, and the recipe that they are made from.
+"""The compiled programs of a run, and the recipe that they are built from.
 
-Arrays come in as arguments only, so that preflight builds the same programs without weights.
+All arrays are passed as arguments, so that preflight can build the same programs without weights.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from realgen_jax.rollout import draw_latents
 from realgen_jax.sharding import batch_devices, batch_sharding, replicated
 from realgen_jax.update import Batch, EmaConfig, Objective, TrainState, make_optimizer, update
 
-# Keys of the config that count something, by section.
+# Config keys whose values are counts, by section.
 POSITIVE = {
     "sample": (
         "num_steps",
@@ -52,9 +52,9 @@ class Recipe:
 
 
 def make_recipe(config: ConfigDict) -> Recipe:
-    """The recipe of a config.
+    """Return the recipe of a config.
 
-    Raises ValueError for names that do not exist and numbers that do not fit together.
+    Raises ValueError for unknown names and inconsistent numbers.
     """
     sample = config.sample
     train = config.train
@@ -91,7 +91,7 @@ def make_recipe(config: ConfigDict) -> Recipe:
 
 
 def check_mesh(recipe: Recipe, mesh: Any, processes: int = 1) -> None:
-    """Raise ValueError for calls whose images the mesh cannot share evenly.
+    """Raise ValueError if the mesh cannot split the images of a call evenly.
 
     mesh: a Mesh or an AbstractMesh.
     """
@@ -126,9 +126,9 @@ class Programs:
 
 
 def make_programs(recipe: Recipe, model: Model) -> Programs:
-    """The programs of a recipe. Nothing is compiled before the first call.
+    """Return the programs of a recipe. Nothing is compiled before the first call.
 
-    The model, with arrays or abstract, says how the state is split.
+    The model, which may be abstract, determines how the state is sharded.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model))
 
@@ -159,15 +159,16 @@ def sample_call(
     keys: tuple[Array, Array],
     plan: Any,
 ) -> tuple[Array, Any, Array]:
-    """One rollout call.
+    """Run one rollout call.
 
-    cond: leaves [slots, ...]; keys: of the first latents and of the other noise. Returns pictures
-    uint8 [n, 3, H, W], the objective's record, and whether all latents are finite, bool [].
+    cond: leaves [slots, ...]; keys: for the initial latents and for the other noise. Returns
+    pictures uint8 [n, 3, H, W], the objective's record, and whether all latents are finite,
+    bool [].
     """
     latent_key, noise_key = keys
     rows = batch_sharding(model.mesh)
 
-    # Noise, spread over the mesh by images.
+    # Noise, sharded over the mesh by images.
     distinct = max(1, layout.images // layout.group) if same_latent else layout.slots
     latents = draw_latents(latent_key, layout.slots, distinct, model.token_shape)
     noise = objective.draw_noise(noise_key, plan, layout.images, model.token_shape)
@@ -183,7 +184,7 @@ def sample_call(
 
 
 def abstract_state(recipe: Recipe, model: Model) -> TrainState:
-    """The training state as jax.ShapeDtypeStructs with their shardings."""
+    """Return the training state as jax.ShapeDtypeStructs with shardings."""
     everywhere = replicated(model.mesh)
     trainable = recipe.trainable.abstract(model)
 
@@ -193,7 +194,7 @@ def abstract_state(recipe: Recipe, model: Model) -> TrainState:
     def like_scalar(leaf: jax.ShapeDtypeStruct) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
-    # The optimizer's moments lie as the arrays that they belong to.
+    # The optimizer's moments are sharded like the arrays that they belong to.
     opt_state = optax.tree_map_params(
         recipe.optimizer,
         like_param,
@@ -206,7 +207,7 @@ def abstract_state(recipe: Recipe, model: Model) -> TrainState:
 
 
 def first_state(recipe: Recipe, model: Model, key: Array) -> TrainState:
-    """The state before any step, on the mesh: fresh, or from `config.pretrained.lora`."""
+    """Return the initial state on the mesh: fresh, or from `config.pretrained.lora`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model))
     file = recipe.config.pretrained.lora
     if file:
@@ -222,7 +223,7 @@ def first_state(recipe: Recipe, model: Model, key: Array) -> TrainState:
 
 
 def keep_compiled(folder: str) -> None:
-    """Take compiled programs from this folder, and add to it; empty: compile anew."""
+    """Use this folder as the compilation cache. If `folder` is empty, nothing is cached."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -14,11 +14,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-LINE_SECONDS = 30  # without a terminal, the least time between two lines
+LINE_SECONDS = 30  # minimum time between two lines without a terminal
 
 
 def progress_columns() -> tuple[ProgressColumn, ...]:
-    """Return the columns of a progress bar: what, the bar, how many of how many, time left."""
+    """Return the columns of a progress bar: label, bar, count and total, time left."""
     return (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -32,9 +32,9 @@ def progress_columns() -> tuple[ProgressColumn, ...]:
 def progress_bars(
     console: Console | None,
 ) -> Iterator[Callable[[str, int, str], Callable[[int], None]]]:
-    """Yield a function (label, total, unit) -> a progress bar; call it with the number newly done.
+    """Yield a function (label, total, unit) -> advance, where advance(n) adds n finished units.
 
-    Without a terminal, a bar is a line when it is full and one every half minute. Without a
+    Without a terminal, each bar prints a line every half minute and one when it is full. Without a
     console, nothing is printed.
     """
     on_terminal = console is not None and console.is_terminal
@@ -53,7 +53,7 @@ def progress_bars(
 
 
 class _LineBar:
-    """A progress bar where there is no terminal: a line now and then."""
+    """A progress bar without a terminal, which prints a line now and then."""
 
     def __init__(self, console: Console, label: str, total: int, unit: str):
         self.console = console

@@ -1,4 +1,4 @@
-"""What a run is made of: its checks before anything is loaded, and the model, rewards and data."""
+"""The set-up of a run: checks before anything is loaded, and the model, rewards and data."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +28,10 @@ EVALUATION, TRAINING, FIRST_WEIGHTS, LEARNING = range(4)
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first epoch to the last.
+    """Everything that stays the same from the first epoch to the last.
 
-    plan: the objective's, for rollouts. learning: the rewards that learn. metrics: checks on a
-    whole set of pictures, uint8 [n, 3, H, W] -> number.
+    plan: the objective's rollout plan. learning: the rewards that learn. metrics: checks on a whole
+    set of pictures, uint8 [n, 3, H, W] -> number.
     """
 
     config: ConfigDict
@@ -48,7 +48,7 @@ class Run:
     checkpoints: Checkpoints
 
     def cond(self, prompts: Sequence[str]) -> Any:
-        """The conditioning of these prompts, one a slot, on the mesh."""
+        """The conditioning of these prompts, one prompt per slot, on the mesh."""
         return self.model.cond(self.cache, prompts, self.config.sample.guidance_scale)
 
     def key(self, stream: int) -> jax.Array:
@@ -67,9 +67,10 @@ def set_up(
     learning: Mapping[str, LearningReward],
     metrics: Mapping[str, Callable[[np.ndarray], float]],
 ) -> tuple[Run, TrainState]:
-    """Load the model and make the first state; nothing is compiled yet.
+    """Load the model and create the initial state; nothing is compiled yet.
 
-    JAX starts here: what shares its devices (rewards, text encoders) comes before.
+    JAX starts here, so anything that shares its devices (rewards, text encoders) must be loaded
+    before.
     """
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
@@ -94,9 +95,9 @@ def set_up(
 
 
 def check(config: ConfigDict, reward_problems: Sequence[str] = ()) -> None:
-    """Raise ValueError with a line for everything that is missing or wrong in the config.
+    """Raise ValueError with one line for each missing or invalid part of the config.
 
-    Reads no weights and starts no device. reward_problems: lines about the rewards.
+    This reads no weights and starts no device. reward_problems: lines about the rewards.
     """
     problems = _missing_files(config)
     problems += reward_problems
@@ -106,9 +107,9 @@ def check(config: ConfigDict, reward_problems: Sequence[str] = ()) -> None:
 
 
 def check_shapes(config: ConfigDict, devices: int) -> None:
-    """Raise ValueError for what does not divide or fit together on `devices` devices.
+    """Raise ValueError for sizes that do not divide evenly or fit together on `devices` devices.
 
-    Group and call sizes, mesh, resolution, LoRA and SDE window are checked on shapes: no weight is
+    Group and call sizes, mesh, resolution, LoRA and SDE window are checked by shape: no weight is
     read and no device is started.
     """
     recipe = make_recipe(config)
@@ -172,5 +173,5 @@ def _wrong_values(config: ConfigDict) -> list[str]:
 
 
 def reports(config: ConfigDict) -> bool:
-    """Whether this run ends with RealBench's report."""
+    """Return whether this run ends with the RealBench report."""
     return config.evaluate.after_training and process_count() == 1

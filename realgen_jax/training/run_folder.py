@@ -15,7 +15,7 @@ from realgen_jax.checkpoint import newest_good, read_meta
 from realgen_jax.files import file_lock
 
 # Config keys that a resumed run may change: where and how long it runs, but not what it computes.
-# Another mesh or another place for a reward only changes rounding.
+# A different mesh or reward device only changes rounding.
 FREE_KEYS = (
     "run_name",
     "run_root",
@@ -50,7 +50,7 @@ FREE_KEYS = (
 def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
     """Return root/name; `name` defaults to preset, date and time, or to the latest run to resume.
 
-    Raises FileExistsError if a new run would use the folder of another one, FileNotFoundError if
+    Raises FileExistsError if a new run would use an existing run's folder, and FileNotFoundError if
     there is no run to resume.
     """
     if resume and not name:
@@ -80,7 +80,7 @@ def _latest_run(root: str, preset: str) -> Path:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Create a run's folder and hold its lock, which ends with the process.
+    """Create a run's folder and hold its lock, which is released when the process ends.
 
     A folder that is still empty at the end is removed. Raises FileExistsError if another process
     holds the lock.
@@ -106,10 +106,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | None:
-    """Return the epoch of the checkpoint to resume from, None if there is none; print what changed.
+    """Return the epoch of the checkpoint to resume from, or None; print the changed config keys.
 
-    Raises ValueError if the run would compute something else than before, unless `allow_change`;
-    it names each such key with both values.
+    Unless `allow_change`, raises ValueError if the run would compute something different from
+    before; the message names each such key with both values.
     """
     epoch, warnings = newest_good(folder / "checkpoints")
     for line in warnings:
@@ -136,10 +136,10 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Describe each key in which two configs differ, one line a key.
+    """Describe each key in which two configs differ, one line per key.
 
-    Returns the lines of the keys that a resumed run may change (`FREE_KEYS`), and those of all
-    other keys. Values are compared as JSON keeps them.
+    Returns the lines for keys that a resumed run may change (`FREE_KEYS`), and the lines for all
+    other keys. Values are compared in their JSON form.
     """
     old = _flatten(before)
     new = _flatten(json.loads(json.dumps(now)))

@@ -1,4 +1,4 @@
-"""When a run saves, what a checkpoint has beside the arrays, and what happens if a save fails."""
+"""When a run saves, what a checkpoint contains besides arrays, and how failed saves are handled."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from realgen_jax.update import TrainState
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint would hold now: the state after `epoch` epochs, and JSON beside it."""
+    """The contents of a checkpoint: the state after `epoch` epochs, and JSON metadata."""
 
     epoch: int
     state: TrainState
@@ -29,7 +29,7 @@ class Snapshot:
 
 
 class Saver:
-    """Saves and restores one run. `history` is what evaluations remember of one another."""
+    """Saves and restores one run. `history` is the state kept between evaluations."""
 
     def __init__(self, run: Run, data: grain.DatasetIterator, log: RunLog | NoLog):
         self.run = run
@@ -38,14 +38,14 @@ class Saver:
         self.history: dict[str, Any] = {}
 
     def restore(self, epoch: int, state: TrainState) -> TrainState:
-        """The state of a checkpoint; prompts, history and rewards go on from there too."""
+        """Return a checkpoint's state; also restore prompt order, history and rewards."""
         run = self.run
         restored = run.checkpoints.restore(epoch, state)
         meta = read_meta(run.checkpoints.folder, epoch)
         self.history = meta["history"]
         self.data.set_state(meta["data"])
 
-        # Batches that memory allowed: scores of other batches round differently.
+        # Keep the batch sizes that fit into memory: other batch sizes round scores differently.
         current = run.scorer.batch_sizes
         for name, size in meta["batch_sizes"].items():
             limits = [limit for limit in (size, current[name]) if limit]
@@ -54,7 +54,7 @@ class Saver:
         return restored
 
     def snapshot(self, epoch: int, state: TrainState) -> Snapshot:
-        """The run as it is now; the config has the seed, the root of all keys."""
+        """Snapshot the run as it is now. The config contains the seed, the root of all keys."""
         meta = {
             "data": self.data.get_state(),
             "history": copy.deepcopy(self.history),
@@ -64,14 +64,14 @@ class Saver:
         return Snapshot(epoch, state, meta)
 
     def save_if_due(self, epoch: int, state: TrainState) -> None:
-        """Save every `save_freq` epochs and at the end, and tell whether an earlier save failed."""
+        """Save every `save_freq` epochs and at the end, and report a failure of an earlier save."""
         config = self.run.config
         if epoch % config.save_freq == 0 or epoch == config.num_epochs:
             self.save(self.snapshot(epoch, state))
         self.tolerate(self.run.checkpoints.raise_if_failed)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin a checkpoint, once the one before is written."""
+        """Start writing a checkpoint, once the previous one has been written."""
         checkpoints = self.run.checkpoints
         files = learning.files(self.run.learning)
         self.tolerate(checkpoints.wait)
@@ -80,7 +80,7 @@ class Saver:
         )
 
     def leave(self, snapshot: Snapshot, preemption: Preemption) -> None:
-        """Save the state from the start of this epoch, unless already saved, and say good-bye."""
+        """Save the state from the start of this epoch, unless already saved, and say so."""
         preemption.reached()
         if self.run.checkpoints.begun != snapshot.epoch:
             self.save(snapshot)
@@ -91,7 +91,7 @@ class Saver:
         )
 
     def wait(self) -> None:
-        """Wait for the save that is being written."""
+        """Wait for the save in progress."""
         self.tolerate(self.run.checkpoints.wait)
 
     @partial(jax.profiler.annotate_function, name="checkpoint")
@@ -106,7 +106,7 @@ class Saver:
 
 
 def stop_if_not_finite(values: Mapping[str, float], epoch: int, phase: str, run: Run) -> None:
-    """Raise FloatingPointError naming epoch, phase and values; nothing of this epoch was saved."""
+    """Raise FloatingPointError if a value is not finite, naming epoch, phase and values."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if not bad:
         return

@@ -1,4 +1,4 @@
-"""Scores of a batch: every process scores its own pictures, and all of them get all scores."""
+"""Scoring: each process scores its own pictures, and all processes get all scores."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ class Scores(Protocol):
 
 
 class Pending(Protocol):
-    """What is being computed in another thread."""
+    """A result that is being computed in another thread."""
 
     def result(self) -> Any:
-        """Wait for it; raises the error of the reward that failed."""
+        """Wait for the result. Raises the error of a reward that failed."""
 
     def raise_if_failed(self) -> None:
-        """As `result`, without waiting."""
+        """Raise as `result` does, but without waiting."""
 
 
 class Scorer(Protocol):
-    """What a run sees of its rewards; reward_bridge.bridge.RewardBridge is one.
+    """The interface of a run's rewards; reward_bridge.bridge.RewardBridge implements it.
 
-    seconds: {reward: seconds of scoring so far}. batch_sizes: {reward: pictures that it sees at
-    once, 0 for all}, which halve where memory runs out.
+    seconds: {reward: seconds of scoring so far}. batch_sizes: {reward: pictures per batch, 0 for
+    all}; a size is halved if the reward runs out of memory.
     """
 
     seconds: dict[str, float]
@@ -46,15 +46,15 @@ class Scorer(Protocol):
     ) -> Pending:
         """Score uint8 [n, 3, h, w] in the background; the result is Scores.
 
-        only: the rewards to run (default: all). observe: have rewards that learn keep the batch,
-        beside references drawn with this seed, which they score too.
+        only: the rewards to run (default: all). observe: rewards that learn keep the batch and
+        references drawn with this seed, which they score too.
         """
 
     def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> Pending:
-        """Have rewards update themselves; the result is {reward: its metrics}."""
+        """Update rewards that learn; the result is {reward: its metrics}."""
 
     def close(self) -> None:
-        """Score nothing more."""
+        """Stop scoring."""
 
 
 class ScoringError(RuntimeError):
@@ -71,7 +71,7 @@ class PendingBatch:
 
 @dataclass(frozen=True)
 class BatchScores:
-    """The scores of several batches in a row: {reward: float32 [batches x images]}."""
+    """The concatenated scores of several batches: {reward: float32 [batches x images]}."""
 
     rewards: dict[str, np.ndarray]
     references: dict[str, np.ndarray]
@@ -85,7 +85,7 @@ class BatchScores:
         return {name: float(values.mean()) for name, values in self.rewards.items()}
 
     def reference_means(self) -> dict[str, float]:
-        """{reward: mean score of its reference pictures}, of those that learn."""
+        """{reward: mean score of its reference pictures}, for rewards that learn."""
         return {name: float(values.mean()) for name, values in self.references.items()}
 
 
@@ -96,9 +96,9 @@ def submit(
     only: Sequence[str] | None = None,
     observe: int | None = None,
 ) -> PendingBatch:
-    """Have this process's rows of a batch scored.
+    """Start scoring this process's rows of a batch.
 
-    images: uint8 [n, 3, h, w], spread over the mesh; prompts: one for each of the n rows.
+    images: uint8 [n, 3, h, w], sharded over the mesh; prompts: one for each of the n rows.
     """
     rows = local_rows(images)
     own_prompts = [prompts[row] for row in rows]
@@ -106,10 +106,10 @@ def submit(
 
 
 def scores_of_all(batches: Sequence[PendingBatch], images: int) -> BatchScores:
-    """Every process's scores put together; each batch has `images` rows.
+    """Gather the scores of all processes; each batch has `images` rows.
 
-    A reward that failed in one process ends them all: its error is raised here, ScoringError in
-    the other processes.
+    If a reward failed in one process, that process raises the reward's error and all others raise
+    ScoringError.
     """
     results = []
     failure = None
@@ -138,7 +138,7 @@ def scores_of_all(batches: Sequence[PendingBatch], images: int) -> BatchScores:
 def _all_rows(
     results: Sequence[Mapping[str, np.ndarray]], rows: Sequence[np.ndarray], images: int
 ) -> dict[str, np.ndarray]:
-    """{reward: float32 [batches x images]} from the rows that each process has."""
+    """Gather {reward: float32 [batches x images]} from the rows of each process."""
     scores = {}
     for name in results[0]:
         whole = np.zeros((len(results), images), np.float32)
@@ -149,6 +149,6 @@ def _all_rows(
 
 
 def weighted_mean(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """The weighted mean of the trained rewards, picture by picture."""
+    """Return each picture's weighted mean of the trained rewards."""
     total = sum(weight * scores[name] for name, weight in weights.items())
     return total / sum(weights.values())

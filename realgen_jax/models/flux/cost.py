@@ -1,4 +1,4 @@
-"""What FLUX costs: floating-point operations and bytes of memory, by formula. Nothing is compiled.
+"""The cost of FLUX: floating-point operations and memory, by formula. Nothing is compiled.
 
 A multiplication and an addition count as two operations. Only products are counted (projections,
 attention, convolutions); elementwise operations add less than 2 % at FLUX's sizes.
@@ -6,9 +6,9 @@ attention, convolutions); elementwise operations add less than 2 % at FLUX's siz
 Symbols: n images, s image tokens, l text tokens, T = s + l, D channels, L double and G single
 blocks, r the rank of the LoRA, u the bytes of one activation [n, T, D].
 
-tests/realgen_jax/models/flux/test_cost.py compares the formulas with XLA's own figures, also where
-weights are split over fsdp. A mesh with `tensor` needs less memory than stated here, because the
-formulas do not count that axis's split of the activations.
+tests/realgen_jax/models/flux/test_cost.py compares the formulas with XLA's own figures, including
+weights that are split over fsdp. A mesh with `tensor` needs less memory than stated here, because
+the formulas ignore how that axis splits the activations.
 """
 
 import jax.numpy as jnp
@@ -29,27 +29,29 @@ def forward_flops(work: Work) -> dict[str, float]:
     single = model.num_single_layers
     blocks = double + single
 
-    # Projections: every token meets 12 D^2 weights in a block. Double: qkv 3, proj 1, feed-forward
-    # 8. Single: qkv 3, mlp 4, proj 5. Then the projections in and out of the transformer.
+    # Projections: each block multiplies every token by 12 D^2 weights. Double: qkv 3, proj 1,
+    # feed-forward 8. Single: qkv 3, mlp 4, proj 5. Then the transformer's input and output
+    # projections.
     matmul = 24.0 * dim * dim * tokens * blocks + _ends_flops(work)
 
     # Q K' and P V: 2 T^2 D each.
     attention = 4.0 * tokens * tokens * dim * blocks
 
-    # Once an image: the AdaLN projections (12 D^2 weights a double block, 3 a single one, 2 at the
-    # end), and the embedders of sigma, guidance and pooled text.
+    # Once per image: the AdaLN projections (12 D^2 weights per double block, 3 per single block, 2
+    # at the end), and the embedders of sigma, guidance and pooled text.
     sinusoids = 1 + model.guidance_embeds
     embedders = sinusoids * (TIME_CHANNELS + dim) + model.pooled_projection_dim + dim
     modulation = 2.0 * dim * (dim * (12 * double + 3 * single + 2) + embedders)
 
-    # r (in + out) weights of every adapted projection: 18 D r a double block, 6 D r a single one.
+    # Each adapted projection adds r (in + out) weights: 18 D r per double block, 6 D r per single
+    # block.
     lora = 2.0 * (18 * double + 6 * single) * dim * work.rank * tokens
 
     return {"matmul": matmul, "attention": attention, "modulation": modulation, "lora": lora}
 
 
 def _ends_flops(work: Work) -> float:
-    """Operations of the projections in (latents, text) and out (latents) for one image."""
+    """Operations of the input (latents, text) and output (latents) projections for one image."""
     latents = work.image_tokens * 2 * work.model.in_channels
     text = work.text_tokens * work.model.joint_attention_dim
     return 2.0 * work.model.hidden_dim * (latents + text)
@@ -58,8 +60,8 @@ def _ends_flops(work: Work) -> float:
 def update_flops(work: Work) -> dict[str, float]:
     """Operations of one image at one step of the window, by purpose.
 
-    forward: the policy. backward: its gradient. remat: what is computed a second time.
-    reference: the forward pass of the base model, where beta > 0.
+    forward: the policy. backward: its gradient. remat: everything that is recomputed.
+    reference: the forward pass of the base model, if beta > 0.
     """
     model = work.model
     tokens = work.tokens
@@ -99,7 +101,7 @@ def update_flops(work: Work) -> dict[str, float]:
 
 
 def _block_sizes(work: Work, images: float) -> tuple[float, float, float]:
-    """Bytes of the arrays that the formulas below count in.
+    """Bytes of the arrays that the formulas below use as units.
 
     u: an activation [n, T, D]. scores: [n, heads, T, T] in float32, 0 with flash attention.
     d2: a weight matrix [D, D].
@@ -116,7 +118,7 @@ def _block_sizes(work: Work, images: float) -> tuple[float, float, float]:
 
 
 def _modulation(work: Work, images: float) -> float:
-    """Bytes of the modulations of all blocks: 2 x 6 D a double block, 3 D a single one."""
+    """Bytes of the modulations of all blocks: 2 x 6 D per double block, 3 D per single block."""
     model = work.model
     rows = 12 * model.num_layers + 3 * model.num_single_layers
     return images * rows * model.hidden_dim * jnp.dtype(model.dtype).itemsize
@@ -131,31 +133,31 @@ def saved_bytes(work: Work, images: float) -> tuple[float, float]:
     full = work.rank == 0
     u, scores, d2 = _block_sizes(work, images)
 
-    # What a flash kernel returns: its output, and the sums of its softmax [n, heads, T].
+    # The outputs of a flash kernel: the attention output and the softmax sums [n, heads, T].
     flash = 0.0
     if work.flash:
         flash = u + images * model.num_attention_heads * work.tokens * F32
 
-    # A block of either kind, (double, single). Trained weights also need what a gate multiplies:
+    # For one block of each kind, (double, single). Trained weights also need the gates' inputs:
     # proj's output, and in a double block fc2's.
     double, single = {
         # The block's input.
         "full": (u, u),
-        # Also what the flash kernel returns.
+        # Also the outputs of the flash kernel.
         "attention": (u + flash, u + flash),
         # Also the projections' outputs without adapters. Double: qkv 3, proj 1, fc1 4.
         # Single: qkv 3, mlp 4.
         "dots": ((9 + full) * u + flash, (8 + full) * u + flash),
         # Everything. Double: norms 5; q and k before and after the rotation, and v and the
         # attention's output, 6; fc1's output and the steps of GELU 24. Single: 2, 6 and 20. Also
-        # the exponentials of the scores, and the fused kernels as reshaped, 6 and 12 D^2.
+        # the exponentials of the scores, and the reshaped fused kernels, 6 and 12 D^2.
         "none": ((35 + 2 * full) * u + scores + 6 * d2, (28 + full) * u + scores + 12 * d2),
     }[model.remat]
     return model.num_layers * double, model.num_single_layers * single
 
 
 def _fetched(work: Work, images: float) -> float:
-    """Bytes of a double block's gathered weights, 24 D^2, where weights are split over devices."""
+    """Bytes of a double block's gathered weights, 24 D^2, if weights are split over devices."""
     _, _, d2 = _block_sizes(work, images)
     return 24 * d2 * (work.weight_parts > 1)
 
@@ -171,19 +173,19 @@ def update_bytes(work: Work, images: float) -> float:
     u, scores, d2 = _block_sizes(work, images)
     double, single = saved_bytes(work, images)
 
-    # Single blocks: what all blocks saved, sliced weights 7 D^2, and the values of one block. These
-    # are 21 u between its halves (the hidden layer's gradient 5, the steps of GELU, and q, k, v and
-    # their adapters 3 each), or 11 u and 2 scores in its attention (the exponentials and their
-    # gradient).
+    # Single blocks: everything saved by all blocks, sliced weights 7 D^2, and the values of one
+    # block. These are 21 u between its halves (the hidden layer's gradient 5, the steps of GELU,
+    # and q, k, v and their adapters 3 each), or 11 u and 2 scores in its attention (the
+    # exponentials and their gradient).
     block = max(21 * u, 11 * u + 2 * scores)
     # Trained weights: their gradients are computed late, so the 14 u that these read still exist.
     late = 14 * u * full
     in_single = double + single + block + late + 7 * d2
 
-    # Double blocks: what these saved, sliced weights 16 D^2, and the values of one block, in the
-    # gradient of its feed-forward or of its attention.
+    # Double blocks: everything saved by these blocks, sliced weights 16 D^2, and the values of one
+    # block, in the gradient of its feed-forward or of its attention.
     block = max(40 * u + scores, 13 * u + 2 * scores)
-    # Trained weights: the single blocks' gradients, 12 D^2 in float32, are in the sum by then.
+    # Trained weights: by then the sum holds the single blocks' gradients, 12 D^2 in float32.
     added = 12 * model.hidden_dim**2 * F32 * model.num_single_layers / work.weight_parts * full
     in_double = double + block + 16 * d2 - added
 

@@ -1,4 +1,4 @@
-"""FLUX.1 as a model family: what the programs ask of it."""
+"""FLUX.1 as a model family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from realgen_jax.nn.tensors import Tensors
 
 @dataclass(frozen=True)
 class FluxSchedule:
-    """FLUX's `scheduler/scheduler_config.json`, by diffusers' names; defaults: FLUX.1-dev."""
+    """FLUX's `scheduler/scheduler_config.json` under diffusers' names. Defaults: FLUX.1-dev."""
 
     use_dynamic_shifting: bool = True
     shift: float = 3.0
@@ -27,10 +27,10 @@ class FluxSchedule:
     max_image_seq_len: int = 4096
 
     def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
-        """float32 [steps + 1] from 1 to 0: a uniform grid pushed towards noise.
+        """Return float32 [steps + 1] from 1 to 0: a uniform grid shifted towards noise.
 
-        FLUX.1-dev shifts by e^mu with mu linear in the number of image tokens, schnell (without
-        dynamic shifting) by `shift`.
+        FLUX.1-dev shifts by e^mu, with mu linear in the number of image tokens; schnell (without
+        dynamic shifting) shifts by `shift`.
         """
         shift = self.shift
         if self.use_dynamic_shifting:
@@ -39,7 +39,7 @@ class FluxSchedule:
             mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
             shift = np.exp(mu)
 
-        # The grid is rounded to float32 as diffusers rounds it.
+        # Round the grid to float32, as diffusers does.
         grid = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32).astype(np.float64)
         shifted = shift / (shift + 1.0 / grid - 1.0)
         return np.append(shifted, 0.0).astype(np.float32)
@@ -54,12 +54,12 @@ def text_shapes(config: FluxConfig, max_tokens: int) -> dict[str, tuple[int, ...
 
 
 def make_cond(arrays: Mapping[str, Any], negative: None, guidance: Array) -> Cond:
-    """FLUX.1-dev's guidance is distilled: a number that the network embeds."""
+    """Return the conditioning. FLUX.1-dev is guidance-distilled: the network embeds the scale."""
     return Cond(arrays["t5"], arrays["clip"], guidance)
 
 
 def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
-    """Sizes read off the shapes in BFL's file, which carries no config, and its table.
+    """Return the sizes and the table for BFL's file. It has no config, so sizes come from shapes.
 
     Raises ValueError for a file that is not BFL's FLUX.1.
     """

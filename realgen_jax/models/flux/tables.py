@@ -1,10 +1,10 @@
-"""What published FLUX.1 checkpoints call our modules. Data only: nn/convert.py reads it."""
+"""The names of our modules in published FLUX.1 checkpoints. Data only; nn/convert.py reads it."""
 
 from jax.sharding import PartitionSpec as P
 
 from realgen_jax.nn.convert import SUFFIXES, Part, Table, table_rows
 
-# Arrays that keep the parts of a fused projection apart, and the axis of the parts from the end:
+# Arrays with a separate axis for the parts of a fused projection, and that axis from the end:
 # qkv [in, 3, D]; into and out of the single blocks' feed-forward [in, 4, D] and [5, D, out].
 FUSED = {
     "qkv.kernel": -2,
@@ -95,10 +95,10 @@ _BFL_ROWS = {
 }
 BFL = Table(table_rows(_BFL_ROWS), FUSED, {**SUFFIXES, "scale": ".scale"})
 
-# Where each array lies on the mesh, by the pattern of its path: exactly one rule matches. Stacked
-# arrays have the layer in front, which is never split, and fused projections the axis of their
-# parts. Projections into the heads or the feed-forward split their outputs over `tensor`, bias
-# included; those back out of them split their inputs.
+# How each array is sharded, by a pattern of its path; exactly one rule matches. Stacked arrays have
+# a leading layer axis and fused projections an axis for their parts; the layer axis is never split.
+# Projections into the heads or the feed-forward split their outputs (and bias) over `tensor`;
+# projections out of them split their inputs.
 RULES = (
     (r"(double\.(img|txt)|single)\.qkv\.kernel", P(None, "fsdp", None, "tensor")),
     (r"double\.(img|txt)\.mlp\.fc1\.kernel", P(None, "fsdp", "tensor")),

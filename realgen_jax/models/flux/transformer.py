@@ -1,7 +1,7 @@
 """The FLUX.1 transformer, with the numerics of diffusers' FluxTransformer2DModel.
 
-Shapes: n images, s = height width image tokens, l text tokens, t = l + s tokens in all, D channels,
-h heads of d channels each.
+Shapes: n images, s = height * width image tokens, l text tokens, t = l + s tokens in total,
+D channels, h heads of d channels each.
 """
 
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ from realgen_jax.nn.layers import (
 from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
 
 Rope = tuple[np.ndarray, np.ndarray]  # cosines and sines, each float32 [t, d/2]
-TIME_CHANNELS = 256  # of the sinusoidal embeddings of sigma and guidance
+TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of sigma and guidance
 _gelu = partial(jax.nn.gelu, approximate=True)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cond:
-    """What an image is conditioned on: text and guidance scale, one row an image."""
+    """The conditioning: text and guidance scale, one row per image."""
 
     t5: Array  # T5 states [n, l, joint_attention_dim]
     clip: Array  # pooled CLIP state [n, pooled_projection_dim]
@@ -44,7 +44,11 @@ class Cond:
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """Sizes under diffusers' names (`transformer/config.json`); the defaults are FLUX.1-dev's."""
+    """Sizes under diffusers' names (`transformer/config.json`); the defaults are FLUX.1-dev's.
+
+    Raises ValueError if axes_dims_rope do not add up to attention_head_dim, or for an unknown
+    remat.
+    """
 
     in_channels: int = 64
     num_layers: int = 19  # double blocks
@@ -55,8 +59,8 @@ class FluxConfig:
     pooled_projection_dim: int = 768
     guidance_embeds: bool = True
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    dtype: Any = jnp.bfloat16  # of the computation
-    param_dtype: Any = jnp.bfloat16  # of the stored weights
+    dtype: Any = jnp.bfloat16  # compute dtype
+    param_dtype: Any = jnp.bfloat16  # dtype of the stored weights
     remat: str = "full"  # a key of REMAT_POLICIES
 
     def __post_init__(self):
@@ -98,7 +102,7 @@ def rope_table(
     text = np.zeros((text_tokens, 3))
     positions = np.concatenate([text, image])
 
-    # Angles [t, d/2], the axes side by side.
+    # Angles [t, d/2], concatenated over the axes.
     angles = []
     for axis, dim in enumerate(axes_dims):
         frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -155,7 +159,7 @@ class DoubleBlock(nnx.Module):
         self, img: Array, txt: Array, img_mod: Array, txt_mod: Array, rope: Rope, mesh: Mesh | None
     ) -> tuple[Array, Array]:
         """img [n, s, D], txt [n, l, D] -> the same; img_mod and txt_mod [n, 6D]."""
-        # Each stream has two modulations: of the attention and of the feed-forward.
+        # Each stream has two modulations: one for the attention and one for the feed-forward.
         img_attn, img_mlp = _two_modulations(img_mod)
         txt_attn, txt_mlp = _two_modulations(txt_mod)
 
@@ -165,16 +169,16 @@ class DoubleBlock(nnx.Module):
         txt_normed = modulated_norm(txt, txt_attn.shift, txt_attn.scale)
         txt_q, txt_k, txt_v = _qkv(txt_normed, self.txt.qkv, self.txt.norm, self.head_dim, mesh)
 
-        # Join text and image to one sequence, [n, l + s, h, d].
+        # Join text and image into one sequence, [n, l + s, h, d].
         q = jnp.concatenate([txt_q, img_q], axis=1)
         k = jnp.concatenate([txt_k, img_k], axis=1)
         v = jnp.concatenate([txt_v, img_v], axis=1)
 
-        # Attend, with rotary positions on queries and keys, and take the two streams apart again.
+        # Attend, with rotary positions on queries and keys, and split the two streams again.
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
         txt_attended, img_attended = jnp.split(attended, [txt.shape[1]], axis=1)
 
-        # Add the attention's output, then the feed-forward's, to each stream through their gates.
+        # Add the gated outputs of the attention, then of the feed-forward, to each stream.
         img = self.img(img, img_attended, img_attn.gate, img_mlp, mesh)
         txt = self.txt(txt, txt_attended, txt_attn.gate, txt_mlp, mesh)
         return img, txt
@@ -214,7 +218,7 @@ class SingleBlock(nnx.Module):
         # Feed-forward branch [n, t, 4, D].
         hidden = _gelu(self.mlp(normed, mesh))
 
-        # One projection back for both, added through the gate.
+        # One output projection for both branches, gated and added to the residual.
         both = jnp.concatenate([attended, hidden], axis=2)
         return x + mod.gate[:, None] * self.proj(both, mesh)
 
@@ -261,7 +265,7 @@ class FluxTransformer(nnx.Module):
         """Noisy latents x [n, s, in_channels] -> velocity, float32 [n, s, in_channels].
 
         sigma: noise level, float32 [n] in [0, 1]. height and width count tokens, 16 pixels each.
-        Raises ValueError if x does not have height width tokens.
+        Raises ValueError if x does not have height * width tokens.
         """
         if x.shape[1] != height * width:
             raise ValueError(
@@ -297,7 +301,7 @@ class FluxTransformer(nnx.Module):
 
         joint = scan_blocks(apply_single, self.single, joint, mods, config.remat, mesh)
 
-        # Project the image tokens back to latent channels. The final modulation has its scale
+        # Project the image tokens back to latent channels. In the final modulation, scale comes
         # first.
         scale, shift = jnp.split(pin_rows(self.final_mod(vector), mesh), 2, axis=-1)
         out = self.proj_out(modulated_norm(joint[:, text_tokens:], shift, scale))
@@ -306,7 +310,7 @@ class FluxTransformer(nnx.Module):
     def _vector(self, sigma: Array, cond: Cond, mesh: Mesh | None) -> Array:
         """The conditioning vector [n, D]: SiLU of the sum of noise level, pooled text and guidance.
 
-        sigma and guidance stay in float32 up to their sinusoids: in bfloat16, two neighbouring
+        sigma and guidance stay in float32 until they are embedded: in bfloat16, two consecutive
         steps of the schedule can become equal.
         """
         vector = self.time_in(sinusoidal_embedding(1000.0 * sigma, TIME_CHANNELS))
