@@ -45,9 +45,9 @@ def base() -> ConfigDict:
     c.run_root = "runs"  # where the runs' folders are
     c.num_epochs = 100
     c.save_freq = 10  # epochs between checkpoints
-    c.num_checkpoint_limit = 5  # checkpoints to keep, the newest ones
-    c.save_failure = "stop"  # stop, continue: if a checkpoint cannot be written (a full disk)
-    c.preemption_grace = 25.0  # seconds after SIGTERM within which the last save must have started
+    c.num_checkpoint_limit = 5  # number of newest checkpoints to keep
+    c.save_failure = "stop"  # stop, continue: what to do if a checkpoint cannot be written
+    c.preemption_grace = 25.0  # seconds from SIGTERM to the start of the last save, at most
     c.eval_freq = 10  # epochs between evaluations; epoch 0 and the last one are always evaluated
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # folder of compiled programs; empty: none
@@ -55,13 +55,13 @@ def base() -> ConfigDict:
     # Epochs to trace, counted from 1. Take 3 or later: the first ones include compilation.
     c.profile = ConfigDict({"steps": ()})
 
-    # Mesh axes; -1 takes the devices that the others leave. docs/clusters.md explains the axes.
+    # Mesh axes; -1 takes all remaining devices. docs/clusters.md explains the axes.
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     # Assumptions of scripts/preflight.py. Training uses the devices it finds.
     c.preflight = ConfigDict()
-    c.preflight.devices = 1  # devices that train, if config.mesh leaves the number open
-    c.preflight.mfu = 0.4  # fraction of the devices' peak FLOP/s that is reached
+    c.preflight.devices = 1  # number of training devices, if config.mesh has a -1
+    c.preflight.mfu = 0.4  # fraction of the devices' peak FLOP/s that the run reaches
 
     c.pretrained = _pretrained()
     c.prompts = _prompts()
@@ -81,7 +81,7 @@ def _pretrained() -> ConfigDict:
     """The model that training starts from."""
     c = ConfigDict()
     c.model = ""  # a pipeline folder of diffusers; its model_index.json says which family it is
-    c.family = "FluxPipeline"  # pipeline class that preflight.py assumes if there is no such folder
+    c.family = "FluxPipeline"  # pipeline class that preflight.py assumes if model is missing
     c.transformer = ""  # another transformer: a diffusers folder or BFL's single file
     c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
     c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer
@@ -103,7 +103,7 @@ def _prompts() -> ConfigDict:
     c.max_tokens = 512  # T5 tokens
     c.cache = "~/.cache/realgen_jax/text"  # folder of text embeddings
     c.dtype = "float32"  # float32, bfloat16: dtype of the text encoders and embeddings
-    c.device = "auto"  # where the text encoders run, once; choices as for reward.device
+    c.device = "auto"  # where the text encoders run; choices as for reward.device
     return c
 
 
@@ -116,13 +116,13 @@ def _sample() -> ConfigDict:
     c.guidance_scale = 3.5
     c.train_batch_size = 8  # images of one rollout call, over all devices
     c.num_image_per_prompt = 8  # group size: images of one prompt
-    c.branches = 1  # images that share the ODE prefix and separate where the SDE window starts
+    c.branches = 1  # images that share the ODE prefix and branch where the SDE window starts
     c.same_latent = False  # True: the images of a group share the initial noise
     c.num_batches_per_epoch = 2  # rollout calls
     c.sde_type = "sde"  # sde, cps
     c.noise_level = 0.9
-    c.sde_window_size = 3  # steps with noise, the ones that are trained
-    c.sde_window_range = (0, 8)  # [first, end) of the steps in which the window's place is drawn
+    c.sde_window_size = 3  # steps with noise, which are the trained ones
+    c.sde_window_range = (0, 8)  # [first, end): steps in which the window is placed at random
     c.global_std = False  # True: advantages are divided by the epoch's std, not the group's
     c.test_batch_size = 8  # images of one evaluation call
     c.test_images_per_prompt = 1
@@ -140,7 +140,7 @@ def _train() -> ConfigDict:
     c.guard_bias = "sample"  # sample; batch: averaged over the batch as well, as in RealGen's code
     c.kl = "velocity"  # velocity, mean, mean_reference
     c.beta = 0.0  # weight of the KL term
-    c.clip_range = 1e-4  # of the policy ratio, around 1
+    c.clip_range = 1e-4  # half-width of the policy ratio's clip range around 1
     c.adv_clip_max = 5.0  # largest absolute advantage
     c.learning_rate = 1e-4
     c.adam_beta1 = 0.9
@@ -159,7 +159,7 @@ def _train() -> ConfigDict:
 def _reward() -> ConfigDict:
     """Rewards and their devices. docs/rewards.md lists them, their classes have the options."""
     c = ConfigDict()
-    c.fn = ConfigDict()  # {reward: weight}: what is trained on
+    c.fn = ConfigDict()  # {reward: weight}, the rewards to train on
     c.held_out = ()  # rewards that are scored in evaluations and never trained on
     c.metrics = ()  # metrics of a whole set of images in evaluations; lower is better
     c.options = ConfigDict()  # {reward: its constructor's options}
@@ -168,8 +168,8 @@ def _reward() -> ConfigDict:
     # Or cpu, cuda:N.
     c.device = "auto"
     c.share_gpu = False  # True: JAX uses the rewards' GPUs too
-    c.devices = ConfigDict()  # rewards with a device of their own: {"omniaid": "cuda:6"}
-    c.batch_size = 0  # images a reward gets at once, halved when out of memory; 0: all of a call
+    c.devices = ConfigDict()  # {reward: its own device}, such as {"omniaid": "cuda:6"}
+    c.batch_size = 0  # images a reward scores at once, halved when out of memory; 0: all of a call
     c.deadline = 120.0  # seconds for one reward and one call, retries included
     c.retries = 1
 
@@ -210,12 +210,12 @@ def _arena() -> ConfigDict:
     c = ConfigDict()
     c.protocol = "balanced"  # balanced: both orders, ties count as ties; realgen: the paper's
     c.pairs = "all"  # all; photographs: each entry with the photographs; first: each with the first
-    c.prompts = 0  # most prompts per set, evenly spaced; 0: all
-    c.concurrency = 8  # questions in flight
+    c.prompts = 0  # number of prompts per set at most, evenly spaced; 0: all
+    c.concurrency = 8  # questions in flight at a time
     c.requests_per_minute = 0.0  # upper limit; 0: no limit
     c.timeout = 120.0  # seconds for an answer
     c.attempts = 5  # per question: rate limits, time-outs and unreadable answers are retried
-    c.max_failures = 10  # failed questions in a row after which the judge is given up
+    c.max_failures = 10  # the arena stops after this many failed questions in a row
     c.port = 0  # of the page for human judges; 0: any free port
     return c
 
@@ -226,9 +226,9 @@ def adversary() -> ConfigDict:
     Sizes count pairs of a real and a generated image, per replica.
     """
     c = ConfigDict()
-    c.options = ConfigDict()  # of the learner (reward_bridge/learners/), added to reward.options
+    c.options = ConfigDict()  # of the learner (reward_bridge/learners/), on top of reward.options
 
-    # When it learns.
+    # When the reward learns.
     # threshold: in epochs whose mean reward is above `threshold`;
     # margin: in epochs whose references score less than `margin` above the generated images;
     # every: in the first `learn_epochs` epochs of each `cycle`;
@@ -241,7 +241,7 @@ def adversary() -> ConfigDict:
     c.patience = 5
     c.min_rise = 0.01
     c.always_first = True  # learn in epoch 0, whatever the schedule says
-    c.skip_generator = False  # True: the generator is not updated in epochs in which this learns
+    c.skip_generator = False  # True: no update of the generator in epochs in which this learns
 
     c.optimizer = "adamw"  # adam, adamw
     c.learning_rate = 4e-5
@@ -250,13 +250,13 @@ def adversary() -> ConfigDict:
 
     c.batch_size = 16  # pairs of this epoch per step; 0: all
     c.history_batch_size = 16  # pairs of earlier epochs, added to each step
-    c.history_size = 1000  # pairs kept of the epochs it learned in, in host memory and checkpoints
-    c.max_passes = 20  # most passes over the epoch's pairs
+    c.history_size = 1000  # pairs of epochs it learned in, kept in host memory and checkpoints
+    c.max_passes = 20  # passes over the epoch's pairs, at most
     c.target_accuracy = 0.9  # stop after a pass with this mean accuracy
 
-    # EMA of the weights, which gives the reward: min((1 + steps) / (10 + steps), ema_decay).
+    # The EMA weights give the reward. Their decay: min((1 + steps) / (10 + steps), ema_decay).
     c.ema_decay = 0.99
-    c.codec = "jpeg"  # none, jpeg: what real and generated images are encoded with after the resize
+    c.codec = "jpeg"  # none, jpeg: codec that real and generated images pass after the resize
     c.quality = 90  # of the codec
     c.deadline = 600.0  # seconds for one update
 
@@ -296,7 +296,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        # Flags of the config's keys exist once there is a config.
+        # The flags of the config's keys only exist once a config is loaded.
         sys.exit(NO_CONFIG if error.flagname.startswith("config.") else f"error: {error}")
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):  # ml_collections wraps its own message
