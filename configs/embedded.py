@@ -1,7 +1,9 @@
 """The embedded model: experiments that need no download and no GPU.
 
-configs/flux_grpo.py has them too, with `tiny` as its default, so NAME can follow either file:
---config configs/embedded.py:NAME, --config configs/flux_grpo.py:NAME.
+configs/flux_grpo.py has them too, with `tiny` as its default, so both of these work:
+
+    --config configs/embedded.py:NAME
+    --config configs/flux_grpo.py:NAME
 """
 
 from importlib.resources import files
@@ -71,7 +73,7 @@ def tiny() -> ConfigDict:
 def tiny_adversarial() -> ConfigDict:
     """`tiny` with a detector that learns, as the only reward, without KL.
 
-    A frozen detector is fooled within minutes. One that is shown the generated images is not.
+    A frozen detector is fooled within minutes. One that learns from the generated images is not.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:tiny_adversarial
     Machine: 2 CPU cores, 2 GB.
@@ -80,7 +82,7 @@ def tiny_adversarial() -> ConfigDict:
     (--config.reward.adversarial={}) it ends above its start (docs/rewards_that_learn.md).
     """
     c = tiny()
-    # 512 images, so that one image in two hundred that loses its subject is noticed.
+    # 512 images: enough to notice if one image in two hundred loses its subject.
     c.sample.test_images_per_prompt = 16
     c.train.beta = 0.0
 
@@ -102,7 +104,7 @@ def tiny_adversarial() -> ConfigDict:
 
 
 def tiny_soft() -> ConfigDict:
-    """`tiny_adversarial` with blurred references: images alone lead the model to another style.
+    """`tiny_adversarial` with blurred references, which alone pull the model to another style.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:tiny_soft
     Machine: 2 CPU cores, 2 GB.
@@ -112,8 +114,8 @@ def tiny_soft() -> ConfigDict:
     c = tiny_adversarial()
     c.num_epochs = 60
 
-    # The blurred style is far away. With twice this learning rate, or with a detector that learns
-    # as much as in tiny_adversarial, subjects are lost on the way.
+    # The blurred style is far from the start. With twice this learning rate, or with a detector
+    # that learns as much as in tiny_adversarial, subjects are lost on the way.
     c.train.learning_rate = 5e-4
     c.reward.adversarial.embedded_detector.max_passes = 4
     c.reward.adversarial.embedded_detector.target_accuracy = 0.85
@@ -128,7 +130,7 @@ PRESETS = {experiment.__name__: experiment for experiment in EXPERIMENTS}
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """The config of an experiment, whose name follows the colon of --config."""
+    """The config of the experiment that is named after the colon in --config."""
     if preset not in PRESETS:
         name = Path(__file__).name
         raise ValueError(f"{name} has no preset {preset!r}; choose from {', '.join(PRESETS)}")

@@ -1,8 +1,8 @@
 """GRPO on FLUX.1 with AI-image detectors as rewards (RealGen, arXiv 2512.00473).
 
-Each function is an experiment: what it changes in `realgen_jax.config.base()`, which explains all
-keys. `--config configs/flux_grpo.py:NAME` picks one. The default is `tiny`, the embedded model; its
-experiments are in configs/embedded.py. Any key can be set on the command line,
+Each function is an experiment, written as its changes to `realgen_jax.config.base()`, which
+explains all keys. `--config configs/flux_grpo.py:NAME` picks one. The default is `tiny`, the
+embedded model; its experiments are in configs/embedded.py. Any key can be set on the command line,
 --config.train.learning_rate=1e-4. Keys have Flow-GRPO's names where the meaning is the same.
 
 The experiments below expect weights and prompts in models/ and dataset/ of the current folder.
@@ -25,7 +25,8 @@ def flux_dev_8xh200() -> ConfigDict:
     """RealGen V1 Guard on FLUX.1-dev (RealGen's config `flux_fast_guard`).
 
     504 images of 24 prompts and 2 optimizer steps an epoch. Where RealGen's recipe and the code
-    that ran it differ, these are the values that ran: a window of 7 steps, starting at 0 to 14.
+    that ran it differ, these are the values that were run: a window of 7 steps, starting at step
+    0 to 14.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200
     Machine: 8 H200s; 7 train, the last one holds the rewards.
@@ -41,7 +42,7 @@ def flux_dev_8xh200() -> ConfigDict:
     c.pretrained.model = "models/FLUX.1-dev"
     c.pretrained.dtype = "bfloat16"
     c.pretrained.param_dtype = "bfloat16"
-    # Takes 38 GiB and saves a sixth of the time of an update. Prefer "full" on GPUs with 80 GB.
+    # Takes 38 GiB and saves a sixth of an update's time. Prefer "full" on GPUs with 80 GB.
     c.pretrained.remat = "dots"
     c.prompts.train = "dataset/realgen/train.txt"
     c.prompts.test = "dataset/realgen/test.txt"
@@ -82,7 +83,7 @@ def flux_dev_8xh200() -> ConfigDict:
     c.reward.options.longclip = ConfigDict({"path": "models/longclip", "dtype": "float16"})
     c.reward.deadline = 600.0
     c.reward.retries = 3
-    # Only rewards that learn read this. Experiments that have some set their own.
+    # Used only by rewards that learn. Experiments with such rewards set their own path.
     c.reward.references.path = str(REWARDS / "references" / "photographs.json")
 
     c.evaluate.prompts.short = "dataset/realbench/short_prompts.txt"
@@ -121,7 +122,9 @@ def flux_dev_8xh200_remote() -> ConfigDict:
 
 
 def flux_dev_6x2() -> ConfigDict:
-    """`flux_dev_8xh200` with 6 GPUs training and 2 for the rewards, the last one for the largest.
+    """`flux_dev_8xh200` with 6 GPUs training and 2 for the rewards.
+
+    The largest reward has the last GPU to itself.
 
     504 images of 28 prompts and 2 optimizer steps an epoch.
 
@@ -143,8 +146,8 @@ def flux_dev_6x2() -> ConfigDict:
 def flux_dev_1xh200() -> ConfigDict:
     """`flux_dev_8xh200` with one GPU for everything, rewards included.
 
-    504 images of 24 prompts and 2 optimizer steps an epoch, as there, but 3 images per call. A
-    group of 21 takes seven calls, each with a window of its own.
+    504 images of 24 prompts and 2 optimizer steps an epoch, as in that preset, but with 3 images
+    per call. A group of 21 takes seven calls, each with its own window.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dev_1xh200, with
     XLA_CLIENT_MEM_FRACTION in the environment. scripts/preflight.py computes its value.
@@ -178,9 +181,9 @@ def flux_dev_16xh200() -> ConfigDict:
 
 
 def flux_dev_full_8xh200() -> ConfigDict:
-    """`flux_dev_8xh200_remote` with all 12 B weights training, as float32 masters over 8 GPUs.
+    """`flux_dev_8xh200_remote` training all 12 B weights, with float32 masters over 8 GPUs.
 
-    528 images of 22 prompts and 2 optimizer steps an epoch. RealGen has no such recipe, it trains a
+    528 images of 22 prompts and 2 optimizer steps an epoch. RealGen has no such recipe; it trains a
     LoRA. The learning rate is a tenth of the LoRA's, as is usual, and has not been tried.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dev_full_8xh200
@@ -203,9 +206,10 @@ def flux_adv_8xh200() -> ConfigDict:
     Both OmniAID detectors learn from the photographs of RealGen's train.jsonl, one per prompt.
     504 images of 24 prompts and 2 optimizer steps an epoch.
 
-    Differences from RealGen-V2: 7 GPUs train and the last one holds the rewards, where there 8 do
-    both, so groups have 21 images instead of 24; VisualQuality-R1, which samples its answers, is
-    left out; real and generated images pass the same JPEG codec before the detectors see them.
+    Differences from RealGen-V2: 7 GPUs train and the last one holds the rewards, while RealGen-V2
+    uses all 8 for both, so groups have 21 images instead of 24. VisualQuality-R1, which samples its
+    answers, is left out. Real and generated images pass the same JPEG codec before the detectors
+    see them.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_adv_8xh200
     Machine: 8 H200s.
@@ -238,7 +242,7 @@ def flux_dino_adv() -> ConfigDict:
 
     672 images of 48 prompts and 2 optimizer steps an epoch. As in Adv-GRPO: 512 pixels, 10 steps,
     cps with noise 0.8 in the first two steps, advantages by the global standard deviation, no KL,
-    the plain ratio, 48 prompts an epoch, and nine epochs of the discriminator for each one of the
+    the plain ratio, 48 prompts an epoch, and nine epochs of the discriminator for each epoch of the
     generator.
 
     Differences from Adv-GRPO: FLUX's distilled guidance of 3.5 instead of CFG 4.5; 7 GPUs train and
@@ -277,7 +281,7 @@ def flux_dino_adv() -> ConfigDict:
     c.reward.options.longclip = ConfigDict({"path": "models/longclip", "dtype": "float16"})
 
     discriminator = adversary()
-    # Of the head's initial weights and of the patches; follows --config.seed.
+    # Draws the head's initial weights and the patches; follows --config.seed.
     discriminator.options.seed = c.get_ref("seed")
     discriminator.schedule = "every"
     discriminator.learn_epochs = 9
@@ -318,7 +322,7 @@ PRESETS = {experiment.__name__: experiment for experiment in EXPERIMENTS}
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """The config of an experiment, whose name follows the colon of --config."""
+    """The config of the experiment that is named after the colon in --config."""
     if preset not in PRESETS:
         name = Path(__file__).name
         raise ValueError(f"{name} has no preset {preset!r}; choose from {', '.join(PRESETS)}")

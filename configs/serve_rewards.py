@@ -1,11 +1,11 @@
-"""Which rewards scripts/serve_rewards.py serves, where, and within which limits.
+"""Configs of scripts/serve_rewards.py: the rewards, the address and the limits.
 
     python scripts/serve_rewards.py                                             the embedded rewards
     python scripts/serve_rewards.py --config.host=0.0.0.0 --config.port=8017    for other machines
     python scripts/serve_rewards.py --config configs/serve_rewards.py:realgen   RealGen's detectors
 
-An address that other machines reach needs a token (docs/rewards.md). To serve other rewards, copy
-this file: `rewards` names them, `options` has the arguments of their constructors.
+An address that other machines can reach needs a token (docs/rewards.md). To serve other rewards,
+copy this file: `rewards` names them, `options` has the arguments of their constructors.
 """
 
 from importlib.resources import files
@@ -25,19 +25,19 @@ def base() -> ConfigDict:
 
     c.rewards = ()
     c.options = ConfigDict()  # {reward: its constructor's options}
-    c.device = "auto"  # auto: the GPUs in turn, or the CPU if there is none; or cpu, cuda:N
-    c.devices = ConfigDict()  # rewards with a device of their own: {"omniaid": "cuda:1"}
-    c.batch_size = 0  # images a reward gets at once, halved when out of memory; 0: the whole batch
+    c.device = "auto"  # auto: round-robin over the GPUs, or the CPU; or cpu, cuda:N
+    c.devices = ConfigDict()  # {reward: its own device}, such as {"omniaid": "cuda:1"}
+    c.batch_size = 0  # images a reward scores at once, halved when out of memory; 0: all at once
     c.deadline = 120.0  # seconds for one reward and one batch
     c.retries = 1
 
     c.limits = ConfigDict()
-    c.limits.body_mib = 256.0  # of one request: 85 images of 1024x1024
-    c.limits.held_mib = 4096.0  # of all request bodies being read, waiting or being scored
-    c.limits.images = 256  # of one request
+    c.limits.body_mib = 256.0  # body of one request: 85 images of 1024x1024
+    c.limits.held_mib = 4096.0  # all request bodies being read, waiting or being scored
+    c.limits.images = 256  # images in one request
     c.limits.waiting = 1024  # images waiting for one reward
     c.limits.batch = 64  # images of several requests that are scored together
-    c.limits.gather = 0.005  # seconds a first request waits for others to join it
+    c.limits.gather = 0.005  # seconds the first request waits for others to join its batch
     c.limits.upload = 60.0  # seconds a body may take to arrive
 
     c.lock()
@@ -57,7 +57,7 @@ def tiny() -> ConfigDict:
 def realgen() -> ConfigDict:
     """RealGen's three detectors, from the folders that configs/flux_grpo.py uses.
 
-    They take 20 GiB of GPU memory, and room for the batches.
+    They take 20 GiB of GPU memory, plus the memory of the batches.
     """
     c = base()
     c.rewards = ("forensic_chat", "omniaid", "longclip")
@@ -72,7 +72,7 @@ PRESETS = {"tiny": tiny, "realgen": realgen}
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """The config of a preset, whose name follows the colon of --config."""
+    """The config of the preset that is named after the colon in --config."""
     if preset not in PRESETS:
         name = Path(__file__).name
         raise ValueError(f"{name} has no preset {preset!r}; choose from {', '.join(PRESETS)}")

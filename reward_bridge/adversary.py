@@ -1,7 +1,7 @@
-"""Rewards that learn while the generator does, from reference pictures (RealGen-V2, Adv-GRPO).
+"""Rewards that learn from reference pictures while the generator trains (RealGen-V2, Adv-GRPO).
 
-A fixed detector is fooled sooner or later. One that is trained on the pictures that fool it keeps
-up. The parts that all such rewards share are here; the parts that differ are in a learner
+A frozen detector is fooled sooner or later. One that is trained on the pictures that fool it keeps
+up. This module has what all such rewards share; what differs is in a learner
 (reward_bridge/learners/).
 """
 
@@ -23,14 +23,14 @@ from reward_bridge.learners import Learner
 from reward_bridge.references import References, recode
 from reward_bridge.references import load as load_picture
 
-# Dropout and augmentation draw from torch's global generator; one learner at a time may seed it.
+# Dropout and augmentation draw from torch's global generator, which one learner at a time may seed.
 _GLOBAL_GENERATOR = threading.Lock()
 
 
 class Adversary:
     """A reward that learns. The moving average of a learner's weights gives the scores.
 
-    Use it from one thread at a time.
+    Not thread-safe: use it from one thread at a time.
 
     group: the torch.distributed group of its replicas, one per process, or None. Gradients are
         averaged over it. The replicas must always hold the same weights, which is checked after
@@ -53,7 +53,7 @@ class Adversary:
         self.device = device
         self.group = group
 
-        # The average has its own copy of the weights that learn and shares all others.
+        # The average has its own copy of the trainable weights and shares all others.
         tensors = [*learner.model.parameters(), *learner.model.buffers()]
         frozen = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
         self.average = copy.deepcopy(learner.model, frozen).requires_grad_(False)
@@ -78,11 +78,11 @@ class Adversary:
         return self.learner.score(self.average, self._prepare(images), prompts)
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """The resize and the codec that real and generated pictures share: uint8 [n, 3, s, s]."""
+        """Apply the resize and the codec of real and generated pictures: uint8 [n, 3, s, s]."""
         images = self.learner.prepare(images)
         return recode(images, self.settings.codec, self.settings.quality)
 
-    # -- An epoch: references are drawn, pairs observed, then learnt from or dropped
+    # -- An epoch: draw references, observe pairs, then learn from them or drop them
 
     def draw(self, prompts: Sequence[str], seed: int, height: int, width: int) -> torch.Tensor:
         """Reference pictures for these prompts: uint8 [n, 3, s, s].
@@ -97,7 +97,7 @@ class Adversary:
         return torch.cat([pictures[file] for file in files])
 
     def observe(self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]) -> None:
-        """Keep n pairs for this epoch's update."""
+        """Store n pairs for this epoch's update."""
         self._observed.append(
             Pairs(
                 self._prepare(real).cpu().numpy(),
@@ -123,7 +123,7 @@ class Adversary:
         """Learn from the observed pairs, mixed with pairs from the history.
 
         Passes over the pairs continue until a pass reaches the target accuracy, measured while
-        learning, or `max_passes`. Returns the last pass's mean metrics, the numbers of passes and
+        learning, or `max_passes`. Returns the last pass's mean metrics, the number of passes and of
         steps, and the size of the history.
         """
         pairs = self._all_observed()
@@ -205,7 +205,7 @@ class Adversary:
         return {"loss": loss.item(), **{key: float(value) for key, value in metrics.items()}}
 
     def _update_average(self) -> None:
-        """Move the average towards the weights; early steps move it faster."""
+        """Move the average towards the weights, faster in early steps."""
         decay = min((1 + self.steps) / (10 + self.steps), self.settings.ema_decay)
         self.steps += 1
         with torch.no_grad():
@@ -273,9 +273,9 @@ class Adversary:
         return save({key: value.contiguous() for key, value in tensors.items()})
 
     def restore(self, state: bytes, with_history: bool = True) -> None:
-        """Return to a `state`. Leave out its history if it belongs to another replica.
+        """Restore a `state`, without its history if that belongs to another replica.
 
-        Raises ValueError if the state is that of another model.
+        Raises ValueError if the state belongs to another model.
         """
         tensors = load(state)
         self._check_names(tensors)
@@ -337,5 +337,5 @@ def join(
         store = distributed.TCPStore(host, port, processes, is_master=False)
     distributed.init_process_group("gloo", store=store, rank=process, world_size=processes)
 
-    # A group for each: they learn in threads of their own.
+    # One group each, because they learn in separate threads.
     return {name: distributed.new_group() for name in names}

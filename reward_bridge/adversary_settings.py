@@ -67,8 +67,8 @@ class Settings:
         return settings
 
 
-# Each schedule decides whether to learn in this epoch (from 0), given the epoch's mean rewards of
-# generated and of reference pictures. It may keep numbers in `memory` from one epoch to the next.
+# A schedule decides whether to learn in this epoch (counted from 0), given the epoch's mean rewards
+# of generated and of reference pictures. It may keep numbers in `memory` between epochs.
 Memory = dict[str, float]
 
 

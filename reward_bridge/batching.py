@@ -1,4 +1,4 @@
-"""Joins the requests that reach a reward server into batches, within limits."""
+"""Batches the requests to a reward server, within limits."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts. A larger request gets 413; one that comes at a busy time gets 503.
+    """What a server accepts. A larger request gets 413; one at a busy time gets 503.
 
     Raises ValueError if the largest allowed request could never be accepted.
     """
@@ -41,7 +41,7 @@ class Limits:
 
 
 def busy(reason: str) -> HTTPException:
-    """The error for a client that should ask again later."""
+    """The error that tells a client to retry later."""
     return HTTPException(503, f"{reason}; ask again later", headers={"Retry-After": "1"})
 
 
@@ -69,7 +69,7 @@ class Memory:
 
 @dataclass
 class Request:
-    """Images of one size that wait for their scores."""
+    """A request's images, all of one size, and its future scores."""
 
     images: torch.Tensor  # uint8 [n, 3, h, w]
     prompts: list[str]
@@ -78,7 +78,7 @@ class Request:
     )  # float32 [n]
 
     def settle(self, outcome: np.ndarray | Exception) -> None:
-        """Hand over the scores or the error, unless the client has gone away."""
+        """Set the scores or the error, unless the client has disconnected."""
         if self.scores.done():
             return
         if isinstance(outcome, Exception):
@@ -108,7 +108,7 @@ class Batcher:
         return sum(len(request.prompts) for request in waiting)
 
     def check_room(self, images: int) -> None:
-        """Raise HTTPException 503 if that many more images cannot wait."""
+        """Raise HTTPException 503 if the queue has no room for that many more images."""
         if self._closing():
             raise busy("the server is stopping")
         if self.images_waiting + images > self._limits.waiting:
@@ -153,7 +153,7 @@ class Batcher:
         left: deque[Request] = deque()
         images = 0
         for request in self._waiting:
-            if request.scores.done():  # the client has gone away
+            if request.scores.done():  # the client has disconnected
                 continue
             count = len(request.prompts)
             fits = not taken or (
@@ -169,10 +169,10 @@ class Batcher:
         return taken
 
     async def _score(self, batch: list[Request]) -> None:
-        """Score requests together and give each its own rows.
+        """Score several requests as one batch and split the scores.
 
-        If a batch of several requests fails, each is scored alone, so that only the one that
-        caused the error fails.
+        If the batch fails, each request is scored alone, so that only the one that caused the error
+        fails.
         """
         try:
             scores = await run_in_threadpool(self._submit, batch)

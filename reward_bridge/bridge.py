@@ -17,14 +17,15 @@ from reward_bridge.reward import Reward, RewardError, Scores
 class RewardBridge:
     """Scores batches with rewards, each on the device that `devices` names for it.
 
-    Rewards on one GPU take turns batch by batch, so that none waits longer than its neighbours'
+    Rewards on the same GPU take turns batch by batch, so each waits at most for its neighbours'
     work. Every GPU has its own thread, and so does every reward on the CPU or behind HTTP. Pictures
-    reach a device once for all its rewards.
+    are copied to a device once for all of its rewards.
 
-    A reward that raises is tried `retries` more times. One that runs out of memory continues with
-    half the images at a time. A batch ends with a RewardError if a reward still raises, has not
-    answered within `deadline` seconds, or returns anything but n finite numbers. Scores are never
-    made up. `batch_size` is the most images a reward scores at once; 0: all.
+    A reward that raises is retried up to `retries` times. One that runs out of memory continues
+    with half the images at a time. A batch fails with a RewardError if a reward still raises, has
+    not answered within `deadline` seconds, or returns anything but n finite numbers. Scores are
+    never made up. `batch_size` is the maximum number of images that a reward scores at once; 0:
+    all.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class RewardBridge:
     ) -> "PendingScores":
         """Queue uint8 images [n, 3, h, w] for scoring and return at once.
 
-        images: a torch.Tensor, a jax.Array or a numpy array. It may still be computed, and may be
-            spread over several devices. If it is spread over several processes, this process
-            scores its own images, and `prompts` are theirs.
+        images: a torch.Tensor, a jax.Array or a numpy array. Its computation may still be running,
+            and it may be sharded over several devices. If it is sharded over several processes,
+            this process scores its own images, and `prompts` must be theirs.
         only: the rewards to run (default: all).
         observe: a seed. Rewards that learn then draw reference pictures with it, score them too
             (`Scores.references`), and keep the pairs for their next update.
@@ -97,7 +98,7 @@ class RewardBridge:
     def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> "PendingLearning":
         """Queue an update of each reward in `seeds`, after the work that is already queued.
 
-        seeds: by reward. deadlines: seconds, by reward.
+        seeds: {reward: seed}. deadlines: {reward: seconds}.
         """
         answers: dict[Lane, Answer] = {}
         done: queue.SimpleQueue = queue.SimpleQueue()
@@ -109,15 +110,15 @@ class RewardBridge:
         return PendingLearning(answers, done, list(seeds))
 
     def stuck(self) -> list[str]:
-        """Rewards past their deadline that still have not answered; they block their device."""
+        """Rewards that are past their deadline and still running; they block their device."""
         names = [lane.overdue() for lane in self._lanes]
         return [name for name in names if name is not None]
 
     def close(self, wait: float = 10.0) -> None:
         """Drop queued batches and give running rewards `wait` seconds to finish.
 
-        Results of dropped batches raise RewardError. Call this before the process ends: a thread
-        that is still inside torch can crash it.
+        Results of dropped batches raise RewardError. Call this before the process exits, because a
+        thread that is still inside torch can crash it.
         """
         end = time.monotonic() + wait
         self._closed = True
@@ -147,12 +148,12 @@ class _Pending:
                 lane.raise_if_overdue()
 
     def _outcomes(self) -> list[Any]:
-        """Wait for all lanes. If one fails, what is still queued of this batch is dropped."""
+        """Wait for all lanes. If one fails, the batch's queued jobs are dropped."""
         answers = self._answers.values()
         try:
             waiting = True
             while waiting:
-                # In this order: an error that comes between the two lines is seen in the next turn.
+                # In this order, an error set between the two lines is seen in the next iteration.
                 waiting = any(answer.outcome is None for answer in answers)
                 self.raise_if_failed()
                 if waiting:
@@ -170,7 +171,7 @@ class PendingScores(_Pending):
     """The scores of one submitted batch, once they are available."""
 
     def result(self) -> Scores:
-        """Wait for the scores. Raises RewardError naming the reward that failed or was too late."""
+        """Wait for the scores. Raises RewardError naming the reward that failed or timed out."""
         rewards = {}
         references = {}
         for scores in self._outcomes():

@@ -1,4 +1,4 @@
-"""A reward that other machines compute: scripts/serve_rewards.py there, this class here."""
+"""A reward computed by other machines, which run scripts/serve_rewards.py."""
 
 import asyncio
 import itertools
@@ -22,8 +22,8 @@ from tenacity import (
 from reward_bridge.reward import RewardError
 from reward_bridge.wire import encode
 
-CONNECT_SECONDS = 5.0  # after which a machine that does not react at all is given up
-REST_SECONDS = 30.0  # for which a server that failed is skipped while others work
+CONNECT_SECONDS = 5.0  # connection time-out, for machines that do not respond at all
+REST_SECONDS = 30.0  # a server that failed is skipped for this long if others work
 CHUNK_BYTES = 2**18
 
 # Statuses that blame the server. Any other status blames the request itself.
@@ -35,7 +35,7 @@ class _Retryable(RewardError):
 
 
 class _RewardFailed(_Retryable):
-    """The reward itself failed, after the server's own retries: only another server may succeed."""
+    """The reward failed after the server's own retries. Only another server may succeed."""
 
 
 @dataclass
@@ -44,26 +44,26 @@ class _Slice:
 
     body: bytes
     images: int
-    turn: int  # which server gets the first attempt
+    turn: int  # index of the server that gets the first attempt
     attempts: int = 0
     failed: set[str] = field(default_factory=set)  # servers on which the reward itself failed
     last_error: str = ""
 
 
 class RemoteReward:
-    """The reward `name` of one or more servers, with the scores it would give in this process.
+    """The reward `name` on one or more servers, with the scores it would give in this process.
 
-    A batch is cut into as many contiguous slices as there are servers, which score them side by
-    side. A slice whose server fails goes to the next server, at most `attempts` times, after pauses
-    that double up to 15 s and have a random part. Everything ends `deadline` seconds after the
-    call, of which a server that hangs gets its share; choose less than config.reward.deadline. A
-    wrong token, an unknown reward or too large a request ends the call at once; so does a reward
-    that has failed on every server. All of these raise RewardError.
+    A batch is cut into one contiguous slice per server, and the servers score them in parallel. A
+    slice whose server fails goes to the next server, with at most `attempts` attempts. Pauses
+    between attempts double up to 15 s and have random jitter. The whole call ends after `deadline`
+    seconds, and a server that hangs only gets a share of them; choose less than
+    config.reward.deadline. A wrong token, an unknown reward or a request that is too large ends the
+    call at once; so does a reward that has failed on every server. All of these raise RewardError.
 
     servers: a list of "http://host:port".
     token_env: the environment variable that holds the bearer token, if there is one.
 
-    Proxies named in the environment are not used.
+    Proxy settings in the environment are ignored.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class RemoteReward:
         return asyncio.run(self._score(slices))
 
     def _cut(self, images: torch.Tensor, prompts: list[str]) -> list[_Slice]:
-        """Contiguous slices, one per server, each beginning with another server."""
+        """Cut a batch into a contiguous slice per server, each starting with a different server."""
         parts = len(self.servers)
         bounds = [len(prompts) * part // parts for part in range(parts + 1)]
         first_turn = random.randrange(parts)
@@ -149,7 +149,7 @@ class RemoteReward:
         candidates = self._available()
         server = candidates[(part.turn + part.attempts) % len(candidates)]
 
-        # A server that hangs must leave time for the servers that were not tried yet.
+        # A server that hangs must leave time for the servers not tried yet.
         untried = max(1, len(self.servers) - part.attempts)
         seconds = (end - asyncio.get_running_loop().time()) / untried
         part.attempts += 1
@@ -193,7 +193,7 @@ class RemoteReward:
 
 
 async def _chunks(body: bytes) -> AsyncIterator[bytes]:
-    """The body in pieces: each layer of HTTP copies what it is given."""
+    """The body in chunks, because each layer of the HTTP client copies what it is given."""
     for start in range(0, len(body), CHUNK_BYTES):
         yield body[start : start + CHUNK_BYTES]
 

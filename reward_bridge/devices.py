@@ -1,4 +1,4 @@
-"""Who gets which GPU: rewards in torch, sampling and training in JAX. Does not import jax."""
+"""Divides the GPUs between rewards (torch) and training (JAX). Does not import jax."""
 
 import os
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
-ROOM = GIB  # bytes that rewards need besides their weights, at least, on a GPU shared with JAX
-DEFAULT_FRACTION = "0.75"  # of a GPU's memory: what JAX claims at its start
+ROOM = GIB  # bytes to leave for rewards, besides their weights, on a GPU shared with JAX
+DEFAULT_FRACTION = "0.75"  # fraction of a GPU's memory that JAX claims when it starts
 MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 OLD_MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # still read by JAX
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
@@ -16,7 +16,7 @@ PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 @dataclass(frozen=True)
 class Allotment:
-    """How JAX and the rewards divide the GPUs."""
+    """How the GPUs are divided between JAX and the rewards."""
 
     shared: frozenset[str]  # GPUs that both use, such as "cuda:0"
     visible: str | None  # value for jax_cuda_visible_devices; None: leave it as it is
@@ -53,7 +53,7 @@ def reserve(devices: Iterable[str], jax_platforms: str | None, share: bool = Fal
     jax_platforms: jax.config.jax_platforms. If JAX does not run on GPUs, nothing is reserved.
     share: let JAX use the rewards' GPUs too.
 
-    The rewards' GPUs are also shared if JAX would have none left. The caller applies
+    The rewards' GPUs are also shared if none would be left for JAX. The caller applies
     `Allotment.visible` before JAX starts.
     """
     if not _jax_may_use_gpus(jax_platforms):
@@ -71,7 +71,7 @@ def reserve(devices: Iterable[str], jax_platforms: str | None, share: bool = Fal
 
 
 def gpus_for_jax(devices: Iterable[str], jax_platforms: str | None, share: bool = False) -> int:
-    """The number of GPUs that JAX will see once `reserve` is done; 0 if it runs on something else.
+    """The number of GPUs that JAX will see after `reserve`; 0 if it does not run on GPUs.
 
     Arguments as for `reserve`. Nothing is started or reserved.
     """
@@ -82,10 +82,10 @@ def gpus_for_jax(devices: Iterable[str], jax_platforms: str | None, share: bool 
 
 
 def check_room(device: str) -> None:
-    """Check that JAX finds the memory it will claim on a GPU where rewards are already loaded.
+    """Check that a GPU with loaded rewards has room for the memory that JAX will claim.
 
-    JAX claims a fraction of the GPU at its start (0.75 unless XLA_CLIENT_MEM_FRACTION is set) and
-    returns nothing. Raises ValueError with the fraction that fits.
+    JAX claims a fraction of the GPU when it starts (0.75 unless XLA_CLIENT_MEM_FRACTION is set) and
+    never returns it. Raises ValueError with the fraction that fits.
     """
     if os.environ.get(PREALLOCATE, "") in ("false", "False", "0"):
         return

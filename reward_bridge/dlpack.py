@@ -8,12 +8,12 @@ import torch
 def to_torch(array: jax.Array) -> torch.Tensor:
     """The tensor that shares memory with an array on one device.
 
-    Treat it as read-only: jax may use the values again. Waits until the array is computed. Either
-    side keeps the memory alive. From a device that torch does not know (a TPU) the values are
-    copied to the host.
+    Treat it as read-only: jax may still use the values. Waits until the array is computed. Both the
+    array and the tensor keep the memory alive. On a device that torch does not support (a TPU), the
+    values are copied to the host.
 
     Raises TypeError for anything but a concrete array, ValueError for an array that was deleted
-    (donated) or that lies on several devices.
+    (donated) or that is spread over several devices.
     """
     _check(array)
     if len(array.devices()) > 1:
@@ -38,8 +38,8 @@ def shards_to_torch(array: jax.Array) -> list[torch.Tensor]:
 def gather(array: jax.Array, device: str) -> torch.Tensor:
     """This process's rows of an array that is sharded by rows, as one tensor on a torch device.
 
-    If they already lie there in one piece, the tensor shares their memory. Otherwise each shard is
-    copied once, from device to device, not through the host.
+    If they are already there in one piece, the tensor shares their memory. Otherwise each shard is
+    copied once, directly from device to device.
     """
     shards = shards_to_torch(array)
     if len(shards) == 1:

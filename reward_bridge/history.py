@@ -17,9 +17,9 @@ class Pairs:
 
 
 class History:
-    """At most `size` pairs of earlier epochs, in host memory.
+    """Up to `size` pairs from earlier epochs, in host memory.
 
-    Once it is full, a new pair replaces a random one. `pairs` holds tuples (real, generated,
+    Once it is full, a new pair replaces a random old one. `pairs` holds tuples (real, generated,
     prompt), the pictures as uint8 [3, s, s].
     """
 
@@ -36,7 +36,7 @@ class History:
                 self.pairs[int(torch.randint(self.size, ()))] = pair
 
     def draw(self, count: int) -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:
-        """`count` pairs with replacement, or none while the history is empty."""
+        """Draw `count` pairs with replacement, or none while the history is empty."""
         if not self.pairs:
             return [], [], []
         rows = torch.randint(len(self.pairs), (count,)).tolist()

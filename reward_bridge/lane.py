@@ -14,7 +14,7 @@ import torch
 
 from reward_bridge.reward import Reward, RewardError, Scores, TrainableReward
 
-# How errors of the CPU's allocator and of cuBLAS are recognised: torch has no class for them.
+# Out-of-memory messages of the CPU allocator and of cuBLAS: torch has no exception class for them.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -35,16 +35,16 @@ class Running:
     """The reward that a lane is running."""
 
     name: str
-    end: float  # time.monotonic() at its deadline
-    complaint: str  # what to report after the deadline
+    end: float  # its deadline, in time.monotonic()
+    complaint: str  # what to report if it misses the deadline
 
 
 class Answer:
     """The outcome of one job: a result, an error, or None while the job is not done.
 
-    This is not a Future: an interrupt can leave a Future's lock held, and the next caller then
-    waits forever. Here the calling thread only takes locks inside SimpleQueue, which an interrupt
-    cannot split.
+    This is not a Future, because an interrupt can leave a Future's lock held, and the next caller
+    then waits forever. Here the calling thread only takes locks inside SimpleQueue, whose
+    operations an interrupt cannot split.
     """
 
     def __init__(self, done: queue.SimpleQueue):
@@ -90,7 +90,7 @@ class Batch:
 
 
 class Lane:
-    """A thread that runs its rewards' jobs one after the other."""
+    """A thread that runs the jobs of its rewards one after another."""
 
     def __init__(self, names: Sequence[str], shared: Shared):
         self.names = list(names)
@@ -159,10 +159,10 @@ class Lane:
     ) -> Scores:
         """Score a batch with the named rewards.
 
-        With a `seed`, rewards that learn also draw reference pictures with it, score those, and
-        observe the pairs.
+        With a `seed`, rewards that learn also draw reference pictures, score them and observe the
+        pairs.
         """
-        batch.wait()  # a reward's deadline starts after the rollout
+        batch.wait()  # so that deadlines start after the rollout
         rewards = {name: self._score_reward(name, batch, prompts) for name in names}
         references: dict[str, np.ndarray] = {}
         if seed is None:
@@ -230,7 +230,7 @@ class Lane:
     def _score_in_chunks(self, name: str, pixels: torch.Tensor, prompts: list[str]) -> np.ndarray:
         """Score uint8 pixels [n, 3, h, w] in chunks of the reward's batch size: float32 [n].
 
-        The chunks are halved from where memory runs out.
+        If memory runs out, the remaining images are scored in chunks of half the size.
         """
         shared = self._shared
         scores = np.empty(len(prompts), np.float32)
@@ -254,7 +254,7 @@ class Lane:
         try:
             with torch.inference_mode():
                 scores = self._shared.rewards[name](pixels, prompts)
-            # Errors of a GPU surface here.
+            # GPU errors surface here, at the synchronising copy.
             scores = torch.as_tensor(scores).to("cpu", torch.float32).numpy()
         except Exception as error:
             if not _is_out_of_memory(error) or len(prompts) == 1:
@@ -269,7 +269,7 @@ class Lane:
         return scores
 
     def _halve_batch_size(self, name: str, images: int) -> None:
-        # Called after the error's traceback is gone, which held on to the chunk's memory.
+        # The caller has dropped the error's traceback, which kept the chunk's memory alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._shared.batch_sizes[name] = (images + 1) // 2

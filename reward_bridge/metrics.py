@@ -1,4 +1,4 @@
-"""Measures of a whole set of pictures, where a reward judges one picture at a time."""
+"""Metrics of a whole set of pictures. (A reward scores each picture on its own.)"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,7 +33,7 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class EmbeddedFrechet:
-    """Distance to 2,048 fresh crops of the training squares, in the classifier's features.
+    """Fréchet distance to 2,048 fresh crops of the training squares, in the classifier's features.
 
     Lower is better.
     """
@@ -59,7 +59,7 @@ class EmbeddedFrechet:
 
 
 class EmbeddedFrechetHeldOut(EmbeddedFrechet):
-    """Distance to crops of the held-out squares, on which nothing was ever trained."""
+    """Fréchet distance to crops of the held-out squares, on which nothing was ever trained."""
 
     REAL = "held_out_features"
 

@@ -1,7 +1,7 @@
 """A client for OpenAI-compatible chat endpoints, with bounded retries and rate limits.
 
 The arena's judge (judges/api.py) and the reward `vlm_judge` (rewards/vlm_judge.py) use it. No
-message contains the endpoint's address or key.
+message of this module contains the endpoint's address or key.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import httpx2
 import tenacity
 
-# Seconds. An endpoint that asks for a longer wait (its daily quota is spent) is not asked again.
+# Seconds. An endpoint that asks for a longer wait (as when a daily quota is spent) is given up.
 LONGEST_WAIT = 600.0
 BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=20)
 
@@ -46,7 +46,7 @@ class ContentFiltered(RequestFailed):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is served. The address and the key appear in no message."""
+    """Where a model is served. Its repr hides the address and the key."""
 
     model: str
     url: str = field(repr=False)  # up to and including /v1
@@ -90,8 +90,8 @@ class ChatClient:
     unreachable, or if the response cannot be read. Waits between attempts grow and are random; a
     Retry-After header pauses all requests of this client. `stopped()` ends the retries early.
 
-    `timeout` is the wait in seconds for the next bytes of a response, `total_timeout` that for a
-    whole response (None: unlimited). `requests_per_minute` limits the rate (0: unlimited).
+    `timeout` is the longest wait in seconds for the next bytes of a response, `total_timeout` that
+    for a whole response (None: unlimited). `requests_per_minute` limits the rate (0: unlimited).
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ChatClient:
         requests_per_minute: float = 0.0,
         stopped: Callable[[], bool] = lambda: False,
     ):
-        # At finer levels these log addresses.
+        # At more verbose levels, these loggers print addresses.
         for name in ("httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -164,7 +164,7 @@ class ChatClient:
         return read(response)
 
     def _raise_error(self, response: httpx2.Response) -> None:
-        """Raise what an error response means: retry, give up on the request, or on the endpoint."""
+        """Raise the error of a response: retry, give up the request, or give up the endpoint."""
         codes, text = _error_of(response)
         text = self.endpoint.excerpt(text)
         status = response.status_code

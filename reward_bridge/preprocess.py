@@ -1,7 +1,7 @@
-"""What detectors do to a picture first, on the tensor's own device: resize, crop, normalise.
+"""Preprocessing of pictures for detectors, on the tensor's own device: resize, crop, normalise.
 
-Detectors' authors resize with PIL. `resize` gives the same bits, so that a score does not depend on
-which of the two resized the picture.
+The detectors' authors resize with PIL. `resize` gives the same bits, so that scores do not depend
+on which of the two resized the picture.
 """
 
 import functools
@@ -21,7 +21,7 @@ def resize(images: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tens
 
     `mode` is "bilinear" or "bicubic". PIL resamples the rows, rounds to 8 bits, then does the same
     with the columns; halves are rounded up (1024 -> 512 has many). Pillow 13 begins with the
-    columns if the height shrinks by more; this function works as earlier versions do.
+    columns if the height shrinks more than the width; this function follows earlier versions.
     """
     height, width = size
     images = _resample(images, width, mode)
@@ -38,12 +38,12 @@ def _resample(images: torch.Tensor, n: int, mode: str) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _pil_weights(m: int, n: int, mode: str, device: torch.device) -> torch.Tensor:
-    """PIL's weights from m to n pixels, float64 [m, n], in units of 1 / UNIT (Pillow, Resample.c).
+    """PIL's resampling weights, float64 [m, n], in units of 1 / UNIT (Pillow, Resample.c).
 
     The filter is a triangle, or Keys' cubic with a = -1/2. It is stretched to the size of the
     target's pixels if those are larger.
     """
-    # Distance of every source pixel to every target's centre, in pixels of the filter.
+    # Distance from every source pixel to every target pixel's centre, in units of the filter.
     scale = m / n
     stretch = max(scale, 1.0)
     centre = (torch.arange(n, dtype=torch.float64) + 0.5) * scale
@@ -72,8 +72,8 @@ def resize_and_crop(images: torch.Tensor, side: int, mode: str = "bicubic") -> t
     """uint8 [n, 3, h, w] -> uint8 [n, 3, side, side]: CLIP's preprocessing.
 
     The short side is resized to `side` and the middle is cropped. The long side is rounded down to
-    whole pixels and the crop's corner to the nearest even number at halves, as torchvision's Resize
-    and CenterCrop do.
+    whole pixels. The crop's corner is rounded half to even. Both are as in torchvision's Resize and
+    CenterCrop.
     """
     height, width = images.shape[2:]
     short = min(height, width)
@@ -91,7 +91,7 @@ def normalize(
     std: tuple[float, ...],
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """(x / 255 - mean) / std per channel, of images [n, 3, h, w] in 0..255.
+    """(x / 255 - mean) / std per channel, for images [n, 3, h, w] in 0..255.
 
     Computed in float32 and returned in `dtype`.
     """

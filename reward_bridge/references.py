@@ -1,7 +1,7 @@
-"""Reference pictures: what rewards that learn take for real.
+"""Reference pictures, the real examples for rewards that learn.
 
 Real and generated pictures go through the same resize and the same codec before they are learnt
-from or scored. Only their content can tell them apart, not how their files were made.
+from or scored. So only their content can tell them apart, not how their files were made.
 """
 
 import io
@@ -19,13 +19,13 @@ SHOWN = 10  # unusable pictures that an error lists
 
 
 class References:
-    """Reference pictures, by prompt or for all prompts alike.
+    """Reference pictures, either per prompt or shared by all prompts.
 
     path: one of
         - a .jsonl file whose lines have "prompt" and "image" (a file) or "images" (a list of
           files), as RealGen's,
         - a .json file {prompt: [files]}, as Adv-GRPO's,
-        - a folder of photographs, any of which may stand for any prompt.
+        - a folder of photographs, any of which may be used for any prompt.
     root: the folder that file names are relative to; empty: the folder of `path`.
     prompts: the run's prompts, each of which needs a picture.
 
@@ -55,7 +55,7 @@ class References:
         _check_pictures([file for files in self._by_prompt.values() for file in files])
 
     def draw(self, prompts: Sequence[str], seed: int) -> list[Path]:
-        """A picture for each prompt. None repeats while its prompt has others left."""
+        """Draw a picture for each prompt, without repeats while the prompt has unused pictures."""
         random = np.random.default_rng(seed)
         pools: dict[str, list[Path]] = {}
         drawn = []
@@ -69,7 +69,7 @@ class References:
 
 
 def load(file: Path, height: int, width: int) -> torch.Tensor:
-    """Load the largest centred part of a picture with the aspect ratio height x width.
+    """Load a picture, centre-cropped to the aspect ratio height x width.
 
     Returns uint8 [3, h, w], not resized.
     """
@@ -167,7 +167,7 @@ def _read_json(file: Path) -> dict[str, list[str]]:
 
 
 def _read_jsonl(file: Path) -> dict[str, list[str]]:
-    """{prompt: file names} of a .jsonl file. Lines with the same prompt add up."""
+    """{prompt: file names} of a .jsonl file. Lines with the same prompt are merged."""
     if file.suffix != ".jsonl":
         raise ValueError(
             f"{file} ends in {file.suffix!r}; expected .jsonl, .json or a folder of photographs"

@@ -1,7 +1,7 @@
 """Finds the class of a reward, and checks the options that the config gives it.
 
-A table entry is "module:Class" and is imported when it is asked for: a run loads only what it uses.
-The option `class` names a class outside the table, config.reward.options.NAME = {"class":
+A table entry is "module:Class" and is imported on demand, so a run only loads what it uses. The
+option `class` names a class outside the table, config.reward.options.NAME = {"class":
 "package.module:Class"}. Only the user's own config can set it.
 """
 
@@ -14,7 +14,7 @@ CLASS = "class"  # the option that names a class of the user's own
 
 
 def find_class(kind: str, name: str, table: Mapping[str, str], options: Mapping[str, Any]) -> type:
-    """The class that the option `class` names, else the one that the table has for `name`.
+    """The class in the option `class`, else the table's class for `name`.
 
     Raises ValueError if neither exists or the class cannot be imported. `kind` is for the error.
     """
@@ -44,7 +44,7 @@ def without_class(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _import(target: Any, source: str) -> type:
-    """Import "package.module:Class". Raises ValueError naming `source`, where the string stands."""
+    """Import "package.module:Class". Raises ValueError naming `source`, where the string is set."""
     module, _, name = str(target).partition(":")
     if not module or not name:
         raise ValueError(f"{source} is {target!r}; expected 'package.module:Class'")

@@ -1,4 +1,4 @@
-"""What a reward is, what it returns, and how it fails."""
+"""The interface of a reward, its result and its error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 
 class Reward(Protocol):
-    """Any callable of this form. Higher scores are better."""
+    """Any callable with this signature. Higher scores are better."""
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score uint8 images [n, 3, h, w] and their n prompts: float32 [n]."""
@@ -22,7 +22,7 @@ class TrainableReward(Reward, Protocol):
     def draw(self, prompts: Sequence[str], seed: int, height: int, width: int) -> torch.Tensor:
         """Draw one reference picture per prompt, for generated pictures of this size.
 
-        Returns uint8 [n, 3, s, s], s being the size at which the reward keeps pictures.
+        Returns uint8 [n, 3, s, s], where s is the size at which the reward stores pictures.
         """
 
     def observe(self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ class TrainableReward(Reward, Protocol):
 
 
 class RewardError(RuntimeError):
-    """A reward failed for good. The step that asked for its scores must not be trained on."""
+    """A reward failed permanently. The step that needs its scores must not be trained on."""
 
     image: int | None = None  # index in the batch, if a single image caused the error
 
@@ -42,5 +42,5 @@ class RewardError(RuntimeError):
 class Scores:
     """The scores of one batch of n images."""
 
-    rewards: dict[str, np.ndarray]  # float32 [n] by reward
-    references: dict[str, np.ndarray]  # float32 [n] by learning reward: of the reference pictures
+    rewards: dict[str, np.ndarray]  # {reward: float32 [n]}
+    references: dict[str, np.ndarray]  # {reward that learns: scores of its references, float32 [n]}

@@ -1,8 +1,8 @@
-"""Serves rewards over HTTP, from another environment or from other GPUs than the trainer's.
+"""Serves rewards over HTTP, from another environment or other GPUs than the trainer's.
 
     GET  /healthz          rewards, their devices, and how many images wait; needs no token
     POST /score/{reward}   a body as in reward_bridge/wire.py -> {"scores": [...]}, one number per
-                           image in the order of the images, exact in float32
+                           image in the images' order, exact in float32
 
 Errors are {"error": "..."} with a status: 400 malformed body, 401 wrong token, 404 unknown reward,
 408 the body took too long, 413 too many bytes or images, 500 the reward failed, 503 the queue is
@@ -55,7 +55,7 @@ class _Service:
         batcher = self._batcher(request.path_params["reward"])
         batcher.check_room(1)
 
-        # Until the body is read, assume the size that its header states, or the largest one.
+        # Until the body is read, assume the size in its header, or else the largest allowed size.
         limit = int(self._limits.body_mib * MIB)
         size = int(request.headers.get("content-length", 0))
         _check_size(size, limit)
@@ -122,7 +122,7 @@ def make_app(
     """The ASGI application.
 
     token: the bearer token that clients need; empty: none.
-    closing: whether the server accepts no more work.
+    closing: returns whether the server has stopped accepting work.
     """
     service = _Service(bridge, limits, token, closing)
     return Starlette(
@@ -140,12 +140,10 @@ def make_app(
 
 
 def bind(host: str, port: int, token: str) -> socket.socket:
-    """A bound socket that does not listen yet: clients are refused while rewards load.
+    """A bound socket that does not listen yet, so that clients are refused while rewards load.
 
-    Port 0 takes any free port.
-
-    Raises ValueError for an address that other machines can reach if there is no token, OSError if
-    the address is taken.
+    Port 0 takes any free port. Raises ValueError if other machines can reach the address and there
+    is no token, OSError if the address is in use.
     """
     if not token and not _is_loopback(host):
         raise ValueError(
@@ -168,7 +166,7 @@ def bind(host: str, port: int, token: str) -> socket.socket:
 def serve(bridge: RewardBridge, listener: socket.socket, limits: Limits, token: str) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
-    Then the current batch is finished, and waiting requests get 503.
+    The current batch is still finished; waiting requests get 503.
     """
     app = make_app(bridge, limits, token, closing=lambda: server.should_exit)
     config = uvicorn.Config(
@@ -237,7 +235,7 @@ def _decode(body: bytes, max_images: int) -> tuple[torch.Tensor, list[str]]:
 
 async def _wait_for(scores: asyncio.Future, request: Request) -> np.ndarray:
     """Wait for the scores, float32 [n], but no longer than the client does."""
-    # After the body, the only message left to receive is the end of the connection.
+    # After the body, the only message left to receive is the disconnect.
     disconnected = asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({scores, disconnected}, return_when=asyncio.FIRST_COMPLETED)

@@ -29,11 +29,11 @@ class Rewards:
     """A run's rewards, loaded."""
 
     bridge: RewardBridge
-    learning: dict[str, Adversary]  # those of the bridge's rewards that learn
+    learning: dict[str, Adversary]  # the bridge's rewards that learn
     metrics: dict[str, Metric]
 
 
-# -- Checks: nothing is loaded yet
+# -- Checks, before anything is loaded
 
 
 def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list[str]:
@@ -70,7 +70,7 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
     unknown_learners = []
     for name in dict.fromkeys(names):
         reward_options = options.get(name, {})
-        if "servers" in reward_options:  # its servers know what they have
+        if "servers" in reward_options:  # checked by its servers
             continue
         problems += _missing_files(name, reward_options)
 
@@ -119,7 +119,7 @@ def _learning_problems(reward: ConfigDict) -> list[str]:
 
 
 def _device_problems(reward: ConfigDict) -> list[str]:
-    """Why the rewards cannot run on the devices that the config names."""
+    """Why the rewards cannot run on the devices in the config, if so."""
     try:
         reward_devices(reward)
         resolve(reward.device)
@@ -141,7 +141,7 @@ def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
 
 
 def _class_problems(name: str, options: Mapping[str, Any]) -> list[str]:
-    """Why the class that an option names cannot be used."""
+    """Why the class in the option `class` cannot be used, if so."""
     try:
         find_class("reward", name, {}, options)
     except ValueError as error:
@@ -155,9 +155,9 @@ def _class_problems(name: str, options: Mapping[str, Any]) -> list[str]:
 def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> dict[str, str]:
     """The torch device of each of these rewards (default: those of the run).
 
-    A reward runs on its device in `reward.devices`, else on `reward.device`; one that servers
-    compute runs on the CPU unless told otherwise. Raises ValueError for a device that does not
-    exist, and for a name in `reward.devices` that is not among the rewards.
+    A reward runs on its device in `reward.devices`, else on `reward.device`. The default for a
+    remote reward is the CPU. Raises ValueError for a device that does not exist, and for a name in
+    `reward.devices` that is not among the rewards.
     """
     run_names = [*reward.fn, *reward.held_out]
     if names is None:
@@ -192,18 +192,18 @@ def open_rewards(
 ) -> Rewards:
     """Load rewards and start their bridge. Call this before JAX starts.
 
-    JAX takes its share of the memory when it starts, so the rewards come first, and JAX is kept off
-    their GPUs.
+    JAX claims its share of the memory when it starts, so the rewards are loaded first, and JAX is
+    kept off their GPUs.
 
-    names: the rewards to load, frozen. None: those of a training run, `reward.fn` and
-        `reward.held_out`, of which `reward.adversarial` learn, and `reward.metrics`.
+    names: the rewards to load, frozen. None: those of a training run, which are `reward.fn`,
+        `reward.held_out` and `reward.metrics`. The ones in `reward.adversarial` learn.
     prompts: the training prompts, for the reference pictures of rewards that learn.
-    hide_from_jax: called with the GPUs that JAX may see ("0,1,2"), if there are others; the
-        caller sets jax_cuda_visible_devices.
+    hide_from_jax: called with the GPUs that JAX may see ("0,1,2") if it may not see all of them.
+        It sets jax_cuda_visible_devices.
     jax_platforms: jax.config.jax_platforms.
-    meet: for several processes that train. `meet(names)` returns the torch.distributed group of
-        each reward that learns; see reward_bridge/adversary.py, join.
-    load: False only keeps JAX off the GPUs, for a process in whose place another one scores.
+    meet: for multi-process training. `meet(names)` returns the torch.distributed group of each
+        reward that learns; see `join` in reward_bridge/adversary.py.
+    load: False only keeps JAX off the GPUs, for processes that leave the scoring to another one.
 
     Raises ValueError or OSError for what the user can correct.
     """
@@ -219,7 +219,7 @@ def open_rewards(
     if allotment.visible is not None:
         hide_from_jax(allotment.visible)
 
-    # Load what learns, what is frozen, and the metrics.
+    # Load the learning rewards, the frozen rewards and the metrics.
     learning: dict[str, Adversary] = {}
     rewards: dict[str, Any] = {}
     metrics: dict[str, Metric] = {}
@@ -230,7 +230,7 @@ def open_rewards(
     if load and training:
         metrics = _make_metrics(reward, metrics_device)
 
-    # JAX, once it starts, must find the memory that it claims.
+    # Check that JAX will find the memory that it claims when it starts.
     for device in sorted(allotment.shared):
         check_room(device)
 
@@ -250,7 +250,7 @@ def _make_adversaries(
     prompts: Sequence[str],
     meet: Callable[[Sequence[str]], Mapping[str, Any]] | None,
 ) -> dict[str, Adversary]:
-    """The rewards in `reward.adversarial`. Several processes meet, to average gradients."""
+    """Build the rewards in `reward.adversarial`. Multi-process runs average gradients."""
     if not reward.adversarial:
         return {}
 
@@ -290,6 +290,6 @@ def _make_metrics(reward: ConfigDict, device: str) -> dict[str, Metric]:
 
 
 def _learner_options(reward: ConfigDict, name: str) -> dict[str, Any]:
-    """The options of a reward that learns: those of the frozen reward, and its own over them."""
+    """The options of a reward that learns: the frozen reward's, overridden by its own."""
     options = reward.options.to_dict().get(name, {})
     return {**options, **reward.adversarial.to_dict()[name].get("options", {})}

@@ -1,4 +1,4 @@
-"""Published weight files: read without executing anything, renamed by a table, loaded strictly."""
+"""Loads published weight files strictly: reads no code, and renames keys by a table."""
 
 import argparse
 import pickle
@@ -15,7 +15,7 @@ from torch import nn
 
 State = Mapping[str, torch.Tensor]
 
-# (regex of a whole key, its replacement); None leaves the tensor out.
+# (regex that matches a whole key, its replacement). None drops the tensor.
 Table = Sequence[tuple[str, str | None]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +32,7 @@ UNREADABLE = (
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name. Raises ValueError for any name that is not in DTYPES."""
+    """The torch dtype of this name. Raises ValueError for a name that is not in DTYPES."""
     if name not in DTYPES:
         raise ValueError(f"got dtype {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -83,8 +83,8 @@ def read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _torch_load(file: Path) -> Any:
-    # Trainers keep their arguments in the file too; a Namespace holds no code. A file from before
-    # torch 1.6 is not an archive and cannot be mapped.
+    # Some trainers also save their arguments as a Namespace, which holds no code. Files from before
+    # torch 1.6 are not zip archives and cannot be memory-mapped.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
@@ -108,7 +108,7 @@ def _check_tensors(state: Any, file: Path) -> None:
 
 
 def rename(state: State, table: Table, source: str | Path) -> dict[str, torch.Tensor]:
-    """Rename every key by the first rule whose regex matches the whole key.
+    """Rename every key with the first rule whose regex matches the whole key.
 
     Raises ValueError naming a key that no rule matches.
     """

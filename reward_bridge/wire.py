@@ -1,6 +1,7 @@
-"""The body of a scoring request: safetensors, so that reading it executes nothing.
+"""The body of a scoring request, in safetensors, so that parsing it executes no code.
 
-One tensor, "images", uint8 [n, 3, h, w], and in the metadata "prompts", a JSON list of n strings.
+It has one tensor, "images", uint8 [n, 3, h, w]. Its metadata has "prompts", a JSON list of n
+strings.
 """
 
 import json
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-# What safetensors and json raise for bytes that someone else made up.
+# What safetensors and json raise for malformed bytes.
 MALFORMED = (
     SafetensorError,
     KeyError,
@@ -29,7 +30,7 @@ def encode(images: torch.Tensor, prompts: Sequence[str]) -> bytes:
 def decode(body: bytes) -> tuple[torch.Tensor, list[str]]:
     """The images, uint8 [n, 3, h, w] on the CPU, and the n prompts of a body.
 
-    Raises ValueError if the body is anything else, or holds no pixels.
+    Raises ValueError if the body is anything else or has no pixels.
     """
     try:
         tensors = load(body)

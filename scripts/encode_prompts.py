@@ -29,14 +29,14 @@ from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
 from reward_bridge.devices import resolve
 from reward_bridge.weights import torch_dtype
 
-BATCH = 16  # prompts of one forward pass
+BATCH = 16  # prompts per forward pass
 
 Encode = Callable[[list[str]], torch.Tensor]  # n prompts -> [n, ...]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the encoders run. max_tokens: of a prompt, for encoders without a length of their own."""
+    """How the encoders run. max_tokens: per prompt, for encoders without a fixed length."""
 
     max_tokens: int
     dtype: torch.dtype
@@ -71,7 +71,7 @@ def clip_pooled(tokenizer: Path, model: Path, settings: Settings) -> Encode:
     return encode
 
 
-# A family's encoders (realgen_jax/models) name these.
+# The encoders of a model family (realgen_jax/models) name their recipe here.
 RECIPES = {"t5_states": t5_states, "clip_pooled": clip_pooled}
 
 
@@ -86,7 +86,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: in
 def load_encoders(
     folder: Path, encoders: Sequence[Encoder], settings: Settings
 ) -> dict[str, Encode]:
-    """{array: its encoder} of a pipeline folder. Raises ValueError for an unknown recipe."""
+    """Load {array: its encoder} from a pipeline folder. Raises ValueError for unknown recipes."""
     loaded = {}
     for encoder in encoders:
         if encoder.recipe not in RECIPES:
@@ -146,7 +146,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_encoders(args: argparse.Namespace) -> Sequence[Encoder]:
-    """The encoders that are named, or those of the pipeline's family."""
+    """The encoders named by --encoders, or else those of the pipeline's family."""
     if args.encoders:
         return encoders_from_json(args.encoders)
     pipeline = pipeline_class(args.model)
@@ -165,7 +165,7 @@ def main() -> None:
             prompts = [prompt for file in args.prompts for prompt in read_prompts(file)]
             cache = open_cache(prompts, args.model, encoders, args)
 
-        # Another process may be encoding the same prompts; the lock waits until it is done.
+        # Another process may be encoding the same prompts; if so, wait for it.
         with cache.lock():
             encode_missing(cache, encoders, args)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""RealBench: how real the pictures of models, LoRAs and folders look, in one report.
+"""RealBench: compare how real the pictures of models, LoRAs and folders look.
 
     python scripts/evaluate.py --config configs/flux_grpo.py --lora runs/NAME/lora
     python scripts/evaluate.py --config configs/flux_grpo.py:flux_dev_8xh200 \\
@@ -6,8 +6,8 @@
         --photographs dataset/realbench/photographs --judge api
 
 Prompts, pictures per prompt, rewards and intervals are set in the config (`config.evaluate`).
-Pictures and scores are kept in runs/NAME/evaluation; the same command continues after a stop. The
-report is runs/NAME/report/index.html. docs/realbench.md explains all of it.
+Pictures and scores are kept in runs/NAME/evaluation; the same command continues an interrupted
+evaluation. The report is runs/NAME/report/index.html. docs/realbench.md has the details.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.judges import make_judge
 from reward_bridge.setup import missing_rewards, open_rewards
 
-# The program that makes text embeddings, in a process of its own.
+# The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
 
 FLAGS = flags.FLAGS
@@ -69,7 +69,7 @@ flags.DEFINE_string(
 
 
 def run(_: Sequence[str]) -> None:
-    """Evaluate, and end with a one-line error for what the user can mend."""
+    """Evaluate. Errors that the user can fix end the program with one line."""
     logging.set_verbosity(logging.WARNING)
     try:
         connect_by_flags()
@@ -87,7 +87,7 @@ def run(_: Sequence[str]) -> None:
 
 def evaluate(config: ConfigDict, console: Console) -> None:
     """Check the flags, evaluate the entries they name, and write the report."""
-    # -- Check everything that needs no model.
+    # -- Check everything that does not need a model.
     sets = read_sets(config.evaluate.prompts)
     entries = read_entries(
         config.pretrained, FLAGS.lora, FLAGS.model, FLAGS.pictures, FLAGS.photographs, FLAGS.base
@@ -151,9 +151,9 @@ def load_scorer(config: ConfigDict) -> RewardBridge:
 def evaluation_folder(config: ConfigDict, values: Sequence[str]) -> Path:
     """Return the folder for pictures and report. values: those of --lora and --model.
 
-    It is config.run_name's; otherwise that of the run to which the first LoRA or model belongs;
-    otherwise a new one with preset, date and time. Raises ValueError if several processes would
-    choose a new one each.
+    It is the folder of config.run_name; else that of the run to which the first LoRA or model
+    belongs; else a new one, named by preset, date and time. Raises ValueError if each of several
+    processes would choose a new one.
     """
     if config.run_name:
         return Path(config.run_root) / config.run_name

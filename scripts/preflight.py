@@ -1,12 +1,13 @@
 """Estimate what a run needs: memory per device, operations and seconds per iteration.
 
-    python scripts/preflight.py --config configs/flux_grpo.py:flux_dev_8xh200 python
-    scripts/preflight.py --config ... --config.mesh.fsdp=4 --devices=8 --mfu=0.35 --json=report.json
+    python scripts/preflight.py --config configs/flux_grpo.py:flux_dev_8xh200
+    python scripts/preflight.py --config ... --config.mesh.fsdp=4 --devices=8 --mfu=0.35 \\
+        --json=report.json
 
 Needs neither an accelerator nor weights. The run's own programs are traced, lowered and compiled
-(unless --nocompile is given) on CPU devices that stand for the target's, so sizes that do not
-divide or fit together are errors here. The bytes of arguments come from their shardings.
-Activations and operations come from the formulas in realgen_jax/models (cost.py).
+(unless --nocompile is given) on CPU devices that stand in for the target's, so sizes that do not
+divide or fit together are reported here. The size of the arguments is computed from their
+shardings, activations and operations from the formulas in realgen_jax/models (cost.py).
 """
 
 import json

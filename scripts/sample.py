@@ -1,4 +1,4 @@
-"""Prompts to pictures, with or without a LoRA.
+"""Sample pictures from prompts, with or without a LoRA.
 
     python scripts/sample.py "a photo of a tabby cat" --out pictures
     python scripts/sample.py --prompts prompts.txt --lora runs/NAME/lora \\
@@ -6,7 +6,7 @@
 
 Model, size, steps and guidance are those of the config (config.pretrained and
 config.sample.resolution, eval_num_steps, guidance_scale) and can be set on the command line,
---config.sample.resolution=512. Picture i depends on --seed and i alone.
+--config.sample.resolution=512. Picture i depends only on --seed and i.
 """
 
 import sys
@@ -27,7 +27,7 @@ from realgen_jax.models.trainable import Lora
 from realgen_jax.nn.lora import read_lora_config
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
 
-# The program that makes text embeddings, in a process of its own.
+# The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
 
 FLAGS = flags.FLAGS
@@ -50,7 +50,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     """Write `out/00000.png`, ... for every prompt, `per_prompt` of each, and return the files."""
     config = FLAGS.config
 
-    # Text embeddings come before JAX takes the memory of its devices.
+    # Embed the prompts before JAX claims the memory of its devices.
     cache = embed_prompts(prompts, config.pretrained, config.prompts, ENCODE)
 
     # The model, with room for the LoRA if there is one.
@@ -62,7 +62,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
         model = model.with_trainable(Lora(read_lora_config(lora)))
         adapters = model.trainable.load(model, lora)
 
-    # Calls of equal size: the last one is filled up, and what is over is dropped.
+    # All calls have the same size: the last one is padded, and its extra images are dropped.
     devices = batch_devices(mesh)
     batch = -(-FLAGS.batch // devices) * devices
     sample = model.sampler(config.sample.eval_num_steps)

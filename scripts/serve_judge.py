@@ -1,4 +1,4 @@
-"""A stand-in for a hosted judge: a reward behind an OpenAI-compatible endpoint on this machine.
+"""A local stand-in for a hosted judge: a reward behind an OpenAI-compatible endpoint.
 
     python scripts/serve_judge.py                             the embedded held-out detector
     python scripts/serve_judge.py --reward=effort --device=cuda:0

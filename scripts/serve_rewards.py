@@ -1,4 +1,4 @@
-"""Serves rewards over HTTP, for a trainer in another environment or on another machine.
+"""Serve rewards over HTTP, for a trainer in another environment or on another machine.
 
 The embedded rewards, on any laptop:
     python scripts/serve_rewards.py
@@ -34,8 +34,8 @@ define_config("serve_rewards", template=serve_rewards.base)
 def place(rewards: Sequence[str], device: str, devices: Mapping[str, str]) -> dict[str, str]:
     """The torch device of every reward: its own in `devices`, else `device`.
 
-    "auto" takes the GPUs in turn, or the CPU if there is none. Raises ValueError for a device that
-    does not exist, and for a name in `devices` that is not among the rewards.
+    "auto" assigns the GPUs round-robin, or the CPU if there is none. Raises ValueError for a device
+    that does not exist, and for a name in `devices` that is not among the rewards.
     """
     unknown = sorted(devices.keys() - set(rewards))
     if unknown:
@@ -53,7 +53,7 @@ def place(rewards: Sequence[str], device: str, devices: Mapping[str, str]) -> di
 
 
 def describe(address: str, devices: Mapping[str, str], token: str) -> str:
-    """What the user needs to know once the server runs."""
+    """The text that tells the user how to reach the server."""
     if token:
         access = f"from {TOKEN_ENV}; the trainer needs the same one"
     else:
@@ -92,14 +92,14 @@ def run(_: Sequence[str]) -> None:
     config = FLAGS.config
     token = os.environ.get(TOKEN_ENV, "").strip()
     try:
-        # What can be refused at once.
+        # Report mistakes before anything is loaded.
         if not config.rewards:
             raise ValueError("config.rewards is empty; expected the name of one reward or more")
         limits = Limits(**config.limits)
         devices = place(config.rewards, config.device, config.devices.to_dict())
         listener = bind(config.host, config.port, token)
 
-        # The rewards themselves.
+        # Load the rewards.
         print(f"loading {', '.join(devices)} ...", flush=True)
         options = config.options.to_dict()
         rewards = {}

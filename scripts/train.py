@@ -1,15 +1,15 @@
-"""Train a text-to-image model by reinforcement learning: the loop, in the order of execution.
+"""Train a text-to-image model with reinforcement learning.
 
     python scripts/train.py --config configs/flux_grpo.py                  the embedded model
     python scripts/train.py --config configs/flux_grpo.py:flux_dev_8xh200  RealGen's recipe
-    python scripts/train.py --config ... --config.run_name=NAME --resume   go on with a run
+    python scripts/train.py --config ... --config.run_name=NAME --resume   resume a run
     python scripts/launch.py --processes 2 scripts/train.py --config ...   several processes
 
 prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> update -> checkpoint
                                                     `-> rewards that learn -'
 
-The run ends with RealBench's report if config.evaluate.after_training says so. docs/training.md and
-docs/clusters.md have the rest.
+The run ends with RealBench's report if config.evaluate.after_training is set. See docs/training.md
+and docs/clusters.md.
 """
 
 import contextlib
@@ -79,9 +79,9 @@ def train(
     preemption: Preemption,
     resumed: int | None,
 ) -> bool:
-    """Train until `num_epochs` are done, a held-out reward ends the run, or SIGTERM does.
+    """Train until `num_epochs` are done or a held-out reward or SIGTERM ends the run.
 
-    resumed: the epoch of the checkpoint to go on from. Returns whether the run is over.
+    resumed: the epoch of the checkpoint to resume from. Returns whether the run is over.
     """
     config = run.config
     weights = config.reward.fn
@@ -99,13 +99,13 @@ def train(
         seconds = {}
         scoring_before = dict(run.scorer.seconds)
 
-        # What a save goes back to if SIGTERM interrupts this epoch.
+        # The state that is saved if SIGTERM interrupts this epoch.
         start = saver.snapshot(epoch, state)
         if preemption.wanted_anywhere():
             saver.leave(start, preemption)
             return False
 
-        # -- Evaluate. The last evaluation ends the run, and so do held-out rewards that fall.
+        # -- Evaluate. The run ends after the last evaluation, or when held-out rewards fall.
         if evaluate_if_due(run, programs, log, epoch, state.ema, saver.history):
             break
 
@@ -127,12 +127,12 @@ def train(
             # -- Advantages within the pictures of one prompt: [groups, group].
             advantages = group_advantages(groups, weights, global_std=config.sample.global_std)
 
-            # -- Learn: rewards whose schedule says so, in threads of their own.
+            # -- Learn: the rewards that are due by their schedule, in their own threads.
             learning = begin_learning(
                 run.scorer, run.learning, epoch, scores, seeds[layout.calls :]
             )
 
-        # -- Update, unless the generator rests while its rewards learn.
+        # -- Update, unless the generator is skipped while its rewards learn.
         with phase("update", seconds):
             steps = []
             if not learning.generator_rests:
@@ -173,7 +173,7 @@ def open_log(run: Run, state: TrainState, first: int) -> RunLog | NoLog:
 
 # -- Set-up and command line.
 
-# The program that makes text embeddings, in a process of its own.
+# The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
 
 FLAGS = flags.FLAGS
@@ -188,9 +188,9 @@ flags.DEFINE_bool(
 
 
 def run_training(_: Sequence[str]) -> None:
-    """Set up, train and report; what the user can mend ends with one line."""
+    """Set up, train and report. Errors that the user can fix end the program with one line."""
     logging.set_verbosity(logging.WARNING)
-    # Orbax logs failures with tracebacks; they come as errors of ours.
+    # Orbax logs failures with tracebacks; we report them as our own errors.
     logging.get_absl_logger().setLevel("CRITICAL")
     config = FLAGS.config
     with contextlib.ExitStack() as stack:
@@ -222,12 +222,12 @@ def run_training(_: Sequence[str]) -> None:
             sys.exit(f"stopped; to go on: --config.run_name={folder.name} --resume")
         finally:
             preemption.reached()
-            # A failed save was reported above, or matters less than what is being reported.
+            # A failed save was reported above, or matters less than the error being reported.
             with contextlib.suppress(SaveError):
                 run.checkpoints.close()
 
         if over and reports(config):
-            # The report loads models and rewards of its own.
+            # The report loads its own models and rewards.
             rewards.bridge.close()
             cache = run.cache
             del run, state, rewards
@@ -235,7 +235,7 @@ def run_training(_: Sequence[str]) -> None:
 
 
 def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int | None]:
-    """The run's folder, and the epoch of the checkpoint to go on from.
+    """The run's folder, and the epoch of the checkpoint to resume from.
 
     The first process locks the folder until `stack` closes; only it knows the epoch.
     """
@@ -267,9 +267,9 @@ def agree_on_checkpoint(epoch: int | None) -> int | None:
 def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards]:
     """Check everything, then load embeddings, rewards and the model, in this order.
 
-    Text encoders and rewards come before JAX, which takes what it finds of its devices' memory.
+    Text encoders and rewards come before JAX, which preallocates the memory of its devices.
     """
-    # Nothing is loaded before all of the config is known to fit together.
+    # Check the whole config before anything is loaded.
     report_scores = list(config.evaluate.scores) if reports(config) else []
     check(config, reward_problems(config.reward, report_scores))
     check_shapes(config, device_count(config.reward))
@@ -307,14 +307,14 @@ def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards
 
 
 def device_count(reward: ConfigDict) -> int:
-    """The devices that JAX will train on; on GPUs they are counted without starting JAX."""
+    """The number of devices that JAX will train on. GPUs are counted without starting JAX."""
     devices = reward_devices(reward).values()
     gpus = gpus_for_jax(devices, jax.config.jax_platforms, reward.share_gpu)
     return gpus * process_count() if gpus else len(jax.devices())
 
 
 def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
-    """RealBench's report on the run: its weights beside those it began with."""
+    """Make RealBench's report, which compares the trained model with the initial one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     console = Console(highlight=False)
     kind = make_trainable(config.train).entry
@@ -337,7 +337,7 @@ def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
         ).bridge
 
     try:
-        # The same seed as evaluate.py's default, so that it finds these pictures.
+        # The same seed as evaluate.py's default, so that evaluate.py finds these pictures.
         results = evaluate_entries(
             config,
             read_entries(config.pretrained, **entries, pictures=[], photographs=None, base=True),

@@ -1,13 +1,13 @@
-"""Judges of the arena: who says which of two pictures looks more like a photograph.
+"""Judges of the arena, which decide which of two pictures looks more like a photograph.
 
 A judge has
 
-    name                what its verdicts are filed under
+    name                the name under which its verdicts are stored
     is_person           whether a person judges: each pair is shown once, in random order
-    compare(...)        answer questions, handing every verdict to a callback at once
+    compare(...)        answers questions and passes each verdict to a callback at once
 
 `embedded` is a reward in this process, `api` a vision-language model behind an endpoint, `human` a
-person in front of a page. Judges see a question as the protocol `Question` below describes it.
+person in front of a page. The protocol `Question` below describes what a judge sees of a question.
 """
 
 import importlib
@@ -25,7 +25,7 @@ class Question(Protocol):
     image_format: str  # PNG, JPEG
 
     def picture(self, position: str) -> bytes:
-        """The file of the "first" or "second" picture. Raises ValueError if it has changed."""
+        """The bytes of the "first" or "second" file. Raises ValueError if it has changed."""
 
     def read(self, reply: str) -> str | None:
         """The verdict in a reply: first, second, tie, or None if there is none."""
@@ -38,20 +38,20 @@ Say = Callable[[str], None]
 
 @dataclass
 class Failures:
-    """Questions without a verdict, and why the judge was not asked further."""
+    """The questions without a verdict, and why asking stopped."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     stopped: str = ""  # "": every question was asked
 
     def report(self, judge: str, say: Say) -> None:
-        """Say the five commonest reasons, and why the judge stopped."""
+        """Report the five most common reasons, and why asking stopped."""
         for reason, count in self.reasons.most_common(5):
             say(f"arena: {count} questions failed: {reason}")
         if self.stopped:
             say(f"WARNING: arena: stopped asking {judge}: {self.stopped}")
 
 
-# Name -> "module:function", called with config.evaluate.arena. A judge is one file and one line.
+# Name -> "module:function", called with config.evaluate.arena. A new judge is a file and a line.
 JUDGES = {
     "embedded": "reward_bridge.judges.reward:make_judge",
     "api": "reward_bridge.judges.api:make_judge",
@@ -60,7 +60,7 @@ JUDGES = {
 
 
 def make_judge(name: str, settings: Any) -> Any:
-    """Return the judge of this name, or of one's own "module:Class".
+    """Return the judge of this name, or one that "module:Class" names.
 
     settings: config.evaluate.arena. Raises ValueError for a judge that does not exist, and for
     `api` if its environment variables are wrong.

@@ -1,6 +1,6 @@
 """A vision-language model as the judge, behind any OpenAI-compatible endpoint that takes pictures.
 
-Neither the endpoint's address nor its key is ever printed, stored or part of an error.
+The endpoint's address and key are never printed or stored, and no error contains them.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ KEY_ENV = "REALGEN_JUDGE_KEY"
 
 
 class NoVerdict(TemporaryFailure):
-    """A reply, the argument, that has no verdict."""
+    """A reply without a verdict. The argument is the reply."""
 
 
 class ApiJudge:
@@ -51,7 +51,7 @@ class ApiJudge:
 
 
 def endpoint_from_environment() -> Endpoint:
-    """Return the endpoint that the environment names.
+    """Return the endpoint that the environment variables describe.
 
     Raises ValueError naming the variable that is missing or wrong, without its value.
     """
@@ -84,12 +84,13 @@ async def ask_all(
 ) -> Failures:
     """Ask `settings.concurrency` questions at a time and `keep` each verdict and reply at once.
 
-    A reply without a verdict is asked for again, `settings.attempts` times in all, like a temporary
-    failure of the endpoint. If the last reply has none either, the verdict is "unreadable". A
-    question without a reply has failed and is not kept. Asking stops after `settings.max_failures`
-    failures in a row, or as soon as the endpoint says that it will answer nothing more.
+    If a reply has no verdict, the question is asked again, up to `settings.attempts` times in all,
+    as after a temporary failure of the endpoint. If the last reply has none either, the verdict is
+    "unreadable". A question without a reply has failed and is not kept. Asking stops after
+    `settings.max_failures` failures in a row, or as soon as the endpoint says that it will not
+    answer any more.
 
-    No temperature and no token limit is sent: several hosted models reject them.
+    No temperature or token limit is sent, because several hosted models reject them.
     """
     session = _Session(endpoint, settings, keep)
     remaining = iter(questions)
@@ -175,7 +176,7 @@ def read_reply(
 ) -> tuple[str, str]:
     """Return (verdict, reply) of a chat completion.
 
-    Raises NoVerdict if the reply has no verdict, TemporaryFailure for anything else than a chat
+    Raises NoVerdict if the reply has no verdict, TemporaryFailure for anything but a chat
     completion.
     """
     try:
@@ -200,5 +201,5 @@ def read_reply(
 
 
 def make_judge(settings: Any) -> ApiJudge:
-    """The judge `api`, of the endpoint in the environment. settings: config.evaluate.arena."""
+    """The judge `api`, for the endpoint in the environment. settings: config.evaluate.arena."""
     return ApiJudge(endpoint_from_environment(), settings)

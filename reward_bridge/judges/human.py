@@ -1,6 +1,6 @@
-"""A person as the judge: a page, for this machine only, that shows two pictures.
+"""A person as the judge, on a local web page that shows two pictures.
 
-The person chooses with clicks or arrow keys.
+The page is only reachable from this machine. The person chooses with clicks or arrow keys.
 """
 
 import secrets
@@ -32,15 +32,15 @@ class HumanJudge:
     is_person = True
 
     def __init__(self, port: int):
-        """port: the page's; 0 takes a free one."""
+        """port: of the page; 0 takes a free one."""
         self.port = port
 
     def compare(
         self, questions: Sequence[Question], *, answered: int, keep: Keep, say: Say
     ) -> None:
-        """Serve the page until the person ends it, there or with Ctrl-C.
+        """Serve the page until the person ends the session, on the page or with Ctrl-C.
 
-        answered: how many pairs earlier calls have judged. Raises OSError for a port in use.
+        answered: the number of pairs judged in earlier calls. Raises OSError for a port in use.
         """
         finished = threading.Event()
         token = secrets.token_urlsafe(16)
@@ -55,7 +55,7 @@ class HumanJudge:
 
 
 class JudgingPage:
-    """The page's state and its requests."""
+    """The page's state and request handlers."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class JudgingPage:
     def app(self, token: str) -> Starlette:
         """Return the ASGI application.
 
-        Everything lies below the token. No other site knows it, so none can send a verdict.
+        Every route is under the token. No other site knows it, so none can send a verdict.
         """
         routes = [
             Route("/", self.page),

@@ -1,4 +1,4 @@
-"""An ASGI application behind 127.0.0.1, in a thread of this process."""
+"""Serves an ASGI application on 127.0.0.1, in a thread of this process."""
 
 import contextlib
 import socket

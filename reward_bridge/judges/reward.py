@@ -1,7 +1,7 @@
 """A reward as the judge: the picture with the higher score looks more like a photograph.
 
-The verdict is given as the text that a chat model would answer, in the form that the question asks
-for, so that it is read and stored like any other reply.
+The verdict is written as the text that a chat model would answer, in the format that the question
+asks for, so that it is parsed and stored like any other reply.
 """
 
 import io
@@ -17,7 +17,7 @@ from reward_bridge.judges import Failures, Keep, Question, Say
 from reward_bridge.rewards import make_reward
 
 EMBEDDED = "embedded_held_out"  # the reward of `--judge embedded`
-MARGIN = 0.01  # smaller differences of scores are a tie
+MARGIN = 0.01  # scores that differ by less are a tie
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -36,7 +36,7 @@ class RewardJudge:
     ) -> None:
         """Answer all questions and `keep` each verdict at once; say which questions failed.
 
-        Raises ValueError if the reward cannot be made.
+        Raises ValueError if the reward cannot be built.
         """
         reward = make_reward(self.name, self.device, {})
         failures = Failures()
@@ -71,11 +71,11 @@ def decode_picture(data: bytes) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-# --- The answer, in the form that the question asks for
+# -- The answer, in the format that the question asks for
 
 
 def balanced_answer(scores: Sequence[float], margin: float) -> str:
-    """The last line of protocol `balanced`; equal scores and those within the margin are a tie."""
+    """The last line of protocol `balanced`. Equal scores and those within the margin are a tie."""
     difference = scores[0] - scores[1]
     if difference == 0 or abs(difference) < margin:
         verdict = "tie"
@@ -109,7 +109,7 @@ ANSWERS: dict[str, Answer] = {
 
 
 def answer_for(text: str) -> Answer:
-    """Return the form of answer that a question's text asks for. Raises ValueError for none."""
+    """Return the answer format that a question's text asks for. Raises ValueError if unknown."""
     lower_case = text.lower()
     for words, answer in ANSWERS.items():
         if words in lower_case:

@@ -2,8 +2,8 @@
 
     GET  /v1/models             the one model, named after its reward
     POST /v1/chat/completions   a chat with two pictures as data URLs -> the one that scores higher,
-                                in the form that its text asks for ("Verdict:", or RealGen's "More
-                                Realistic Image:")
+                                in the format that its text asks for ("Verdict:", or RealGen's
+                                "More Realistic Image:")
 
 Errors are {"error": {"message", "type", "code"}}: 400 for any other body, 404 for an unknown model
 or page, 413 for too many bytes, 500 if the reward failed.
@@ -40,10 +40,10 @@ BODY_MIB = 128  # two large lossless pictures in base64
 def serving(
     reward: str, port: int = 0, device: str = "cpu", margin: float = MARGIN
 ) -> Iterator[str]:
-    """Serve to this machine from a thread; yields the address up to and including /v1.
+    """Serve this machine from a thread; yields the address up to and including /v1.
 
-    Raises ValueError for a reward that cannot be made, OSError for a port in use; port 0 takes a
-    free one.
+    Port 0 takes a free one. Raises ValueError for a reward that cannot be built, OSError for a port
+    in use.
     """
     app = make_app(reward, make_reward(reward, device, {}), margin)
     with serve_in_thread(app, port) as listener:
@@ -63,7 +63,7 @@ def make_app(name: str, reward: Reward, margin: float) -> Starlette:
 
 
 class _StandIn:
-    """The endpoint's two pages."""
+    """The endpoint's two request handlers."""
 
     def __init__(self, name: str, reward: Reward, margin: float):
         self.name = name
@@ -108,7 +108,7 @@ class _StandIn:
 
 
 def _completion(model: str, content: str) -> dict[str, Any]:
-    """A chat completion in OpenAI's form."""
+    """A chat completion in OpenAI's format."""
     message = {"role": "assistant", "content": content, "refusal": None}
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -169,7 +169,7 @@ def _decode(url: str) -> np.ndarray:
 
 
 async def _error(_: Request, error: HTTPException) -> Response:
-    """An error in OpenAI's form."""
+    """An error in OpenAI's format."""
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     code = "model_not_found" if error.status_code == 404 else None
     content = {"message": error.detail, "type": kind, "param": None, "code": code}

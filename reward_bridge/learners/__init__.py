@@ -1,7 +1,7 @@
-"""The rewards that can learn, by name: which weights of each are trained, and on which loss.
+"""The rewards that can learn, by name. A learner defines the trained weights and their loss.
 
-Options are the constructor's arguments. The optimizer, the averaged weights and the history are the
-same for all of them (reward_bridge/adversary.py).
+Options are the constructor's arguments. All learners share the code for the optimizer, the averaged
+weights and the history (reward_bridge/adversary.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ LEARNERS = {
 class Learner(Protocol):
     """What differs between the rewards that learn.
 
-    Pictures are uint8 [n, 3, s, s], as `prepare` returns them. `model` is in eval mode when the
-    learner is built. Exactly those of its parameters that learn require gradients, in float32.
+    Pictures are uint8 [n, 3, s, s], as `prepare` returns them. `model` is in eval mode after
+    construction. Exactly its trained parameters require gradients; they are float32.
     """
 
     model: nn.Module
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """The first resize, uint8 [n, 3, h, w] -> uint8 [n, 3, s, s]; the result is kept."""
+        """The first resize, uint8 [n, 3, h, w] -> uint8 [n, 3, s, s]; the result is stored."""
 
     def score(self, model: nn.Module, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score n pictures: float32 [n], higher is more real.

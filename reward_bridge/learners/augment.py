@@ -1,7 +1,7 @@
-"""Augmentation of the pictures that a detector learns from, each drawn independently.
+"""Augmentation of the pictures that a detector learns from, independent for each picture.
 
-Everything is drawn from torch's global generator on the CPU, so that the draws are the same on
-every device. Nothing is rounded to 8 bits on the way.
+All random numbers come from torch's global CPU generator, so they are the same on every device.
+Intermediate results are not rounded to 8 bits.
 """
 
 import torch
@@ -11,10 +11,10 @@ GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:
-    """RealGen's recipe: mirror, blur and recolour each picture, each with probability 1/2.
+    """RealGen's augmentation: mirror, blur and colour jitter, each with probability 1/2.
 
     [n, 3, h, w] in 0..255 -> float32 of the same shape and range. The Gaussian blur is 3 or 5
-    pixels wide with sigma from U[0.1, 2]; for colours see `jitter`. Source: RealGen_v2,
+    pixels wide with sigma from U[0.1, 2]; for colours, see `jitter`. Source: RealGen_v2,
     flow_grpo/trainable_scorers.py.
     """
     return torch.stack([_augment_picture(picture) for picture in images.float() / 255]) * 255
@@ -35,7 +35,7 @@ def _augment_picture(x: torch.Tensor) -> torch.Tensor:
 def mirror_and_shift(images: torch.Tensor, most: int) -> torch.Tensor:
     """Mirror each picture [n, 3, h, w] with probability 1/2 and shift it by up to `most` pixels.
 
-    Edges are filled with the picture's reflection. Keeps shape and dtype.
+    Edges are filled by reflection. Keeps shape and dtype.
     """
     height, width = images.shape[2:]
     padded = F.pad(images.float(), (most,) * 4, mode="reflect").to(images.dtype)
@@ -62,7 +62,7 @@ def blur(x: torch.Tensor, width: int, sigma: float) -> torch.Tensor:
 def jitter(
     x: torch.Tensor, brightness: float, contrast: float, saturation: float, hue: float
 ) -> torch.Tensor:
-    """Recolour [3, h, w] in 0..1, in random order.
+    """Colour jitter of [3, h, w] in 0..1, with its four steps in random order.
 
     Factors are from U[1 - b, 1 + b] and so on; the hue is rotated by U[-hue, hue] of a circle.
     """
@@ -73,7 +73,7 @@ def jitter(
             x = turn_hue(x, turn)
             continue
 
-        # Brightness mixes with black, contrast with the mean grey, saturation with each pixel's.
+        # Brightness blends with black, contrast with the mean grey, saturation with each pixel's.
         if step == 0:
             target = 0
         elif step == 1:

@@ -1,7 +1,7 @@
 """A discriminator on frozen DINOv2 features: Adv-GRPO's "dino patch", with two defects corrected.
 
-Features are normalised both for the reward and for training (the source does so for the reward
-only). The patches that a score looks at follow from the picture, so that the score is reproducible.
+Features are normalised both for the reward and for training (the source only does so for the
+reward). The patches used for a score are determined by the picture, so the score is reproducible.
 Source: showlab/Adv-GRPO, scripts/train_sd3_fast_dino_patch.py and adv_grpo/rewards.py.
 """
 
@@ -18,7 +18,7 @@ from reward_bridge.weights import Table, find, load_strict, read, rename, torch_
 
 HIDDEN = 512  # width of the head
 
-# Keys of the published folders to those of transformers 5.
+# From the keys of the published folders to those of transformers 5.
 NAMES: Table = (
     (r"(.+\.attention)\.attention\.query\.(.+)", r"\1.q_proj.\2"),
     (r"(.+\.attention)\.attention\.key\.(.+)", r"\1.k_proj.\2"),
@@ -29,7 +29,7 @@ NAMES: Table = (
 
 
 class FrozenDino(nn.Module):
-    """A DINOv2 that never learns and stays in eval mode, and a head that learns."""
+    """A frozen DINOv2 that stays in eval mode, and a trained head."""
 
     def __init__(self, backbone: Dinov2Model, head: nn.Module):
         super().__init__()
@@ -43,10 +43,10 @@ class FrozenDino(nn.Module):
 
 
 class DinoDiscriminator:
-    """(1 - w) h(class token) + w mean h(patch tokens), h a perceptron; trained with the hinge loss.
+    """(1 - w) h(class token) + w mean h(patch tokens), where h is an MLP trained with a hinge loss.
 
     path: a Dinov2Model folder, such as facebook/dinov2-base.
-    seed: draws the head's first weights and, with a picture's bytes, the patches of its score.
+    seed: of the head's initial weights and, with a picture's bytes, of the patches for its score.
     size: pictures are resized to size x size pixels, bicubic.
     patches: number of patch tokens, drawn with replacement.
     patch_weight: w, the weight of the patches in the reward and in the loss.
@@ -104,7 +104,7 @@ class DinoDiscriminator:
     def loss(
         self, model: FrozenDino, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`hinge_loss` of m pairs, on patches from torch's global generator."""
+        """`hinge_loss` of m pairs, on patches drawn from torch's global generator."""
         features = self.features(model, torch.cat([real, generated]))
         count = features.shape[1] - 1
         index = torch.randint(count, (len(features), self.patches)).to(features.device)
@@ -119,7 +119,7 @@ class DinoDiscriminator:
 
 
 def make_head(width: int, seed: int) -> nn.Sequential:
-    """Two linear layers to one number, with torch's initial weights, drawn with `seed`."""
+    """Two linear layers with one output, with torch's default initialisation from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
@@ -132,7 +132,7 @@ def load_dinov2(path: str, option: str) -> Dinov2Model:
     """
     folder = find(path, option, "config.json").parent
     file = find(str(folder), option, "model.safetensors", "pytorch_model.bin")
-    with no_init_weights():  # all of them are loaded next
+    with no_init_weights():  # all weights are loaded next
         model = Dinov2Model(Dinov2Config.from_pretrained(folder))
     return load_strict(model, rename(read(file), NAMES, file), file)
 
@@ -145,7 +145,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 def patches_of(picture: torch.Tensor, seed: int, count: int, patches: int) -> torch.Tensor:
     """Indices below `count`, int64 [patches], with replacement.
 
-    They follow from the seed and the bytes of the picture, uint8 [3, h, w].
+    They are determined by the seed and the bytes of the picture, uint8 [3, h, w].
     """
     # torch's CPU generator takes 32 bits.
     checksum = zlib.crc32(picture.contiguous().cpu().numpy(), seed % 2**32)
@@ -179,8 +179,8 @@ def hinge_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The hinge loss [] of the class tokens plus `patch_weight` times that of the patches.
 
-    1/2 [mean relu(1 - h(real)) + mean relu(1 + h(generated))]. `features` and `index` are pairs,
-    of the real and of the generated pictures; see `logits`. The accuracy is the class tokens'.
+    1/2 [mean relu(1 - h(real)) + mean relu(1 + h(generated))]. `features` and `index` are pairs
+    (real, generated); see `logits`. The accuracy is that of the class tokens.
     """
     real_whole, real_patches = logits(head, features[0], index[0])
     generated_whole, generated_patches = logits(head, features[1], index[1])

@@ -1,4 +1,4 @@
-"""The embedded model's detector, which goes on learning."""
+"""The embedded model's detector, trained further during the run."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from reward_bridge.rewards.embedded import SIZE, ConvDetector, EmbeddedDetector,
 
 
 class EmbeddedLearner:
-    """P(real), trained by binary cross entropy against 1 - `smoothing` and `smoothing`.
+    """P(real), trained by binary cross entropy with targets 1 - `smoothing` and `smoothing`.
 
-    All weights learn.
+    All weights are trained.
 
     init: "shipped", the weights of the frozen reward, or "fresh", drawn with `seed`.
-    shift: in training, each picture may be mirrored and is shifted by up to this many pixels.
+    shift: in training, pictures are mirrored at random and shifted by up to this many pixels.
     """
 
     def __init__(

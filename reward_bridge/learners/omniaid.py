@@ -1,6 +1,6 @@
-"""OmniAID that learns with the generator, as RealGen-V2 trains it.
+"""OmniAID that learns along with the generator, as RealGen-V2 trains it.
 
-Head and experts learn; with a file of LoRA experts, the head alone. Sources: yejy53/RealGen,
+Head and experts learn; with a file of LoRA experts, only the head does. Sources: yejy53/RealGen,
 RealGen_v2/flow_grpo/trainable_scorers.py; yunncheng/OmniAID, models/OmniAID.py.
 """
 
@@ -19,22 +19,22 @@ from reward_bridge.rewards.omniaid import CLIP_TABLE, OmniAID
 from reward_bridge.rewards.omniaid_dino import DINO_TABLE, OmniAIDDino
 from reward_bridge.weights import State, Table, read, rename
 
-# By projection: U_r [D, R] and V_r [R, D], the singular vectors of its main weight.
+# Per projection: U_r [D, R] and V_r [R, D], the singular vectors of its main weight.
 Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a mixture detector learns; options beside those of the frozen reward.
+    """How a mixture detector learns: options in addition to those of the frozen reward.
 
     smoothing: s; the targets are (1 - s, s) for real and (s, 1 - s) for generated pictures.
     lambda_orth: weight of `orthogonality_loss`; unused with LoRA files, whose experts do not
         learn.
     lambda_balance: weight of `balance_loss`. It has no effect on the weights while the router is
         frozen, as it is here.
-    dropout: share of the experts' input that is dropped in training.
+    dropout: fraction of the experts' input that is dropped in training.
     augment: augment pictures in training (augment.py).
-    gradient_checkpointing: compute activations twice instead of keeping those of all layers.
+    gradient_checkpointing: recompute activations in the backward pass to save memory.
 
     Raises ValueError if smoothing or dropout is out of range.
     """
@@ -68,7 +68,7 @@ class Training:
 
 
 class MixtureLearner:
-    """Cross entropy against soft labels, and two penalties."""
+    """Cross entropy with smoothed labels, and two penalties."""
 
     def __init__(self, reward: MixtureReward, table: Table, training: Training):
         self.reward = reward
@@ -112,7 +112,7 @@ class MixtureLearner:
             images = augment(images)
         pixels = normalize(images, *self.reward.statistics)
 
-        # One forward pass for both: recomputed activations need the gates of their own forward.
+        # One forward pass for both, since recomputed activations need the gates of their own pass.
         features = model.routing_features(pixels)
         real_logits, generated_logits = model.classify(pixels, features).chunk(2)
         real_routing, generated_routing = model.router(features).chunk(2)
@@ -168,8 +168,8 @@ class OmniAIDLearner(MixtureLearner):
 class OmniAIDDinoLearner(MixtureLearner):
     """On DINOv3. The named options are the frozen reward's, the others those of `Training`.
 
-    Everything is float32. In train mode the rotary coordinates are rescaled at random, as DINOv3
-    was trained and as RealGen-V2 does.
+    Everything is float32. In train mode the rotary coordinates are rescaled at random, as in
+    DINOv3's training and in RealGen-V2.
     """
 
     def __init__(
@@ -198,14 +198,14 @@ def soft_cross_entropy(logits: torch.Tensor, is_real: bool, smoothing: float) ->
 def balance_loss(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """Penalty [] on an uneven use of the experts, of router logits [n, N].
 
-    N times the sum over experts of (share of pictures routed there) * (mean probability).
+    N times the sum over experts of (fraction of pictures routed there) * (mean probability).
     """
     chosen = torch.zeros_like(router_logits).scatter(1, router_logits.topk(top_k).indices, 1.0)
     return router_logits.shape[1] * (chosen.mean(0) * router_logits.softmax(-1).mean(0)).sum()
 
 
 def orthogonality_loss(model: MixtureDetector, bases: Bases) -> torch.Tensor:
-    """Overlap [] of the experts' directions with the main weight's and with one another's.
+    """Overlap [] of the experts' directions with those of the main weight and of other experts.
 
     Mean over pairs and over projections.
     """
@@ -236,7 +236,7 @@ def _overlap(main: torch.Tensor, experts: list[torch.Tensor]) -> torch.Tensor:
 def _read_bases(published: State, table: Table, reward: MixtureReward) -> Bases:
     """The main weights' singular vectors, which the frozen reward leaves out of its model."""
     vectors = {key: value for key, value in published.items() if key.endswith((".U_r", ".V_r"))}
-    kept_rules = [rule for rule in table if rule[1]]  # the table's first rule leaves them out
+    kept_rules = [rule for rule in table if rule[1]]  # the table's first rule drops them
     vectors = rename(vectors, kept_rules, reward.file)
 
     device = reward.model.head.weight.device

@@ -69,7 +69,7 @@ def preference_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-log P(reference preferred), mean [] over pairs of unit features [m, d]; P is Bradley-Terry.
 
-    The accuracy is the share of pairs whose reference wins.
+    The accuracy is the fraction of pairs whose reference wins.
     """
     margin = scale * (text * (reference - generated)).sum(-1)
     metrics = {

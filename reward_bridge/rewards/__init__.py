@@ -30,7 +30,7 @@ REWARDS = {
 def make_reward(name: str, device: str, options: Mapping[str, Any]) -> Reward:
     """Build a reward on a torch device.
 
-    Two options are not the constructor's: `servers` leaves the reward to reward servers
+    Two options are not passed to the constructor: `servers` delegates the reward to reward servers
     (reward_bridge/client.py), and `class` names a class that is not in REWARDS, as
     "package.module:Class".
 

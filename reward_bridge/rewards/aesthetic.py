@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from reward_bridge.rewards.clip import image_features, load_folder
 from reward_bridge.weights import find, load_strict, read, rename
 
-# The positions of the linear layers in the published file, which has dropouts between them. There
-# is no activation.
+# The indices of the linear layers in the published file, which has dropout layers between them.
+# There is no activation.
 PUBLISHED_LAYERS = (0, 2, 4, 6, 7)
 TABLE = [
     (rf"layers\.{theirs}\.(weight|bias)", rf"{ours}.\1")
@@ -23,9 +23,9 @@ TABLE = [
 
 
 class Aesthetic:
-    """How people would rate the picture, about 1 to 10, unscaled (arXiv 2305.13301).
+    """The predicted human rating of the picture, about 1 to 10, unscaled (arXiv 2305.13301).
 
-    A perceptron on CLIP-L/14's normalised image feature, in float32. The prompt plays no part.
+    An MLP on CLIP-L/14's normalised image feature, in float32. The prompt is not used.
 
     path: sac+logos+ava1-l14-linearMSE.pth or its folder.
     clip: the CLIPModel folder openai/clip-vit-large-patch14.

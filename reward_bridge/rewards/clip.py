@@ -1,7 +1,7 @@
-"""What rewards on a CLIP (arXiv 2103.00020) share: loading its weights, tokens, features.
+"""What CLIP-based rewards (arXiv 2103.00020) share: loading of weights, tokens, features.
 
-Features are float32 whatever the weights' dtype: a cosine rounded to bfloat16 hardly tells pictures
-apart.
+Features are float32, whatever the weights' dtype: a cosine rounded to bfloat16 hardly tells
+pictures apart.
 """
 
 import html
@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
 from reward_bridge.weights import State, Table, find, load_strict, read, rename, torch_dtype
 
-# Apostrophes and quotation marks, to be made straight.
+# Curly apostrophes and quotation marks, and their straight forms.
 STRAIGHT = {
     0x2BC: "'",
     **dict.fromkeys(range(0x2018, 0x201C), "'"),
@@ -87,9 +87,9 @@ def load_openai(
 
     head_widths: width of an attention head in the vision and in the text tower.
 
-    The text feature is taken at the end token, the vocabulary's last id; OpenAI takes it at the
-    largest id, which is the same. Raises ValueError naming `source` and keys that are missing,
-    unexpected or of another shape.
+    The text feature is taken at the end token, which has the vocabulary's last id. OpenAI takes it
+    at the largest id, which is equivalent. Raises ValueError naming `source` and keys that are
+    missing, unexpected or have another shape.
     """
     renamed = rename(_split(state), OPENAI, source)
     try:
@@ -102,7 +102,7 @@ def load_openai(
 
 
 def load_tokenizer(path: str, option: str, model: CLIPModel) -> CLIPTokenizer:
-    """Load CLIP's byte-pair tokenizer from a folder, in either published form.
+    """Load CLIP's byte-pair tokenizer from a folder, in either published format.
 
     Raises FileNotFoundError if a file is missing, ValueError if the tokenizer has more tokens than
     the model.
@@ -177,7 +177,7 @@ def _tower_config(state: State, name: str, head_width: int, activation: str) -> 
 def _fill(
     config: CLIPConfig, state: State, source: str | Path, device: str, dtype: str
 ) -> CLIPModel:
-    # All weights are loaded next; drawing those of a ViT-H would take 20 s.
+    # All weights are loaded next; initialising those of a ViT-H would take 20 s.
     with no_init_weights():
         model = CLIPModel(config)
     load_strict(model, state, source)
@@ -198,10 +198,10 @@ def _fill(
 
 
 def clean(text: str) -> str:
-    """What OpenAI's and open_clip's tokenizers do to a text first, and transformers' does not.
+    """Clean a text as OpenAI's and open_clip's tokenizers do and transformers' does not.
 
-    Resolves HTML entities and makes quotation marks and apostrophes straight. Theirs use ftfy,
-    which also repairs wrongly decoded text; that is left out.
+    Resolves HTML entities and straightens quotation marks and apostrophes. Their tokenizers use
+    ftfy, which also repairs wrongly decoded text; that is left out.
     """
     return html.unescape(html.unescape(text)).translate(STRAIGHT)
 
@@ -209,7 +209,7 @@ def clean(text: str) -> str:
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], length: int) -> torch.Tensor:
     """int64 [n, length]: start token, text, end token, zeros. A longer text is cut.
 
-    Nothing looks at the zeros: attention is causal, and the feature is taken at the end token.
+    The zeros have no effect: attention is causal, and the feature is taken at the end token.
     """
     rows = tokenizer(list(texts), truncation=True, max_length=length).input_ids
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])

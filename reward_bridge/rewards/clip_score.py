@@ -21,8 +21,8 @@ class ClipScore:
     path: a local `CLIPModel` folder with its tokenizer.
 
     Flow-GRPO's clip_score is logits_per_image / 30; for OpenAI's models (logit scale 100) that is
-    scale = 100 / 30. Pictures are resized as PIL does it, bicubic, on which CLIPs are trained;
-    Flow-GRPO resizes the float tensor, bilinear.
+    scale = 100 / 30. Pictures are resized as by PIL, bicubic, as in CLIP's training. Flow-GRPO
+    resizes the float tensor, bilinear.
     """
 
     def __init__(self, device: str, path: str, scale: float = 100 / 30, dtype: str = "float32"):

@@ -1,4 +1,4 @@
-"""P(real) by Effort (arXiv 2411.15633): CLIP ViT-L/14 that learnt residuals of its projections.
+"""P(real) by Effort (arXiv 2411.15633): CLIP ViT-L/14 with trained residuals in its projections.
 
 Only the last singular directions of the attention projections were trained. RealGen evaluates with
 Effort and never trains on it. Source: YZY-stack/Effort-AIGI-Detection, effort_detector.py.
@@ -30,7 +30,7 @@ STATISTICS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 TABLE: Table = (
-    # The main bases, which only a loss needs and not every file has, and the buffer 0, 1, 2, ...
+    # The main bases, which only a loss needs and some files lack, and the buffer 0, 1, 2, ...
     (r".*\.([SUV]_r|position_ids)", None),
     (r"backbone\.(.+)\.([USV])_residual", r"tower.\1.\2_experts.0"),
     (r"backbone\.(.+)", r"tower.\1"),
@@ -39,16 +39,16 @@ TABLE: Table = (
 
 
 class Effort:
-    """P(real) = softmax(logits)[0], logits linear in the class token after the last norm.
+    """P(real) = softmax(logits)[0], where logits are linear in the class token after the last norm.
 
     A projection is W + U diag(S) V. Pictures are resized to the model's size, bilinear; the aspect
-    ratio is not kept. Three programs prepare them in three ways. `normalize` selects one, its
-    resize included:
+    ratio is not kept. Three programs preprocess pictures in three different ways. `normalize`
+    selects one of them, including its resize:
     "imagenet": RealGen's evaluation (eval/model-eval/eval/effort_eval.py), antialiased, not rounded
         to 8 bits;
-    "none": RealGen's scorer (flow_grpo/effort_scorer.py), as PIL;
-    "clip": Effort's own (DeepfakeBench/training/demo.py), not antialiased, as OpenCV except for its
-        rounding.
+    "none": RealGen's scorer (flow_grpo/effort_scorer.py), like PIL;
+    "clip": Effort's own (DeepfakeBench/training/demo.py), not antialiased, like OpenCV except for
+        its rounding.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Effort:
         rank_key = "tower.encoder.layers.0.self_attn.q_proj.S_experts.0"
         rank = tensor_shape(state, rank_key, file)[0]
 
-        with no_init_weights():  # all of them are loaded next
+        with no_init_weights():  # all weights are loaded next
             tower = use_experts(CLIPVisionModel(config), 1, rank)
         model = nn.ModuleDict({"tower": tower, "head": nn.Linear(config.hidden_size, 2)})
         self.size = config.image_size

@@ -1,7 +1,7 @@
 """The embedded model's rewards: small networks on 64x64 pictures (scripts/build_embedded).
 
-The demo trains against `EmbeddedDetector`. `EmbeddedHeldOut`, of another architecture, and the
-classifier behind `EmbeddedPromptAccuracy` and `EmbeddedFrechet` are only ever measured.
+The demo trains against `EmbeddedDetector`. `EmbeddedHeldOut`, which has another architecture, and
+the classifier behind `EmbeddedPromptAccuracy` and `EmbeddedFrechet` are only used for evaluation.
 """
 
 import itertools
@@ -32,7 +32,7 @@ def _block(n_in: int, n_out: int, stride: int) -> list[nn.Module]:
 
 
 class ConvDetector(nn.Module):
-    """Strided convolutions down to 8x8 and one logit per position, averaged.
+    """Strided convolutions down to 8x8, and the mean of one logit per position.
 
     It judges textures everywhere in the picture.
     """
@@ -50,7 +50,7 @@ class ConvDetector(nn.Module):
 
 
 class PoolDetector(nn.Module):
-    """Full-resolution convolutions with max-pooling, and one decision on the whole picture."""
+    """Full-resolution convolutions with max-pooling, and one logit for the whole picture."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ class PoolDetector(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Which photograph a picture shows.
+    """Classifies which photograph a picture shows.
 
     Max-pooled convolutions. The Fréchet distance is measured in the 64 features before the head.
     """
@@ -123,7 +123,7 @@ class EmbeddedDetector:
 
 
 class EmbeddedHeldOut:
-    """P(real) by a detector of another architecture, against which nothing is trained."""
+    """P(real) by a detector with another architecture, which nothing is trained against."""
 
     def __init__(self, device: str):
         self.model = _load(PoolDetector(), "held_out", device)

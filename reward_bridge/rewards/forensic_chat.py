@@ -18,9 +18,9 @@ REAL = ("Real", "real")
 
 
 class ForensicChat:
-    """P that a fine-tuned Qwen2.5-VL begins its answer with "real" and not with "fake".
+    """P that a fine-tuned Qwen2.5-VL begins its answer with "real" rather than "fake".
 
-    Prompts play no part.
+    Prompts are not used.
 
     path: a local Qwen2_5_VLForConditionalGeneration folder with its tokenizer and
         preprocessor_config.json.
@@ -49,7 +49,7 @@ class ForensicChat:
         self.model = model.eval().requires_grad_(False).to(device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        # All texts have the same length, so the last position belongs to every picture.
+        # All texts have the same length, so none is padded after its last token.
         inputs = self.inputs(images, [QUESTION] * len(images))
         state = self.model.model(**inputs, use_cache=False).last_hidden_state[:, -1].float()
 

@@ -16,16 +16,18 @@ from reward_bridge.weights import find, read
 
 
 class HPSv2:
-    """Cosine of image and prompt by open_clip's ViT-H-14, tuned on people's rankings (about 0.3).
+    """Cosine of image and prompt by open_clip's ViT-H-14, fine-tuned on people's rankings.
+
+    Scores are about 0.3.
 
     path: HPS_v2.1_compressed.pt (xswu/HPSv2 on Hugging Face) or its folder.
     tokenizer: a folder with CLIP's tokenizer; by default the file's own folder.
 
-    Pictures are resized as PIL does it. The authors' package (hpsv2 1.2) resizes the float tensor,
-    bicubic. With torchvision from 0.17 on (RealGen has 0.21) that is antialiased and differs only
+    Pictures are resized as by PIL. The authors' package (hpsv2 1.2) resizes the float tensor,
+    bicubic. With torchvision 0.17 and later (RealGen has 0.21) that is antialiased and differs only
     by PIL's rounding and clipping to 8 bits: scores move by at most 0.8 % of their spread. Before
-    0.17 it is not antialiased: by up to 13 % (15 photographs of 512 pixels, a ViT with random
-    weights).
+    0.17 it is not antialiased: scores move by up to 13 %. (Measured on 15 photographs of 512 pixels
+    with a ViT with random weights.)
     """
 
     def __init__(

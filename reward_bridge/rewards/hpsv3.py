@@ -1,4 +1,4 @@
-"""Human preference by HPSv3 (arXiv 2508.03789, MizzenAI/HPSv3), a tuned Qwen2-VL-7B."""
+"""Human preference by HPSv3 (arXiv 2508.03789, MizzenAI/HPSv3), a fine-tuned Qwen2-VL-7B."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from transformers import Qwen2VLConfig, Qwen2VLModel
 from reward_bridge.rewards.qwen_vl import QwenInputs
 from reward_bridge.weights import Table, find, load_strict, read, rename, torch_dtype
 
-# The token at which the head reads; it comes after everything that is judged.
+# The head reads the state of this token, which comes after everything that is judged.
 REWARD = "<|Reward|>"
-PIXELS = 256 * 28 * 28  # of every scaled picture, up to whole blocks of patches
+PIXELS = 256 * 28 * 28  # size of every resized picture, up to whole blocks of patches
 
 # The text that the model was trained with, including spaces at the ends of lines.
 INSTRUCTION = (
@@ -70,11 +70,11 @@ TABLE: Table = (
 
 
 class Hpsv3:
-    """The mean of the preference that HPSv3 predicts, divided by `divide_by`.
+    """The mean of the preference distribution that HPSv3 predicts, divided by `divide_by`.
 
     path: HPSv3.safetensors or its folder.
     base: a local folder with the config, tokenizer and image processor of Qwen2-VL-7B-Instruct. Its
-        weights are not needed: the file holds them all.
+        weights are not needed, since the HPSv3 file has all weights.
     divide_by: 15 in RealGen's server, 1 in its evaluation.
     """
 
@@ -95,7 +95,7 @@ class Hpsv3:
 
         config = Qwen2VLConfig.from_pretrained(self.inputs.folder)
         config.text_config.vocab_size = len(self.inputs.tokenizer)
-        with torch.device(device):  # 7 billion parameters: created where they stay
+        with torch.device(device):  # 7 billion parameters: created on their device
             model = Preference(config, torch_dtype(dtype), attention)
         self.model = load_strict(model, rename(read(file), TABLE, file), file)
 
@@ -106,11 +106,12 @@ class Hpsv3:
 
 
 class Preference(nn.Module):
-    """Qwen2-VL without its language head, and a perceptron on the final state of one token.
+    """Qwen2-VL without its language head, and an MLP on the final state of one token.
 
-    It predicts the preference's mean and spread. The authors call the language model with
-    embeddings alone, so that transformers numbers all positions one by one, the picture's too. The
-    model was trained so, and it is called so here, in place of Qwen2-VL's (time, row, column).
+    It predicts the preference's mean and spread. The authors call the language model with only
+    embeddings, so transformers numbers all positions consecutively, including the picture's. The
+    model was trained this way, so this class does the same instead of using Qwen2-VL's positions
+    (time, row, column).
     """
 
     def __init__(self, config: Qwen2VLConfig, dtype: torch.dtype, attention: str):
@@ -124,7 +125,7 @@ class Preference(nn.Module):
             nn.Linear(1024, 16),
             nn.ReLU(),
             nn.Linear(16, 2),
-        )  # in float32 whatever the model's dtype
+        )  # in float32, whatever the model's dtype
 
     def forward(
         self, input_ids: torch.Tensor, read_at: int, **inputs: torch.Tensor

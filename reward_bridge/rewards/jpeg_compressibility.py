@@ -10,7 +10,7 @@ UNIT = 500_000  # bytes, as Flow-GRPO scales the size
 
 
 class JpegCompressibility:
-    """Minus the size of the picture as a JPEG of this quality, in units of 500 kB."""
+    """The negative size of the picture as a JPEG of this quality, in units of 500 kB."""
 
     def __init__(self, device: str, quality: int = 95):
         self.quality = quality

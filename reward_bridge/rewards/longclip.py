@@ -14,7 +14,7 @@ from reward_bridge.rewards.clip import (
 )
 from reward_bridge.weights import State, find, read
 
-# Text positions kept from the original CLIP; the later ones were stretched and trained.
+# Text positions kept from the original CLIP; later ones were interpolated and trained.
 KEPT = 20
 POSITIONS = "positional_embedding"
 TRAINED_POSITIONS = "positional_embedding_res"

@@ -1,7 +1,8 @@
 """A vision tower whose attention projections are mixtures of low-rank experts.
 
-A router looks at the picture and weighs the experts, the same in every layer. This is what OmniAID
-on CLIP and on DINOv3 share, and Effort in part. Sizes are read off the shapes in the weight file.
+A router looks at the picture and weights the experts, with the same gates in every layer. OmniAID
+on CLIP and on DINOv3 share all of this module, and Effort uses parts of it. Sizes are read from the
+shapes in the weight file.
 Source: yunncheng/OmniAID, models/OmniAID.py.
 """
 
@@ -21,11 +22,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
 
 
 class MoELinear(nn.Module):
-    """y = W x + b + sum_e g_e U_e (S_e * V_e x), with all experts in two thin products.
+    """y = W x + b + sum_e g_e U_e (S_e * V_e x), all experts in two low-rank matmuls.
 
     x [n, t, D]; W = weight_main [D, D]; U_e [D, r], S_e [r], V_e [r, D]; gates g [n, E] or [1, E],
-    see `set_gates`. The parameters keep their published names. LoRA's B_e (A_e x) is the same with
-    S_e = 1. In train mode, a share `dropout` of the experts' input is dropped.
+    see `set_gates`. The parameters keep their published names. LoRA's B_e (A_e x) is the case of
+    S_e = 1. In train mode, a fraction `dropout` of the experts' input is dropped.
     """
 
     dropout = 0.0
@@ -69,7 +70,7 @@ def use_experts(tower: nn.Module, experts: int, rank: int) -> nn.Module:
 def set_gates(tower: nn.Module, gates: torch.Tensor) -> None:
     """Set the gates [n, E] of the next forward pass in every projection.
 
-    transformers' attention passes a projection nothing but x, so they cannot be an argument.
+    transformers' attention passes only x to a projection, so the gates cannot be an argument.
     """
     for module in tower.modules():
         if isinstance(module, MoELinear):
@@ -78,7 +79,7 @@ def set_gates(tower: nn.Module, gates: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the experts and of the router, a perceptron width -> hidden -> outputs."""
+    """Sizes of the experts and of the router, an MLP width -> hidden -> outputs."""
 
     width: int
     experts: int
@@ -115,8 +116,8 @@ class MixtureDetector(nn.Module):
     def gates(self, features: torch.Tensor) -> torch.Tensor:
         """[n, D] -> [n, E]: softmax over the top k logits, 0 elsewhere.
 
-        If the router has one output fewer than there are experts (hybrid), the last expert, the one
-        for artefacts, always has gate 1.
+        If the router has one output fewer than there are experts (the hybrid variant), the last
+        expert, which is for artefacts, always has gate 1.
         """
         top = self.router(features).topk(self.sizes.top_k)
         gates = features.new_zeros(len(features), self.sizes.experts)
@@ -130,12 +131,12 @@ class MixtureDetector(nn.Module):
         return self.classify(pixels, self.routing_features(pixels))
 
     def classify(self, pixels: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """`forward` with the pictures' routing features [n, D]."""
+        """`forward`, given the pictures' routing features [n, D]."""
         set_gates(self.tower, self.gates(features))
         return self.head(self.tower(pixels).pooler_output.float())
 
     def train(self, mode: bool = True) -> "MixtureDetector":
-        """The extractor stays in eval mode: training routes a picture as scoring does."""
+        """Set train mode, except for the extractor: training routes a picture as scoring does."""
         super().train(mode)
         if self.feature_extractor is not None:
             self.feature_extractor.eval()
@@ -145,9 +146,9 @@ class MixtureDetector(nn.Module):
 class MixtureReward:
     """P(real) = softmax(logits)[0] of a picture.
 
-    The picture is resized to `resize_first` squared (0: not), then to `size` squared; its aspect
-    ratio is not kept. `statistics` are the mean and the standard deviation that pixels are
-    normalised with.
+    The picture is resized to `resize_first` squared (0: not resized), then to `size` squared; its
+    aspect ratio is not kept. `statistics` are the mean and the standard deviation for the
+    normalisation of pixels.
     """
 
     def __init__(
@@ -185,14 +186,14 @@ class MixtureReward:
 
 
 def mixture_table(layers: str, ours: str) -> Table:
-    """Rules for the layers of experts, published under `layers`, for the router and the head.
+    """Rules for the router, the head and the layers of experts, published under `layers`.
 
-    Tensors that no score needs are left out.
+    Tensors that are not needed for scoring are dropped.
     """
     return (
         # The orthogonality loss compares the experts with these.
         (r".*\.(U_r|V_r|weight_original_fnorm)", None),
-        # 0, 1, 2, ...: a buffer of old library versions.
+        # A buffer 0, 1, 2, ... of old library versions.
         (r".*\.position_ids", None),
         (rf"{layers}\.(.+)\.weight_fixed", rf"{ours}.\1.weight_main"),
         (rf"{layers}\.(.+)\.lora_A_experts\.(\d+)", rf"{ours}.\1.V_experts.\2"),
@@ -204,13 +205,13 @@ def mixture_table(layers: str, ours: str) -> Table:
 
 
 def read_mixture(file: Path, table: Table) -> State:
-    """The tensors of a file of SVD experts or of LoRA experts, under MixtureDetector's names."""
+    """Read a file of SVD experts or of LoRA experts, with MixtureDetector's tensor names."""
     published = read(file)
     state = rename(published, table, file)
     if not any(".lora_A_experts." in key for key in published):
         return state
 
-    # LoRA experts have no scale.
+    # LoRA experts have no scale; use 1.
     scales = {}
     for key, up in state.items():
         if ".U_experts." in key:

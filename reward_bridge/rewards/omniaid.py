@@ -31,12 +31,12 @@ CLIP_TABLE: Table = (
 class OmniAID(MixtureReward):
     """P(real) by OmniAID on CLIP ViT-L/14 at 336 px.
 
-    path: a published .pth file, or one that the authors' code trained, or its folder.
-    routing: what the router was trained on, "feature_extractor" (published files) or "patch_mean"
-        (RealGen V1's reward server).
+    path: a .pth file, published or trained with the authors' code, or its folder.
+    routing: the feature that the router was trained on, "feature_extractor" (published files) or
+        "patch_mean" (RealGen V1's reward server).
     top_k: 2; 1 for the GenImage weights.
     heads: attention heads; None: the width / 64.
-    resize_first: 512 for v1 weights (RealGen's); 0 for v2 weights, which were trained without.
+    resize_first: 512 for v1 weights (RealGen's); 0 for v2 weights, trained without it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class OmniAID(MixtureReward):
         config = clip_config(state, heads, "omniaid", file)
         sizes = read_sizes(state, top_k, "omniaid", file)
 
-        with no_init_weights():  # all of them are loaded next
+        with no_init_weights():  # all weights are loaded next
             extractor = CLIPVisionModel(config) if routing == "feature_extractor" else None
             model = MixtureDetector(CLIPVisionModel(config), extractor, sizes)
         load_strict(model, state, file)
@@ -71,8 +71,8 @@ class OmniAID(MixtureReward):
 def check_routing(routing: str, state: State, source: Path) -> None:
     """Raise ValueError if the file does not have the tower that `routing` needs.
 
-    The router's weights do not show which feature it expects, and a wrong one gives wrong scores
-    without an error.
+    The router's weights do not show which feature it expects, and the wrong feature gives wrong
+    scores without an error.
     """
     if routing not in ("feature_extractor", "patch_mean"):
         raise ValueError(
@@ -91,7 +91,7 @@ def check_routing(routing: str, state: State, source: Path) -> None:
 def clip_config(state: State, heads: int | None, option: str, source: Path) -> CLIPVisionConfig:
     """The configuration of the tower in `state`, from its shapes.
 
-    Quick-GELU and eps 1e-5 as in OpenAI's models are the defaults of transformers.
+    Quick-GELU and eps 1e-5, as in OpenAI's models, are transformers' defaults.
     """
     width, _, patch, _ = tensor_shape(state, "tower.embeddings.patch_embedding.weight", source)
     positions = tensor_shape(state, "tower.embeddings.position_embedding.weight", source)[0]

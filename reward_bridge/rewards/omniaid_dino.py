@@ -32,11 +32,12 @@ DINO_TABLE: Table = (
 class OmniAIDDino(MixtureReward):
     """P(real) by OmniAID-DINO, DINOv3 ViT-L/16 at 448 px.
 
-    path: a published .pth file, or one that the authors' code trained, or its folder.
+    path: a .pth file, published or trained with the authors' code, or its folder.
     heads: attention heads; None: the width / 64.
-    resize_first: 512 for v1 weights; 0 for v2 weights, which were trained without.
+    resize_first: 512 for v1 weights; 0 for v2 weights, which were trained without this resize.
 
-    The defaults of `size`, `rope_theta` and `eps`, which shapes do not show, are ViT-L/16's.
+    `size`, `rope_theta` and `eps` cannot be read off the weights' shapes. Their defaults are
+    ViT-L/16's.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class OmniAIDDino(MixtureReward):
         config = dino_config(state, size, heads, file, rope_theta=rope_theta, layer_norm_eps=eps)
         sizes = read_sizes(state, top_k, "omniaid_dino", file)
 
-        with no_init_weights():  # all of them are loaded next
+        with no_init_weights():  # all weights are loaded next
             model = MixtureDetector(DINOv3ViTModel(config), DINOv3ViTModel(config), sizes)
         load_strict(model, state, file)
 
@@ -74,7 +75,7 @@ def dino_config(
 ) -> DINOv3ViTConfig:
     """The configuration of the tower in `state`, from its shapes and keys.
 
-    The keys show registers, biases, and the gated MLP (with SiLU, in ViT-S+, H+ and 7B). Raises
+    Registers, biases and the gated MLP (with SiLU, in ViT-S+, H+ and 7B) are detected. Raises
     ValueError if `size` is not a multiple of the patch size.
     """
     width, _, patch, _ = tensor_shape(state, "tower.embeddings.patch_embeddings.weight", source)

@@ -1,4 +1,4 @@
-"""Which picture people would pick, by PickScore (arXiv 2305.01569)."""
+"""PickScore, which predicts the picture that people would choose (arXiv 2305.01569)."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ from reward_bridge.rewards.clip import (
 
 
 class PickScore:
-    """exp(logit_scale) * cosine / `divide_by`, by a CLIP-H tuned on people's choices (equation 1).
+    """exp(logit_scale) * cosine / `divide_by`, by a CLIP-H tuned on human choices (equation 1).
 
     path: the CLIPModel folder, yuvalkirstain/PickScore_v1.
-    tokenizer: the folder of its tokenizer, if that is another one. The published model uses the one
-        of laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+    tokenizer: the folder of its tokenizer, if that is a different folder. The published model uses
+        that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
     divide_by: 1 as in RealGen's server and evaluation (scores of about 20); 26 in Flow-GRPO.
     """
 

@@ -1,9 +1,9 @@
 """Inputs of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191, 2502.13923), made on the pictures' device.
 
-transformers' own processors need torchvision. This module repeats what the authors' tools do one
-after the other. qwen_vl_utils rounds and bounds the size. The image processor does so again with
-the folder's bounds, normalises, and cuts the picture into patches. In the text, one
-`<|image_pad|>` stands for every 2x2 patches.
+transformers' own processors need torchvision. This module repeats the steps of the authors' tools.
+qwen_vl_utils rounds the size and keeps it within bounds. The image processor does so again with the
+folder's bounds, normalises, and cuts the picture into patches. In the text, one `<|image_pad|>`
+stands for every 2x2 patches.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from reward_bridge.weights import find
 
 IMAGE = "<|image_pad|>"
 
-# The bounds on pixels in qwen_vl_utils if the message sets none.
+# The bounds on the number of pixels in qwen_vl_utils if the message sets none.
 UTILS_PIXELS = (4 * 28 * 28, 16384 * 28 * 28)
 
 # The chat template of both models, for a picture and a text.
@@ -33,8 +33,8 @@ class QwenInputs:
 
     path: a local folder with the tokenizer and the image processor.
     option: the name of that folder in config.reward.options.
-    pixels: the least and the most pixels that a picture is scaled to before the folder's own bounds
-        apply.
+    pixels: the minimum and maximum number of pixels to which a picture is scaled, before the
+        folder's own bounds apply.
 
     Raises FileNotFoundError if a file is missing.
     """
@@ -47,10 +47,10 @@ class QwenInputs:
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(self.folder)
 
     def __call__(self, images: torch.Tensor, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The inputs for uint8 [n, 3, h, w] and n texts, each a user's turn to be answered.
+        """The inputs for uint8 [n, 3, h, w] and n texts, each the user's turn of a dialogue.
 
-        Texts are padded on the right, where no token of a causal model looks; the mask marks the
-        padding.
+        Texts are padded on the right, which no token of a causal model attends to; the mask marks
+        the padding.
         """
         patches, grid = self.patches(images)
 
@@ -116,8 +116,8 @@ def patchify(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut [n, c, h, w] into patches [n * rows * columns, c * frames * patch * patch].
 
-    The patches of a merge x merge block follow each other, and blocks go row by row. A picture is a
-    film of `frames` equal frames. Also returns the grid, int64 (1, rows, columns).
+    The patches of a merge x merge block follow each other, and blocks go row by row. A picture is
+    repeated as a video of `frames` equal frames. Also returns the grid, int64 (1, rows, columns).
     """
     n, channels, height, width = x.shape
     rows = height // patch

@@ -17,20 +17,21 @@ QUESTION = (
     "Is this picture a real photograph, taken by a camera, rather than a computer-generated image? "
     "Answer with one word, yes or no."
 )
-SPACES = " \t\r\n▁Ġ"  # the last two: how vocabularies write a leading space
+SPACES = " \t\r\n▁Ġ"  # the last two mark a leading space in token vocabularies
 
 
 class VlmJudge:
-    """Asks one yes/no question about each picture; the score is P(yes) of the answer's first token.
+    """Asks a yes/no question about each picture. The score is P(yes) of the answer's first token.
 
-    P(yes) = p(yes) / (p(yes) + p(no)), each summed over upper and lower case and leading spaces
-    among the 20 likeliest tokens. `{prompt}` in the question stands for the picture's prompt.
+    P(yes) = p(yes) / (p(yes) + p(no)), where each term sums the spellings, in upper or lower case
+    and with or without leading spaces, among the 20 most likely tokens. `{prompt}` in the question
+    is replaced by the picture's prompt.
 
-    `url` is the endpoint up to and including /v1, `api_key_env` the environment variable that holds
-    its key, if it needs one. `concurrency` requests run at a time. Each waits up to `timeout`
-    seconds for the server's next bytes and is sent up to `attempts` times if the server is busy
-    (429), broken (5xx), silent or unreachable. `deadline` seconds after the call all waiting ends:
-    keep it below config.reward.deadline. `device` is not used; "cpu" saves GPU memory.
+    `url` is the endpoint up to and including /v1, and `api_key_env` the environment variable that
+    holds its key, if it needs one. Up to `concurrency` requests run at a time. Each waits up to
+    `timeout` seconds for the server's next bytes and is sent up to `attempts` times if the server
+    is busy (429), broken (5xx), silent or unreachable. The whole call fails after `deadline`
+    seconds; keep that below config.reward.deadline. `device` is not used; "cpu" saves GPU memory.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def top_tokens(response: httpx2.Response) -> list[tuple[str, float]]:
-    """Return (token, log-probability) of the likeliest tokens at the answer's first position.
+    """Return (token, log-probability) of the most likely tokens at the answer's first position.
 
     Raises ValueError, LookupError or TypeError if the response has none.
     """
@@ -135,7 +136,7 @@ def top_tokens(response: httpx2.Response) -> list[tuple[str, float]]:
 
 
 def p_yes(tokens: Sequence[tuple[str, float]]) -> float:
-    """Return P(yes) of (token, log-probability) pairs. A missing side counts as 0.
+    """Return P(yes) from (token, log-probability) pairs. A missing answer has probability 0.
 
     Raises ValueError if neither yes nor no is among the tokens.
     """
