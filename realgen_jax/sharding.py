@@ -96,7 +96,7 @@ def param_sharding(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]],
             if size % math.prod(mesh.shape[axis] for axis in names):
                 split = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
                 raise ValueError(
-                    f"{path} {shape} cannot be split: {size} does not divide by mesh axis {split}"
+                    f"{path} {shape} cannot be split: {size} is not divisible by mesh axis {split}"
                 )
         return NamedSharding(mesh, specs[0])
 

@@ -178,13 +178,11 @@ ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
 
 FLAGS = flags.FLAGS
 define_config()
-flags.DEFINE_bool("resume", False, "go on with config.run_name, or with this preset's latest run")
+flags.DEFINE_bool("resume", False, "resume config.run_name, or this preset's latest run")
 flags.DEFINE_bool(
     "auto_resume", False, "resume config.run_name if it exists, else start it: for schedulers"
 )
-flags.DEFINE_bool(
-    "allow_config_change", False, "resume with a config that computes something else than before"
-)
+flags.DEFINE_bool("allow_config_change", False, "resume with a config that changes the results")
 
 
 def run_training(_: Sequence[str]) -> None:

@@ -55,7 +55,7 @@ class Model:
         parts = self.mesh.shape["tensor"]
         if heads % parts:
             raise ValueError(
-                f"num_attention_heads {heads} does not divide by mesh axis tensor={parts}; "
+                f"num_attention_heads {heads} is not divisible by mesh axis tensor={parts}; "
                 "attention is split by whole heads"
             )
 

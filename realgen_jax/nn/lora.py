@@ -224,8 +224,7 @@ def read_lora(path: str | Path, like: nnx.State, table: Table) -> nnx.State:
     unknown = sorted(names.keys() - factors.keys())
     if unknown:
         raise ValueError(
-            f"{file} holds {unknown[0]} ({len(unknown)} in all), "
-            "which is none of the targets of this model"
+            f"{file} holds {unknown[0]} ({len(unknown)} in all), which this model does not target"
         )
 
     for name, factor in factors.items():

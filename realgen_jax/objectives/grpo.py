@@ -88,7 +88,7 @@ def _check_shapes(mean: Array, mean_old: Array, x_next: Array, advantages: Array
         )
     if advantages.shape != mean.shape[:1]:
         raise ValueError(
-            f"advantages have shape {advantages.shape}; expected one a sample, {mean.shape[:1]}"
+            f"advantages have shape {advantages.shape}; expected one per sample, {mean.shape[:1]}"
         )
 
 

@@ -91,7 +91,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise FileExistsError(
-            f"{folder} is in use: a run of this name is going on; wait for its end, or choose "
+            f"{folder} is in use: a run with this name is active; wait until it ends, or choose "
             "another --config.run_name"
         ) from error
 

@@ -422,6 +422,6 @@ def test_a_device_holds_its_share_and_the_state_is_used_again(kind, layout):
 
 def test_heads_are_not_cut():
     with pytest.raises(
-        ValueError, match=r"num_attention_heads 4 does not divide by mesh axis tensor=8"
+        ValueError, match=r"num_attention_heads 4 is not divisible by mesh axis tensor=8"
     ):
         flux_model(MODEL, None, SIDE, mesh=make_mesh(1, 1, 8, jax.devices()))

@@ -104,7 +104,7 @@ def test_arrays_that_would_broadcast_are_named():
     config = LossConfig(beta=0.0, clip_range=1e-3, adv_clip_max=5.0)
     for loss in (grpo_loss, guard_loss):
         for shape in ((3, 1), (1,), ()):
-            with pytest.raises(ValueError, match=r"expected one a sample, \(3,\)"):
+            with pytest.raises(ValueError, match=r"expected one per sample, \(3,\)"):
                 loss(mean, mean_old, x_next, step, jnp.ones(shape), config)
         with pytest.raises(ValueError, match="must have the same shape"):
             loss(mean, mean_old[:1], x_next, step, jnp.ones(3), config)

@@ -110,7 +110,7 @@ def test_flux_dev_compiles_on_paper(tmp_path):
 @pytest.mark.parametrize(
     ("change", "devices", "message"),
     [
-        ({"mesh.fsdp": 7}, 7, "does not divide by mesh axis fsdp=7"),
+        ({"mesh.fsdp": 7}, 7, "is not divisible by mesh axis fsdp=7"),
         ({"sample.train_batch_size": 20}, 7, "cannot be divided into groups"),
         ({}, 6, "train_batch_size 21 must be a multiple of branches x 6"),
         ({"sample.sde_window_size": 30}, 7, "sde_window_size 30 does not fit"),

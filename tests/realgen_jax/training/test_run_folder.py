@@ -82,7 +82,7 @@ def test_a_folder_has_one_run_at_a_time_and_a_kill_frees_it(tmp_path):
         [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True
     )
     assert other.stdout.readline() == "held\n"
-    message = "x is in use: a run of this name is going on; wait for its end"
+    message = "x is in use: a run with this name is active; wait until it ends"
     with pytest.raises(FileExistsError, match=message), run_lock(folder):
         pass
     other.kill()
