@@ -273,7 +273,7 @@ def test_loading_streams(tmp_path):
             while not stop.is_set():
                 peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
         thread = threading.Thread(target=watch); thread.start()
-        _, params = load_flux({str(tmp_path)!r})
+        _, params = load_flux({str(tmp_path)!r}, param_dtype=jax.numpy.bfloat16)
         stop.set(); thread.join()
         print(peak[0] - before)
     """
