@@ -7,11 +7,11 @@ configs/flux_grpo.py has them too, with `tiny` as its default, so both of these 
 """
 
 from importlib.resources import files
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from realgen_jax.config import adversary, base
+from realgen_jax.config_files import make_preset
 
 EMBEDDED = files("realgen_jax") / "embedded"
 REWARDS = files("reward_bridge") / "embedded"
@@ -131,10 +131,6 @@ PRESETS = {experiment.__name__: experiment for experiment in EXPERIMENTS}
 
 def get_config(preset: str = "tiny") -> ConfigDict:
     """The config of the experiment that is named after the colon in --config."""
-    if preset not in PRESETS:
-        name = Path(__file__).name
-        raise ValueError(f"{name} has no preset {preset!r}; choose from {', '.join(PRESETS)}")
-
-    config = PRESETS[preset]()
+    config = make_preset(PRESETS, preset, __file__)
     config.preset = preset
     return config.lock()

@@ -11,12 +11,12 @@ machine needs.
 """
 
 from importlib.resources import files
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from realgen_configs.embedded import tiny, tiny_adversarial, tiny_soft
 from realgen_jax.config import adversary, base
+from realgen_jax.config_files import make_preset
 
 REWARDS = files("reward_bridge") / "embedded"
 
@@ -323,10 +323,6 @@ PRESETS = {experiment.__name__: experiment for experiment in EXPERIMENTS}
 
 def get_config(preset: str = "tiny") -> ConfigDict:
     """The config of the experiment that is named after the colon in --config."""
-    if preset not in PRESETS:
-        name = Path(__file__).name
-        raise ValueError(f"{name} has no preset {preset!r}; choose from {', '.join(PRESETS)}")
-
-    config = PRESETS[preset]()
+    config = make_preset(PRESETS, preset, __file__)
     config.preset = preset
     return config.lock()

@@ -9,9 +9,10 @@ copy this file: `rewards` names them, `options` has the arguments of their const
 """
 
 from importlib.resources import files
-from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from realgen_jax.config_files import make_preset
 
 REWARDS = files("reward_bridge") / "embedded"
 
@@ -73,7 +74,4 @@ PRESETS = {"tiny": tiny, "realgen": realgen}
 
 def get_config(preset: str = "tiny") -> ConfigDict:
     """The config of the preset that is named after the colon in --config."""
-    if preset not in PRESETS:
-        name = Path(__file__).name
-        raise ValueError(f"{name} has no preset {preset!r}; choose from {', '.join(PRESETS)}")
-    return PRESETS[preset]().lock()
+    return make_preset(PRESETS, preset, __file__).lock()

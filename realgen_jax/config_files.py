@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -41,6 +41,16 @@ def load_config(argument: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ValueError(f"{file}: get_config() returned {config!r}; expected a ConfigDict")
     return config
+
+
+def make_preset(
+    presets: Mapping[str, Callable[[], ConfigDict]], name: str, file: str
+) -> ConfigDict:
+    """Return the config of the preset `name`. Raises ValueError for a name that `file` lacks."""
+    if name not in presets:
+        choices = ", ".join(presets)
+        raise ValueError(f"{Path(file).name} has no preset {name!r}; choose from {choices}")
+    return presets[name]()
 
 
 def find_config(name: str) -> Path:

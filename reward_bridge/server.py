@@ -169,19 +169,28 @@ def serve(bridge: RewardBridge, listener: socket.socket, limits: Limits, token: 
     The current batch is still finished; waiting requests get 503.
     """
     app = make_app(bridge, limits, token, closing=lambda: server.should_exit)
+    server = make_server(app, lifespan="on", shutdown=int(bridge.deadline) + 1)
+    server.run(sockets=[listener])
+
+
+def make_server(app: Starlette, *, lifespan: str, shutdown: int) -> uvicorn.Server:
+    """Make a server that logs nothing but warnings and tells nothing about itself.
+
+    lifespan: "on" if the application has start-up and shutdown steps, else "off". shutdown: the
+    most seconds that open requests may take after the end.
+    """
     config = uvicorn.Config(
         app,
         http="h11",
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         log_level="warning",
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=int(bridge.deadline) + 1,
+        timeout_graceful_shutdown=shutdown,
     )
-    server = uvicorn.Server(config)
-    server.run(sockets=[listener])
+    return uvicorn.Server(config)
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,10 +5,9 @@ import socket
 import threading
 from collections.abc import Iterator
 
-import uvicorn
 from starlette.applications import Starlette
 
-from reward_bridge.server import bind
+from reward_bridge.server import bind, make_server
 
 
 @contextlib.contextmanager
@@ -18,18 +17,7 @@ def serve_in_thread(app: Starlette, port: int) -> Iterator[socket.socket]:
     Raises OSError for a port in use.
     """
     listener = bind("127.0.0.1", port, "")
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
+    server = make_server(app, lifespan="off", shutdown=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
 
     # Requests that arrive before the thread is ready wait in the listener's queue.
