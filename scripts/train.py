@@ -207,9 +207,14 @@ def run_training(_: Sequence[str]) -> None:
         try:
             with log, StepTraces(run.folder, config.profile.steps, log) as traces:
                 over = train(run, state, log, traces, preemption, resumed)
-        except (OSError, RewardError, ScoringError, FloatingPointError) as error:
-            sys.exit(f"error: {error}")
-        except (SaveError, RestoreError) as error:
+        except (
+            OSError,
+            FloatingPointError,
+            RewardError,
+            ScoringError,
+            SaveError,
+            RestoreError,
+        ) as error:
             sys.exit(f"error: {error}")
         except jax.errors.JaxRuntimeError as error:
             if process_count() == 1:
