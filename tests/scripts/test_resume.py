@@ -142,7 +142,7 @@ def test_sigterm_saves_and_the_name_is_taken_while_a_run_goes_on(cache, tmp_path
 
     second = call("train.py", cache, *words, "--resume")
     assert second.returncode == 1
-    assert "x is in use: a run of this name is going on" in second.stderr
+    assert "x is in use: a run with this name is active" in second.stderr
 
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0, output.read_text()
