@@ -2,7 +2,6 @@
 
 import functools
 import json
-import resource
 import shutil
 import subprocess
 
@@ -29,6 +28,7 @@ from realgen_jax.models.flux.transformer import FluxTransformer
 from realgen_jax.nn.lora import LoraConfig, with_lora
 from realgen_jax.sharding import make_mesh, param_sharding
 from realgen_jax.update import TrainState, make_optimizer
+from tests.helpers.faults import full_disk
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -225,15 +225,11 @@ def test_a_full_disk_costs_nothing_but_that_checkpoint(tiny, two, tmp_path):
     folder = tmp_path / "c"
     shutil.copytree(two, folder)
     checkpoints = Checkpoints(folder, keep=2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     message = r"checkpoint 3 could not .* still that of epoch 2.*File too large"
-    try:
+    with full_disk():
         checkpoints.save(3, state_of(tiny, 3), {"epoch": 3})
         with pytest.raises(SaveError, match=message):
             checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(entry.name for entry in folder.iterdir()) == ["1", "2"]
     assert checkpoints.begun is None
 
