@@ -98,6 +98,7 @@ def train(
         traces.begin(epoch + 1)
         seconds = {}
         scoring_before = dict(run.scorer.seconds)
+        refused_before = dict(run.scorer.refused)
 
         # The state that is saved if SIGTERM interrupts this epoch.
         start = saver.snapshot(epoch, state)
@@ -146,6 +147,8 @@ def train(
         for name in weights:
             scoring = run.scorer.seconds[name] - scoring_before[name]
             details[f"seconds/scoring/{name}"] = scoring
+        for name, refused in run.scorer.refused.items():
+            details[f"refused/{name}"] = refused - refused_before[name]
         if epoch == first:
             warn_of_deviation(log, steps, config.train.clip_range)
         columns = step_columns(steps, run.recipe.objective.largest_metrics)
