@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import Progress
 from tensorboardX import SummaryWriter
 
@@ -16,6 +17,10 @@ from realgen_jax.advantages import zero_spread
 from realgen_jax.files import read_jsonl, write_whole
 from realgen_jax.training.pictures import break_rows, picture_grid
 from realgen_jax.training.progress import progress_columns
+from realgen_jax.training.wandb_run import WandbLog
+
+# A single epoch without spread can be chance, where a call has few groups or scores are coarse.
+CONSTANT_EPOCHS = 3
 
 
 class RunLog:
@@ -26,11 +31,16 @@ class RunLog:
       config: the run's config; written to config.json.
       start: the number of epochs that a resumed run has already finished.
       epochs: the total number of epochs.
-      wandb_project: also log to this Weights & Biases project; "" for none.
+      wandb_run: also log to this run of Weights & Biases; None for none.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        start: int,
+        epochs: int,
+        wandb_run: Any | None = None,
     ):
         self.folder = folder
         self.console = Console(highlight=False)
@@ -43,23 +53,14 @@ class RunLog:
         self._file = metrics_file.open("a")
         purge_step = start + 1 if start else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        self._wandb = None
-        if wandb_project:
-            import wandb  # optional dependency
-
-            self._wandb = wandb.init(
-                project=wandb_project,
-                name=folder.name,
-                id=folder.name,
-                config=dict(config),
-                resume="allow",
-            )
+        self._wandb = WandbLog(wandb_run, self.warn)
 
         # The progress bar, with the figures of the last epoch below it. Next to the bar, they would
         # not fit on a narrow terminal.
         self._progress = Progress(*progress_columns(), console=self.console)
         self._task = self._progress.add_task("epoch", total=epochs, completed=start)
         self._epochs = epochs
+        self._constant = ConstantRewards(read_jsonl(metrics_file))
         self._figures = ""
         self._held_out: dict[str, float] = {}  # scores of the last evaluation
         self._live = Live(
@@ -75,8 +76,7 @@ class RunLog:
         self._live.stop()
         self._file.close()
         self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._wandb.close()
 
     def say(self, text: str) -> None:
         """Print a line, with rich's markup."""
@@ -84,7 +84,7 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.say(f"[bold red]warning[/bold red] {text}")
+        self.say(f"[bold red]warning[/bold red] {escape(text)}")
 
     def metrics(self, kind: str, epoch: int, values: Mapping[str, float]) -> None:
         """Record one row. kind: "train" or "eval"; epoch: the number of finished epochs."""
@@ -94,8 +94,7 @@ class RunLog:
             self._board.add_scalar(f"{kind}/{key}", value, epoch)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step=epoch)
+        self._wandb.figures({f"{kind}/{key}": value for key, value in values.items()}, epoch)
 
     def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
         """Move the progress bar; without a terminal, print a line instead."""
@@ -129,6 +128,14 @@ class RunLog:
         row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
+        for name in self._constant.add(row):
+            low = scores[name].min()
+            high = scores[name].max()
+            self.warn(
+                f"the reward {name} cannot tell the pictures of a prompt apart: for "
+                f"{CONSTANT_EPOCHS} epochs each of them got the same score (now {low:.4g} to "
+                f"{high:.4g}), so nothing is learned from it; check its options and its weights"
+            )
 
         figures = {"reward": f"{row['reward']:.3f}"}
         if len(scores) > 1:
@@ -209,10 +216,7 @@ class RunLog:
         file = self.folder / "samples" / f"{name}.png"
         grid.save(file)
         self._board.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(grid)}, step=epoch)
+        self._wandb.picture(name, grid, epoch)
         return file
 
 
@@ -226,6 +230,31 @@ class NoLog:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
+
+
+class ConstantRewards:
+    """Counts for how many epochs in a row a reward has given all pictures of a group one score.
+
+    rows: those of metrics.jsonl that a resumed run has already.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]):
+        self._epochs: dict[str, int] = {}
+        for row in rows:
+            if row["kind"] == "train":
+                self.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> list[str]:
+        """Count an epoch's row. Returns the rewards that reach CONSTANT_EPOCHS with it."""
+        reached = []
+        for key, share in row.items():
+            name = key.removeprefix("zero_spread/")
+            if name == key:
+                continue
+            self._epochs[name] = self._epochs.get(name, 0) + 1 if share == 1 else 0
+            if self._epochs[name] == CONSTANT_EPOCHS:
+                reached.append(name)
+        return reached
 
 
 def score_columns(scores: Mapping[str, np.ndarray], reward: np.ndarray) -> dict[str, float]:

@@ -79,8 +79,8 @@ class ForensicChat:
             self._warned = True
             logging.getLogger(__name__).warning(
                 "reward 'forensic_chat': on %d of %d pictures the model begins its answer with "
-                "neither 'real' nor 'fake' (together a probability of %.2g, at least %g is "
-                "expected), so that its scores mean little; are these Forensic-Chat's weights? (%s)",
+                "neither 'real' nor 'fake' (together they have a probability of %.2g; expected at "
+                "least %g). Its scores mean little; are these Forensic-Chat's weights? (%s)",
                 count,
                 len(mass),
                 mass.min().item(),

@@ -198,8 +198,10 @@ class VlmJudge:
 
         mass = p_answer(tokens)
         if mass < LEAST_MASS:
+            answer = str(choice["message"].get("content"))[:200]
             raise Refusal(
-                f"{no_answer(tokens)} (P(yes) + P(no) = {mass:.2g}, at least {LEAST_MASS})"
+                f"answered {answer!r}: it {no_answer(tokens)}, and P(yes) + P(no) = {mass:.2g} is "
+                f"less than {LEAST_MASS}"
             )
         return p_yes(tokens)
 
