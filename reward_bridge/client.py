@@ -257,7 +257,7 @@ class RemoteReward:
     def _note_failure(self, server: str, error: _Retryable) -> None:
         """Log a failed attempt, unless it is already known that the server or the reward fails."""
         reason = str(error).removeprefix(self._source(server)).lstrip(": ")
-        then = f"it is asked up to {self.attempts} times within {self.deadline:g} s"
+        then = f"it is asked up to {self.attempts} times, for {self.deadline:g} s at most"
         if len(self.servers) > 1:
             then = "the other servers score meanwhile"
 

@@ -109,8 +109,8 @@ class ChatClient:
         stopped: Callable[[], bool] = lambda: False,
     ):
         # At more verbose levels, these loggers print addresses.
-        for name in ("httpx2", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for library in ("httpx2", "httpcore2"):
+            logging.getLogger(library).setLevel(logging.WARNING)
 
         self.endpoint = endpoint
         self.total_timeout = total_timeout
