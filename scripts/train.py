@@ -107,7 +107,6 @@ def train(
         traces.begin(epoch + 1)
         seconds = {}
         scoring_before = dict(run.scorer.seconds)
-        refused_before = dict(run.scorer.refused)
 
         # The state that is saved if SIGTERM interrupts this epoch.
         start = saver.snapshot(epoch, state)
@@ -120,6 +119,7 @@ def train(
             break
 
         # -- Sample. Each call's pictures go to the rewards while the next call samples.
+        refused_before = run.scorer.refused
         with phase("sample", seconds):
             seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
             calls = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
