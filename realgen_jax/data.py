@@ -25,7 +25,7 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
     The category is the "category" of a JSON line, or "" if it has none. Raises FileNotFoundError,
     or ValueError naming the first bad line.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; expected a prompt file (.txt, one a line, or .jsonl)"

@@ -107,7 +107,7 @@ def read_image(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except UnidentifiedImageError:
-        raise ValueError(f"cannot be identified as one of {', '.join(formats)}") from None
+        raise ValueError(f"cannot identify it as one of {', '.join(formats)}") from None
     except Exception as error:  # for damaged files, Pillow raises errors of many types
         raise ValueError(str(error) or type(error).__name__) from error
 
