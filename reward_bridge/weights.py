@@ -104,7 +104,7 @@ def read(file: Path) -> dict[str, torch.Tensor]:
     and from distributed training are removed.
 
     Raises ValueError for another format, for pickled objects, for several sets of weights, and for
-    shards that are not what their index says. Raises FileNotFoundError for missing shards.
+    shards without a tensor of their index. Raises FileNotFoundError for missing shards.
     """
     if file.name.endswith(INDEX):
         return _read_shards(file)
@@ -205,7 +205,7 @@ def _without_prefixes(state: State, source: Path) -> dict[str, Any]:
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    """The tensors of all files that an index names, which must hold what it says."""
+    """The tensors that an index lists, each from the file that it names."""
     # {tensor: its file}
     try:
         file_of = _without_prefixes(json.loads(index.read_bytes())["weight_map"], index)
@@ -226,14 +226,14 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     state = {}
     for file in files:
         shard = read(file)
-        expected = {key for key, name in file_of.items() if index.parent / name == file}
-        differing = sorted(expected ^ shard.keys())
-        if differing:
+        keys = [key for key, name in file_of.items() if index.parent / name == file]
+        absent = [key for key in keys if key not in shard]
+        if absent:
             raise ValueError(
-                f"{file} does not hold what {index.name} says, see {differing[0]!r}; one of the "
-                "two may be out of date, download the folder again"
+                f"{file} lacks {absent[0]!r}, which {index.name} says it holds; one of the two may "
+                "be out of date, download the folder again"
             )
-        state |= shard
+        state |= {key: shard[key] for key in keys}
     return state
 
 
