@@ -147,6 +147,17 @@ def test_shards_that_are_not_whole_are_named(tmp_path):
             read(index)
 
 
+def test_numbers_of_numpy_1_are_read(tmp_path):
+    """Its functions are in numpy.core, those of NumPy 2 in numpy._core."""
+    torch.save({"model": STATE, "best": np.float32(0.5), "all": np.ones(2)}, tmp_path / "new.pth")
+    source = zipfile.ZipFile(tmp_path / "new.pth")
+    with source, zipfile.ZipFile(tmp_path / "old.pth", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core", b"numpy.core"))
+    assert b"numpy.core.multiarray" in (tmp_path / "old.pth").read_bytes()
+    assert same(read(tmp_path / "old.pth"), STATE)
+
+
 def test_pickled_objects_are_named_in_one_line(tmp_path):
     torch.save({"model": STATE, "path": Path("x")}, tmp_path / "x.ckpt")
     with pytest.raises(
