@@ -1,4 +1,3 @@
-import json
 from types import SimpleNamespace
 
 import jax
@@ -7,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from realgen_jax.sharding import make_mesh
-from realgen_jax.training.evaluation import evaluate, fallen
+from realgen_jax.training.evaluation import evaluate
 
 torch = pytest.importorskip("torch")
 
@@ -41,6 +40,7 @@ def test_an_evaluation_finds_rewards_that_look_at_the_batch():
         model=SimpleNamespace(mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1])),
         scorer=RewardBridge(rewards, dict.fromkeys(rewards, "cpu"), deadline=20, retries=0),
         metrics={"pictures": len},
+        monitor="reward",
         cond=lambda prompts: prompts,
         key=lambda stream: None,
     )
@@ -57,25 +57,3 @@ def test_an_evaluation_finds_rewards_that_look_at_the_batch():
     assert "same" not in found.correlation  # it has no spread
     noise = {name: float(found.details[f"noise/{name}"]) for name in rewards}
     assert noise == {"value": 0, "minus": 0, "company": pytest.approx(1 / 2**0.5), "same": 0}
-
-
-def test_held_out_rewards_end_a_run_after_as_many_falls_as_allowed():
-    def evaluations(*rows, drop=0.1, patience=2):
-        """Evaluations (held-out score, reward) until the run ends, None where it does not."""
-        reward = ConfigDict({"held_out": ("h",), "stop_drop": drop, "stop_patience": patience})
-        peaks = {}
-        for count, (held_out, trained) in enumerate(rows, start=1):
-            peaks = json.loads(json.dumps(peaks))  # as a checkpoint keeps it
-            if reasons := fallen(peaks, {"h": held_out, "reward": trained}, reward):
-                assert reasons[0].startswith("h fell from 0.5 to ")
-                return count
-        return None
-
-    assert evaluations((0.5, 0.1), (0.35, 0.2), (0.35, 0.2)) == 3
-    assert (
-        evaluations((0.5, 0.1), (0.35, 0.2), (0.45, 0.2), (0.35, 0.2), (0.3, 0.3)) == 5
-    )  # twice in a row
-    assert evaluations((0.4, 0.1), (0.5, 0.2), (0.35, 0.3), (0.35, 0.3)) == 4  # since its best
-    assert evaluations((0.5, 0.1), (0.35, 0.1), (0.35, 0.05)) is None  # the reward does not rise
-    assert evaluations((0.5, 0.1), (0.45, 0.2), (0.41, 0.2)) is None  # by less than the drop
-    assert evaluations((0.5, 0.1), (0.1, 0.2), (0.1, 0.2), patience=0) is None  # never
