@@ -125,10 +125,16 @@ def verdict(metrics: Metrics, config: dict) -> str:
         sentences = [f"{goal} {direction}."]
 
     for trend in metrics.trends:
+        effect = f", which is {abs(trend.effect):.2g} times the spread"
+        if metrics.lower_is_better:
+            effect = ""
+        elif metrics.goal == REWARD:
+            effect += " within a group"
+        else:
+            effect += " over pictures"
         sentences.append(
             f"In {trend.where}, epochs {trend.epochs}: {trend.slope:+.2g} per epoch (standard "
-            f"error {trend.error:.1g}), {trend.rise:+.2g} in all, which is {abs(trend.effect):.2g} "
-            "times the spread within a group."
+            f"error {trend.error:.1g}), {trend.rise:+.2g} in all{effect}."
         )
 
     learned = config["reward"].get("adversarial", {})  # missing in older runs

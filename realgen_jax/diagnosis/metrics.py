@@ -40,7 +40,7 @@ class Trend:
     error: float  # standard error of the slope
     margin: float  # half the width of the slope's 95 % confidence interval
     rise: float  # over all epochs
-    effect: float  # the rise divided by the reward's spread within a group
+    effect: float  # the rise divided by the reward's spread within a group, or over pictures
 
     @property
     def direction(self) -> str:

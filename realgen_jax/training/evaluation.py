@@ -69,7 +69,9 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
         if std[name] > 0 and std["reward"] > 0:
             correlation[name] = float(np.corrcoef(scores[name], scores["reward"])[0, 1])
 
-    details = {f"std/{name}": value for name, value in std.items()}
+    details = {}
+    if len(prompts) > 1:
+        details |= {f"std/{name}": value for name, value in std.items()}
     details |= {f"noise/{name}": value for name, value in noise.items()}
     details |= {f"correlation/{name}": value for name, value in correlation.items()}
     return Evaluation(prompts, pictures, scores, means, correlation, details)

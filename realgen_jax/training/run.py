@@ -87,7 +87,7 @@ def set_up(
     JAX starts here, so anything that shares its devices (rewards, text encoders) must be loaded
     before.
     """
-    metrics = _defined(metrics, config, len(test_prompts))
+    metrics = defined_metrics(metrics, config, len(test_prompts))
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=jax.devices())
     check_mesh(recipe, mesh, process_count())
@@ -110,7 +110,7 @@ def set_up(
     return run, first_state(recipe, model, run.key(FIRST_WEIGHTS))
 
 
-def _defined(
+def defined_metrics(
     metrics: Mapping[str, Metric], config: ConfigDict, test_prompts: int
 ) -> dict[str, Metric]:
     """Return the metrics for which an evaluation has enough pictures.

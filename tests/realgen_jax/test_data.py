@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from realgen_jax.data import Layout, prompt_batches, read_prompts
+from realgen_jax.data import Layout, overlaps, prompt_batches, read_prompts
 
 
 def write(path, text):
@@ -18,6 +18,14 @@ def test_reads_both_forms(tmp_path):
     ]
     lines = '{"image": "x.png", "prompt": "one"}\n{"prompt": "two"}\n'
     assert read_prompts(write(tmp_path / "a.jsonl", lines)) == ["one", "two"]
+
+
+def test_prompts_in_two_files_are_counted_with_an_example():
+    others = {"test": ["a dog", "A  Cat", "a cow"], "short": ["a hen"], "long": ["a cat"]}
+    assert overlaps("train", ["a cat", "a cow", "snow"], others) == [
+        "2 of the 3 prompts in test are also in train, such as 'A  Cat'",
+        "1 of the 1 prompts in long are also in train, such as 'a cat'",
+    ]
 
 
 @pytest.mark.parametrize(
