@@ -112,6 +112,8 @@ def no_cause(metrics: Metrics, config: dict) -> Finding:
 def verdict(metrics: Metrics, config: dict) -> str:
     """Describe the trend of the reward, or of what judges the run instead, in a few sentences."""
     goal = "The reward" if metrics.goal == REWARD else metrics.goal
+    if metrics.lower_is_better:
+        goal += " (lower is better)"
     direction = metrics.direction
     if direction == UNKNOWN:
         sentences = ["Whether the run improves is unknown: too few evaluations of a check."]

@@ -280,7 +280,8 @@ def _show_pictures(
         try:
             before = _read_start(start_file, pictures, scores)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warn(f"no picture of before and after: {start_file} cannot be read ({error})")
+            reason = getattr(error, "strerror", error)
+            log.warn(f"no picture of before and after: {start_file} cannot be read ({reason})")
             return
         first_captions = []
         for prompt, text in zip(prompts, _captions(before, scores), strict=True):
