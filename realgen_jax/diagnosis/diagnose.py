@@ -126,19 +126,7 @@ def verdict(metrics: Metrics, config: dict) -> str:
     else:
         sentences = [f"{goal} {direction}."]
 
-    for trend in metrics.trends:
-        effect = f", which is {abs(trend.effect):.2g} times the spread"
-        if metrics.lower_is_better:
-            effect = ""
-        elif metrics.goal == REWARD:
-            effect += " within a group"
-        else:
-            effect += " over pictures"
-        sentences.append(
-            f"In {trend.where}, epochs {trend.epochs}: {trend.slope:+.2g} per epoch (standard "
-            f"error {trend.error:.1g}), {trend.rise:+.2g} in all{effect}."
-        )
-
+    sentences += [_trend_sentence(metrics, trend) for trend in metrics.trends]
     learned = config["reward"].get("adversarial", {})  # missing in older runs
     if learned:
         sentences.append(
@@ -154,3 +142,15 @@ def verdict(metrics: Metrics, config: dict) -> str:
             directions.append(f"{name} {trend.direction}")
         sentences.append(f"Each reward in training: {', '.join(directions)}.")
     return " ".join(sentences)
+
+
+def _trend_sentence(metrics: Metrics, trend: Trend) -> str:
+    """Describe one trend of the goal in numbers."""
+    effect = ""
+    if not metrics.lower_is_better:
+        where = "within a group" if metrics.goal == REWARD else "over pictures"
+        effect = f", which is {abs(trend.effect):.2g} times the spread {where}"
+    return (
+        f"In {trend.where}, epochs {trend.epochs}: {trend.slope:+.2g} per epoch (standard error "
+        f"{trend.error:.1g}), {trend.rise:+.2g} in all{effect}."
+    )

@@ -214,7 +214,11 @@ def held_out(metrics: Metrics, config: dict) -> Finding:
             worse.append(name)
     if not worse:
         return Finding("held-out checks", FINE, figures)
+    return Finding("held-out checks", PROBLEM, figures, *_worse_checks(metrics, config, worse))
 
+
+def _worse_checks(metrics: Metrics, config: dict, worse: list[str]) -> tuple[str, str]:
+    """Return what is wrong if these checks got worse, and what to do about it."""
     says = f"{', '.join(worse)} got worse, and nothing is trained on that. "
     if metrics.goal != REWARD:
         learning_rate = config["train"]["learning_rate"] / 2
@@ -236,7 +240,7 @@ def held_out(metrics: Metrics, config: dict) -> Finding:
             "If no finding above explains it, lower the learning rate: "
             f"--config.train.learning_rate={learning_rate:g}."
         )
-    return Finding("held-out checks", PROBLEM, figures, says, remedy)
+    return says, remedy
 
 
 def held_out_correlation(metrics: Metrics, config: dict) -> Finding | None:

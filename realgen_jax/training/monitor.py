@@ -38,10 +38,10 @@ def monitor_problems(reward: Mapping[str, Any]) -> list[str]:
             f"config.reward.monitor is {reward['monitor']!r}; choose auto, reward, or a name in "
             f"config.reward.held_out or config.reward.metrics: {', '.join(choices)}"
         )
-    fixed = [*reward["held_out"], *reward["metrics"]]
-    if reward["stop_patience"] > 0 and not fixed:
+    by_metric = monitored(reward, reward["metrics"]) in reward["metrics"]
+    if reward["stop_patience"] > 0 and not reward["held_out"] and not by_metric:
         problems.append(
             f"config.reward.stop_patience is {reward['stop_patience']}, but there is nothing to "
-            "stop by: config.reward.held_out and config.reward.metrics are empty"
+            "stop by: config.reward.held_out is empty, and config.reward.monitor is no metric"
         )
     return problems

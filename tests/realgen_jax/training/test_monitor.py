@@ -58,8 +58,22 @@ def test_what_cannot_be_monitored_is_refused():
         "config.reward.monitor is 'fid'; choose auto, reward, or a name in config.reward.held_out "
         "or config.reward.metrics: auto, reward, h, h2, frechet"
     ]
-    (problem,) = monitor_problems(reward_config(held_out=(), metrics=(), stop_patience=2))
-    assert problem.startswith("config.reward.stop_patience is 2, but there is nothing to stop by")
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({}, False),
+        ({"held_out": ()}, True),
+        ({"held_out": (), "monitor": "frechet"}, False),
+        ({"held_out": (), "learns": True}, False),
+        ({"held_out": (), "metrics": (), "learns": True}, True),
+    ],
+)
+def test_an_early_stop_needs_something_to_stop_by(config, refused):
+    problems = monitor_problems(reward_config(stop_patience=2, **config))
+    start = "config.reward.stop_patience is 2, but there is nothing to stop by: "
+    assert [problem.startswith(start) for problem in problems] == [True] * refused
 
 
 def figures(reward, h, frechet=0.06, spread=0.1):
