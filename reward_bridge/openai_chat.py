@@ -186,21 +186,15 @@ class ChatClient:
         then = f"each request is sent up to {self.attempts} times"
         self._outage.failed(reason, then, at_once=at_once)
 
-    async def find_models(self) -> list[str]:
-        """The names of the endpoint's models; empty if it does not tell them.
-
-        Raises RequestFailed if nothing answers at its address, or if it refuses the key.
-        """
+    async def check(self) -> None:
+        """Raise RequestFailed if nothing answers at the endpoint, or if the key is wrong."""
         try:
             response = await self._http.get(f"{self.endpoint.url}/models", timeout=CHECK_SECONDS)
         except httpx2.HTTPError as error:
             raise RequestFailed(self._describe(error)) from None
-        if response.status_code in (401, 403):
+        # Keys with few rights get 403 here, and servers without this page 404.
+        if response.status_code == 401:
             self._raise_error(response)
-        try:
-            return [str(model["id"]) for model in response.json()["data"]]
-        except (ValueError, LookupError, TypeError):
-            return []
 
     def _raise_error(self, response: httpx2.Response) -> None:
         """Raise the error of a response: retry, give up the request, or give up the endpoint."""

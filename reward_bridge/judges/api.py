@@ -46,15 +46,15 @@ class ApiJudge:
     def check_connection(self) -> None:
         """Raise ValueError if nothing answers at the endpoint, or if it refuses the key."""
         try:
-            asyncio.run(self._find_models())
+            asyncio.run(self._check())
         except RequestFailed as error:
             raise ValueError(
                 f"{_name(self.endpoint)} cannot be asked: {error}; check {URL_ENV} and {KEY_ENV}"
             ) from None
 
-    async def _find_models(self) -> None:
+    async def _check(self) -> None:
         async with _client(self.endpoint, self.settings) as client:
-            await client.find_models()
+            await client.check()
 
     def compare(
         self, questions: Sequence[Question], *, answered: int, keep: Keep, say: Say

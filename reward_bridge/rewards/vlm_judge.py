@@ -105,21 +105,15 @@ class VlmJudge:
         self._refused_when_told = 0
 
     def check_connection(self) -> None:
-        """Raise ValueError if nothing answers at `url`, or if it refuses the key."""
-        models = asyncio.run(self._find_models())
-        if models and self.endpoint.model not in models:
-            logging.getLogger(__name__).warning(
-                "%s does not list the model %r (%s.model) but %s",
-                self.endpoint.url,
-                self.endpoint.model,
-                OPTIONS,
-                ", ".join(models[:5]),
-            )
+        """Ask about a grey picture, whatever the answer. Raises ValueError as a call does."""
+        asyncio.run(self._check())
+        picture = np.full((1, 64, 64, 3), 128, np.uint8)
+        asyncio.run(self._answers(picture, ["a grey square"]))
 
-    async def _find_models(self) -> list[str]:
+    async def _check(self) -> None:
         async with self._client() as client:
             try:
-                return await client.find_models()
+                await client.check()
             except RequestFailed as error:
                 raise self._failure(error) from error
 
@@ -146,9 +140,10 @@ class VlmJudge:
         name = f"the judge {self.endpoint.model} at {self.endpoint.url}"
         return ChatClient(self.endpoint, name=name, attempts=self.attempts, timeout=self.timeout)
 
-    def _failure(self, error: RequestFailed) -> ValueError:
+    def _failure(self, error: RequestFailed, detail: str = "") -> ValueError:
         return ValueError(
             f"{self.endpoint.url} failed: {error}; check url, model and api_key_env in {OPTIONS}"
+            f"{detail}"
         )
 
     async def _answers(self, pictures: np.ndarray, prompts: Sequence[str]) -> list[float | Refusal]:
@@ -180,7 +175,7 @@ class VlmJudge:
             except ContentFiltered as error:
                 return Refusal(f"rejected it by a content filter ({error})")
             except RequestFailed as error:
-                raise self._failure(error) from error
+                raise self._failure(error, f"; the prompt was {prompt!r}") from error
 
     def _read(self, response: httpx2.Response) -> float:
         """P(yes) of an answer. Raises Refusal, or ValueError without log-probabilities."""

@@ -143,10 +143,10 @@ def test_a_judge_that_will_not_answer_is_left_alone_at_once(tmp_path, reply):
 
 
 def test_the_endpoint_is_asked_before_anything_is_loaded():
-    with lying_server(lambda path, body: (403, {}, KEY.encode())) as url:
+    with lying_server(lambda path, body: (401, {}, KEY.encode())) as url:
         arena_judge = judge.ApiJudge(openai_chat.Endpoint("org/judge-1", url, KEY), settings())
         with pytest.raises(
-            ValueError, match="the judge org/judge-1 cannot be asked: HTTP 403"
+            ValueError, match="the judge org/judge-1 cannot be asked: HTTP 401"
         ) as no:
             arena_judge.check_connection()
     with pytest.raises(
