@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
@@ -38,9 +39,16 @@ def proxy_options(urls: Iterable[str]) -> dict[str, Any]:
 
     The other servers are asked through the proxies in the environment (HTTP_PROXY, HTTPS_PROXY,
     ALL_PROXY), with the exceptions in NO_PROXY. A proxy that no server needs is not even read.
+    Raises ValueError for one that would need a package that is not installed.
     """
     urls = list(urls)
     private = [httpx2.URL(url) for url in urls if is_private(url)]
+    needs_socks = any(proxy.startswith("socks") for proxy in getproxies().values())
+    if len(private) < len(urls) and needs_socks and find_spec("socksio") is None:
+        raise ValueError(
+            "the environment names a SOCKS proxy, which needs a package: pip install socksio, or "
+            "unset ALL_PROXY"
+        )
     directly = {}
     for url in private:
         host = f"[{url.host}]" if ":" in url.host else url.host

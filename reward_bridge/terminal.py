@@ -1,5 +1,6 @@
 """What the rewards' threads say in the terminal."""
 
+import contextlib
 import logging
 
 PACKAGE = __name__.partition(".")[0]
@@ -10,8 +11,10 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        # One write, so that lines of several threads are not mixed.
-        print(f"{prefix}{record.getMessage()}\n", end="", flush=True)
+        # One write, so that lines of several threads are not mixed. A terminal that is gone must
+        # not look like a failure of the reward.
+        with contextlib.suppress(OSError):
+            print(f"{prefix}{record.getMessage()}\n", end="", flush=True)
 
 
 def show_messages() -> None:

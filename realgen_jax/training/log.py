@@ -15,12 +15,10 @@ from tensorboardX import SummaryWriter
 
 from realgen_jax.advantages import zero_spread
 from realgen_jax.files import read_jsonl, write_whole
+from realgen_jax.training.constant_rewards import CONSTANT_EPOCHS, ConstantRewards
 from realgen_jax.training.pictures import break_rows, picture_grid
 from realgen_jax.training.progress import progress_columns
 from realgen_jax.training.wandb_run import WandbLog
-
-# A single epoch without spread can be chance, where a call has few groups or scores are coarse.
-CONSTANT_EPOCHS = 3
 
 
 class RunLog:
@@ -129,13 +127,7 @@ class RunLog:
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
         for name in self._constant.add(row):
-            low = scores[name].min()
-            high = scores[name].max()
-            self.warn(
-                f"the reward {name} cannot tell the pictures of a prompt apart: for "
-                f"{CONSTANT_EPOCHS} epochs each of them got the same score (now {low:.4g} to "
-                f"{high:.4g}), so nothing is learned from it; check its options and its weights"
-            )
+            self._warn_of_constant(name, scores[name])
 
         figures = {"reward": f"{row['reward']:.3f}"}
         if len(scores) > 1:
@@ -151,6 +143,14 @@ class RunLog:
             held_out = [f"{short_name(name)} {score:.3f}" for name, score in self._held_out.items()]
             figures["| last evaluation:"] = ", ".join(held_out)
         self.progress(epoch, figures)
+
+    def _warn_of_constant(self, name: str, scores: np.ndarray) -> None:
+        """Warn of a reward whose scores do not differ within a group."""
+        self.warn(
+            f"the reward {name} cannot tell the pictures of a prompt apart: for {CONSTANT_EPOCHS} "
+            f"epochs each of them got the same score (now {scores.min():.4g} to "
+            f"{scores.max():.4g}), so nothing is learned from it; check its options and its weights"
+        )
 
     def evaluation(
         self,
@@ -223,31 +223,6 @@ class NoLog:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
-
-
-class ConstantRewards:
-    """Counts for how many epochs in a row a reward has given all pictures of a group one score.
-
-    rows: those of metrics.jsonl that a resumed run has already.
-    """
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        self._epochs: dict[str, int] = {}
-        for row in rows:
-            if row["kind"] == "train":
-                self.add(row)
-
-    def add(self, row: Mapping[str, Any]) -> list[str]:
-        """Count an epoch's row. Returns the rewards that reach CONSTANT_EPOCHS with it."""
-        reached = []
-        for key, share in row.items():
-            name = key.removeprefix("zero_spread/")
-            if name == key:
-                continue
-            self._epochs[name] = self._epochs.get(name, 0) + 1 if share == 1 else 0
-            if self._epochs[name] == CONSTANT_EPOCHS:
-                reached.append(name)
-        return reached
 
 
 def score_columns(scores: Mapping[str, np.ndarray], reward: np.ndarray) -> dict[str, float]:

@@ -53,7 +53,10 @@ def test_each_of_several_servers_is_asked_its_own_way(monkeypatch):
 def test_a_proxy_that_cannot_be_used_does_not_matter_on_this_machine(monkeypatch):
     """The client for SOCKS is not installed."""
     monkeypatch.setenv("ALL_PROXY", DEAD_PROXY.replace("http", "socks5"))
+    monkeypatch.setattr("reward_bridge.addresses.find_spec", lambda _: None)
     httpx2.AsyncClient(**proxy_options(["http://localhost:8000"]))
+    with pytest.raises(ValueError, match=r"names a SOCKS proxy, .*pip install socksio"):
+        proxy_options(["http://localhost:8000", "https://api.openai.com/v1"])
 
 
 @pytest.mark.parametrize("value", ["localhost:8000/v1", "ftp://a", "http://", "", None, 5])

@@ -1,7 +1,9 @@
 """What the rewards' threads say: lines in the terminal, also above a progress bar."""
 
+import contextlib
 import io
 import logging
+import os
 import threading
 
 import pytest
@@ -10,6 +12,7 @@ from rich.live import Live
 
 from reward_bridge.outage import CALM, PATIENCE, Outage
 from reward_bridge.terminal import show_messages
+from tests.helpers.faults import closed_pipe
 
 
 @pytest.fixture
@@ -29,6 +32,15 @@ def test_warnings_are_marked_and_other_lines_are_not(messages, capsys):
     logging.getLogger("reward_bridge.client").info("back")
     logging.getLogger("reward_bridge.client").debug("nothing")
     assert capsys.readouterr().out == "warning: lost a [server]\nback\n"
+
+
+def test_a_terminal_that_is_gone_ends_no_reward(messages, monkeypatch):
+    with closed_pipe() as pipe, os.fdopen(os.dup(pipe), "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        messages.warning("lost a server")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            output.close()
 
 
 def test_a_line_of_another_thread_comes_above_the_progress_bar(messages):
