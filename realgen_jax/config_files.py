@@ -18,6 +18,12 @@ from ml_collections import ConfigDict
 
 SHIPPED = "realgen_configs"  # the package that setup.py builds from configs/
 
+DOTS = "does not accept dots in field names"  # what ml_collections says of {"module.Class": 1.0}
+OWN_REWARD = (
+    "A reward of your own has a name without dots, and its class in its options: "
+    "config.reward.options.NAME = {'class': 'package.module:Class'} (docs/rewards.md)"
+)
+
 
 def load_config(argument: str) -> ConfigDict:
     """Return the config of "FILE[:PRESET]", or of "NAME[:PRESET]" for a shipped config.

@@ -24,11 +24,10 @@ import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from realgen_jax.advantages import group_advantages
 from realgen_jax.checkpoint import RestoreError, SaveError
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import prompt_batches, read_prompts
 from realgen_jax.hosts import (
     broadcast_text,
@@ -59,6 +58,7 @@ from realgen_jax.training.learning import begin_learning, draw_seeds
 from realgen_jax.training.log import NoLog, RunLog, step_columns
 from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import keep_compiled, make_programs
+from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
 from realgen_jax.training.run_folder import resume_from, run_folder, run_lock
 from realgen_jax.training.saving import Saver, stop_if_not_finite
@@ -247,8 +247,10 @@ def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int
     if process_index():
         return Path(config.run_root) / config.run_name, None
 
+    if FLAGS.auto_resume and not config.run_name:
+        raise ValueError("--auto_resume needs the run's name: set --config.run_name")
     exists = (Path(config.run_root) / config.run_name / "config.json").exists()
-    resume = FLAGS.resume or (FLAGS.auto_resume and bool(config.run_name) and exists)
+    resume = FLAGS.resume or (FLAGS.auto_resume and exists)
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
     print(
         f"preset {config.preset} -> {folder}   "
@@ -319,7 +321,7 @@ def device_count(reward: ConfigDict) -> int:
 def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
     """Make RealBench's report, which compares the trained model with the initial one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    console = Console(highlight=False)
+    console = plain_console()
     kind = make_trainable(config.train).entry
     is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
     name = folder.name if is_free else "trained"

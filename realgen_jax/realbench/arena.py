@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rich.console import Console
-
 from realgen_jax.files import drop_incomplete_line, read_jsonl
 from realgen_jax.realbench.interfaces import Judge, Keep
 from realgen_jax.realbench.questions import (
@@ -23,7 +21,7 @@ from realgen_jax.realbench.questions import (
     make_questions,
 )
 from realgen_jax.realbench.results import Entry, Judgement, Results
-from realgen_jax.training.progress import progress_bars
+from realgen_jax.training.progress import plain_console, progress_bars
 
 Answers = dict[tuple[str, str], Mapping[str, Any]]  # digests of both pictures -> stored record
 
@@ -112,7 +110,7 @@ def _counting(judge: Judge, questions: Sequence[Question], keep: Keep) -> Iterat
         yield keep
         return
 
-    with progress_bars(Console()) as bars:
+    with progress_bars(plain_console()) as bars:
         advance = bars(f"{judge.name} judges", len(questions), "questions")
 
         def keep_and_count(question: Question, verdict: str, reply: str) -> None:

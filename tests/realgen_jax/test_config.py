@@ -180,7 +180,7 @@ PROGRAM = '''"""A program with a config."""
 
 from absl import app, flags
 
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 
 define_config("embedded")
 
