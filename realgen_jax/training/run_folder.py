@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
 
 def _latest_run(root: str, preset: str) -> Path:
     """Return the newest run folder of a preset."""
-    folders = [file.parent for file in Path(root).glob(f"{preset}-*/config.json")]
+    folders = [file.parent for file in Path(root).glob(f"{escape(preset)}-*/config.json")]
     if not folders:
         raise FileNotFoundError(
             f"{root}/ holds no run of preset {preset!r} to resume; set --config.run_name"
