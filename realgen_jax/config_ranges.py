@@ -31,6 +31,8 @@ from realgen_jax.ranges import (
     text,
 )
 
+MISSING = object()  # the value of a key that a config lacks
+
 # -- Ranges of single keys
 
 MAPPING = Range("a mapping, such as {'clip_score': 1.0}", lambda value: is_mapping(value))
@@ -89,7 +91,7 @@ ADVERSARY = {
     "target_accuracy": number(0),  # above 1: never reached
     "ema_decay": fraction(),
     "codec": choice("none", "jpeg"),
-    "quality": integer(1, 100),
+    "quality": integer(1, 95),
     "deadline": positive(),
 }
 
@@ -261,6 +263,8 @@ def takes_new_names(key: str, ranges: Mapping[str, Range]) -> bool:
 
 def shown(value: Any) -> str:
     """Return a value as a config file would have it, in one line."""
+    if value is MISSING:
+        return "missing"
     return repr(value.to_dict() if isinstance(value, ConfigDict) else value)
 
 
@@ -281,7 +285,7 @@ def _values(tree: Any, pattern: Sequence[str], key: str) -> Iterator[tuple[str, 
     elif is_mapping(tree):
         name, *rest = pattern
         for child in list(tree) if name == "*" else [name]:
-            yield from _values(tree.get(child), rest, f"{key}.{child}")
+            yield from _values(tree.get(child, MISSING), rest, f"{key}.{child}")
 
 
 def _lacks_home(config: ConfigDict, key: str) -> bool:

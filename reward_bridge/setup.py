@@ -112,9 +112,16 @@ def _learning_problems(reward: ConfigDict) -> list[str]:
                 "config.reward.adversarial, or its servers from config.reward.options"
             )
         try:
-            Settings.read(name, settings.to_dict())
+            rests = Settings.read(name, settings.to_dict()).always_rests()
         except ValueError as error:
             problems.append(str(error))
+            continue
+        if rests:
+            problems.append(
+                f"config.reward.adversarial.{name}: it learns in every epoch (learn_epochs "
+                f"{settings.learn_epochs}, cycle {settings.cycle}), and with skip_generator the "
+                "generator would never be trained; expected learn_epochs below cycle"
+            )
     return problems
 
 

@@ -27,25 +27,12 @@ Answers = dict[tuple[str, str], Mapping[str, Any]]  # digests of both pictures -
 
 
 def protocol_for(judge: Judge, settings: Any) -> Protocol:
-    """Return the protocol to use for a judge. settings: config.evaluate.arena.
-
-    Raises ValueError for settings out of range.
-    """
-    if judge.is_person:
-        return HUMAN
-    if settings.protocol not in ("realgen", "balanced"):
-        raise ValueError(
-            f"config.evaluate.arena.protocol is {settings.protocol!r}; expected balanced or realgen"
-        )
-    for key in ("concurrency", "attempts", "max_failures"):
-        value = getattr(settings, key)
-        if value < 1:
-            raise ValueError(f"config.evaluate.arena.{key} is {value}; expected 1 or more")
-    return PROTOCOLS[settings.protocol]
+    """Return the protocol to use for a judge. settings: config.evaluate.arena."""
+    return HUMAN if judge.is_person else PROTOCOLS[settings.protocol]
 
 
 def check_arena(entries: Sequence[Entry], settings: Any, judge: Judge) -> None:
-    """Raise ValueError for settings or entries with which the arena would fail later."""
+    """Raise ValueError for entries with which the arena would fail later."""
     protocol = protocol_for(judge, settings)
     entry_pairs(entries, protocol.pairs or settings.pairs)
 
