@@ -33,7 +33,7 @@ def define_config(
     """
     usage = "a config file, or a shipped config by name, with a preset: flux_grpo:flux_dev_8xh200"
     config_flags.register_flag_parser_for_type(tuple, _TupleParser())
-    config_flags.DEFINE_config_file("config", None, usage)
+    config_flags.DEFINE_config_file("config", None, usage, flag_values=flags.FLAGS)
     flags.FLAGS["config"].parser = _ConfigParser(default, template, ranges)
 
 

@@ -4,13 +4,13 @@ A new key needs a line in `base()` (realgen_jax/config.py) and a line here. What
 keys, on files or on the devices is checked where these are known.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from realgen_jax.files import expand_home
 from realgen_jax.ranges import (
     Range,
     boolean,
@@ -291,4 +291,4 @@ def _values(tree: Any, pattern: Sequence[str], key: str) -> Iterator[tuple[str, 
 def _lacks_home(config: ConfigDict, key: str) -> bool:
     """Return whether the folder at this key starts with a "~" that stands for nothing."""
     value = dict(_values(config, key.split("."), "")).get(f".{key}")
-    return isinstance(value, str) and os.path.expanduser(value).startswith("~")
+    return isinstance(value, str) and str(expand_home(value)).startswith("~")

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from reward_bridge.weights import expand_home
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 10  # unusable pictures that an error lists
 
@@ -34,7 +36,7 @@ class References:
     """
 
     def __init__(self, path: str, root: str, prompts: Iterable[str]):
-        source = Path(path).expanduser()
+        source = expand_home(path)
         if not source.exists():
             raise FileNotFoundError(
                 f"config.reward.references.path is {path!r}, which does not exist; expected .jsonl "
@@ -48,7 +50,7 @@ class References:
             return
 
         table = _read_json(source) if source.suffix == ".json" else _read_jsonl(source)
-        folder = Path(root).expanduser() if root else source.parent
+        folder = expand_home(root) if root else source.parent
         for prompt, names in table.items():
             self._by_prompt[prompt] = [folder / name for name in names]
         _check_prompts(source, self._by_prompt, prompts)

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,6 +18,7 @@ from reward_bridge.metrics import METRICS, Metric, make_metric
 from reward_bridge.references import References
 from reward_bridge.registry import CLASS, find_class
 from reward_bridge.rewards import REWARDS, make_reward
+from reward_bridge.weights import expand_home
 
 # Options of rewards that name files or folders.
 FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
@@ -88,7 +88,8 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
     if unknown_rewards:
         problems.append(
             f"there is no reward {', '.join(unknown_rewards)}; choose from "
-            f"{', '.join(sorted(REWARDS))}"
+            f"{', '.join(sorted(REWARDS))}, or name a class of your own: "
+            f"config.reward.options.NAME = {{'{CLASS}': 'package.module:Class'}}"
         )
     if unknown_learners:
         problems.append(
@@ -139,7 +140,7 @@ def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
     problems = []
     for option in FILE_OPTIONS:
         file = options.get(option)
-        if file and not Path(file).expanduser().exists():
+        if file and not expand_home(file).exists():
             problems.append(
                 f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
                 "docs/rewards.md says where the weights come from"

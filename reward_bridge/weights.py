@@ -1,6 +1,7 @@
 """Loads published weight files strictly: reads no code, and renames keys by a table."""
 
 import argparse
+import os
 import pickle
 import re
 import zipfile
@@ -38,12 +39,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return the path with the home folder for "~", or as it is if the user has none.
+
+    Path.expanduser raises RuntimeError for such a user.
+    """
+    return Path(os.path.expanduser(path))
+
+
 def find(path: str, option: str, *names: str) -> Path:
     """`path` itself if it is a file, else the first match of `names` (globs) inside that folder.
 
     Raises FileNotFoundError naming the config's option, config.reward.options.<option>.
     """
-    place = Path(path).expanduser()
+    place = expand_home(path)
     if place.is_file():
         return place
     for name in names:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from realgen_jax.command_line import define_config, parse_flags
+from realgen_jax.files import expand_home
 from realgen_jax.hosts import hide_gpus, process_count, process_index, wait_for_all
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.realbench.arena import check_arena
@@ -165,7 +166,7 @@ def evaluation_folder(config: ConfigDict, values: Sequence[str]) -> Path:
     for value in values:
         name, equals, path = value.partition("=")
         has_name = equals and "/" not in name
-        for folder in Path(path if has_name else value).expanduser().parents:
+        for folder in expand_home(path if has_name else value).parents:
             if (folder / "metrics.jsonl").exists() and (folder / "config.json").exists():
                 return folder
     if process_count() > 1:

@@ -107,7 +107,9 @@ def run(_: Sequence[str]) -> None:
         for name, device in devices.items():
             rewards[name] = make_reward(name, device, options.get(name, {}))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        # The rewards name the keys of a trainer's config.
+        message = str(error).replace("config.reward.", "config.")
+        sys.exit(f"error: {message}")
 
     bridge = RewardBridge(
         rewards,

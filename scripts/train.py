@@ -60,7 +60,7 @@ from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import keep_compiled, make_programs
 from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
-from realgen_jax.training.run_folder import resume_from, run_folder, run_lock
+from realgen_jax.training.run_folder import can_resume, resume_from, run_folder, run_lock
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
 from realgen_jax.update import TrainState
@@ -247,10 +247,7 @@ def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int
     if process_index():
         return Path(config.run_root) / config.run_name, None
 
-    if FLAGS.auto_resume and not config.run_name:
-        raise ValueError("--auto_resume needs the run's name: set --config.run_name")
-    exists = (Path(config.run_root) / config.run_name / "config.json").exists()
-    resume = FLAGS.resume or (FLAGS.auto_resume and exists)
+    resume = FLAGS.resume or (FLAGS.auto_resume and can_resume(config.run_root, config.run_name))
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
     print(
         f"preset {config.preset} -> {folder}   "

@@ -69,6 +69,16 @@ def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
     return folder
 
 
+def can_resume(root: str, name: str) -> bool:
+    """Return whether there is a run of this name. Raises ValueError for an empty name."""
+    if not name:
+        raise ValueError(
+            "--auto_resume needs the name of the run that it resumes or starts: set "
+            "--config.run_name"
+        )
+    return (Path(root) / name / "config.json").exists()
+
+
 def _latest_run(root: str, preset: str) -> Path:
     """Return the newest run folder of a preset."""
     folders = [file.parent for file in Path(root).glob(f"{escape(preset)}-*/config.json")]
