@@ -21,6 +21,7 @@ def group_advantages(
 
     Raises ValueError for scores that are not [groups, size]. Source: Flow-GRPO (arXiv 2505.05470).
     """
+    divisor = weight_sum(weights)
     shape = next(iter(scores.values())).shape
     total = np.zeros(shape)
     for name, weight in weights.items():
@@ -33,7 +34,7 @@ def group_advantages(
         std = rewards.std() if global_std else rewards.std(axis=1, keepdims=True)
         deviation = np.where(zero_spread(rewards)[:, None], 0.0, deviation)
         total += weight * deviation / np.maximum(std + eps, 1e-30)
-    return (total / weight_sum(weights)).astype(np.float32)
+    return (total / divisor).astype(np.float32)
 
 
 def weight_sum(weights: Mapping[str, float]) -> float:
