@@ -39,7 +39,14 @@ def check_all(config):
             "0 <= lo, lo + window <= hi and hi <= 4 (4 steps)",
         ),
         ({"sample__noise_level": 0.0}, "config.sample.noise_level is 0.0"),
-        ({"sample__sde_type": "ode"}, "config.sample.sde_type is 'ode'; choose one of sde, cps"),
+        (
+            {
+                "sample__sde_type": "cps",
+                "sample__noise_level": 1.5,
+                "sample__sde_window_range": (0, 3),
+            },
+            "config.sample.noise_level is 1.5",
+        ),
         (
             {"sample__train_batch_size": 6},
             "cannot be divided into groups of num_image_per_prompt 4",
