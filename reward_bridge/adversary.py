@@ -22,6 +22,7 @@ from reward_bridge.history import History, Pairs
 from reward_bridge.learners import Learner
 from reward_bridge.references import References, recode
 from reward_bridge.references import load as load_picture
+from reward_bridge.reward import RewardError
 
 # Dropout and augmentation draw from torch's global generator, which one learner at a time may seed.
 _GLOBAL_GENERATOR = threading.Lock()
@@ -88,12 +89,16 @@ class Adversary:
         """Reference pictures for these prompts: uint8 [n, 3, s, s].
 
         They are cropped to the aspect ratio of the generated pictures, height x width, and resized.
+        Raises RewardError naming a file that cannot be read any more.
         """
         files = self.references.draw(prompts, seed)
         pictures = {}
         for file in set(files):
-            picture = load_picture(file, height, width)[None].to(self.device)
-            pictures[file] = self.learner.prepare(picture)
+            try:
+                picture = load_picture(file, height, width)
+            except (ValueError, OSError) as error:
+                raise RewardError(f"a reference has changed since the start: {error}") from error
+            pictures[file] = self.learner.prepare(picture[None].to(self.device))
         return torch.cat([pictures[file] for file in files])
 
     def observe(self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]) -> None:

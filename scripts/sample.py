@@ -22,6 +22,7 @@ from rich.progress import track
 
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import read_prompts
+from realgen_jax.input_files import check_text
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import Lora
@@ -87,6 +88,8 @@ def run(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     prompts = list(argv[1:])
     try:
+        for prompt in prompts:
+            check_text(prompt, "a prompt on the command line")
         if FLAGS.prompts:
             prompts += read_prompts(FLAGS.prompts)
         if not prompts:

@@ -1,5 +1,7 @@
 """Prompt files, their order, and the layout of a batch."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -20,16 +22,28 @@ def test_reads_both_forms(tmp_path):
     assert read_prompts(write(tmp_path / "a.jsonl", lines)) == ["one", "two"]
 
 
+def test_only_line_feeds_end_a_prompt(tmp_path):
+    prompts = ["a cat,\u2028seen from above", "one\x0ctwo"]
+    text = "\ufeff" + "\r\n".join(prompts) + "\r\n"
+    assert read_prompts(write(tmp_path / "a.txt", text)) == prompts
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    assert read_prompts(write(tmp_path / "a.jsonl", "\ufeff" + "\n".join(lines))) == prompts
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.txt", "", "is empty"),
         ("a.txt", "one\n\nthree\n", "line 2 is blank"),
+        ("a.txt", "one\rtwo\rthree\n", "line 1 has a carriage return inside"),
         ("a.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
         ("a.jsonl", '{"text": "one"}\n', 'line 1 has no "prompt"'),
         ("a.jsonl", '{"prompt": 3}\n', 'line 1 has no "prompt"'),
         ("a.jsonl", '["one"]\n', 'line 1 has no "prompt"'),
         ("a.jsonl", '{"prompt": " "}\n', 'line 1 has no "prompt"'),
+        ("a.jsonl", '{"prompt": "one \\ud83d"}\n', r"line 1 has half of a surrogate pair, \\ud83d"),
+        ("a.jsonl", '{"prompt": "one", "category": "\\udc00"}\n', "line 1 has half of a surrogate"),
+        ("a.jsonl", '{"prompt": "one", "id": 1' + 5000 * "0" + "}", "line 1 is not JSON"),
         ("a.csv", "one\n", "ends in '.csv'"),
     ],
 )

@@ -145,18 +145,13 @@ def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
     assert 0 < max(moved) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        (
-            1,
-            "error: epoch 0, update: approx_kl, grad_norm, ",
-        ),  # the second update of the epoch sees what the first did
-        pytest.param(
-            2,
-            "error: epoch 1, rollout (velocity): latents not finite; there is no checkpoint yet",
-            marks=pytest.mark.slow,
-        ),
+        # The second update of the epoch sees what the first did.
+        (1, "error: epoch 0, update: approx_kl, grad_norm, "),
+        (2, "error: epoch 1, rollout (velocity): latents not finite; there is no checkpoint yet"),
     ],
 )
 def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
