@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,10 @@ def parse_flags(argv: list[str], *, words: bool = False) -> list[str]:
 
     flag = flags.FLAGS["config"]
     default = flag.parser.default
-    if default and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+    given = [argument for argument in argv if re.match(r"--?config(=|$)", argument)]
+    if len(given) > 1:
+        sys.exit(f"error: --config is given {len(given)} times; name one config")
+    if default and not given:
         argv = [argv[0], f"--config={default}", *argv[1:]]
 
     # Parse.
@@ -59,7 +63,7 @@ def parse_flags(argv: list[str], *, words: bool = False) -> list[str]:
         # Flags of the config's keys exist once there is a config.
         sys.exit(NO_CONFIG if error.flagname.startswith("config.") else f"error: {error}")
     except flags.IllegalFlagValueError as error:
-        sys.exit(f"error: {_refused_value(str(error), flag.parser.ranges)}")
+        sys.exit(f"error: {_refused_value(str(error), argv, flag.parser.ranges)}")
     except (AttributeError, KeyError) as error:
         sys.exit(f"error: {_unknown_key(argv, flag.parser) or error}")
     except (flags.Error, TypeError, ValueError, OSError) as error:
@@ -70,7 +74,7 @@ def parse_flags(argv: list[str], *, words: bool = False) -> list[str]:
         refuse_words(rest)
     if flag.value is None:
         sys.exit(NO_CONFIG)
-    problems = wrong_values(flag.value, flag.parser.ranges)
+    problems = _not_finite() + wrong_values(flag.value, flag.parser.ranges)
     if problems:
         sys.exit("error: " + "\n".join(problems))
     return rest
@@ -95,15 +99,27 @@ def _show_help() -> None:
     print(flags.FLAGS.module_help(name))
 
 
-def _refused_value(message: str, ranges: Mapping[str, Range]) -> str:
-    """Return what absl's message about a flag says, with the values that are allowed."""
+def _not_finite() -> list[str]:
+    """Return a line for each number that is not finite, of the program's own flags."""
+    problems = []
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if "." not in name and isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"--{name} is {value}; expected a finite number")
+    return problems
+
+
+def _refused_value(message: str, argv: Sequence[str], ranges: Mapping[str, Range]) -> str:
+    """Return what absl's "flag --NAME=VALUE: REASON" says, with the values that are allowed."""
     if DOTS in message:
         return f"{message} {OWN_REWARD}"
-    match = re.match(r"flag --config\.([^=]+)=(.*?): ", message, re.DOTALL)
-    allowed = range_of(match[1], ranges) if match else None
-    if allowed is None:
-        return message
-    return f"config.{match[1]} is {match[2]!r}; expected {allowed.words}"
+    key = message.removeprefix("flag --config.").partition("=")[0]
+    allowed = range_of(key, ranges)
+    for argument in argv:
+        value = argument.removeprefix("-").removeprefix(f"-config.{key}=")
+        if allowed is not None and message.startswith(f"flag --config.{key}={value}: "):
+            return f"config.{key} is {value!r}; expected {allowed.words}"
+    return message
 
 
 def _unknown_key(argv: Sequence[str], parser: "_ConfigParser") -> str | None:

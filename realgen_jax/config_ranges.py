@@ -4,8 +4,10 @@ A new key needs a line in `base()` (realgen_jax/config.py) and a line here. What
 keys, on files or on the devices is checked where these are known.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -236,15 +238,7 @@ def wrong_values(config: ConfigDict, ranges: Mapping[str, Range] = RANGES) -> li
             if not allowed.holds(value):
                 problems.append(f"{key} is {shown(value)}; expected {allowed.words}")
 
-    homeless = [key for key in CACHES if key in ranges and _lacks_home(config, key)]
-    if homeless:
-        keys = " and ".join(f"config.{key}" for key in homeless)
-        flags = " ".join(f"--config.{key}=FOLDER" for key in homeless)
-        problems.append(
-            f"{keys}: '~' is the user's home folder, and this user has none; set HOME, or name "
-            f"other folders: {flags}"
-        )
-    return problems
+    return problems + _impossible_caches(config, [key for key in CACHES if key in ranges])
 
 
 def range_of(key: str, ranges: Mapping[str, Range]) -> Range | None:
@@ -288,7 +282,29 @@ def _values(tree: Any, pattern: Sequence[str], key: str) -> Iterator[tuple[str, 
             yield from _values(tree.get(child, MISSING), rest, f"{key}.{child}")
 
 
-def _lacks_home(config: ConfigDict, key: str) -> bool:
-    """Return whether the folder at this key starts with a "~" that stands for nothing."""
-    value = dict(_values(config, key.split("."), "")).get(f".{key}")
-    return isinstance(value, str) and str(expand_home(value)).startswith("~")
+def _impossible_caches(config: ConfigDict, keys: Sequence[str]) -> list[str]:
+    """Return lines about the folders at these keys that this user cannot create."""
+    problems = []
+    homeless = []
+    for key in keys:
+        value = dict(_values(config, key.split("."), "")).get(f".{key}")
+        folder = os.fspath(expand_home(value)) if isinstance(value, str) else ""
+        if folder.startswith("~"):
+            homeless.append(key)
+        elif folder and not os.path.exists(folder):
+            parents = [str(parent) for parent in Path(folder).absolute().parents]
+            parent = next(filter(os.path.exists, parents))
+            if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
+                problems.append(
+                    f"config.{key} is {value!r}, which cannot be created: this user cannot write "
+                    f"into {parent}"
+                )
+
+    if homeless:
+        names = " and ".join(f"config.{key}" for key in homeless)
+        flags = " ".join(f"--config.{key}=FOLDER" for key in homeless)
+        problems.append(
+            f"{names}: '~' is the user's home folder, and this user has none; set HOME, or name "
+            f"other folders: {flags}"
+        )
+    return problems

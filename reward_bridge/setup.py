@@ -3,6 +3,7 @@
 `reward` is config.reward throughout; realgen_jax/config.py explains its keys.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from reward_bridge.weights import expand_home
 
 # Options of rewards that name files or folders.
 FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
+
+# Columns of a run's records that are not the scores of a single reward.
+COLUMNS = ("reward", "prompt_std")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
         problems.append(
             f"{', '.join(twice)}: both in config.reward.fn (trained on) and in "
             "config.reward.held_out; choose one"
+        )
+    odd = [name for name in names if name in COLUMNS or not re.fullmatch(r"[\w-]+", name)]
+    if odd:
+        problems.append(
+            f"{', '.join(map(repr, odd))} cannot be the name of a reward; expected letters, "
+            f"digits, '-' and '_', and none of {', '.join(COLUMNS)}"
         )
     problems += _learning_problems(reward)
     problems += missing_rewards(reward, [*names, *extra_names])

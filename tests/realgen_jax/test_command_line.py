@@ -57,6 +57,7 @@ def parse(monkeypatch):
         monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
         define_config(default, **template)
         flags.DEFINE_bool("resume", False, "", flag_values=flags.FLAGS)
+        flags.DEFINE_float("share", 0.0, "", 0.0, 1.0, flag_values=flags.FLAGS)
         rest = parse_flags(argv, words=words)
         return SimpleNamespace(config=flags.FLAGS.config, words=rest[1:])
 
@@ -76,6 +77,8 @@ def test_config_and_preset(parse):
     assert parse("--config=flux_grpo:tiny_soft").config.preset == "tiny_soft"
     assert parse("--config", "flux_grpo", "--resume").config.preset == "tiny"
     assert refusal(parse, default=None).startswith("error: no config; name one")
+    twice = refusal(parse, "--config", "flux_grpo", "--config=embedded")
+    assert twice == "error: --config is given 2 times; name one config"
     assert refusal(parse, "--config.seed=1", default=None).startswith("error: no config; name one")
 
 
@@ -152,6 +155,14 @@ MISTAKES = {
     "--config.reward.fn=omniaid": (
         "config.reward.fn is 'omniaid'; expected a mapping, such as {'clip_score': 1.0}"
     ),
+    "--config.reward.fn={'a': nan}": (
+        "config.reward.fn is \"{'a': nan}\"; expected a mapping, such as {'clip_score': 1.0}"
+    ),
+    "--config.prompts.cache=/dev/null/text": (
+        "config.prompts.cache is '/dev/null/text', which cannot be created: this user cannot "
+        "write into /dev/null"
+    ),
+    "--share=nan": "--share is nan; expected a finite number",
     "--config.num_epochs=2.5": "config.num_epochs is '2.5'; expected an integer, 0 or more",
     "--config.train.lora=maybe": "config.train.lora is 'maybe'; expected True or False",
     "--config.train.beta=nan": "config.train.beta is nan; expected a finite number, 0 or more",

@@ -109,6 +109,18 @@ def test_a_good_config_has_no_problems(tmp_path):
             "learn_epochs below cycle",
         ),
         (
+            {
+                "fn": {"reward": 1.0},
+                "options": {
+                    "reward": {
+                        "class": "reward_bridge.rewards.jpeg_compressibility:JpegCompressibility"
+                    }
+                },
+            },
+            "'reward' cannot be the name of a reward; expected letters, digits, '-' and '_', and "
+            "none of reward, prompt_std",
+        ),
+        (
             {"device": "cuda:7"},
             "there is no device 'cuda:7': torch sees 0 CUDA devices on this machine",
         ),
