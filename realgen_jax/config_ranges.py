@@ -178,6 +178,7 @@ RANGES = {
     "reward.batch_size": integer(0),
     "reward.deadline": positive(),
     "reward.retries": integer(0),
+    "reward.monitor": text(),
     "reward.stop_drop": number(0),
     "reward.stop_patience": integer(0),
     **{f"reward.adversarial.*.{key}": allowed for key, allowed in ADVERSARY.items()},

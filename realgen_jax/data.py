@@ -1,6 +1,7 @@
 """Prompt files, the order in which a run uses the prompts, and the layout of a batch."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,27 @@ def _parse_record(line: str, place: str) -> tuple[str, str]:
     check_text(prompt, place)
     check_text(category, place)
     return prompt.strip(), category.strip()
+
+
+def overlaps(name: str, prompts: Sequence[str], others: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return one line for each of `others`, {name: prompts}, that shares prompts with `prompts`.
+
+    Prompts are the same if they differ only in case and white space.
+    """
+    known = set(map(_normalised, prompts))
+    lines = []
+    for other, other_prompts in others.items():
+        shared = [prompt for prompt in other_prompts if _normalised(prompt) in known]
+        if shared:
+            lines.append(
+                f"{len(shared)} of the {len(other_prompts)} prompts in {other} are also in {name}, "
+                f"such as {shared[0]!r}"
+            )
+    return lines
+
+
+def _normalised(prompt: str) -> str:
+    return " ".join(prompt.lower().split())
 
 
 def prompt_batches(count: int, groups: int, seed: int) -> grain.DatasetIterator:

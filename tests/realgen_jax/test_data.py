@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from realgen_jax.data import Layout, prompt_batches, read_prompts
+from realgen_jax.data import Layout, overlaps, prompt_batches, read_prompts
 
 
 def write(path, text):
@@ -28,6 +28,14 @@ def test_only_line_feeds_end_a_prompt(tmp_path):
     assert read_prompts(write(tmp_path / "a.txt", text)) == prompts
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
     assert read_prompts(write(tmp_path / "a.jsonl", "\ufeff" + "\n".join(lines))) == prompts
+
+
+def test_prompts_in_two_files_are_counted_with_an_example():
+    others = {"test": ["a dog", "A  Cat", "a cow"], "short": ["a hen"], "long": ["a cat"]}
+    assert overlaps("train", ["a cat", "a cow", "snow"], others) == [
+        "2 of the 3 prompts in test are also in train, such as 'A  Cat'",
+        "1 of the 1 prompts in long are also in train, such as 'a cat'",
+    ]
 
 
 @pytest.mark.parametrize(

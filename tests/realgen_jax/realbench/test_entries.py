@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from realgen_jax.data import read_categorised
+from realgen_jax.data import overlaps, read_categorised, read_prompts
 from realgen_jax.realbench.entries import find_pictures, read_entries, weights_of
 from realgen_jax.realbench.picture_files import decode
 from realgen_jax.realbench.prompts import read_sets
@@ -29,6 +29,16 @@ def test_the_embedded_prompts_are_pairs_of_the_same_subject():
         assert label(short) == label(long)
         assert len(short) < len(long)
         assert category == same != ""
+
+
+def test_no_embedded_prompt_is_in_two_files():
+    """Neither the test prompts nor those of the report are trained on."""
+    files = [*EMBEDDED.glob("*.txt"), *EMBEDDED.glob("*.jsonl")]
+    assert len(files) == 4
+    prompts = {file.name: read_prompts(file) for file in files}
+    for name in prompts:
+        others = {other: prompts[other] for other in prompts if other != name}
+        assert overlaps(name, prompts[name], others) == []
 
 
 def test_sets_must_have_as_many_lines_as_each_other(tmp_path):
