@@ -48,6 +48,7 @@ def parse_flags(argv: list[str], *, words: bool = False) -> list[str]:
         _show_help()
         sys.exit()
 
+    # Name the default config if the command line names none.
     flag = flags.FLAGS["config"]
     default = flag.parser.default
     given = [argument for argument in argv if re.match(r"--?config(=|$)", argument)]
@@ -82,7 +83,8 @@ def parse_flags(argv: list[str], *, words: bool = False) -> list[str]:
 
 def refuse_words(argv: Sequence[str]) -> None:
     """Exit with one line if the command line has arguments that are not flags."""
-    for word in argv[1:]:
+    if len(argv) > 1:
+        word = argv[1]
         hint = f"; did you mean --{word}?" if word in flags.FLAGS else ""
         sys.exit(f"error: unexpected argument {word!r}; this program takes only flags{hint}")
 
