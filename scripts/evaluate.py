@@ -21,8 +21,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, read_prompts
+from realgen_jax.files import expand_home
 from realgen_jax.hosts import hide_gpus, process_count, process_index, wait_for_all
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.realbench.arena import check_arena
@@ -34,6 +35,7 @@ from realgen_jax.realbench.summarize import summarize
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.preemption import connect_by_flags
 from realgen_jax.training.programs import keep_compiled
+from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
@@ -60,7 +62,11 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("base", True, "include the config's own model; --nobase leaves it out")
 flags.DEFINE_integer(
-    "seed", 0, "seed of the pictures' noise, the intervals and the order of the arena's questions"
+    "seed",
+    0,
+    "seed of the pictures' noise, the intervals and the order of the arena's questions",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
 )
 flags.DEFINE_bool("remake", False, "replace pictures that were made with other settings")
 flags.DEFINE_string(
@@ -77,7 +83,7 @@ def run(_: Sequence[str]) -> None:
     show_messages()
     try:
         connect_by_flags()
-        evaluate(FLAGS.config, Console(highlight=False))
+        evaluate(FLAGS.config, plain_console())
     except (ValueError, OSError, RewardError, ScoringError) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -180,7 +186,7 @@ def evaluation_folder(config: ConfigDict, values: Sequence[str]) -> Path:
     for value in values:
         name, equals, path = value.partition("=")
         has_name = equals and "/" not in name
-        for folder in Path(path if has_name else value).expanduser().parents:
+        for folder in expand_home(path if has_name else value).parents:
             if (folder / "metrics.jsonl").exists() and (folder / "config.json").exists():
                 return folder
     if process_count() > 1:

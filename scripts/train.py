@@ -26,11 +26,10 @@ import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from realgen_jax.advantages import group_advantages
 from realgen_jax.checkpoint import RestoreError, SaveError
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, prompt_batches, read_prompts
 from realgen_jax.hosts import (
     broadcast_text,
@@ -61,8 +60,9 @@ from realgen_jax.training.learning import begin_learning, draw_seeds
 from realgen_jax.training.log import NoLog, RunLog, step_columns
 from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import keep_compiled, make_programs
+from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
-from realgen_jax.training.run_folder import has_run, resume_from, run_folder, run_lock
+from realgen_jax.training.run_folder import can_resume, resume_from, run_folder, run_lock
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
 from realgen_jax.training.wandb_run import open_wandb
@@ -264,8 +264,7 @@ def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int
     if process_index():
         return Path(config.run_root) / config.run_name, None
 
-    exists = bool(config.run_name) and has_run(Path(config.run_root) / config.run_name)
-    resume = FLAGS.resume or (FLAGS.auto_resume and exists)
+    resume = FLAGS.resume or (FLAGS.auto_resume and can_resume(config.run_root, config.run_name))
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
     print(
         f"preset {config.preset} -> {folder}   "
@@ -360,7 +359,7 @@ def device_count(reward: ConfigDict) -> int:
 def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
     """Make RealBench's report, which compares the trained model with the initial one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    console = Console(highlight=False)
+    console = plain_console()
     kind = make_trainable(config.train).entry
     is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
     name = folder.name if is_free else "trained"

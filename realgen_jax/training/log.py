@@ -7,17 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import Progress
+from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from realgen_jax.advantages import zero_spread
 from realgen_jax.files import read_jsonl, write_whole
 from realgen_jax.training.constant_rewards import CONSTANT_EPOCHS, ConstantRewards
 from realgen_jax.training.pictures import break_rows, picture_grid
-from realgen_jax.training.progress import progress_columns
+from realgen_jax.training.progress import plain_console, progress_columns
 from realgen_jax.training.wandb_run import WandbLog
 
 
@@ -41,7 +41,7 @@ class RunLog:
         wandb_run: Any | None = None,
     ):
         self.folder = folder
-        self.console = Console(highlight=False)
+        self.console = plain_console()
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -76,13 +76,13 @@ class RunLog:
         self._board.close()
         self._wandb.close()
 
-    def say(self, text: str) -> None:
-        """Print a line, with rich's markup."""
+    def say(self, text: str | Text) -> None:
+        """Print a line."""
         self.console.print(text, soft_wrap=True)
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        self.say(f"[bold red]warning[/bold red] {escape(text)}")
+    def warn(self, text: str, title: str = "warning") -> None:
+        """Print a line that starts with a title in red."""
+        self.say(Text.assemble((title, "bold red"), f" {text}"))
 
     def metrics(self, kind: str, epoch: int, values: Mapping[str, float]) -> None:
         """Record one row. kind: "train" or "eval"; epoch: the number of finished epochs."""
@@ -182,7 +182,7 @@ class RunLog:
             return text
 
         checks = [name for name in now if name not in trained]
-        self.say(f"[bold]evaluation, epoch {epoch}[/bold]")
+        self.say(Text(f"evaluation, epoch {epoch}", "bold"))
         self.say(f"  {'trained on':<12}{'   '.join(map(describe, trained))}")
         self.say(f"  {'checks':<12}{'   '.join(map(describe, checks))}")
         if correlation and now is start:

@@ -101,9 +101,31 @@ def test_a_good_config_has_no_problems(tmp_path):
             "config.reward.adversarial, or its servers from config.reward.options",
         ),
         (
-            {"adversarial": {"embedded_detector": {**SETTINGS, "schedule": "never"}}},
-            "config.reward.adversarial.embedded_detector.schedule is 'never'; choose from "
-            "threshold, margin, every, plateau",
+            {
+                "adversarial": {
+                    "embedded_detector": {
+                        **SETTINGS,
+                        "schedule": "every",
+                        "skip_generator": True,
+                        "cycle": 2,
+                    }
+                }
+            },
+            "config.reward.adversarial.embedded_detector: it learns in every epoch (learn_epochs "
+            "2, cycle 2), and with skip_generator the generator would never be trained; expected "
+            "learn_epochs below cycle",
+        ),
+        (
+            {
+                "fn": {"reward": 1.0},
+                "options": {
+                    "reward": {
+                        "class": "reward_bridge.rewards.jpeg_compressibility:JpegCompressibility"
+                    }
+                },
+            },
+            "'reward' cannot be the name of a reward; expected letters, digits, '-' and '_', and "
+            "none of reward, prompt_std",
         ),
         (
             {"held_out": ("embedded_detector_at_start",)},

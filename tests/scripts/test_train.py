@@ -335,7 +335,7 @@ def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
     typo = call(
         "sample.py", cache, "snow", "--config.sample.resolutoin=64", "--out", tmp_path / "none"
     )
-    assert typo.stderr.startswith("error: the config has no key 'resolutoin'")
+    assert typo.stderr.startswith("error: the config has no key sample.resolutoin; did you")
 
 
 @pytest.mark.slow
