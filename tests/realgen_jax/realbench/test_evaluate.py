@@ -72,7 +72,7 @@ def setting(tmp_path_factory):
     arrays = {}
     for name, shape in model.family.text_shapes(model.config, 16).items():
         arrays[name] = rng.normal(size=(len(cache.prompts), *shape)).astype(np.float32)
-    cache.append(arrays)
+    cache.write(0, arrays)
     for seed in range(2):
         own, adapters = fresh_adapters(model, LoraConfig(2, 4.0), jax.random.key(seed))
         adapters = jax.tree.map(lambda a: a + 0.1, adapters)
