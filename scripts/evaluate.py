@@ -23,7 +23,7 @@ from rich.console import Console
 
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, read_prompts
-from realgen_jax.files import expand_home
+from realgen_jax.files import content_digest, expand_home
 from realgen_jax.hosts import hide_gpus, process_count, process_index, wait_for_all
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.realbench.arena import check_arena
@@ -39,8 +39,9 @@ from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
+from reward_bridge.digests import score_keys, served_rewards
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import missing_rewards, open_rewards, unreachable_rewards
+from reward_bridge.setup import missing_rewards, open_rewards
 from reward_bridge.terminal import show_messages
 
 # The program that computes text embeddings, in a separate process.
@@ -109,9 +110,10 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         if hasattr(judge, "check_connection"):
             judge.check_connection()
     missing = missing_rewards(config.reward, config.evaluate.scores)
-    missing = missing or unreachable_rewards(config.reward, config.evaluate.scores)
     if missing:
         raise ValueError("\n".join(missing))
+    served = served_rewards(config.reward, config.evaluate.scores)
+    keys = score_keys(config.reward, config.evaluate.scores, served, content_digest)
     folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
 
     with contextlib.ExitStack() as stack:
@@ -133,6 +135,7 @@ def evaluate(config: ConfigDict, console: Console) -> None:
                 folder,
                 seed=FLAGS.seed,
                 remake=FLAGS.remake,
+                score_keys=keys,
                 open_scorer=lambda: load_scorer(config),
                 encode=embed,
                 console=console,

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.files import expand_home, sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
-from realgen_jax.models.family import Family
-from realgen_jax.models.loading import find_family, load_model
+from realgen_jax.models.loading import find_family, load_model, model_folders
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import Lora
 from realgen_jax.nn.lora import LoraConfig, read_lora_config
@@ -54,7 +53,7 @@ def manifest(
     if weights.transformer:
         transformer = expand_home(weights.transformer)
     digest = hashlib.sha256()
-    for path in (transformer, *(model / name for name in _subfolders(family))):
+    for path in (transformer, *(model / name for name in model_folders(family))):
         for file in _files(path):
             digest.update(sampled_digest(file))
 
@@ -83,13 +82,6 @@ def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
     pretrained.model = str(expand_home(weights.model))
     pretrained.transformer = weights.transformer
     return pretrained
-
-
-def _subfolders(family: Family) -> list[str]:
-    """The subfolders of a model, other than the transformer, that determine its pictures."""
-    tokenizers = sorted({encoder.tokenizer for encoder in family.encoders})
-    encoders = sorted({encoder.model for encoder in family.encoders})
-    return ["vae", "scheduler", *tokenizers, *encoders]
 
 
 def _files(path: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from rich.console import Console
 
+from realgen_jax.files import content_digest
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.evaluate import evaluate_entries
@@ -28,6 +29,7 @@ from tests.helpers.models import fresh_adapters, golden_model
 torch = pytest.importorskip("torch")
 
 from reward_bridge.bridge import RewardBridge, RewardError  # noqa: E402
+from reward_bridge.digests import score_keys  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 
 SHORT = ["a boat", "a street at night", "three lemons"]
@@ -105,6 +107,7 @@ def run(setting, folder, *, seed=0, remake=False, entries=None, rewards=make_rew
         folder,
         seed=seed,
         remake=remake,
+        score_keys=score_keys(config.reward, list(config.evaluate.scores), {}, content_digest),
         open_scorer=open_scorer,
         encode=lambda prompts, model: setting.cache,
         console=Console(),
