@@ -1,5 +1,6 @@
 """Generate pictures from noise that depends only on seed, line and copy."""
 
+import contextlib
 import hashlib
 import json
 from collections import deque
@@ -112,12 +113,17 @@ def prepare_folder(folder: Path, contents: Mapping[str, Any], remake: bool) -> N
     """
     file = folder / MANIFEST
     pictures = sorted(folder.glob("[0-9]*.png"))
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = _read_manifest(file)
     now = json.loads(json.dumps(contents))
     changed = [key for key in now if before.get(key) != now[key] and key not in PATHS]
     if not changed:
         return
 
+    if pictures and not remake and not before:
+        raise ValueError(
+            f"{file} is missing or damaged, so it is not known how the pictures in {folder} were "
+            "made; use --remake to make them again"
+        )
     if pictures and not remake:
         changes = ", ".join(
             f"{key} {before.get(key)!r} then and {now[key]!r} now" for key in changed
@@ -130,6 +136,15 @@ def prepare_folder(folder: Path, contents: Mapping[str, Any], remake: bool) -> N
         picture.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(now, indent=2) + "\n")
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """Return the content of a manifest; {} if it is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):
+            return content
+    return {}
 
 
 # --- Generating pictures

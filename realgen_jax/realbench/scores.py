@@ -27,15 +27,23 @@ class ScoreStore:
     """The scores in a set's scores.jsonl, one per line, by picture, prompt and reward."""
 
     def __init__(self, file: Path, keys: Mapping[str, str]):
-        """keys: {reward: a digest of all that its scores depend on}."""
+        """keys: {reward: a digest of all that its scores depend on}.
+
+        Raises ValueError naming a bad line.
+        """
         self.file = file
         self.keys = keys
         self._scores: dict[tuple[str, str, str], float] = {}
 
         file.parent.mkdir(parents=True, exist_ok=True)
         drop_incomplete_line(file)
-        for row in read_jsonl(file):
-            self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
+        for number, row in enumerate(read_jsonl(file), start=1):
+            try:
+                self._scores[row["sha256"], row["prompt"], row["key"]] = float(row["score"])
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{file}, line {number}, is not a score ({error!r}); remove that line"
+                ) from None
 
     def get(self, picture: Picture, prompt: str) -> dict[str, float]:
         """Return {reward: score} of all stored scores of a picture."""

@@ -18,8 +18,10 @@ from realgen_jax.files import content_digest
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.evaluate import evaluate_entries
+from realgen_jax.realbench.pictures import prepare_folder
 from realgen_jax.realbench.prompts import read_sets
 from realgen_jax.realbench.report import write_scores
+from realgen_jax.realbench.scores import ScoreStore
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.scoring import ScoringError
 from tests.helpers import golden_config
@@ -205,6 +207,28 @@ def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_
     assert not set(pictures(tmp_path).values()) & set(first.values())
     with pytest.raises(ValueError, match=r"seed 0 then and 1 now"):
         run(setting, tmp_path, sample__guidance_scale=2.0, seed=1)
+
+
+@pytest.mark.parametrize("content", [None, '{"seed": 0', "[]"])
+def test_pictures_without_a_whole_manifest_are_not_taken(tmp_path, content):
+    picture = tmp_path / "00000.png"
+    picture.touch()
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged.*--remake"):
+        prepare_folder(tmp_path, {"seed": 0}, remake=False)
+    prepare_folder(tmp_path, {"seed": 0}, remake=True)
+    assert not picture.exists()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"sha256": "a"}', "[1]", '{"sha256":1,"prompt":2,"key":3,"score":null}']
+)
+def test_a_damaged_score_is_named(tmp_path, line):
+    file = tmp_path / "scores.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"scores\.jsonl, line 1, is not a score \("):
+        ScoreStore(file, {})
 
 
 def test_loras_share_one_program_with_the_base(whole, setting, tmp_path, caplog):

@@ -162,7 +162,8 @@ def test_files_compare_by_what_they_hold_not_by_where_they_are():
 def test_other_content_in_the_same_place_is_named(key):
     now = {**DIGESTS, key: "6" * 64}
     what = {"prompts.train": "'p.txt'", "pretrained.model": "'/old/model'"}
-    line = f"  config.{key}: {what.get(key, 'what it names, here or on servers,')} has other content; its digest was "
+    named = what.get(key, "what it names, here or on servers,")
+    line = f"  config.{key}: {named} has other content; its digest was "
     was = DIGESTS[key][:16]
     changes = changed_keys(BEFORE, BEFORE, DIGESTS, now)
     assert changes == ([], [f"{line}{was}, is now 6666666666666666"])
