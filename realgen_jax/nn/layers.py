@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 EPS = 1e-6  # default of all norms
+TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of noise level and guidance
 PROJECTION = "projection"  # checkpoint name for the outputs of the large matmuls
 _lecun = nnx.initializers.lecun_normal()
 
@@ -201,17 +202,27 @@ def modulated_norm(x: Array, shift: Array, scale: Array, eps: float = EPS) -> Ar
     return x32.astype(x.dtype) * (1 + scale[:, None]) + shift[:, None]
 
 
-def sinusoidal_embedding(t: Array, dim: int = 256) -> Array:
-    """Cosines, then sines, of t exp(-ln(10000) k / (dim/2)) for k < dim/2: float32 [n] -> [n, dim].
+def sinusoidal_embedding(t: Array) -> Array:
+    """Cosines, then sines, of t exp(-ln(10000) k / 128) for k < 128: float32 [n] -> [n, 256]."""
+    angles = t[:, None] * _frequencies()
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
-    The exponents are rounded to float32 as in PyTorch: at t = 1000, a difference in the last bit
-    moves an angle by 6e-5.
+
+def _frequencies() -> np.ndarray:
+    """The frequencies of `sinusoidal_embedding` with torch.exp's bits, float32 [128].
+
+    At t = 1000, a difference in the last bit moves an angle by up to 6e-5: that would be most of
+    the difference between our outputs and diffusers'. The exponents are rounded to float32, as
+    there, and their exponentials to the nearest float32. torch.exp (of MKL, on x86) does the same,
+    but rounds up at two of them, whose remainders are 0.479 and 0.482 of the last bit.
     """
-    half = dim // 2
+    half = TIME_CHANNELS // 2
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = t[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+    rounded_up = [12, 106]
+    frequencies[rounded_up] = np.nextafter(frequencies[rounded_up], np.float32(1))
+    return frequencies
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

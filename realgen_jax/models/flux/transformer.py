@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from realgen_jax.nn.attention import attention
 from realgen_jax.nn.layers import (
     MLP,
+    TIME_CHANNELS,
     Linear,
     QKNorm,
     apply_rope,
@@ -28,7 +29,6 @@ from realgen_jax.nn.layers import (
 from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
 
 Rope = tuple[np.ndarray, np.ndarray]  # cosines and sines, each float32 [t, d/2]
-TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of sigma and guidance
 _gelu = partial(jax.nn.gelu, approximate=True)
 
 
@@ -313,9 +313,9 @@ class FluxTransformer(nnx.Module):
         sigma and guidance stay in float32 until they are embedded: in bfloat16, two consecutive
         steps of the schedule can become equal.
         """
-        vector = self.time_in(sinusoidal_embedding(1000.0 * sigma, TIME_CHANNELS))
+        vector = self.time_in(sinusoidal_embedding(1000.0 * sigma))
         vector = vector + self.vector_in(cond.clip)
         if self.guidance_in is not None:
-            guidance = sinusoidal_embedding(1000.0 * cond.guidance, TIME_CHANNELS)
+            guidance = sinusoidal_embedding(1000.0 * cond.guidance)
             vector = vector + self.guidance_in(guidance)
         return pin_rows(jax.nn.silu(vector), mesh)
