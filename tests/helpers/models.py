@@ -65,7 +65,7 @@ def flux_model(
 
 def load_flux(path: Path, **overrides: Any) -> tuple[Any, nnx.State]:
     """Config and weights of a FLUX transformer, in float32 unless said otherwise."""
-    return load_transformer(FLUX, path, **{**EXACT, **overrides})
+    return load_transformer(FLUX, path, PIPELINE / "transformer", **{**EXACT, **overrides})
 
 
 def save_flux(folder: Path, config: Any, state: nnx.State, shard_bytes: int = 10**10) -> None:

@@ -46,11 +46,12 @@ class Cond:
 class FluxConfig:
     """Sizes under diffusers' names (`transformer/config.json`); the defaults are FLUX.1-dev's.
 
-    Raises ValueError if axes_dims_rope do not add up to attention_head_dim, or for an unknown
-    remat.
+    Raises ValueError if axes_dims_rope do not add up to attention_head_dim, for an unknown remat,
+    and for a model that takes more than noisy latents.
     """
 
     in_channels: int = 64
+    out_channels: int | None = None  # None: as many as come in
     num_layers: int = 19  # double blocks
     num_single_layers: int = 38
     attention_head_dim: int = 128
@@ -69,6 +70,12 @@ class FluxConfig:
             raise ValueError(
                 f"axes_dims_rope {self.axes_dims_rope} add up to {rope_channels}, but must add up "
                 f"to attention_head_dim {self.attention_head_dim}"
+            )
+        if self.out_channels not in (None, self.in_channels):
+            raise ValueError(
+                f"a model with in_channels {self.in_channels} and out_channels {self.out_channels} "
+                "does not make pictures from text alone: FLUX.1-Fill (384 and 64) also takes a "
+                "picture and a mask, FLUX.1-Canny and FLUX.1-Depth (128 and 64) a control picture"
             )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
