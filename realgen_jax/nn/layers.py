@@ -29,9 +29,9 @@ class Linear(nnx.Module):
     kernel [*stack, *in, *out], bias [*stack, *out].
 
     A fused projection has a separate axis for its parts, for instance (3, D) for qkv. The mesh axis
-    `tensor` then splits each part separately and never cuts a head. Each part has its own LoRA
-    factors, as in peft, where the projections are separate:
-    lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out].
+    `tensor` then splits each part separately and never cuts a head. Parts that are separate modules
+    in torch have their own LoRA factors; the other axes of in and out are joined:
+    lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out / parts].
     """
 
     def __init__(
@@ -67,16 +67,19 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
+        product = lora_product
         if kernel.ndim > self.axes_in + self.axes_out:
+            product = jax.vmap(lora_product, (None, 0, 0))
             y = _all_layers(x, kernel)
-            return y if bias is None else y + bias[:, None]
-
-        y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
+            bias = None if bias is None else bias[:, None]
+        else:
+            y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
         if bias is not None:
             y = y + bias
 
         if self.lora_a is not None:
-            delta = lora_product(x, self.lora_a[...], self.lora_b[...])
+            flat = x.reshape(*x.shape[: x.ndim - self.axes_in], -1)
+            delta = product(flat, self.lora_a[...], self.lora_b[...])
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
 
