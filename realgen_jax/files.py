@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ from filelock import FileLock
 
 SAMPLED_BLOCKS = 64  # number of blocks that `sampled_digest` reads of a large file
 BLOCK_BYTES = 1 << 16
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return the path with the home folder for "~", or as it is if the user has none.
+
+    Path.expanduser raises RuntimeError for such a user.
+    """
+    return Path(os.path.expanduser(path))
 
 
 def write_whole(file: Path, data: str | bytes) -> None:

@@ -3,9 +3,9 @@
 `reward` is config.reward throughout; realgen_jax/config.py explains its keys.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,9 +19,16 @@ from reward_bridge.metrics import METRICS, Metric, make_metric
 from reward_bridge.references import References
 from reward_bridge.registry import CLASS, find_class
 from reward_bridge.rewards import REWARDS, make_reward
+from reward_bridge.weights import expand_home
+
+# With this suffix, a name in `reward.held_out` is the frozen copy of a reward that learns.
+AT_START = "_at_start"
 
 # Options of rewards that name files or folders.
 FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
+
+# Columns of a run's records that are not the scores of a single reward.
+COLUMNS = ("reward", "prompt_std")
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,15 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
             f"{', '.join(twice)}: both in config.reward.fn (trained on) and in "
             "config.reward.held_out; choose one"
         )
+    odd = [name for name in names if name in COLUMNS or not re.fullmatch(r"[\w-]+", name)]
+    if odd:
+        problems.append(
+            f"{', '.join(map(repr, odd))} cannot be the name of a reward; expected letters, "
+            f"digits, '-' and '_', and none of {', '.join(COLUMNS)}"
+        )
     problems += _learning_problems(reward)
-    problems += missing_rewards(reward, [*names, *extra_names])
+    loaded = [name for name in names if original(name, reward) is None]
+    problems += missing_rewards(reward, [*loaded, *extra_names])
     problems += _device_problems(reward)
 
     unknown_metrics = [name for name in reward.metrics if name not in METRICS]
@@ -60,6 +74,13 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
             f"{', '.join(sorted(METRICS))}"
         )
     return problems
+
+
+def original(name: str, reward: ConfigDict) -> str | None:
+    """The trained reward whose frozen copy `name` is, NAME for "NAME_at_start", or None."""
+    base = name.removesuffix(AT_START)
+    is_copy = base != name and name in reward.held_out and base in reward.fn
+    return base if is_copy else None
 
 
 def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
@@ -88,7 +109,8 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
     if unknown_rewards:
         problems.append(
             f"there is no reward {', '.join(unknown_rewards)}; choose from "
-            f"{', '.join(sorted(REWARDS))}"
+            f"{', '.join(sorted(REWARDS))}, or name a class of your own: "
+            f"config.reward.options.NAME = {{'{CLASS}': 'package.module:Class'}}"
         )
     if unknown_learners:
         problems.append(
@@ -112,9 +134,24 @@ def _learning_problems(reward: ConfigDict) -> list[str]:
                 "config.reward.adversarial, or its servers from config.reward.options"
             )
         try:
-            Settings.read(name, settings.to_dict())
+            rests = Settings.read(name, settings.to_dict()).always_rests()
         except ValueError as error:
             problems.append(str(error))
+            continue
+        if rests:
+            problems.append(
+                f"config.reward.adversarial.{name}: it learns in every epoch (learn_epochs "
+                f"{settings.learn_epochs}, cycle {settings.cycle}), and with skip_generator the "
+                "generator would never be trained; expected learn_epochs below cycle"
+            )
+
+    for name in reward.held_out:
+        base = original(name, reward)
+        if base is not None and base not in reward.adversarial:
+            problems.append(
+                f"config.reward.held_out has {name}, the frozen copy of a reward that learns, but "
+                f"{base} does not learn (config.reward.adversarial)"
+            )
     return problems
 
 
@@ -132,7 +169,7 @@ def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
     problems = []
     for option in FILE_OPTIONS:
         file = options.get(option)
-        if file and not Path(file).expanduser().exists():
+        if file and not expand_home(file).exists():
             problems.append(
                 f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
                 "docs/rewards.md says where the weights come from"
@@ -155,9 +192,9 @@ def _class_problems(name: str, options: Mapping[str, Any]) -> list[str]:
 def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> dict[str, str]:
     """The torch device of each of these rewards (default: those of the run).
 
-    A reward runs on its device in `reward.devices`, else on `reward.device`. The default for a
-    remote reward is the CPU. Raises ValueError for a device that does not exist, and for a name in
-    `reward.devices` that is not among the rewards.
+    A reward runs on its device in `reward.devices`, else on `reward.device`; a frozen copy runs
+    where its original does. The default for a remote reward is the CPU. Raises ValueError for a
+    device that does not exist, and for a name in `reward.devices` that is not among the rewards.
     """
     run_names = [*reward.fn, *reward.held_out]
     if names is None:
@@ -171,9 +208,10 @@ def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> di
 
     devices = {}
     for name in names:
+        name_of_device = original(name, reward) or name
         is_remote = "servers" in reward.options.get(name, {})
         default = "cpu" if is_remote else reward.device
-        devices[name] = resolve(reward.devices.get(name, default))
+        devices[name] = resolve(reward.devices.get(name_of_device, default))
     return devices
 
 
@@ -277,8 +315,11 @@ def _make_rewards(
     options = reward.options.to_dict()
     rewards = {}
     for name, device in devices.items():
+        base = original(name, reward)
         if name in learning:
             rewards[name] = learning[name]
+        elif base is not None:
+            rewards[name] = learning[base].frozen_copy()
         else:
             rewards[name] = make_reward(name, device, options.get(name, {}))
     return rewards

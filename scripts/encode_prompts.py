@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, 
 from transformers.utils.logging import disable_progress_bar
 
 from realgen_jax.data import read_prompts
+from realgen_jax.files import expand_home
 from realgen_jax.models import get_family
 from realgen_jax.models.family import Encoder
 from realgen_jax.models.loading import pipeline_class
@@ -98,6 +99,22 @@ def load_encoders(
     return loaded
 
 
+def cut_rows(
+    folder: Path, encoders: Sequence[Encoder], prompts: list[str], max_tokens: int
+) -> list[int]:
+    """The prompts with more than `max_tokens` tokens.
+
+    Only T5's tokens count. CLIP's are always cut at 77, as in FLUX.
+    """
+    rows = set()
+    for encoder in encoders:
+        if encoder.recipe == "t5_states":
+            tokenize = AutoTokenizer.from_pretrained(folder / encoder.tokenizer)
+            ids = tokenize(prompts, verbose=False).input_ids
+            rows |= {row for row, tokens in enumerate(ids) if len(tokens) > max_tokens}
+    return sorted(rows)
+
+
 @torch.inference_mode()
 def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse.Namespace) -> None:
     """Encode the prompts that the cache does not hold yet."""
@@ -105,6 +122,7 @@ def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse
         return
     settings = Settings(args.max_tokens, torch_dtype(args.dtype), resolve(args.device))
     loaded = load_encoders(args.model, encoders, settings)
+    cache.keep_cut(cut_rows(args.model, encoders, cache.prompts, args.max_tokens))
 
     starts = range(cache.rows_done, len(cache.prompts), BATCH)
     description = f"encoding {len(cache.prompts)} prompts"
@@ -142,6 +160,12 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.folder is None and not args.prompts:
         parser.error("name the prompt files with --prompts")
+    if args.folder is None and str(expand_home(args.cache)).startswith("~"):
+        parser.error(
+            f"--cache is {args.cache}, but this user has no home folder; set HOME or --cache"
+        )
+    if args.max_tokens < 1:
+        parser.error(f"--max_tokens is {args.max_tokens}; expected 1 or more")
     return args
 
 
@@ -171,6 +195,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if not args.folder:
+        message = cache.cut_message(args.max_tokens)
+        if message:
+            print(message, file=sys.stderr)
         print(cache.folder)
 
 

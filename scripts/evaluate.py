@@ -21,17 +21,21 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
+from realgen_jax.data import overlaps, read_prompts
+from realgen_jax.files import expand_home
 from realgen_jax.hosts import hide_gpus, process_count, process_index, wait_for_all
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.realbench.arena import check_arena
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import read_sets
+from realgen_jax.realbench.results import PromptSet
 from realgen_jax.realbench.summarize import summarize
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.preemption import connect_by_flags
 from realgen_jax.training.programs import keep_compiled
+from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
@@ -57,7 +61,11 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("base", True, "include the config's own model; --nobase leaves it out")
 flags.DEFINE_integer(
-    "seed", 0, "seed of the pictures' noise, the intervals and the order of the arena's questions"
+    "seed",
+    0,
+    "seed of the pictures' noise, the intervals and the order of the arena's questions",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
 )
 flags.DEFINE_bool("remake", False, "replace pictures that were made with other settings")
 flags.DEFINE_string(
@@ -73,7 +81,7 @@ def run(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         connect_by_flags()
-        evaluate(FLAGS.config, Console(highlight=False))
+        evaluate(FLAGS.config, plain_console())
     except (ValueError, OSError, RewardError, ScoringError) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -104,6 +112,7 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     with contextlib.ExitStack() as stack:
         if process_index() == 0:
             print(f"preset {config.preset} -> {folder}")
+            tell_overlaps(config, sets)
             stack.enter_context(run_lock(folder))
         keep_compiled(config.compilation_cache)
 
@@ -137,6 +146,18 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         wait_for_all("evaluated")
 
 
+def tell_overlaps(config: ConfigDict, sets: Sequence[PromptSet]) -> None:
+    """Print a warning for each set with prompts that the config trains on.
+
+    The training prompts are not needed otherwise, and may be on another machine.
+    """
+    others = {f"config.evaluate.prompts.{prompts.name}": prompts.prompts for prompts in sets}
+    with contextlib.suppress(ValueError, OSError):
+        trained = read_prompts(config.prompts.train)
+        for line in overlaps("config.prompts.train", trained, others):
+            print(f"warning: {line}")
+
+
 def load_scorer(config: ConfigDict) -> RewardBridge:
     """Load the rewards of config.evaluate.scores, in the first process only."""
     return open_rewards(
@@ -160,7 +181,7 @@ def evaluation_folder(config: ConfigDict, values: Sequence[str]) -> Path:
     for value in values:
         name, equals, path = value.partition("=")
         has_name = equals and "/" not in name
-        for folder in Path(path if has_name else value).expanduser().parents:
+        for folder in expand_home(path if has_name else value).parents:
             if (folder / "metrics.jsonl").exists() and (folder / "config.json").exists():
                 return folder
     if process_count() > 1:

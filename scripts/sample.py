@@ -11,6 +11,7 @@ config.sample.resolution, eval_num_steps, guidance_scale) and can be set on the 
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,8 +20,9 @@ from absl import app, flags, logging
 from PIL import Image
 from rich.progress import track
 
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import read_prompts
+from realgen_jax.input_files import check_text
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import with_lora_file
@@ -39,7 +41,7 @@ flags.DEFINE_string(
     "lora", None, "a peft folder, or a LoRA file or folder of diffusers (config.pretrained.lora)"
 )
 flags.DEFINE_string("out", "pictures", "folder for the PNG files")
-flags.DEFINE_integer("seed", 0, "root of the pictures' noise")
+flags.DEFINE_integer("seed", 0, "root of the pictures' noise", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_integer("per_prompt", 1, "pictures of each prompt", lower_bound=1)
 flags.DEFINE_integer(
     "batch", 8, "pictures of one call, rounded up to the number of devices", lower_bound=1
@@ -87,6 +89,8 @@ def run(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     prompts = list(argv[1:])
     try:
+        for prompt in prompts:
+            check_text(prompt, "a prompt on the command line")
         if FLAGS.prompts:
             prompts += read_prompts(FLAGS.prompts)
         if not prompts:
@@ -98,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    app.run(run, flags_parser=parse_flags)
+    app.run(run, flags_parser=partial(parse_flags, words=True))
 
 
 if __name__ == "__main__":

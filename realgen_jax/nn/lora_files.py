@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from realgen_jax.files import expand_home
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.lora import LoraConfig, factors, lora_tensors
 from realgen_jax.nn.tensors import Tensors, read_json
@@ -103,7 +104,7 @@ def open_lora(path: str | Path) -> LoraFile:
     Without a stated alpha, the scale is 1, as in diffusers. Raises FileNotFoundError, or ValueError
     naming the file and what is not read.
     """
-    file = _lora_file(Path(path))
+    file = _lora_file(expand_home(path))
     tensors = Tensors(file)
     _check_format(tensors)
 

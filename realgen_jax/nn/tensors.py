@@ -175,7 +175,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(values, dict):

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.files import sampled_digest, write_whole
+from realgen_jax.files import expand_home, sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
 from realgen_jax.models.family import Family
 from realgen_jax.models.loading import find_family, load_model
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import Trainable, with_lora_file
-from realgen_jax.nn.lora_files import PEFT_CONFIG
+from realgen_jax.nn.lora_files import PEFT_CONFIG, open_lora
 from realgen_jax.realbench.entries import Weights
 from realgen_jax.realbench.picture_files import (
     Picture,
@@ -45,14 +45,18 @@ def manifest(
 ) -> dict[str, Any]:
     """Return everything that determines the pixels of a set's pictures, except their number.
 
-    `PATHS` only inform people and are not compared. Raises FileNotFoundError if there is no model.
+    `PATHS` only inform people and are not compared. Raises FileNotFoundError if there is no model,
+    and the errors of `open_lora`.
     """
+    if weights.lora:
+        open_lora(weights.lora)
+
     # -- The model's files.
-    model = Path(weights.model).expanduser()
+    model = expand_home(weights.model)
     family = find_family(_pretrained(weights, config))
     transformer = model / "transformer"
     if weights.transformer:
-        transformer = Path(weights.transformer).expanduser()
+        transformer = expand_home(weights.transformer)
     digest = hashlib.sha256()
     for path in (transformer, *(model / name for name in _subfolders(family))):
         for file in _files(path):
@@ -80,7 +84,7 @@ def manifest(
 def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
     """config.pretrained with these weights."""
     pretrained = ConfigDict(config.pretrained.to_dict())
-    pretrained.model = str(Path(weights.model).expanduser())
+    pretrained.model = str(expand_home(weights.model))
     pretrained.transformer = weights.transformer
     return pretrained
 
@@ -106,7 +110,7 @@ def lora_digest(path: str) -> str:
     """
     if not path:
         return ""
-    lora = Path(path).expanduser()
+    lora = expand_home(path)
     files = [file for file in (lora, lora.with_name(PEFT_CONFIG)) if file.exists()]
     if lora.is_dir():
         files = [file for file in _files(lora) if file.suffix in (".safetensors", ".json")]
@@ -188,7 +192,7 @@ class Sampler:
 
     def _load_lora(self, path: str) -> tuple[Model, Any]:
         """The model with room for this LoRA's modules, and the LoRA's adapters."""
-        return with_lora_file(self.model, Path(path).expanduser())
+        return with_lora_file(self.model, path)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import Progress
+from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from realgen_jax.advantages import zero_spread
 from realgen_jax.files import read_jsonl, write_whole
 from realgen_jax.training.pictures import break_rows, picture_grid
-from realgen_jax.training.progress import progress_columns
+from realgen_jax.training.progress import plain_console, progress_columns
 
 
 class RunLog:
@@ -33,7 +34,7 @@ class RunLog:
         self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str
     ):
         self.folder = folder
-        self.console = Console(highlight=False)
+        self.console = plain_console()
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -78,13 +79,13 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def say(self, text: str) -> None:
-        """Print a line, with rich's markup."""
+    def say(self, text: str | Text) -> None:
+        """Print a line."""
         self.console.print(text, soft_wrap=True)
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        self.say(f"[bold red]warning[/bold red] {text}")
+    def warn(self, text: str, title: str = "warning") -> None:
+        """Print a line that starts with a title in red."""
+        self.say(Text.assemble((title, "bold red"), f" {text}"))
 
     def metrics(self, kind: str, epoch: int, values: Mapping[str, float]) -> None:
         """Record one row. kind: "train" or "eval"; epoch: the number of finished epochs."""
@@ -152,7 +153,6 @@ class RunLog:
         now: Mapping[str, float],
         trained: Sequence[str],
         correlation: Mapping[str, float],
-        drift: Sequence[str],
     ) -> None:
         """Print the figures of an evaluation.
 
@@ -162,14 +162,13 @@ class RunLog:
           now: the figures of this evaluation.
           trained: the names of the figures that are trained on; the others are checks.
           correlation: of each held-out reward with the trained one, over pictures.
-          drift: the checks that got worse while the reward rose; each gets a warning.
         """
         # The progress bar repeats the held-out rewards until the next evaluation.
         self._held_out = {name: now[name] for name in correlation}
 
         def describe(name: str) -> str:
             text = f"{short_name(name)} "
-            if now is not start:
+            if now is not start and name in start:
                 text += f"{start[name]:.3f} -> "
             text += f"{now[name]:.3f}"
             if name in correlation:
@@ -177,16 +176,11 @@ class RunLog:
             return text
 
         checks = [name for name in now if name not in trained]
-        self.say(f"[bold]evaluation, epoch {epoch}[/bold]")
+        self.say(Text(f"evaluation, epoch {epoch}", "bold"))
         self.say(f"  {'trained on':<12}{'   '.join(map(describe, trained))}")
         self.say(f"  {'checks':<12}{'   '.join(map(describe, checks))}")
         if correlation and now is start:
             self.say("  r: correlation with the reward over pictures")
-        if drift:
-            self.say(
-                "[bold red]warning[/bold red] the reward rises while these get worse: "
-                f"{', '.join(drift)}"
-            )
 
     def pictures(
         self,

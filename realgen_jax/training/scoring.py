@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from realgen_jax.advantages import weight_sum
 from realgen_jax.hosts import local_rows, sum_over_processes
 
 
@@ -149,6 +150,6 @@ def _all_rows(
 
 
 def weighted_mean(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Return each picture's weighted mean of the trained rewards."""
+    """Return each picture's sum w_k r_k / sum |w_k| over the trained rewards k."""
     total = sum(weight * scores[name] for name, weight in weights.items())
-    return total / sum(weights.values())
+    return total / weight_sum(weights)

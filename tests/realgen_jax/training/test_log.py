@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Group
+from rich.progress import Progress
+from rich.table import Table
 
 from realgen_jax.training.log import NoLog, RunLog, memory, step_columns
+from realgen_jax.training.progress import plain_console, progress_columns
 
 STEP = {"loss": 1.0, "ratio_deviation": 2e-7, "grad_norm": 3.0}
 
@@ -33,7 +37,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     with log_of(tmp_path) as log:
         start = {"clip": 0.5, "a": 0.5}
         now = {"clip": 0.75, "a": 0.25}
-        log.evaluation(2, start, now, ["clip"], {"a": 0.125}, ["a 0.500 -> 0.250"])
+        log.evaluation(2, start, {**now, "new": 1.0}, ["clip"], {"a": 0.125})
         columns = step_columns(steps, ["ratio_deviation"])
         log.train(1, scores, reward, columns, seconds, details)
         captions = (["one\n0.5"] * 3, ["two"] * 3)
@@ -55,8 +59,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
 
     shown = capsys.readouterr().out
     assert "trained on  clip 0.500 -> 0.750" in shown
-    assert "checks      a 0.500 -> 0.250 (r +0.12)" in shown
-    assert "warning the reward rises while these get worse: a 0.500 -> 0.250" in shown
+    assert "checks      a 0.500 -> 0.250 (r +0.12)   new 1.000" in shown
     assert "last evaluation: a 0.250" in shown
     assert "reward 0.675" in shown
     assert "clip/accuracy 0.88" in shown
@@ -94,3 +97,31 @@ def test_memory_sees_an_array_come_and_go():
     del array
     assert memory()["device"] <= before["device"]
     assert 5e7 < before["host"] < 1e11
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    """ "[lora]" and "[/x]" are markup for rich, and ":cat:" is an emoji."""
+    odd = "exp[lora] [/x] :cat:"
+    with log_of(tmp_path) as log:
+        log.say(f"trained weights: runs/{odd}/lora")
+        log.warn(odd)
+        log.progress(1, {odd: "0.5"})
+        log.evaluation(1, {odd: 0.5}, {odd: 0.5}, [odd], {})
+    shown = capsys.readouterr().out
+    assert f"trained weights: runs/{odd}/lora" in shown
+    assert f"warning {odd}" in shown
+    assert f"epoch 1/4  {odd} 0.5" in shown
+    assert shown.count(odd) == 4
+
+
+def test_a_terminal_shows_brackets_as_they_are():
+    odd = "exp[lora] [/x] :cat:"
+    console = plain_console()
+    progress = Progress(*progress_columns(), console=console)
+    progress.add_task(odd, total=2)
+    table = Table(odd)
+    table.add_row(odd)
+    console.width = 120
+    with console.capture() as shown:
+        console.print(Group(progress, odd), table)
+    assert shown.get().count(odd) == 4
