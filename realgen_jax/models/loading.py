@@ -13,8 +13,8 @@ from realgen_jax.models import FAMILIES, get_family
 from realgen_jax.models.family import Family
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import Sharding, Table, abstract, leaves, load
-from realgen_jax.nn.tensors import Tensors, config_from, read_config, read_json
+from realgen_jax.nn.convert import Sharding, Table, abstract, check_keys, leaves, load
+from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_config, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 from realgen_jax.nn.vae_files import load_vae, vae_config
@@ -116,7 +116,8 @@ def abstract_model(
 
     Sizes are read from the folder's config.json files or the single file's header. If the model is
     not on disk, they are those of the published model of `config.pretrained.family`. `mesh` may be
-    an AbstractMesh. Raises the errors of `load_model`.
+    an AbstractMesh. Raises the errors of `load_model`; weights may be absent, but those that are
+    there must have the transformer's names.
     """
     dtypes, vae_dtype = _dtypes(pretrained)
     overrides = {"remat": pretrained.remat, **dtypes}
@@ -124,7 +125,9 @@ def abstract_model(
         family = find_family(pretrained)
         folder = Path(pretrained.model)
         source = Path(pretrained.transformer or folder / "transformer")
-        config, _ = transformer_config(family, source, folder / "transformer", **overrides)
+        config, table = transformer_config(family, source, folder / "transformer", **overrides)
+        if has_weights(source):
+            check_keys(Tensors(source), abstract(family.Module, config)[1], table)
         vae = vae_config(folder / "vae", dtype=vae_dtype)
         schedule = _schedule(family, folder)
     else:

@@ -17,8 +17,8 @@ from jax import Array
 
 from realgen_jax.hosts import process_index, put
 from realgen_jax.nn.convert import abstract, leaves, save_folder
-from realgen_jax.nn.lora import LoraConfig, with_lora
-from realgen_jax.nn.lora_files import LoraFile, check_modules, open_lora, read_lora, save_lora
+from realgen_jax.nn.lora import LoraConfig, save_lora, with_lora
+from realgen_jax.nn.lora_files import LoraFile, check_modules, open_lora, read_lora
 from realgen_jax.sharding import replicated
 
 NOT_SIZES = ("dtype", "param_dtype", "remat")  # Config fields that are not in config.json

@@ -1,17 +1,22 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): attachment and initialisation."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): attachment, initialisation and export."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from safetensors.numpy import save_file
 
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.layers import Linear
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,3 +124,35 @@ def lora_tensors(adapters: nnx.State, table: Table) -> dict[str, np.ndarray]:
     for name, factor in factors(hosts, table).items():
         tensors[name] = np.ascontiguousarray(factor.view().T)
     return tensors
+
+
+def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table: Table) -> None:
+    """Write a file for diffusers' `load_lora_weights`.
+
+    B holds the scale alpha / rank, so that the LoRA has its trained strength wherever it is loaded:
+    ComfyUI, and diffusers before 0.35, do not read alpha from the header. The alpha that the header
+    states is the rank, a scale of 1.
+    """
+    tensors = {}
+    modules = []
+    for name, array in lora_tensors(adapters, table).items():
+        module, _, letter = name.rpartition(".lora_")
+        if letter == "A":
+            modules.append(module)
+        else:
+            array = array * np.float32(config.alpha / config.rank)
+        tensors[f"transformer.{name}.weight"] = array
+
+    header = {
+        "transformer.r": config.rank,
+        "transformer.lora_alpha": config.rank,
+        "transformer.target_modules": modules,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        tensors,
+        folder / DIFFUSERS_FILE,
+        # One entry only: safetensors does not keep the order of several.
+        metadata={"lora_adapter_metadata": json.dumps(header)},
+    )

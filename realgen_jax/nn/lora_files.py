@@ -1,10 +1,11 @@
-"""LoRA files: what peft and diffusers write is read, and what we write is read everywhere.
+"""Reading LoRA files, in the forms that peft and diffusers write.
 
 A LoRA adds scale * B A to a module's weight, A [r, in] and B [out, r] in torch's layout. The scale
 is alpha / r, or alpha / sqrt(r) if it is rank-stabilised; both may differ between modules.
 """
 
 import json
+import math
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -15,16 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from realgen_jax.files import expand_home
 from realgen_jax.nn.convert import Table
-from realgen_jax.nn.lora import LoraConfig, factors, lora_tensors
+from realgen_jax.nn.lora import DIFFUSERS_FILE, factors
 from realgen_jax.nn.tensors import Tensors, read_json
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 # Names are the module's, which may have several of these prefixes, and the factor's, which may have
 # an adapter's name: "transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight".
@@ -154,7 +153,7 @@ def _check_format(tensors: Tensors) -> None:
     for key in sorted(tensors.keys()):
         for part, what, remedy in OTHER_FORMATS:
             if part in key:
-                raise ValueError(f"{tensors.path} {what} ({key}), which is not read; {remedy}")
+                raise ValueError(f"{tensors.path} {what} ({key}) and is not read; {remedy}")
 
 
 def _without_prefixes(key: str) -> str:
@@ -191,7 +190,31 @@ def _scales(
     tensors: Tensors, ranks: Mapping[str, int], alpha_keys: Mapping[str, str]
 ) -> dict[str, float]:
     """{module: factor of B A} by peft's config, the file's header, or tensors named ".alpha"."""
-    # The alphas that tensors state.
+    alphas = _alpha_tensors(tensors, ranks, alpha_keys)
+    source, settings = _settings(tensors, bool(alphas))
+    _check_settings(source, settings)
+    scales = {}
+    for module, rank in ranks.items():
+        if _stated(source, settings, "rank_pattern", "r", module) not in (None, rank):
+            raise ValueError(f"{module} in {tensors.path} has rank {rank}, unlike in {source}")
+        alpha = _stated(source, settings, "alpha_pattern", "lora_alpha", module)
+        if alpha is not None and alphas.get(module, alpha) != alpha:
+            raise ValueError(
+                f"{source} has alpha {alpha:g} for {module}, but {alpha_keys[module]} is "
+                f"{alphas[module]:g}"
+            )
+        if alpha is None:
+            alpha = alphas.get(module, float(rank))
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"{source} has alpha {alpha:g} for {module}; expected above 0")
+        scales[module] = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    return scales
+
+
+def _alpha_tensors(
+    tensors: Tensors, ranks: Mapping[str, int], alpha_keys: Mapping[str, str]
+) -> dict[str, float]:
+    """{module: alpha} of the tensors named ".alpha"."""
     alphas = {}
     for module, key in alpha_keys.items():
         value = tensors.read(key)
@@ -201,21 +224,7 @@ def _scales(
                 "module with lora_A and lora_B"
             )
         alphas[module] = float(value.reshape(()))
-
-    source, settings = _settings(tensors, bool(alphas))
-    _check_settings(source, settings)
-    scales = {}
-    for module, rank in ranks.items():
-        alpha = _stated_alpha(source, settings, module) if settings else None
-        if alpha is not None and alphas.get(module, alpha) != alpha:
-            raise ValueError(
-                f"{source} has alpha {alpha:g} for {module}, but {alpha_keys[module]} is "
-                f"{alphas[module]:g}"
-            )
-        if alpha is None:
-            alpha = alphas.get(module, float(rank))
-        scales[module] = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    return scales
+    return alphas
 
 
 def _settings(tensors: Tensors, has_alphas: bool) -> tuple[Path, dict[str, Any]]:
@@ -230,7 +239,10 @@ def _settings(tensors: Tensors, has_alphas: bool) -> tuple[Path, dict[str, Any]]
     pefts = any(key.startswith("base_model.model.") for key in tensors.keys())  # noqa: SIM118
     if pefts or file.name == PEFT_FILE:
         if config.exists():
-            return config, read_json(config)
+            settings = read_json(config)
+            if settings.get("lora_alpha") is None:
+                raise ValueError(f"{config} lacks lora_alpha")
+            return config, settings
         if not header and not has_alphas:
             raise FileNotFoundError(f"{config} is missing; it states the alpha of {file.name}")
 
@@ -238,11 +250,15 @@ def _settings(tensors: Tensors, has_alphas: bool) -> tuple[Path, dict[str, Any]]
         entries = json.loads(header or "{}")
     except ValueError as error:
         raise ValueError(f"lora_adapter_metadata of {file} is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"lora_adapter_metadata of {file} is no JSON object")
     own = {}
     for name, value in entries.items():
         part, _, rest = name.rpartition(".")
         if part in ("", "transformer"):
             own[rest] = value
+    if own and own.get("lora_alpha") is None:
+        raise ValueError(f"lora_adapter_metadata of {file} lacks lora_alpha")
     return file, own
 
 
@@ -266,21 +282,23 @@ def _check_settings(source: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _stated_alpha(source: Path, settings: Mapping[str, Any], module: str) -> float:
-    """The alpha of a module: the first pattern that matches its whole name or its end, as in peft.
+def _stated(
+    source: Path, settings: Mapping[str, Any], patterns: str, default: str, module: str
+) -> float | None:
+    """A module's alpha or rank in peft's config; None if it states none.
 
-    peft takes patterns as regular expressions.
+    It is that of the first pattern which matches the module's whole name or its end. A pattern is a
+    regular expression, as in peft.
     """
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise ValueError(f"{source} has alpha_pattern {pattern!r}: {error}") from error
-        if matches:
-            return float(alpha)
-    if settings.get("lora_alpha") is None:
-        raise ValueError(f"{source} lacks lora_alpha")
-    return float(settings["lora_alpha"])
+    value = settings.get(default)
+    try:
+        for pattern, own_value in (settings.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                value = own_value
+                break
+        return None if value is None else float(value)
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{patterns} or {default} in {source} is invalid: {error}") from error
 
 
 # -- Our arrays
@@ -317,35 +335,3 @@ def check_modules(file: LoraFile, modules: Container[str]) -> None:
             f"{file.path} holds adapters of {unknown[0]} ({len(unknown)} such modules), which this "
             "model does not have"
         )
-
-
-def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table: Table) -> None:
-    """Write a file for diffusers' `load_lora_weights`.
-
-    B holds the scale alpha / rank, so that the LoRA has its trained strength wherever it is loaded:
-    ComfyUI, and diffusers before 0.35, do not read alpha from the header. The alpha that the header
-    states is the rank, a scale of 1.
-    """
-    tensors = {}
-    modules = []
-    for name, array in lora_tensors(adapters, table).items():
-        module, _, letter = name.rpartition(".lora_")
-        if letter == "A":
-            modules.append(module)
-        else:
-            array = array * np.float32(config.alpha / config.rank)
-        tensors[f"transformer.{name}.weight"] = array
-
-    header = {
-        "transformer.r": config.rank,
-        "transformer.lora_alpha": config.rank,
-        "transformer.target_modules": modules,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        tensors,
-        folder / DIFFUSERS_FILE,
-        # One entry only: safetensors does not keep the order of several.
-        metadata={"lora_adapter_metadata": json.dumps(header)},
-    )

@@ -146,6 +146,11 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         ) from error
 
 
+def has_weights(path: Path) -> bool:
+    """Return whether `path` is a file, or a diffusers folder that holds weights."""
+    return path.is_file() or any(path.glob(f"{STEM}.safetensors*"))
+
+
 def _files(path: Path) -> list[Path]:
     """The safetensors files of `path`: itself, or the files in a diffusers folder.
 

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from realgen_jax.models.flux.tables import DIFFUSERS
 from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.models.trainable import Lora, with_lora_file
-from realgen_jax.nn.lora import LoraConfig, lora_tensors
-from realgen_jax.nn.lora_files import open_lora, save_lora
+from realgen_jax.nn.lora import LoraConfig, lora_tensors, save_lora
+from realgen_jax.nn.lora_files import open_lora
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import GOLDENS, PIPELINE
 from tests.helpers.models import load_adapters, load_flux
@@ -83,8 +83,11 @@ def assert_adds(model, path, factors, scale):
         np.testing.assert_allclose(got, factor * b @ a, rtol=1e-5, atol=1e-6, err_msg=module)
 
 
+RANKS = {"attn.to_q": 8, "ff.net.2": 8}
+
+
 def rank_8_or_4(module):
-    return 8 if module.endswith(("to_q", "ff.net.2")) else 4
+    return 8 if module.endswith(tuple(RANKS)) else 4
 
 
 ALPHAS = {"ff.net.0.proj": 16, "attn.to_q": 2}
@@ -111,7 +114,8 @@ TEXT = {"text_encoder.text_model.layers.0.q_proj.lora_A.weight": np.ones((4, 8),
         (lambda path: peft(path, SIMPLE) / "adapter_model.safetensors", SIMPLE, 2),
         (lambda path: peft(path, SIMPLE, use_rslora=True), SIMPLE, 4),
         (lambda path: peft(path, SIMPLE, alpha_pattern=ALPHAS), SIMPLE, own_alpha),
-        (lambda path: peft(path, MIXED), MIXED, lambda module: 8 / rank_8_or_4(module)),
+        (lambda path: peft(path, MIXED, rank_pattern=RANKS), MIXED,
+         lambda module: 8 / rank_8_or_4(module)),
         (lambda path: write(path, named(MIXED)), MIXED, 1),
         (lambda path: write(path, named(ATTENTION)), ATTENTION, 1),
         (lambda path: write(path, named(SIMPLE, "")), SIMPLE, 1),
@@ -235,7 +239,12 @@ VECTOR = {f"base_model.model.{TRAINED[0]}.lora_magnitude_vector": np.ones(64, np
         (lambda path: peft(path, SIMPLE, bias="all"), "has bias 'all'"),
         (lambda path: peft(path, SIMPLE, peft_type="LOHA"), "has peft_type 'LOHA'"),
         (lambda path: peft(path, SIMPLE, init_lora_weights="pissa"), "'pissa', which changes"),
-        (lambda path: peft(path, SIMPLE, alpha_pattern={"(": 1}), r"alpha_pattern '\('"),
+        (lambda path: peft(path, SIMPLE, alpha_pattern={"(": 1}), "alpha_pattern or lora_alpha in"),
+        (lambda path: peft(path, SIMPLE, alpha_pattern=[1]), "alpha_pattern or lora_alpha in"),
+        (lambda path: peft(path, SIMPLE, r=8), "has rank 4, unlike in .*adapter_config.json"),
+        (lambda path: write(path, named(SIMPLE) | alphas(np.nan)), "has alpha nan for"),
+        (lambda path: write(path, named(SIMPLE), lora_adapter_metadata="[]"), "no JSON object"),
+        (lambda path: write(path, named(SIMPLE), lora_adapter_metadata="{"), "is not JSON"),
         (lambda path: peft(path, SIMPLE, lora_alpha=None), "lacks lora_alpha"),
         (
             lambda path: write(path, named(SIMPLE, "base_model.model.")),
