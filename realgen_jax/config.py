@@ -68,7 +68,7 @@ def _pretrained() -> ConfigDict:
     c = ConfigDict()
     c.model = ""  # a diffusers pipeline folder; its model_index.json determines the family
     c.family = "FluxPipeline"  # pipeline class that preflight.py assumes if there is no such folder
-    c.transformer = ""  # replaces the transformer: a diffusers folder or BFL's single file
+    c.transformer = ""  # replaces the transformer: a diffusers folder or a file (docs/files.md)
     c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
     c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer
     c.param_dtype = "float32"  # float32, bfloat16: dtype of its frozen weights

@@ -25,8 +25,8 @@ from realgen_jax.data import read_prompts
 from realgen_jax.input_files import check_text
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
-from realgen_jax.models.trainable import Lora
-from realgen_jax.nn.lora import read_lora_config
+from realgen_jax.models.trainable import with_lora_file
+from realgen_jax.nn.lora_files import open_lora
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
 
 # The program that computes text embeddings, in a separate process.
@@ -51,18 +51,19 @@ flags.DEFINE_integer(
 def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     """Write `out/00000.png`, ... for every prompt, `per_prompt` of each, and return the files."""
     config = FLAGS.config
+    lora = FLAGS.lora or config.pretrained.lora
+    if lora:
+        open_lora(lora)  # a file that cannot be read is refused at once
 
     # Embed the prompts before JAX claims the memory of its devices.
     cache = embed_prompts(prompts, config.pretrained, config.prompts, ENCODE)
 
-    # The model, with room for the LoRA if there is one.
+    # The model, with the LoRA's adapters if there is one.
     mesh = make_mesh(**config.mesh, devices=jax.devices())
     model = load_model(config.pretrained, config.sample.resolution, mesh)
     adapters = None
-    lora = FLAGS.lora or config.pretrained.lora
     if lora:
-        model = model.with_trainable(Lora(read_lora_config(lora)))
-        adapters = model.trainable.load(model, lora)
+        model, adapters = with_lora_file(model, lora)
 
     # All calls have the same size: the last one is padded, and its extra images are dropped.
     devices = batch_devices(mesh)

@@ -153,6 +153,8 @@ def check_shapes(config: ConfigDict, devices: int) -> None:
     model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
     recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
     recipe.trainable.abstract(model)
+    if config.pretrained.lora:
+        recipe.trainable.check_modules(model, config.pretrained.lora)
 
 
 def _missing_files(config: ConfigDict) -> list[str]:
