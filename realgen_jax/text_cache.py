@@ -10,7 +10,6 @@ the trainer only reads the resulting folder:
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from filelock import FileLock
 
 from realgen_jax.files import file_lock, sampled_digest, write_whole
 from realgen_jax.models.family import Encoder
+from realgen_jax.process import run_child
 
 
 def encoders_to_json(encoders: Sequence[Encoder]) -> str:
@@ -212,7 +212,7 @@ def ensure_encoded(
         f"--dtype={settings.dtype}",
         f"--device={settings.device}",
     ]
-    if subprocess.run([*command, *options], check=False).returncode:
+    if run_child([*command, *options]):
         raise ChildProcessError(
             f"the text encoders failed (see above); the finished prompts are kept in {cache.folder}"
         )

@@ -7,6 +7,10 @@ the encoders (T5-XXL has 10 GB) never share memory with the trainer. An interrup
 where it stopped. The program prints the cache folder, which is named after prompts and encoders.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import argparse
 import json
 import sys

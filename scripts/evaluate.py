@@ -10,6 +10,10 @@ Pictures and scores are kept in runs/NAME/evaluation; the same command continues
 evaluation. The report is runs/NAME/report/index.html. docs/realbench.md has the details.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -81,8 +85,6 @@ def run(_: Sequence[str]) -> None:
             raise
         reason = str(error).splitlines()[0]
         sys.exit(f"error: lost the connection to another process ({reason})")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
 
 
 def evaluate(config: ConfigDict, console: Console) -> None:
@@ -110,30 +112,28 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         def embed(prompts: Sequence[str], model: str) -> TextCache:
             return embed_prompts(prompts, config.pretrained, config.prompts, ENCODE, model)
 
-        try:
-            # -- Make, read and score the pictures.
-            results = evaluate_entries(
-                config,
-                entries,
-                sets,
-                folder,
-                seed=FLAGS.seed,
-                remake=FLAGS.remake,
-                open_scorer=lambda: load_scorer(config),
-                encode=embed,
-                console=console,
-            )
+        continuing = f"run the same command with --config.run_name={folder.name}"
+        process.when_stopped(lambda: f"stopped; to continue, {continuing}")
 
-            # -- Compare them.
-            if process_index() == 0:
-                index = summarize(
-                    config, results, folder, judge=judge, seed=FLAGS.seed, console=console
-                )
-                print(f"report: {index}")
-        except KeyboardInterrupt:
-            sys.exit(
-                f"stopped; to continue, run the same command with --config.run_name={folder.name}"
+        # -- Make, read and score the pictures.
+        results = evaluate_entries(
+            config,
+            entries,
+            sets,
+            folder,
+            seed=FLAGS.seed,
+            remake=FLAGS.remake,
+            open_scorer=lambda: load_scorer(config),
+            encode=embed,
+            console=console,
+        )
+
+        # -- Compare them.
+        if process_index() == 0:
+            index = summarize(
+                config, results, folder, judge=judge, seed=FLAGS.seed, console=console
             )
+            print(f"report: {index}")
         wait_for_all("evaluated")
 
 

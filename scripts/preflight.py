@@ -10,6 +10,10 @@ divide or fit together are reported here. The size of the arguments is computed 
 shardings, activations and operations from the formulas in realgen_jax/models (cost.py).
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import json
 import sys
 from collections.abc import Sequence

@@ -9,6 +9,10 @@ config.sample.resolution, eval_num_steps, guidance_scale) and can be set on the 
 --config.sample.resolution=512. Picture i depends only on --seed and i.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -12,6 +12,10 @@ The run ends with RealBench's report if config.evaluate.after_training is set. S
 and docs/clusters.md.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import contextlib
 import signal
 import sys
@@ -79,9 +83,10 @@ def train(
     preemption: Preemption,
     resumed: int | None,
 ) -> bool:
-    """Train until `num_epochs` are done or a held-out reward or SIGTERM ends the run.
+    """Train until `num_epochs` are done or a held-out reward or a signal ends the run.
 
-    resumed: the epoch of the checkpoint to resume from. Returns whether the run is over.
+    resumed: the epoch of the checkpoint to resume from. Returns whether the run is over; it is not
+    if a signal has ended it.
     """
     config = run.config
     weights = config.reward.fn
@@ -99,7 +104,7 @@ def train(
         seconds = {}
         scoring_before = dict(run.scorer.seconds)
 
-        # The state that is saved if SIGTERM interrupts this epoch.
+        # The state that is saved if a signal interrupts this epoch.
         start = saver.snapshot(epoch, state)
         if preemption.wanted_anywhere():
             saver.leave(start, preemption)
@@ -140,7 +145,8 @@ def train(
         with phase("reward_learning", seconds):
             details = learning.result()
 
-        # -- Log.
+        # -- Log. From here on there is something to save when Ctrl-C ends the run.
+        preemption.hold(saver.lost)
         for name, mean in scores.reference_means().items():
             details[f"reward/{name}/references"] = mean
         for name in weights:
@@ -221,15 +227,18 @@ def run_training(_: Sequence[str]) -> None:
                 raise
             reason = str(error).splitlines()[0]
             sys.exit(f"error: the connection to another process broke ({reason})")
-        except KeyboardInterrupt:
-            sys.exit(f"stopped; to go on: --config.run_name={folder.name} --resume")
         finally:
             preemption.reached()
             # A failed save was reported above, or matters less than the error being reported.
             with contextlib.suppress(SaveError):
                 run.checkpoints.close()
 
-        if over and reports(config):
+        if not over:
+            sys.exit(preemption.status)
+        if reports(config):
+            preemption.release(f"stopped, without a report; {report_advice(config, folder)}")
+            if preemption.wanted():
+                process.stop(signal.SIGINT)
             # The report loads its own models and rewards.
             rewards.bridge.close()
             cache = run.cache
@@ -318,7 +327,6 @@ def device_count(reward: ConfigDict) -> int:
 
 def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
     """Make RealBench's report, which compares the trained model with the initial one."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     console = Console(highlight=False)
     kind = make_trainable(config.train).entry
     is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
@@ -355,11 +363,18 @@ def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
         judge = make_judge("embedded", config.evaluate.arena)
         index = summarize(config, results, folder, judge=judge, seed=0, console=console)
     except (ValueError, OSError, RewardError, ScoringError) as error:
-        command = (
-            f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
-        )
-        sys.exit(f"error: the run is over, but its report failed: {error}\nto make it: {command}")
+        advice = report_advice(config, folder)
+        sys.exit(f"error: the run is over, but its report failed: {error}\n{advice}")
     print(f"report: {index}")
+
+
+def report_advice(config: ConfigDict, folder: Path) -> str:
+    """How to make the report of a run whose weights are saved."""
+    kind = make_trainable(config.train).entry
+    return (
+        f"the trained weights are in {folder / 'lora'}; to make the report: "
+        f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
+    )
 
 
 def main() -> None:
