@@ -26,7 +26,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from realgen_jax.config import define_config, parse_flags
-from realgen_jax.hosts import hide_gpus, process_count, process_index, wait_for_all
+from realgen_jax.hosts import (
+    hide_gpus,
+    process_count,
+    process_index,
+    start_devices,
+    wait_for_all,
+)
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.realbench.arena import check_arena
 from realgen_jax.realbench.entries import read_entries
@@ -39,8 +45,9 @@ from realgen_jax.training.programs import keep_compiled
 from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
+from reward_bridge.devices import gpus_for_jax
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import missing_rewards, open_rewards
+from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
 
 # The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
@@ -101,6 +108,10 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     missing = missing_rewards(config.reward, config.evaluate.scores)
     if missing:
         raise ValueError("\n".join(missing))
+    # Without GPUs to share with the rewards, JAX can start now: absent devices are an error.
+    devices = reward_devices(config.reward, config.evaluate.scores).values()
+    if not gpus_for_jax(devices, jax.config.jax_platforms, config.reward.share_gpu):
+        start_devices()
     folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
 
     with contextlib.ExitStack() as stack:

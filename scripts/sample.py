@@ -21,15 +21,18 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
-from rich.progress import track
+from rich.console import Console
 
 from realgen_jax.config import define_config, parse_flags
 from realgen_jax.data import read_prompts
+from realgen_jax.files import write_image
+from realgen_jax.hosts import start_devices
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import Lora
 from realgen_jax.nn.lora import read_lora_config
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
+from realgen_jax.training.progress import progress_bars
 
 # The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
@@ -58,7 +61,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     cache = embed_prompts(prompts, config.pretrained, config.prompts, ENCODE)
 
     # The model, with room for the LoRA if there is one.
-    mesh = make_mesh(**config.mesh, devices=jax.devices())
+    mesh = make_mesh(**config.mesh, devices=start_devices())
     model = load_model(config.pretrained, config.sample.resolution, mesh)
     adapters = None
     lora = FLAGS.lora or config.pretrained.lora
@@ -74,15 +77,18 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for start in track(range(0, len(texts), batch), description="sampling", transient=True):
-        numbers = np.arange(start, start + batch, dtype=np.int32)
-        call_texts = [texts[number % len(texts)] for number in numbers]
-        cond = model.cond(cache, call_texts, config.sample.guidance_scale)
-        ids = jax.device_put(numbers, batch_sharding(mesh))
-        images = np.asarray(sample(model, adapters, cond, key, ids))
-        for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):
-            files.append(out / f"{number:05}.png")
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(files[-1])
+    with progress_bars(Console(highlight=False)) as bars:
+        advance = bars("sampling", len(texts), "pictures")
+        for start in range(0, len(texts), batch):
+            numbers = np.arange(start, start + batch, dtype=np.int32)
+            call_texts = [texts[number % len(texts)] for number in numbers]
+            cond = model.cond(cache, call_texts, config.sample.guidance_scale)
+            ids = jax.device_put(numbers, batch_sharding(mesh))
+            images = np.asarray(sample(model, adapters, cond, key, ids))
+            for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):
+                files.append(out / f"{number:05}.png")
+                write_image(files[-1], Image.fromarray(pixels.transpose(1, 2, 0)))
+            advance(min(batch, len(texts) - start))
     return files
 
 

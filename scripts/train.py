@@ -34,12 +34,14 @@ from realgen_jax.advantages import group_advantages
 from realgen_jax.checkpoint import RestoreError, SaveError
 from realgen_jax.config import define_config, parse_flags
 from realgen_jax.data import prompt_batches, read_prompts
+from realgen_jax.files import write_whole
 from realgen_jax.hosts import (
     broadcast_text,
     coordinator_host,
     hide_gpus,
     process_count,
     process_index,
+    start_devices,
     sum_over_processes,
 )
 from realgen_jax.models.prompts import embed_prompts
@@ -172,7 +174,7 @@ def open_log(run: Run, state: TrainState, first: int) -> RunLog | NoLog:
         return NoLog()
     arrays = dict(leaves(state.trainable))
     overview = parameter_overview.get_parameter_overview(arrays, include_stats=False)
-    (run.folder / "trainable.txt").write_text(overview + "\n")
+    write_whole(run.folder / "trainable.txt", overview + "\n")
     config = run.config
     return RunLog(run.folder, config.to_dict(), first, config.num_epochs, config.wandb_project)
 
@@ -322,7 +324,7 @@ def device_count(reward: ConfigDict) -> int:
     """The number of devices that JAX will train on. GPUs are counted without starting JAX."""
     devices = reward_devices(reward).values()
     gpus = gpus_for_jax(devices, jax.config.jax_platforms, reward.share_gpu)
-    return gpus * process_count() if gpus else len(jax.devices())
+    return gpus * process_count() if gpus else len(start_devices())
 
 
 def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:

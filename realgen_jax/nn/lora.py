@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from safetensors.numpy import save_file
 
+from realgen_jax.files import write_tensors
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.layers import Linear
 from realgen_jax.nn.tensors import Tensors
@@ -136,11 +136,11 @@ def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {f"transformer.{name}.weight": array for name, array in tensors.items()},
+    write_tensors(
         folder / DIFFUSERS_FILE,
+        {f"transformer.{name}.weight": array for name, array in tensors.items()},
         # One entry only: safetensors does not keep the order of several.
-        metadata={"lora_adapter_metadata": json.dumps(header)},
+        {"lora_adapter_metadata": json.dumps(header)},
     )
 
 

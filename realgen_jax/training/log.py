@@ -10,12 +10,12 @@ import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import Progress
-from tensorboardX import SummaryWriter
 
 from realgen_jax.advantages import zero_spread
-from realgen_jax.files import read_jsonl, write_whole
+from realgen_jax.files import append, read_jsonl, write_image, write_whole
 from realgen_jax.training.pictures import break_rows, picture_grid
 from realgen_jax.training.progress import progress_columns
+from realgen_jax.training.tensorboard import Board
 
 
 class RunLog:
@@ -38,11 +38,9 @@ class RunLog:
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
         # Records. A resumed run overwrites those of the epochs that it repeats.
-        metrics_file = folder / "metrics.jsonl"
-        _keep_rows_before(metrics_file, start)
-        self._file = metrics_file.open("a")
-        purge_step = start + 1 if start else None
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self._metrics_file = folder / "metrics.jsonl"
+        _keep_rows_before(self._metrics_file, start)
+        self._board = Board(folder / "tensorboard", start + 1 if start else None)
         self._wandb = None
         if wandb_project:
             import wandb  # optional dependency
@@ -73,7 +71,6 @@ class RunLog:
 
     def __exit__(self, *error: Any) -> None:
         self._live.stop()
-        self._file.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -91,11 +88,12 @@ class RunLog:
         row = {"kind": kind, "epoch": epoch}
         for key, value in values.items():
             row[key] = float(f"{value:.8g}")
-            self._board.add_scalar(f"{kind}/{key}", value, epoch)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        append(self._metrics_file, json.dumps(row) + "\n")
+
+        figures = {f"{kind}/{key}": value for key, value in values.items()}
+        self._board.scalars(figures, epoch)
         if self._wandb is not None:
-            self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step=epoch)
+            self._wandb.log(figures, step=epoch)
 
     def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
         """Move the progress bar; without a terminal, print a line instead."""
@@ -207,8 +205,8 @@ class RunLog:
         """
         grid = picture_grid(*break_rows(rows, captions, columns))
         file = self.folder / "samples" / f"{name}.png"
-        grid.save(file)
-        self._board.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
+        write_image(file, grid)
+        self._board.picture(name, np.asarray(grid), epoch)
         if self._wandb is not None:
             import wandb
 

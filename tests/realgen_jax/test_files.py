@@ -34,7 +34,9 @@ def test_a_folder_is_replaced_only_without_an_error(tmp_path):
     with pytest.raises(IsADirectoryError), whole_folder(folder) as part:
         part.write_text("not a folder")
     assert (folder / "a").read_text() == "old"
-    (tmp_path / "lora.part" / "rest").write_text("left by the error")
+    assert list(tmp_path.rglob("*")) == [folder, folder / "a"]
+    (tmp_path / "lora.part").mkdir()
+    (tmp_path / "lora.part" / "rest").write_text("left by a crash")
     with whole_folder(folder) as part:
         (part / "b").write_text("new")
     assert list(tmp_path.rglob("*")) == [folder, folder / "b"]
