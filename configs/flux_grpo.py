@@ -223,6 +223,8 @@ def flux_adv_8xh200() -> ConfigDict:
     c.train.clip_range = 4e-6
 
     c.reward.fn = ConfigDict({"omniaid": 1.0, "omniaid_dino": 1.0, "longclip": 1.0})
+    # Checks that do not move: the detectors as they are before they learn.
+    c.reward.held_out = ("omniaid_at_start", "omniaid_dino_at_start")
     c.reward.options = ConfigDict()
     c.reward.options.omniaid = ConfigDict({"path": "models/omniaid"})
     c.reward.options.omniaid_dino = ConfigDict({"path": "models/omniaid"})
@@ -247,7 +249,10 @@ def flux_dino_adv() -> ConfigDict:
 
     Differences from Adv-GRPO: FLUX's distilled guidance of 3.5 instead of CFG 4.5; 7 GPUs train and
     the last one holds the rewards, so groups have 14 images instead of 16; evaluations take 28
-    steps, not 40; features are normalised in training as they are for the reward.
+    steps, not 40; features are normalised in training as they are for the reward; the LoRA covers
+    the feed-forward layers too, theirs only the attention. Their log-probability of a cps step
+    leaves out the variance, ours has it: our log-ratio is 0.62 and 0.71 times theirs in the two
+    steps (1 / (2 std^2)), so the same clip_range of 1e-5 allows moves 1.6 and 1.4 times as large.
 
     Command: python scripts/train.py --config configs/flux_grpo.py:flux_dino_adv
     Machine: 8 H200s.

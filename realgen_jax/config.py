@@ -173,8 +173,13 @@ def _reward() -> ConfigDict:
     c.deadline = 120.0  # seconds for one reward and one call, retries included
     c.retries = 1
 
-    # Stop the run once a held-out reward has been `stop_drop` (in its own units) below its best
-    # for `stop_patience` evaluations in a row while the trained reward rose. 0: never stop.
+    # What judges the run: reward, or the name of a held-out reward or a metric. best/ goes by it.
+    # If it is reward, alarms and the early stop count only while that rises. auto: reward; if a
+    # reward learns, whose values do not compare over time, the first of held_out, or of metrics.
+    c.monitor = "auto"
+
+    # Stop the run once a held-out reward (or the metric that is monitored) has been `stop_drop`, in
+    # its own units, worse than its best for `stop_patience` evaluations in a row. 0: never stop.
     c.stop_drop = 0.05
     c.stop_patience = 0
 
@@ -232,7 +237,8 @@ def adversary() -> ConfigDict:
     # threshold: in epochs whose mean reward is above `threshold`;
     # margin: in epochs whose references score less than `margin` above the generated images;
     # every: in the first `learn_epochs` epochs of each `cycle`;
-    # plateau: once the reward has not risen by `min_rise` for `patience` epochs.
+    # plateau: if the reward has not risen by `min_rise` over the last `patience` epochs; after
+    #   learning, the count starts again.
     c.schedule = "threshold"
     c.threshold = 0.6
     c.margin = 0.0

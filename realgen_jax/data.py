@@ -1,17 +1,21 @@
 """Prompt files, the order in which a run uses the prompts, and the layout of a batch."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grain
 import numpy as np
 
+from realgen_jax.input_files import check_text, read_lines
+
 
 def read_prompts(path: str | Path) -> list[str]:
     """Read a prompt file: each line is a prompt (.txt) or a JSON object with "prompt" (.jsonl).
 
-    Raises FileNotFoundError, or ValueError naming the first bad line.
+    The file is UTF-8, and only line feeds end a line. Raises FileNotFoundError, or ValueError
+    naming the first bad line.
     """
     return [prompt for prompt, _ in read_categorised(path)]
 
@@ -22,7 +26,7 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
     The category is the "category" of a JSON line, or "" if it has none. Raises FileNotFoundError,
     or ValueError naming the first bad line.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; expected a prompt file (.txt, one a line, or .jsonl)"
@@ -33,12 +37,14 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
         )
 
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         place = f"{path}, line {number}"
         if not line.strip():
             raise ValueError(f"{place} is blank; every line must be a prompt")
         if path.suffix == ".jsonl":
             prompts.append(_parse_record(line, place))
+        elif "\r" in line.strip():
+            raise ValueError(f"{place} has a carriage return inside; end lines with line feeds")
         else:
             prompts.append((line.strip(), ""))
 
@@ -51,7 +57,7 @@ def _parse_record(line: str, place: str) -> tuple[str, str]:
     """Return (prompt, category) of a JSON line, ignoring other keys."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f'{place} is not JSON ({error}); expected {{"prompt": ...}}') from error
 
     prompt = record.get("prompt") if isinstance(record, dict) else None
@@ -63,7 +69,30 @@ def _parse_record(line: str, place: str) -> tuple[str, str]:
     category = record.get("category") or ""
     if not isinstance(category, str):
         raise ValueError(f'{place} has {category!r} under "category"; expected a string')
+    check_text(prompt, place)
+    check_text(category, place)
     return prompt.strip(), category.strip()
+
+
+def overlaps(name: str, prompts: Sequence[str], others: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return one line for each of `others`, {name: prompts}, that shares prompts with `prompts`.
+
+    Prompts are the same if they differ only in case and white space.
+    """
+    known = set(map(_normalised, prompts))
+    lines = []
+    for other, other_prompts in others.items():
+        shared = [prompt for prompt in other_prompts if _normalised(prompt) in known]
+        if shared:
+            lines.append(
+                f"{len(shared)} of the {len(other_prompts)} prompts in {other} are also in {name}, "
+                f"such as {shared[0]!r}"
+            )
+    return lines
+
+
+def _normalised(prompt: str) -> str:
+    return " ".join(prompt.lower().split())
 
 
 def prompt_batches(count: int, groups: int, seed: int) -> grain.DatasetIterator:

@@ -6,10 +6,12 @@ the trainer only reads the resulting folder:
     prompts.json     the prompts, in row order
     NAME.zarr        an array with one row per prompt; the names depend on the model
     progress.json    the number of complete rows, and the names of the arrays
+    cut.json         the rows of the prompts that are longer than max_tokens
 """
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -107,6 +109,22 @@ class TextCache:
 
         progress = {"rows": stop, "arrays": list(arrays)}
         write_whole(self.folder / "progress.json", json.dumps(progress))
+
+    def keep_cut(self, rows: Sequence[int]) -> None:
+        """Store which prompts were cut because they have more tokens than max_tokens."""
+        write_whole(self.folder / "cut.json", json.dumps(list(rows)))
+
+    def cut_message(self, max_tokens: int) -> str:
+        """Say how many prompts were cut, and name the first; "" if none was."""
+        file = self.folder / "cut.json"
+        rows = json.loads(file.read_text()) if file.exists() else []
+        if not rows:
+            return ""
+        first = textwrap.shorten(self.prompts[rows[0]], 100, placeholder=" ...")
+        return (
+            f"warning: {len(rows)} of {len(self.prompts)} prompts are longer than {max_tokens} "
+            f"tokens (config.prompts.max_tokens) and are cut there; the first of them: {first!r}"
+        )
 
     def rows(self, prompts: Sequence[str]) -> np.ndarray:
         """Return the rows of these prompts: int [n]. Raises KeyError for an unknown prompt."""

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load, save
-from torch import distributed
+from torch import distributed, nn
 
-from reward_bridge.adversary_settings import OPTIMIZERS, SCHEDULES, Settings
+from reward_bridge.adversary_settings import OPTIMIZERS, SCHEDULES, Memory, Settings
 from reward_bridge.history import History, Pairs
 from reward_bridge.learners import Learner
 from reward_bridge.references import References, recode
 from reward_bridge.references import load as load_picture
+from reward_bridge.reward import Reward, RewardError
 
 # Dropout and augmentation draw from torch's global generator, which one learner at a time may seed.
 _GLOBAL_GENERATOR = threading.Lock()
@@ -53,10 +54,7 @@ class Adversary:
         self.device = device
         self.group = group
 
-        # The average has its own copy of the trainable weights and shares all others.
-        tensors = [*learner.model.parameters(), *learner.model.buffers()]
-        frozen = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
-        self.average = copy.deepcopy(learner.model, frozen).requires_grad_(False)
+        self.average = _copy(learner.model)
 
         named = learner.model.named_parameters()
         self.learning = {key: parameter for key, parameter in named if parameter.requires_grad}
@@ -67,7 +65,7 @@ class Adversary:
             weight_decay=settings.weight_decay,
         )
         self.history = History(settings.history_size)
-        self.memory: dict[str, float] = {}  # of the schedule
+        self.memory: Memory = {}  # of the schedule
         self.steps = 0
         self._observed: list[Pairs] = []
 
@@ -82,18 +80,31 @@ class Adversary:
         images = self.learner.prepare(images)
         return recode(images, self.settings.codec, self.settings.quality)
 
+    def frozen_copy(self) -> Reward:
+        """A reward with the weights of now, before this one has learned, which keeps them."""
+        weights = _copy(self.learner.model)
+
+        def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            return self.learner.score(weights, self._prepare(images), prompts)
+
+        return score
+
     # -- An epoch: draw references, observe pairs, then learn from them or drop them
 
     def draw(self, prompts: Sequence[str], seed: int, height: int, width: int) -> torch.Tensor:
         """Reference pictures for these prompts: uint8 [n, 3, s, s].
 
         They are cropped to the aspect ratio of the generated pictures, height x width, and resized.
+        Raises RewardError naming a file that cannot be read any more.
         """
         files = self.references.draw(prompts, seed)
         pictures = {}
         for file in set(files):
-            picture = load_picture(file, height, width)[None].to(self.device)
-            pictures[file] = self.learner.prepare(picture)
+            try:
+                picture = load_picture(file, height, width)
+            except (ValueError, OSError) as error:
+                raise RewardError(f"a reference has changed since the start: {error}") from error
+            pictures[file] = self.learner.prepare(picture[None].to(self.device))
         return torch.cat([pictures[file] for file in files])
 
     def observe(self, real: torch.Tensor, generated: torch.Tensor, prompts: Sequence[str]) -> None:
@@ -113,7 +124,10 @@ class Adversary:
         """
         schedule = SCHEDULES[self.settings.schedule]
         due = schedule(self.settings, epoch, generated, references, self.memory)
-        return due or (epoch == 0 and self.settings.always_first)
+        due = due or (epoch == 0 and self.settings.always_first)
+        if due:
+            self.memory.clear()
+        return due
 
     def forget(self) -> None:
         """Drop the observed pairs without learning from them."""
@@ -313,6 +327,16 @@ class Adversary:
                 f"in the checkpoint, {self.name!r} has trained other weights than this config "
                 f"trains, such as {different[0]}"
             )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A frozen copy with its own trained weights, which shares all others.
+
+    Trained are the weights that require gradients.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    shared = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def join(

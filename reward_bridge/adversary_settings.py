@@ -1,6 +1,5 @@
 """How a reward learns: the settings in config.reward.adversarial, and when it is due to learn."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -68,8 +67,9 @@ class Settings:
 
 
 # A schedule decides whether to learn in this epoch (counted from 0), given the epoch's mean rewards
-# of generated and of reference pictures. It may keep numbers in `memory` between epochs.
-Memory = dict[str, float]
+# of generated and of reference pictures. It may keep rewards in `memory` between epochs. That is
+# cleared when the reward learns, since earlier rewards are then no longer comparable.
+Memory = dict[str, list[float]]
 
 
 def _threshold(
@@ -93,16 +93,10 @@ def _every(
 def _plateau(
     settings: Settings, epoch: int, generated: float, references: float, memory: Memory
 ) -> bool:
-    best = memory.get("best", -math.inf)
-    risen = generated > best + settings.min_rise
-    memory["waited"] = 0 if risen else memory.get("waited", 0) + 1
-    memory["best"] = max(best, generated)
-    if memory["waited"] < settings.patience:
-        return False
-
-    # Learning changes the reward, so earlier values no longer count.
-    memory.clear()
-    return True
+    """Due if the reward has risen by less than `min_rise` over the last `patience` epochs."""
+    rewards = [*memory.get("rewards", []), generated][-settings.patience - 1 :]
+    memory["rewards"] = rewards
+    return len(rewards) > settings.patience and rewards[-1] - rewards[0] < settings.min_rise
 
 
 SCHEDULES: dict[str, Callable[[Settings, int, float, float, Memory], bool]] = {

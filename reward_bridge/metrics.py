@@ -1,7 +1,7 @@
 """Metrics of a whole set of pictures. (A reward scores each picture on its own.)"""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -9,7 +9,14 @@ from safetensors.numpy import load_file
 
 from reward_bridge.rewards.embedded import FOLDER, load_classifier, to_input
 
-Metric = Callable[[np.ndarray], float]  # of pictures, uint8 [n, 3, h, w]
+
+class Metric(Protocol):
+    """A metric; lower is better."""
+
+    least: int  # the smallest number of pictures for which it is defined
+
+    def __call__(self, images: np.ndarray) -> float:
+        """Return its value for pictures, uint8 [n, 3, h, w]."""
 
 
 def frechet_distance(
@@ -39,6 +46,7 @@ class EmbeddedFrechet:
     """
 
     REAL = "real_features"
+    least = 2  # for a covariance
 
     def __init__(self, device: str):
         reference = load_file(FOLDER / f"{self.REAL}.safetensors")
@@ -66,6 +74,8 @@ class EmbeddedFrechetHeldOut(EmbeddedFrechet):
 
 class EmbeddedSharpness:
     """Mean difference between neighbouring pixels, as a fraction of 255."""
+
+    least = 1
 
     def __init__(self, device: str):
         pass

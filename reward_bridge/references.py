@@ -6,15 +6,18 @@ from or scored. So only their content can tell them apart, not how their files w
 
 import io
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from reward_bridge.input_files import FORMATS, check_text, list_pictures, read_image, read_lines
+
 SHOWN = 10  # unusable pictures that an error lists
 
 
@@ -25,7 +28,8 @@ class References:
         - a .jsonl file whose lines have "prompt" and "image" (a file) or "images" (a list of
           files), as RealGen's,
         - a .json file {prompt: [files]}, as Adv-GRPO's,
-        - a folder of photographs, any of which may be used for any prompt.
+        - a folder of photographs, any of which may be used for any prompt. Files that are no
+          pictures are left out with a warning, hidden ones without.
     root: the folder that file names are relative to; empty: the folder of `path`.
     prompts: the run's prompts, each of which needs a picture.
 
@@ -71,9 +75,10 @@ class References:
 def load(file: Path, height: int, width: int) -> torch.Tensor:
     """Load a picture, centre-cropped to the aspect ratio height x width.
 
-    Returns uint8 [3, h, w], not resized.
+    Returns uint8 [3, h, w], not resized. Raises ValueError or OSError naming the file if it cannot
+    be read.
     """
-    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    image = _read(file)
     scale = min(image.height / height, image.width / width)
     h = max(1, round(height * scale))
     w = max(1, round(width * scale))
@@ -105,12 +110,31 @@ def _through_jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    """The pictures in a folder and its subfolders. Warns of other files."""
+    files, others = list_pictures(folder, "**/*")
     if not files:
         raise ValueError(
-            f"config.reward.references.path: {folder} contains no pictures ({', '.join(SUFFIXES)})"
+            f"config.reward.references.path: {folder} contains no pictures ({', '.join(FORMATS)})"
+        )
+    if others:
+        counts = Counter(file.suffix.lower() or "no suffix" for file in others)
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(SHOWN))
+        logging.getLogger(__name__).warning(
+            "%s: %d files are left out, which are not %s: %s",
+            folder,
+            len(others),
+            ", ".join(FORMATS),
+            kinds,
         )
     return files
+
+
+def _read(file: Path) -> Image.Image:
+    """The picture in a file, 8-bit RGB. Raises ValueError or OSError naming it."""
+    try:
+        return read_image(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged or not a picture ({error})") from error
 
 
 def _check_prompts(source: Path, by_prompt: dict[str, list[Path]], prompts: Iterable[str]) -> None:
@@ -142,20 +166,20 @@ def _check_pictures(files: Sequence[Path]) -> None:
 def _problem(file: Path) -> str:
     """Why a picture cannot be used; empty if it can."""
     try:
-        with Image.open(file) as image:
-            image.load()
+        _read(file)
     except FileNotFoundError:
         return f"{file} does not exist"
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        return f"{file} is damaged or not a picture ({error})"
+    except (ValueError, OSError) as error:
+        return str(error)
     return ""
 
 
 def _read_json(file: Path) -> dict[str, list[str]]:
     """{prompt: file names} of a .json file."""
+    text = "\n".join(read_lines(file))
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        table = json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); expected {{prompt: [files]}}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{file} holds a {type(table).__name__}; expected {{prompt: [files]}}")
@@ -173,7 +197,7 @@ def _read_jsonl(file: Path) -> dict[str, list[str]]:
             f"{file} ends in {file.suffix!r}; expected .jsonl, .json or a folder of photographs"
         )
     table: dict[str, list[str]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(file), start=1):
         prompt, names = _read_line(line, f"{file}, line {number}")
         table.setdefault(prompt, []).extend(names)
     return table
@@ -184,7 +208,7 @@ def _read_line(line: str, source: str) -> tuple[str, list[str]]:
     expected = 'expected {"prompt": ..., "image": ...}'
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{source} is not JSON ({error}); {expected}") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
@@ -203,4 +227,6 @@ def _file_names(value: object, source: str) -> list[str]:
             f'{source}: got images {names!r}; expected a file under "image", or a list of files '
             'under "images"'
         )
+    for name in names:
+        check_text(name, source)
     return names

@@ -20,6 +20,9 @@ from reward_bridge.references import References
 from reward_bridge.registry import CLASS, find_class
 from reward_bridge.rewards import REWARDS, make_reward
 
+# With this suffix, a name in `reward.held_out` is the frozen copy of a reward that learns.
+AT_START = "_at_start"
+
 # Options of rewards that name files or folders.
 FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
 
@@ -50,7 +53,8 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
             "config.reward.held_out; choose one"
         )
     problems += _learning_problems(reward)
-    problems += missing_rewards(reward, [*names, *extra_names])
+    loaded = [name for name in names if original(name, reward) is None]
+    problems += missing_rewards(reward, [*loaded, *extra_names])
     problems += _device_problems(reward)
 
     unknown_metrics = [name for name in reward.metrics if name not in METRICS]
@@ -60,6 +64,13 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
             f"{', '.join(sorted(METRICS))}"
         )
     return problems
+
+
+def original(name: str, reward: ConfigDict) -> str | None:
+    """The trained reward whose frozen copy `name` is, NAME for "NAME_at_start", or None."""
+    base = name.removesuffix(AT_START)
+    is_copy = base != name and name in reward.held_out and base in reward.fn
+    return base if is_copy else None
 
 
 def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
@@ -115,6 +126,14 @@ def _learning_problems(reward: ConfigDict) -> list[str]:
             Settings.read(name, settings.to_dict())
         except ValueError as error:
             problems.append(str(error))
+
+    for name in reward.held_out:
+        base = original(name, reward)
+        if base is not None and base not in reward.adversarial:
+            problems.append(
+                f"config.reward.held_out has {name}, the frozen copy of a reward that learns, but "
+                f"{base} does not learn (config.reward.adversarial)"
+            )
     return problems
 
 
@@ -155,9 +174,9 @@ def _class_problems(name: str, options: Mapping[str, Any]) -> list[str]:
 def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> dict[str, str]:
     """The torch device of each of these rewards (default: those of the run).
 
-    A reward runs on its device in `reward.devices`, else on `reward.device`. The default for a
-    remote reward is the CPU. Raises ValueError for a device that does not exist, and for a name in
-    `reward.devices` that is not among the rewards.
+    A reward runs on its device in `reward.devices`, else on `reward.device`; a frozen copy runs
+    where its original does. The default for a remote reward is the CPU. Raises ValueError for a
+    device that does not exist, and for a name in `reward.devices` that is not among the rewards.
     """
     run_names = [*reward.fn, *reward.held_out]
     if names is None:
@@ -171,9 +190,10 @@ def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> di
 
     devices = {}
     for name in names:
+        name_of_device = original(name, reward) or name
         is_remote = "servers" in reward.options.get(name, {})
         default = "cpu" if is_remote else reward.device
-        devices[name] = resolve(reward.devices.get(name, default))
+        devices[name] = resolve(reward.devices.get(name_of_device, default))
     return devices
 
 
@@ -277,8 +297,11 @@ def _make_rewards(
     options = reward.options.to_dict()
     rewards = {}
     for name, device in devices.items():
+        base = original(name, reward)
         if name in learning:
             rewards[name] = learning[name]
+        elif base is not None:
+            rewards[name] = learning[base].frozen_copy()
         else:
             rewards[name] = make_reward(name, device, options.get(name, {}))
     return rewards

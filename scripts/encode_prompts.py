@@ -103,6 +103,22 @@ def load_encoders(
     return loaded
 
 
+def cut_rows(
+    folder: Path, encoders: Sequence[Encoder], prompts: list[str], max_tokens: int
+) -> list[int]:
+    """The prompts with more than `max_tokens` tokens.
+
+    Only T5's tokens count. CLIP's are always cut at 77, as in FLUX.
+    """
+    rows = set()
+    for encoder in encoders:
+        if encoder.recipe == "t5_states":
+            tokenize = AutoTokenizer.from_pretrained(folder / encoder.tokenizer)
+            ids = tokenize(prompts, verbose=False).input_ids
+            rows |= {row for row, tokens in enumerate(ids) if len(tokens) > max_tokens}
+    return sorted(rows)
+
+
 @torch.inference_mode()
 def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse.Namespace) -> None:
     """Encode the prompts that the cache does not hold yet."""
@@ -110,6 +126,7 @@ def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse
         return
     settings = Settings(args.max_tokens, torch_dtype(args.dtype), resolve(args.device))
     loaded = load_encoders(args.model, encoders, settings)
+    cache.keep_cut(cut_rows(args.model, encoders, cache.prompts, args.max_tokens))
 
     starts = range(cache.rows_done, len(cache.prompts), BATCH)
     # Without --folder, standard output is for the folder's name alone.
@@ -150,6 +167,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.folder is None and not args.prompts:
         parser.error("name the prompt files with --prompts")
+    if args.max_tokens < 1:
+        parser.error(f"--max_tokens is {args.max_tokens}; expected 1 or more")
     return args
 
 
@@ -179,6 +198,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if not args.folder:
+        message = cache.cut_message(args.max_tokens)
+        if message:
+            print(message, file=sys.stderr)
         print(cache.folder)
 
 

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from realgen_jax.config import define_config, parse_flags
+from realgen_jax.data import overlaps, read_prompts
 from realgen_jax.hosts import (
     hide_gpus,
     process_count,
@@ -38,6 +39,7 @@ from realgen_jax.realbench.arena import check_arena
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import read_sets
+from realgen_jax.realbench.results import PromptSet
 from realgen_jax.realbench.summarize import summarize
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.preemption import connect_by_flags
@@ -117,6 +119,7 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     with contextlib.ExitStack() as stack:
         if process_index() == 0:
             print(f"preset {config.preset} -> {folder}")
+            tell_overlaps(config, sets)
             stack.enter_context(run_lock(folder))
         keep_compiled(config.compilation_cache)
 
@@ -146,6 +149,18 @@ def evaluate(config: ConfigDict, console: Console) -> None:
             )
             print(f"report: {index}")
         wait_for_all("evaluated")
+
+
+def tell_overlaps(config: ConfigDict, sets: Sequence[PromptSet]) -> None:
+    """Print a warning for each set with prompts that the config trains on.
+
+    The training prompts are not needed otherwise, and may be on another machine.
+    """
+    others = {f"config.evaluate.prompts.{prompts.name}": prompts.prompts for prompts in sets}
+    with contextlib.suppress(ValueError, OSError):
+        trained = read_prompts(config.prompts.train)
+        for line in overlaps("config.prompts.train", trained, others):
+            print(f"warning: {line}")
 
 
 def load_scorer(config: ConfigDict) -> RewardBridge:

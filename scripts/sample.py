@@ -27,6 +27,7 @@ from realgen_jax.config import define_config, parse_flags
 from realgen_jax.data import read_prompts
 from realgen_jax.files import write_image
 from realgen_jax.hosts import start_devices
+from realgen_jax.input_files import check_text
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import Lora
@@ -96,6 +97,8 @@ def run(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     prompts = list(argv[1:])
     try:
+        for prompt in prompts:
+            check_text(prompt, "a prompt on the command line")
         if FLAGS.prompts:
             prompts += read_prompts(FLAGS.prompts)
         if not prompts:

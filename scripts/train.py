@@ -17,9 +17,10 @@ from realgen_jax import process
 process.begin(__name__)  # before the imports that take seconds
 
 import contextlib
+import itertools
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from rich.console import Console
 from realgen_jax.advantages import group_advantages
 from realgen_jax.checkpoint import RestoreError, SaveError
 from realgen_jax.config import define_config, parse_flags
-from realgen_jax.data import prompt_batches, read_prompts
+from realgen_jax.data import overlaps, prompt_batches, read_prompts
 from realgen_jax.files import write_whole
 from realgen_jax.hosts import (
     broadcast_text,
@@ -60,13 +61,13 @@ from realgen_jax.training.epoch import (
     wait_for,
     warn_of_deviation,
 )
-from realgen_jax.training.evaluation import evaluate_if_due, export
+from realgen_jax.training.evaluation import evaluate_if_due, export, say_what_judges
 from realgen_jax.training.learning import begin_learning, draw_seeds
 from realgen_jax.training.log import NoLog, RunLog, step_columns
 from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import keep_compiled, make_programs
 from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
-from realgen_jax.training.run_folder import resume_from, run_folder, run_lock
+from realgen_jax.training.run_folder import has_run, resume_from, run_folder, run_lock
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
 from realgen_jax.update import TrainState
@@ -100,6 +101,7 @@ def train(
     if resumed is not None:
         state = saver.restore(resumed, state)
         first = resumed
+    say_what_judges(run, log)
 
     for epoch in range(first, config.num_epochs + 1):
         traces.begin(epoch + 1)
@@ -258,8 +260,8 @@ def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int
     if process_index():
         return Path(config.run_root) / config.run_name, None
 
-    exists = (Path(config.run_root) / config.run_name / "config.json").exists()
-    resume = FLAGS.resume or (FLAGS.auto_resume and bool(config.run_name) and exists)
+    exists = bool(config.run_name) and has_run(Path(config.run_root) / config.run_name)
+    resume = FLAGS.resume or (FLAGS.auto_resume and exists)
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
     print(
         f"preset {config.preset} -> {folder}   "
@@ -290,10 +292,12 @@ def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards
 
     prompts = read_prompts(config.prompts.train)
     test_prompts = read_prompts(config.prompts.test)
-    texts = [*prompts, *test_prompts]
+    sets = {}
     if reports(config):
         for prompt_set in read_sets(config.evaluate.prompts):
-            texts += prompt_set.prompts
+            sets[f"config.evaluate.prompts.{prompt_set.name}"] = prompt_set.prompts
+    tell_overlaps(prompts, test_prompts, sets)
+    texts = list(itertools.chain(prompts, test_prompts, *sets.values()))
     cache = embed_prompts(texts, config.pretrained, config.prompts, ENCODE)
 
     # Rewards that learn in several processes average their gradients.
@@ -318,6 +322,19 @@ def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards
         metrics=rewards.metrics,
     )
     return run, state, rewards
+
+
+def tell_overlaps(
+    prompts: Sequence[str], test_prompts: Sequence[str], sets: Mapping[str, Sequence[str]]
+) -> None:
+    """Print a warning for each set of test or report prompts that is not new to the run."""
+    if process_index():
+        return
+    others = {"config.prompts.test": test_prompts, **sets}
+    lines = overlaps("config.prompts.train", prompts, others)
+    lines += overlaps("config.prompts.test", test_prompts, sets)
+    for line in lines:
+        print(f"warning: {line}")
 
 
 def device_count(reward: ConfigDict) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from realgen_jax.diagnosis import rewards, update
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
-from realgen_jax.diagnosis.metrics import Metrics, NotRecorded, Trend, read_run
+from realgen_jax.diagnosis.metrics import UNKNOWN, Metrics, NotRecorded, Trend, read_run
+from realgen_jax.training.monitor import REWARD
 
 # Causes come before effects. Findings of one severity are listed in this order.
 CHECKS: tuple[Callable[[Metrics, dict], Finding | None], ...] = (
@@ -33,7 +34,7 @@ class Answer:
 
     run: str
     verdict: str
-    trend: str  # rises, falls, barely rises, barely falls, flat
+    trend: str  # rises, falls, barely rises, barely falls, flat, unknown
     trends: list[Trend]
     findings: list[Finding]
     not_recorded: list[str]
@@ -64,9 +65,9 @@ def diagnose(run: Path) -> Answer:
             findings.append(finding)
 
     # A note can explain why a reward does not rise, but not why it falls.
-    explanations = {PROBLEM} if metrics.direction == "falls" else {PROBLEM, NOTE}
+    explanations = {PROBLEM} if metrics.worsens else {PROBLEM, NOTE}
     explained = any(finding.severity in explanations for finding in findings)
-    if not metrics.rises and not explained:
+    if metrics.direction != UNKNOWN and not metrics.improves and not explained:
         findings.append(no_cause(metrics, config))
 
     order = (PROBLEM, NOTE, FINE)
@@ -83,15 +84,17 @@ def diagnose(run: Path) -> Answer:
 
 
 def no_cause(metrics: Metrics, config: dict) -> Finding:
-    """Return the finding for a reward that does not rise although no check explains why."""
+    """Return the finding for a goal that does not improve although no check explains why."""
     trend = metrics.trends[0]
+    sign = -1 if metrics.lower_is_better else 1
+    better = "fall" if metrics.lower_is_better else "rise"
     healthy = f"> {trend.margin:.2g}, the noise"
-    figures = [Figure("rise an epoch", trend.slope, healthy, trend.epochs)]
+    figures = [Figure(f"{better} an epoch", sign * trend.slope, healthy, trend.epochs)]
 
-    hidden = max(0.0, trend.slope + trend.margin)
+    hidden = max(0.0, sign * trend.slope + trend.margin)
     says = (
-        f"No check explains it. A rise of up to {hidden:.2g} per epoch could hide in the noise of "
-        "training."
+        f"No check explains it. A {better} of up to {hidden:.2g} per epoch could hide in the noise "
+        f"of {trend.where}."
     )
     calls = 2 * config["sample"]["num_batches_per_epoch"]
     accumulation = 2 * config["train"]["gradient_accumulation_steps"]
@@ -102,39 +105,52 @@ def no_cause(metrics: Metrics, config: dict) -> Finding:
         f"--config.train.learning_rate={learning_rate:g}. Look at RUN/samples to see whether high "
         "scores mean better pictures at all."
     )
-    severity = PROBLEM if metrics.direction == "falls" else NOTE
+    severity = PROBLEM if metrics.worsens else NOTE
     return Finding("no cause found", severity, figures, says, remedy)
 
 
 def verdict(metrics: Metrics, config: dict) -> str:
-    """Describe the reward's trend in a few sentences."""
+    """Describe the trend of the reward, or of what judges the run instead, in a few sentences."""
+    goal = "The reward" if metrics.goal == REWARD else metrics.goal
+    if metrics.lower_is_better:
+        goal += " (lower is better)"
     direction = metrics.direction
-    if direction == "flat":
+    if direction == UNKNOWN:
+        sentences = ["Whether the run improves is unknown: too few evaluations of a check."]
+    elif direction == "flat" and metrics.goal == REWARD:
         sentences = ["The reward does not rise: any trend is lost in the noise."]
+    elif direction == "flat":
+        sentences = [f"{goal} does not change: any trend is lost in the noise."]
     elif direction.startswith("barely"):
-        sentences = [f"The reward {direction}, by too little to see in the pictures."]
+        sentences = [f"{goal} {direction}, by too little to see in the pictures."]
     else:
-        sentences = [f"The reward {direction}."]
+        sentences = [f"{goal} {direction}."]
 
-    for trend in metrics.trends:
-        sentences.append(
-            f"In {trend.where}, epochs {trend.epochs}: {trend.slope:+.2g} per epoch (standard "
-            f"error {trend.error:.1g}), {trend.rise:+.2g} in all, which is {abs(trend.effect):.2g} "
-            "times the spread within a group."
-        )
-
-    learned = config["reward"].get("adversarial")  # missing in older runs
+    sentences += [_trend_sentence(metrics, trend) for trend in metrics.trends]
+    learned = config["reward"].get("adversarial", {})  # missing in older runs
     if learned:
         sentences.append(
             f"{', '.join(learned)} learned during the run, so the level of this reward says "
             "little; rely on the held-out checks."
         )
 
-    names = list(config["reward"]["fn"])
-    if len(names) > 1:
+    names = [name for name in config["reward"]["fn"] if name not in learned]
+    if len(config["reward"]["fn"]) > 1 and names:
         directions = []
         for name in names:
             trend = metrics.trend(f"reward/{name}", metrics.recent(f"reward_std/{name}"))
             directions.append(f"{name} {trend.direction}")
         sentences.append(f"Each reward in training: {', '.join(directions)}.")
     return " ".join(sentences)
+
+
+def _trend_sentence(metrics: Metrics, trend: Trend) -> str:
+    """Describe one trend of the goal in numbers."""
+    effect = ""
+    if not metrics.lower_is_better:
+        where = "within a group" if metrics.goal == REWARD else "over pictures"
+        effect = f", which is {abs(trend.effect):.2g} times the spread {where}"
+    return (
+        f"In {trend.where}, epochs {trend.epochs}: {trend.slope:+.2g} per epoch (standard error "
+        f"{trend.error:.1g}), {trend.rise:+.2g} in all{effect}."
+    )

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from realgen_jax.training.monitor import AUTO, REWARD, monitored
+
 # With two points the slope has no uncertainty, and with three it is hardly evidence.
 MIN_EPOCHS = 4
 # Quantile of Student's t: a slope counts if it is significant at 5 %, two-sided.
@@ -18,6 +20,10 @@ QUANTILE = 0.975
 # As a fraction of the spread within a group. This is Cohen's "small" effect; smaller changes are
 # not visible in the pictures.
 SMALL_EFFECT = 0.2
+# A metric of a whole set has no spread over pictures. Evaluations of a run that learns nothing stay
+# within this fraction of each other.
+METRIC_NOISE = 0.05
+UNKNOWN = "unknown"  # a direction
 
 
 class NotRecorded(LookupError):
@@ -34,7 +40,7 @@ class Trend:
     error: float  # standard error of the slope
     margin: float  # half the width of the slope's 95 % confidence interval
     rise: float  # over all epochs
-    effect: float  # the rise divided by the reward's spread within a group
+    effect: float  # the rise divided by the reward's spread within a group, or over pictures
 
     @property
     def direction(self) -> str:
@@ -48,9 +54,18 @@ class Trend:
 
 
 class Metrics:
-    """The rows of metrics.jsonl. "Recent" means the last third of the epochs, and at least two."""
+    """The rows of metrics.jsonl. "Recent" means the last third of the epochs, and at least two.
 
-    def __init__(self, rows: list[dict[str, Any]]):
+    goal: the figure that judges the run: "reward", or a held-out reward or a metric if the rewards
+        learn; "" if there is none of these.
+    lower_is_better: whether the goal is a metric.
+    """
+
+    def __init__(
+        self, rows: list[dict[str, Any]], goal: str = REWARD, lower_is_better: bool = False
+    ):
+        self.goal = goal
+        self.lower_is_better = lower_is_better
         self.rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
         for row in rows:
             if row["kind"] in self.rows:
@@ -116,29 +131,54 @@ class Metrics:
 
     @cached_property
     def trends(self) -> list[Trend]:
-        """The reward's trend in training and, if there are three or more, in evaluations.
+        """The goal's trend in training and, if there are three or more, in evaluations.
 
         Evaluations use the same prompts and the same noise each time, so their trend is less noisy.
+        A goal other than the reward is only evaluated.
         """
-        _, spreads = self.series("reward_std")
-        spread = float(np.median(spreads))
-        trends = [self.trend("reward", spread)]
+        trends = []
+        if self.goal == REWARD:
+            _, spreads = self.series("reward_std")
+            spread = float(np.median(spreads))
+            trends.append(self.trend(REWARD, spread))
         with contextlib.suppress(NotRecorded):
-            trends.append(self.trend("reward", spread, "eval"))
+            if self.goal != REWARD:
+                spread = self._spread_of_goal()
+            trends.append(self.trend(self.goal, spread, "eval"))
         return trends
+
+    def _spread_of_goal(self) -> float:
+        """The goal's standard deviation over pictures, or for a metric what compares with it."""
+        if self.lower_is_better:
+            _, values = self.series(self.goal, "eval")
+            return METRIC_NOISE / SMALL_EFFECT * float(values[0])
+        _, spreads = self.series(f"std/{self.goal}", "eval")
+        return float(np.median(spreads))
 
     @cached_property
     def direction(self) -> str:
-        """The reward's direction, by the clearer of the two trends; a fall takes precedence."""
+        """The goal's direction, by the clearer of the trends; a fall takes precedence.
+
+        UNKNOWN without a trend.
+        """
         directions = {trend.direction for trend in self.trends}
         for direction in ("falls", "rises", "barely falls", "barely rises"):
             if direction in directions:
                 return direction
-        return "flat"
+        return "flat" if directions else UNKNOWN
 
     @property
-    def rises(self) -> bool:
-        return self.direction == "rises"
+    def improves(self) -> bool:
+        """Whether the run gets better by its goal. Raises NotRecorded if that is unknown."""
+        if self.direction == UNKNOWN:
+            goal = self.goal or "a held-out reward or a metric"
+            raise NotRecorded(f"three rows of eval {goal}")
+        return self.direction == ("falls" if self.lower_is_better else "rises")
+
+    @property
+    def worsens(self) -> bool:
+        """Whether the run gets worse by its goal."""
+        return self.direction == ("rises" if self.lower_is_better else "falls")
 
 
 def span(epochs: Iterable[float]) -> str:
@@ -166,11 +206,25 @@ def read_run(run: Path) -> tuple[Metrics, dict]:
         except json.JSONDecodeError:  # still being written, or cut off when the run was killed
             break
 
-    metrics = Metrics(rows)
+    config = json.loads((run / "config.json").read_text())
+    metrics = Metrics(rows, *_goal(config["reward"]))
     finished = len(metrics.rows["train"])
     if finished < MIN_EPOCHS:
         raise ValueError(
             f"{run} has {finished} finished epochs; expected {MIN_EPOCHS} or more (if the run "
             "stopped at non-finite values, lower --config.train.learning_rate)"
         )
-    return metrics, json.loads((run / "config.json").read_text())
+    return metrics, config
+
+
+def _goal(reward: dict[str, Any]) -> tuple[str, bool]:
+    """Return the goal of a run, and whether lower is better. reward: config.reward.
+
+    A reward that learns is no goal, since its values do not compare over time.
+    """
+    learned = reward.get("adversarial", {})  # missing in older runs
+    monitor = reward.get("monitor", AUTO)  # the same
+    goal = monitored(reward | {"adversarial": learned, "monitor": monitor}, reward["metrics"])
+    if goal == REWARD and learned:
+        return "", False
+    return goal, goal in reward["metrics"]

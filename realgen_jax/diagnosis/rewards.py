@@ -1,9 +1,12 @@
 """Checks on rewards: the composition of the advantages, and how held-out metrics change."""
 
+import contextlib
+
 import numpy as np
 
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import Metrics, NotRecorded, span
+from realgen_jax.training.monitor import REWARD
 
 # Groups without spread give no gradient (DAPO, arXiv 2503.14476, section 3.2). If half of the
 # groups have none, half of the batch is wasted; if a fifth have none, the gradient's noise has
@@ -211,9 +214,20 @@ def held_out(metrics: Metrics, config: dict) -> Finding:
             worse.append(name)
     if not worse:
         return Finding("held-out checks", FINE, figures)
+    return Finding("held-out checks", PROBLEM, figures, *_worse_checks(metrics, config, worse))
 
+
+def _worse_checks(metrics: Metrics, config: dict, worse: list[str]) -> tuple[str, str]:
+    """Return what is wrong if these checks got worse, and what to do about it."""
     says = f"{', '.join(worse)} got worse, and nothing is trained on that. "
-    if metrics.rises:
+    if metrics.goal != REWARD:
+        learning_rate = config["train"]["learning_rate"] / 2
+        says += "Rewards that learn should have prevented that; they do not keep up."
+        remedy = (
+            "Use an earlier checkpoint, let them learn more (config.reward.adversarial), or slow "
+            f"the generator down: --config.train.learning_rate={learning_rate:g}."
+        )
+    elif metrics.improves:
         beta = max(10 * config["train"]["beta"], 1e-3)
         says += (
             "The reward rises, so the model exploits the reward's weaknesses (arXiv 2210.10760)."
@@ -226,7 +240,7 @@ def held_out(metrics: Metrics, config: dict) -> Finding:
             "If no finding above explains it, lower the learning rate: "
             f"--config.train.learning_rate={learning_rate:g}."
         )
-    return Finding("held-out checks", PROBLEM, figures, says, remedy)
+    return says, remedy
 
 
 def held_out_correlation(metrics: Metrics, config: dict) -> Finding | None:
@@ -260,23 +274,33 @@ def held_out_correlation(metrics: Metrics, config: dict) -> Finding | None:
     return Finding("correlation", NOTE, figures, says, remedy)
 
 
-def diversity(metrics: Metrics, config: dict) -> Finding:
-    """Check that the pictures of a prompt still differ, as far as the reward can tell."""
-    epochs, groups = metrics.series("reward_std")
-    evaluations, tests = metrics.series("prompt_std", "eval")
-    first_groups = np.median(groups[: metrics.window])
-    healthy = f">= {COLLAPSE:g}"
+def diversity(metrics: Metrics, config: dict) -> Finding | None:
+    """Check that the pictures of a prompt still differ, as far as the reward can tell.
 
-    # The first spread is zero if there is only one picture for each test prompt.
+    The spread of a reward that learns changes with it and is left out.
+    """
+    healthy = f">= {COLLAPSE:g}"
     figures = []
-    if tests[0] > 0:
-        share = float(tests[-1] / tests[0])
-        figures.append(
-            Figure("test prompts' spread, last over first", share, healthy, span(evaluations))
-        )
-    if first_groups > 0:
-        share = float(metrics.recent("reward_std") / first_groups)
-        figures.append(Figure("groups' spread, recent over first", share, healthy, span(epochs)))
+
+    # Evaluations record the spread of what judges the run, unless that is a metric, and none at all
+    # for one picture per prompt (in older runs, zero).
+    if metrics.goal and not metrics.lower_is_better:
+        with contextlib.suppress(NotRecorded):
+            evaluations, tests = metrics.series("prompt_std", "eval")
+            if tests[0] > 0:
+                share = float(tests[-1] / tests[0])
+                what = "test prompts' spread, last over first"
+                figures.append(Figure(what, share, healthy, span(evaluations)))
+
+    if metrics.goal == REWARD:
+        epochs, groups = metrics.series("reward_std")
+        first_groups = np.median(groups[: metrics.window])
+        if first_groups > 0:
+            share = float(metrics.recent("reward_std") / first_groups)
+            what = "groups' spread, recent over first"
+            figures.append(Figure(what, share, healthy, span(epochs)))
+    if not figures:
+        return None
     if all(figure.value >= COLLAPSE for figure in figures):
         return Finding("diversity", FINE, figures)
 
@@ -289,5 +313,5 @@ def diversity(metrics: Metrics, config: dict) -> Finding:
         "Look at RUN/samples. If the pictures are alike, keep the model closer to the base: "
         f"--config.train.beta={beta:g}. If the reward is at its maximum, stop here."
     )
-    severity = NOTE if metrics.rises else PROBLEM
+    severity = NOTE if metrics.improves else PROBLEM
     return Finding("diversity", severity, figures, says, remedy)

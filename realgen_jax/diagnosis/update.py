@@ -155,8 +155,7 @@ def step_size(metrics: Metrics, config: dict) -> Finding:
     option = "--config.train.learning_rate"
 
     # Too large. A run that has recovered from large first steps is fine.
-    recovered = metrics.rises and recent < STEP_HIGH
-    if largest > STEP_HIGH and not recovered:
+    if largest > STEP_HIGH and not (recent < STEP_HIGH and metrics.improves):
         says = (
             f"The learning rate {learning_rate:g} is too high: one step changed the weights by up "
             f"to {largest:.2g} of their norm."
@@ -166,7 +165,7 @@ def step_size(metrics: Metrics, config: dict) -> Finding:
         return Finding("learning rate", PROBLEM, figures, says, remedy)
 
     # Too small, even by the end of the run.
-    if path < PATH_LOW and not metrics.rises:
+    if path < PATH_LOW and not metrics.improves:
         says = (
             f"The weights hardly move: all steps of the planned {planned} epochs together come to "
             f"{path:.1g} of the weights' norm."
@@ -178,7 +177,7 @@ def step_size(metrics: Metrics, config: dict) -> Finding:
         return Finding("learning rate", PROBLEM, figures, says, remedy)
 
     # Too small so far.
-    if so_far < PATH_LOW and not metrics.rises:
+    if so_far < PATH_LOW and not metrics.improves:
         says = (
             f"It is too early to tell: the steps so far come to {so_far:.1g} of the weights' norm."
         )
@@ -211,7 +210,7 @@ def kl_penalty(metrics: Metrics, config: dict) -> Finding | None:
         Figure("KL loss", kl, "", recent),
         Figure("beta x KL loss", beta * kl, "", recent),
     ]
-    if pull < KL_PULL or metrics.rises:
+    if pull < KL_PULL or metrics.improves:
         return Finding("KL penalty", FINE, figures)
 
     says = (
@@ -237,7 +236,7 @@ def gradient_norm(metrics: Metrics, config: dict) -> Finding:
         return Finding("gradient norm", FINE, figures)
 
     severity = NOTE
-    if norm > GRADIENT_HIGH * limit and not metrics.rises:
+    if norm > GRADIENT_HIGH * limit and not metrics.improves:
         severity = PROBLEM
     says = (
         f"Every gradient is clipped, from a norm of {norm:.2g} to {limit:g}. Adam is insensitive "
@@ -270,7 +269,7 @@ def clip_fraction(metrics: Metrics, config: dict) -> Finding | None:
         ),
         Figure("largest |ratio - 1| over the clip range", distance, f"< {FAR:g}", recent),
     ]
-    if share < ALWAYS_CLIPPED or metrics.rises:
+    if share < ALWAYS_CLIPPED or metrics.improves:
         return Finding("clip fraction", FINE, figures)
 
     severity = PROBLEM if distance > FAR else NOTE

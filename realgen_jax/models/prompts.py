@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from realgen_jax.hosts import process_index
 from realgen_jax.models.loading import find_family
 from realgen_jax.text_cache import TextCache, ensure_encoded
 
@@ -18,6 +19,8 @@ def embed_prompts(
 ) -> TextCache:
     """Return the complete cache of these prompts and of the family's negative prompt, if any.
 
+    The first process prints a line if prompts are longer than settings.max_tokens.
+
     pretrained: config.pretrained; settings: config.prompts; command: the encoding program, as for
     `ensure_encoded`; model: a pipeline folder that replaces the config's. Raises FileNotFoundError
     or ValueError for a folder that does not hold a model of a known family.
@@ -28,4 +31,9 @@ def embed_prompts(
     texts = list(prompts)
     if family.negative_prompt is not None:
         texts.append(family.negative_prompt)
-    return ensure_encoded(texts, pretrained.model, family.encoders, settings, command)
+    cache = ensure_encoded(texts, pretrained.model, family.encoders, settings, command)
+
+    message = cache.cut_message(settings.max_tokens)
+    if message and process_index() == 0:
+        print(message)
+    return cache

@@ -45,6 +45,13 @@ def ratio_intervals(
 
 
 def percentile_interval(values: np.ndarray, confidence: float) -> np.ndarray:
-    """Return [2, ...]: the ends of the central `confidence` of values [resamples, ...]."""
+    """Return [2, ...]: the ends of the central `confidence` of values [resamples, ...].
+
+    nan where every resample has nan, or if there are no resamples.
+    """
+    if not len(values):
+        return np.full((2, *values.shape[1:]), np.nan)
     tail = 50 * (1 - confidence)
-    return np.nanpercentile(values, [tail, 100 - tail], axis=0)
+    undefined = np.isnan(values).all(axis=0)
+    ends = np.nanpercentile(np.where(undefined, 0.0, values), [tail, 100 - tail], axis=0)
+    return np.where(undefined, np.nan, ends)

@@ -2,20 +2,20 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from realgen_jax.input_files import FORMATS, list_pictures
 from realgen_jax.realbench.picture_files import Slot
 from realgen_jax.realbench.prompts import SAFE
 from realgen_jax.realbench.results import Entry, Problem, PromptSet
 
 BASE = "base"  # the name of the config's own model
 RESERVED = ("arena",)  # names of other folders next to those of the entries
-PICTURE = re.compile(r"(\d{5,})(?:_(\d+))?\.(?:png|jpe?g|webp)", re.IGNORECASE)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE = re.compile(r"(\d{5,})(?:_(\d+))?")  # a picture's name without its suffix
 WEIGHT_FILES = ("pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 
 
@@ -139,26 +139,32 @@ def find_pictures(
     problems = []
     for prompt_set in sets:
         set_folder = folder / prompt_set.name if has_set_folders else folder
-        files, extra = _pictures_in(set_folder, len(prompt_set.prompts))
+        files, extra, others = _pictures_in(set_folder, len(prompt_set.prompts))
         if not files and set_folder.is_dir():
             raise ValueError(
-                f"{set_folder} holds no picture of {entry.name!r}; expected {{line:05}}.png, .jpg, "
-                f".jpeg or .webp, 00000.png to {len(prompt_set.prompts) - 1:05}.png"
+                f"{set_folder} holds no picture of {entry.name!r}; expected 00000.png to "
+                f"{len(prompt_set.prompts) - 1:05}.png, or with the suffix of another format: "
+                f"{', '.join(FORMATS)}"
             )
         pictures[prompt_set.name] = files
-        problems += _problems(entry, prompt_set, set_folder, files, extra)
+        problems += _problems(entry, prompt_set, set_folder, files, extra, others)
     return pictures, problems
 
 
-def _pictures_in(folder: Path, lines: int) -> tuple[dict[Slot, Path], list[Path]]:
-    """({(line, copy): file}, pictures without a line); both empty if there is no folder."""
+def _pictures_in(
+    folder: Path, lines: int
+) -> tuple[dict[Slot, Path], list[Path], dict[int, list[str]]]:
+    """({(line, copy): file}, pictures without a line, {line: its files that are no pictures}).
+
+    All are empty if there is no folder.
+    """
+    pictures, others = list_pictures(folder, "*")
     files: dict[Slot, Path] = {}
     extra = []
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = PICTURE.fullmatch(file.name)
+    for file in pictures:
+        match = PICTURE.fullmatch(file.stem)
         if match is None or int(match[1]) >= lines:
-            if file.suffix.lower() in SUFFIXES:
-                extra.append(file)
+            extra.append(file)
             continue
         slot = int(match[1]), int(match[2] or 0)
         if slot in files:
@@ -166,7 +172,13 @@ def _pictures_in(folder: Path, lines: int) -> tuple[dict[Slot, Path], list[Path]
                 f"{files[slot]} and {file} are both picture {slot[1]} of line {slot[0]}; keep one"
             )
         files[slot] = file
-    return files, extra
+
+    no_pictures: dict[int, list[str]] = {}
+    for file in others:
+        match = PICTURE.fullmatch(file.stem)
+        if match is not None:
+            no_pictures.setdefault(int(match[1]), []).append(file.name)
+    return files, extra, no_pictures
 
 
 def _problems(
@@ -175,8 +187,9 @@ def _problems(
     folder: Path,
     files: dict[Slot, Path],
     extra: Sequence[Path],
+    others: Mapping[int, Sequence[str]],
 ) -> list[Problem]:
-    """The pictures without a line, and the lines without a picture."""
+    """The pictures without a line, and the lines without a picture. others: as `_pictures_in`'s."""
     lines = len(prompt_set.prompts)
     expected = f"expected 00000.png to {lines - 1:05}.png, more pictures of a line as 00000_1.png"
     problems = [Problem(entry.name, prompt_set.name, file, "extra", expected) for file in extra]
@@ -185,6 +198,8 @@ def _problems(
     for line in range(lines):
         if line not in present:
             file = folder / f"{line:05}.png"
-            problem = Problem(entry.name, prompt_set.name, file, "missing", f"of line {line}")
-            problems.append(problem)
+            detail = f"of line {line}"
+            if line in others:
+                detail += f"; {', '.join(others[line])} is none of {', '.join(FORMATS)}"
+            problems.append(Problem(entry.name, prompt_set.name, file, "missing", detail))
     return problems

@@ -35,3 +35,8 @@ def percent(value: float) -> str:
     if math.isnan(value):
         return NOTHING
     return f"{100 * value:.1f} %".replace("-", MINUS)
+
+
+def points(value: float) -> str:
+    """Return a rating without decimals."""
+    return NOTHING if math.isnan(value) else f"{value:.0f}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from realgen_jax.realbench.aggregate import Row
-from realgen_jax.realbench.formatting import number, percent, signed
+from realgen_jax.realbench.formatting import number, percent, points, signed
 from realgen_jax.realbench.results import Results
 from realgen_jax.realbench.standings import Standings
 from realgen_jax.realbench.tables import (
@@ -110,8 +110,8 @@ def _arena(standings: Standings) -> list[str]:
     # -- Ratings.
     ratings = []
     for rating in standings.ratings:
-        interval = f"[{rating.low:.0f}, {rating.high:.0f}]"
-        ratings.append([rating.entry, f"{rating.rating:.0f} {interval}"])
+        interval = f"[{points(rating.low)}, {points(rating.high)}]"
+        ratings.append([rating.entry, f"{points(rating.rating)} {interval}"])
 
     share, low, high = (percent(value) for value in standings.first_share)
     return [

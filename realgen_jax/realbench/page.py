@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from realgen_jax.realbench.picture_files import read_image
+from realgen_jax.input_files import read_image
 from realgen_jax.realbench.results import Judgement, Results, ScoredPicture
 
 SIDE = 384  # pixels; the longest side of an embedded picture

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from realgen_jax.files import write_whole
+from realgen_jax.input_files import read_image
 
 Slot = tuple[int, int]  # line of the prompts, copy
 
@@ -29,26 +30,6 @@ class Picture:
 
 def file_name(line: int, copy: int) -> str:
     return f"{line:05}_{copy}.png" if copy else f"{line:05}.png"
-
-
-def read_image(data: bytes) -> Image.Image:
-    """Decode a picture file to 8-bit RGB: upright, on a white background, the first frame only.
-
-    Raises ValueError for a file that cannot be decoded completely.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits per pixel
-            values = np.asarray(image).astype(np.float64)
-            image = Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{error}") from error
 
 
 def decode(data: bytes) -> np.ndarray:

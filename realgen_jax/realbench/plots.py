@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from realgen_jax.diagnosis.metrics import Metrics, NotRecorded
 from realgen_jax.files import read_jsonl
 from realgen_jax.realbench.aggregate import ALL, MEAN, Row
+from realgen_jax.realbench.formatting import points
 from realgen_jax.realbench.results import Results
 from realgen_jax.realbench.standings import Match, Rating
 from realgen_jax.training.log import short_name
@@ -307,7 +308,7 @@ def arena_ratings(ratings: Sequence[Rating], entries: Sequence[str]) -> Figure:
     figure = _figure(max(HEIGHT, 60 + 56 * len(ascending)), "closest")
     for rating in ascending:  # one trace each, because error bars have one colour per trace
         own_colour = colour(entries.index(rating.entry))
-        interval = f"[{rating.low:.0f}, {rating.high:.0f}]"
+        interval = f"[{points(rating.low)}, {points(rating.high)}]"
         figure.add_scatter(
             x=[rating.rating],
             y=[rating.entry],
@@ -320,7 +321,7 @@ def arena_ratings(ratings: Sequence[Rating], entries: Sequence[str]) -> Figure:
                 "color": own_colour,
             },
             mode="markers+text",
-            text=[f"{rating.rating:.0f}"],
+            text=[points(rating.rating)],
             textposition="top center",
             marker={"color": own_colour, "size": 11},
             hovertemplate=f"%{{y}}: %{{x:.0f}} {interval}<extra></extra>",

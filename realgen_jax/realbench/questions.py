@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from realgen_jax.realbench.picture_files import read_image
+from realgen_jax.input_files import read_image
 from realgen_jax.realbench.results import Entry, Results, ScoredPicture
 
 VERDICTS = ("first", "second", "tie", "refused", "unreadable")

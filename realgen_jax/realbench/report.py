@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from realgen_jax.files import write_whole
 from realgen_jax.realbench import plots
 from realgen_jax.realbench.aggregate import ALL, MEAN, SHARE, Row
-from realgen_jax.realbench.formatting import number, percent, signed
+from realgen_jax.realbench.formatting import number, percent, points, signed
 from realgen_jax.realbench.markdown import markdown
 from realgen_jax.realbench.page import main_measure, page_data
 from realgen_jax.realbench.results import Judgement, Results
@@ -182,6 +182,7 @@ def _template() -> Template:
     environment.filters["number"] = number
     environment.filters["signed"] = signed
     environment.filters["percent"] = percent
+    environment.filters["points"] = points
     environment.filters["json"] = script_json
     environment.filters["nearby"] = nearby
     return environment.get_template("report.html")

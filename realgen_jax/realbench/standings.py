@@ -215,7 +215,7 @@ def _rate(
     # -- Ratings of all answers.
     strengths, _ = bradley_terry(score.sum(0)[None], count.sum(0)[None], with_position)
     values = 1000 + ELO * strengths[0]
-    if len(lines) < 2:
+    if len(lines) < 2 or not len(lines.draws):
         return values, np.full(k, np.nan), np.full(k, np.nan)
 
     # -- The ratings of every resample.

@@ -1,5 +1,6 @@
 """The results of an evaluation: leaderboard, arena and report."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +89,10 @@ def generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def print_leaderboard(rows: Sequence[Row], results: Results, console: Console) -> None:
-    """Print the means over all sets, plus or minus half their intervals, one row per entry."""
+    """Print the means over all sets, plus or minus half their intervals, one row per entry.
+
+    Says so if there are no intervals.
+    """
     overall = ALL if len(results.sets) > 1 else results.sets[0].name
     means = {}
     for row in rows:
@@ -105,9 +109,16 @@ def print_leaderboard(rows: Sequence[Row], results: Results, console: Console) -
         cells = []
         for reward in results.rewards:
             row = means[entry.name, reward]
-            cells.append(f"{row.value:.3f} ±{(row.high - row.low) / 2:.3f}")
+            has_interval = not math.isnan(row.low)
+            interval = f" ±{(row.high - row.low) / 2:.3f}" if has_interval else ""
+            cells.append(f"{row.value:.3f}{interval}")
         table.add_row(entry.name, str(count), *cells)
     console.print(table)
+    if any(math.isnan(row.low) for row in means.values()):
+        console.print(
+            "no interval: that needs pictures of two prompts and config.evaluate.resamples",
+            soft_wrap=True,
+        )
 
 
 def print_problems(problems: Sequence[Problem], console: Console) -> None:
@@ -127,9 +138,10 @@ def print_problems(problems: Sequence[Problem], console: Console) -> None:
 def print_matches(table: Standings, console: Console) -> None:
     """Print one line per match: the win rate and what it is based on."""
     for match in table.matches:
-        interval = f"[{100 * match.low:.1f}, {100 * match.high:.1f}]"
+        has_interval = not math.isnan(match.low)
+        interval = f" [{100 * match.low:.1f}, {100 * match.high:.1f}]" if has_interval else ""
         console.print(
-            f"{match.a} against {match.b}: wins {100 * match.win_rate:.1f} % {interval} of "
+            f"{match.a} against {match.b}: wins {100 * match.win_rate:.1f} %{interval} of "
             f"{match.pairs} pairs ({match.wins} won, {match.losses} lost, {match.ties} ties); "
             f"judge: {escape(table.judge)} ({table.protocol})",
             soft_wrap=True,

@@ -1,6 +1,7 @@
 """Evaluations within a run: test prompts on fixed noise, and checks that are not trained on."""
 
 import io
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,13 @@ from realgen_jax.hosts import fetch, process_index, put, sum_over_processes
 from realgen_jax.models.model import Model
 from realgen_jax.sharding import batch_sharding
 from realgen_jax.training.log import NoLog, RunLog, short_name
+from realgen_jax.training.monitor import REWARD, is_better
 from realgen_jax.training.programs import Programs
 from realgen_jax.training.run import EVALUATION, Run
 from realgen_jax.training.scoring import PendingBatch, scores_of_all, submit, weighted_mean
 
 SHOWN = 16  # number of prompts whose first picture is in the grids
+START_FILE = Path("samples", "start.npz")  # the first evaluation's pictures, in the run's folder
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,10 @@ class Evaluation:
     """Pictures of the test prompts, each on its own fixed noise, and their scores.
 
     pictures: uint8 [n, 3, H, W]. scores: {reward: float32 [n]}, including held-out rewards;
-    "reward" is the weighted mean of the trained rewards. means: of the scores and of their spread
-    within a prompt, plus the metrics. correlation: of each held-out reward with the trained reward,
-    over pictures. details: further values for metrics.jsonl.
+    "reward" is the weighted mean of the trained rewards. means: of the scores, plus the metrics and
+    "prompt_std", the spread within a prompt (of the monitored reward, or of "reward" if a metric is
+    monitored; absent with one picture per prompt). correlation: of each held-out reward with the
+    trained reward, over pictures. details: further values for metrics.jsonl.
     """
 
     prompts: list[str]
@@ -52,8 +56,10 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
 
     # Means of the scores and of their spread within a prompt, and the checks on the whole set.
     means = {name: float(values.mean()) for name, values in scores.items()}
-    spread = scores["reward"].reshape(-1, copies).std(axis=1)
-    means["prompt_std"] = float(spread.mean())
+    if copies > 1:
+        judge = run.monitor if run.monitor in scores else REWARD
+        spread = scores[judge].reshape(-1, copies).std(axis=1)
+        means["prompt_std"] = float(spread.mean())
     for name, metric in run.metrics.items():
         means[name] = metric(pictures)
 
@@ -64,7 +70,9 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
         if std[name] > 0 and std["reward"] > 0:
             correlation[name] = float(np.corrcoef(scores[name], scores["reward"])[0, 1])
 
-    details = {f"std/{name}": value for name, value in std.items()}
+    details = {}
+    if len(prompts) > 1:
+        details |= {f"std/{name}": value for name, value in std.items()}
     details |= {f"noise/{name}": value for name, value in noise.items()}
     details |= {f"correlation/{name}": value for name, value in correlation.items()}
     return Evaluation(prompts, pictures, scores, means, correlation, details)
@@ -108,37 +116,72 @@ def _sample_and_score(
     return np.concatenate(pictures)[: len(prompts)], scores, noise
 
 
-def drift(start: Mapping[str, float], now: Mapping[str, float], reward: ConfigDict) -> list[str]:
-    """Return the checks that got worse while the reward rose: signs of reward hacking."""
-    if now["reward"] <= start["reward"]:
+def drift(
+    start: Mapping[str, float], now: Mapping[str, float], reward: ConfigDict, monitor: str
+) -> list[str]:
+    """Return the checks that got worse since the start: signs of reward hacking.
+
+    monitor: what judges the run. If it is the trained reward, checks only count while that rises.
+    """
+    if monitor == REWARD and now[REWARD] <= start[REWARD]:
         return []
-    worse = [name for name in reward.held_out if now[name] < start[name] - 0.02]
-    worse += [name for name in reward.metrics if now[name] > 1.05 * start[name]]
-    if now["prompt_std"] < 0.25 * start["prompt_std"]:
+    known = start.keys() & now.keys()
+    worse = [name for name in reward.held_out if name in known and now[name] < start[name] - 0.02]
+    worse += [name for name in reward.metrics if name in known and now[name] > 1.05 * start[name]]
+    has_spread = "prompt_std" in known and monitor not in reward.metrics
+    if has_spread and now["prompt_std"] < 0.25 * start["prompt_std"]:
         worse.append("prompt_std")
     return [f"{name} {start[name]:.3f} -> {now[name]:.3f}" for name in worse]
 
 
-def fallen(peaks: dict[str, dict], now: Mapping[str, float], reward: ConfigDict) -> list[str]:
-    """Return one line for each held-out reward because of which the run must end.
+def fallen(
+    peaks: dict[str, dict], now: Mapping[str, float], reward: ConfigDict, monitor: str
+) -> list[str]:
+    """Return one line for each check because of which the run must end.
 
-    A reward is listed if it was `stop_drop` below its best for `stop_patience` evaluations in a
-    row, while the trained reward was above its value at that best. `peaks` is the state kept
-    between evaluations.
+    The checks are the held-out rewards, and the metric that is monitored. One is listed if it was
+    `stop_drop` worse than its best for `stop_patience` evaluations in a row. If the run is judged
+    by the trained reward, only evaluations count in which that was above its value at the check's
+    best. `peaks` is the state kept between evaluations.
     """
+    metric = [monitor] if monitor in reward.metrics else []
     reasons = []
-    for name in reward.held_out:
-        if name not in peaks or now[name] > peaks[name]["best"]:
-            peaks[name] = {"best": now[name], "reward": now["reward"], "falls": 0}
+    for name in [*reward.held_out, *metric]:
+        if name not in peaks or is_better(name, now[name], peaks[name]["best"], reward):
+            peaks[name] = {"best": now[name], "reward": now[REWARD], "falls": 0}
         peak = peaks[name]
-        low = now[name] < peak["best"] - reward.stop_drop and now["reward"] > peak["reward"]
+        low = abs(now[name] - peak["best"]) > reward.stop_drop
+        low = low and (monitor != REWARD or now[REWARD] > peak["reward"])
         peak["falls"] = peak["falls"] + 1 if low else 0
         if 0 < reward.stop_patience <= peak["falls"]:
-            reasons.append(
-                f"{name} fell from {peak['best']:.4g} to {now[name]:.4g} while the reward rose "
-                f"from {peak['reward']:.4g} to {now['reward']:.4g}"
-            )
+            change = "rose" if metric == [name] else "fell"
+            reason = f"{name} {change} from {peak['best']:.4g} to {now[name]:.4g}"
+            if monitor == REWARD:
+                reason += f" while the reward rose from {peak['reward']:.4g} to {now[REWARD]:.4g}"
+            reasons.append(reason)
     return reasons
+
+
+def say_what_judges(run: Run, log: RunLog | NoLog) -> None:
+    """Say what `best/`, alarms and the early stop go by, and which metrics are left out."""
+    reward = run.config.reward
+    pictures = len(run.test_prompts) * run.config.sample.test_images_per_prompt
+    for name in reward.metrics:
+        if name not in run.metrics:
+            log.warn(
+                f"{name} is left out: it needs more pictures than an evaluation has, {pictures} "
+                "(config.prompts.test, config.sample.test_images_per_prompt)"
+            )
+
+    learning = ", ".join(reward.adversarial)
+    reason = f", since {learning} learns" if learning and run.monitor != REWARD else ""
+    log.say(f"best/, alarms and the early stop go by {run.monitor}{reason} (config.reward.monitor)")
+    if learning and run.monitor == REWARD:
+        log.warn(
+            f"{learning} learns, so this reward is not comparable over time, and neither are best/ "
+            "and the alarms: name a check in config.reward.held_out, such as "
+            f"{next(iter(reward.adversarial))}_at_start, or in config.reward.metrics"
+        )
 
 
 def export(folder: Path, model: Model, trainable: Any) -> Path:
@@ -188,23 +231,31 @@ def evaluate_and_report(
     """
     config = run.config
     evaluation = evaluate(run, programs, trainable)
-    log.metrics("eval", epoch, evaluation.means | evaluation.details)
-    reasons = fallen(history.setdefault("peaks", {}), evaluation.means, config.reward)
+    means = evaluation.means
+    log.metrics("eval", epoch, means | evaluation.details)
+    reasons = fallen(history.setdefault("peaks", {}), means, config.reward, run.monitor)
 
     last = epoch == config.num_epochs or bool(reasons)
     first = "start" not in history
-    start = history.setdefault("start", evaluation.means)
+    start = history.setdefault("start", means)
     _show_pictures(run, log, epoch, evaluation, first, last)
 
     # The weights of the best evaluation after the start.
-    reward = evaluation.means["reward"]
-    if epoch and ("best" not in history or reward > history["best"]["reward"]):
-        history["best"] = {"epoch": epoch, **evaluation.means}
+    monitor = run.monitor
+    best = history.get("best", {})
+    if epoch and (
+        monitor not in best or is_better(monitor, means[monitor], best[monitor], config.reward)
+    ):
+        history["best"] = {"epoch": epoch, **means}
         export(run.folder / "best", run.model, trainable)
 
-    worse = drift(start, evaluation.means, config.reward)
-    trained = ["reward", *config.reward.fn]
-    log.evaluation(epoch, start, evaluation.means, trained, evaluation.correlation, worse)
+    trained = [REWARD, *config.reward.fn]
+    log.evaluation(epoch, start, means, trained, evaluation.correlation)
+    worse = drift(start, means, config.reward, monitor)
+    if worse:
+        rises = "the reward rises while these get worse"
+        alarm = rises if monitor == REWARD else "worse than at the start"
+        log.warn(f"{alarm}: {', '.join(worse)}")
     return reasons
 
 
@@ -212,6 +263,8 @@ def _show_pictures(
     run: Run, log: RunLog | NoLog, epoch: int, evaluation: Evaluation, first: bool, last: bool
 ) -> None:
     """Save a picture grid; at the end, also one of before and after, from the same noise."""
+    if process_index():
+        return
     copies = run.config.sample.test_images_per_prompt
     shown = np.arange(0, len(evaluation.prompts), copies)[:SHOWN]  # a prompt's first picture
     pictures = evaluation.pictures[shown]
@@ -221,21 +274,36 @@ def _show_pictures(
     captions = [f"{prompt}\n{text}" for prompt, text in zip(prompts, figures, strict=True)]
     log.pictures(f"epoch_{epoch:06}", epoch, [pictures], [captions])
 
-    start_file = run.folder / "samples" / "start.npz"
+    start_file = run.folder / START_FILE
     if first:
-        if process_index() == 0:
-            stream = io.BytesIO()
-            np.savez(stream, pictures=pictures, **scores)
-            write_whole(start_file, stream.getvalue())
+        stream = io.BytesIO()
+        np.savez(stream, pictures=pictures, **scores)
+        write_whole(start_file, stream.getvalue())
     elif last:
-        with np.load(start_file) as start:
-            before = []
-            for prompt, text in zip(prompts, _captions(start, scores), strict=True):
-                before.append(f"{prompt}\nbefore: {text}")
-            after = [f"after: {text}" for text in figures]
-            rows = (start["pictures"], pictures)
-            file = log.pictures("before_after", epoch, rows, (before, after))
+        try:
+            before = _read_start(start_file, pictures, scores)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", error)
+            log.warn(f"no picture of before and after: {start_file} cannot be read ({reason})")
+            return
+        first_captions = []
+        for prompt, text in zip(prompts, _captions(before, scores), strict=True):
+            first_captions.append(f"{prompt}\nbefore: {text}")
+        last_captions = [f"after: {text}" for text in figures]
+        rows = (before["pictures"], pictures)
+        file = log.pictures("before_after", epoch, rows, (first_captions, last_captions))
         log.say(f"before and after, from the same noise: {file}")
+
+
+def _read_start(
+    file: Path, pictures: np.ndarray, names: Sequence[str] | Mapping
+) -> dict[str, np.ndarray]:
+    """Return the first evaluation's pictures and scores. Raises if they do not match `pictures`."""
+    with np.load(file) as arrays:
+        start = {name: arrays[name] for name in ("pictures", *names)}
+    if start["pictures"].shape != pictures.shape:
+        raise ValueError(f"it holds {len(start['pictures'])} other pictures")
+    return start
 
 
 def _captions(

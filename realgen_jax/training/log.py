@@ -150,7 +150,6 @@ class RunLog:
         now: Mapping[str, float],
         trained: Sequence[str],
         correlation: Mapping[str, float],
-        drift: Sequence[str],
     ) -> None:
         """Print the figures of an evaluation.
 
@@ -160,14 +159,13 @@ class RunLog:
           now: the figures of this evaluation.
           trained: the names of the figures that are trained on; the others are checks.
           correlation: of each held-out reward with the trained one, over pictures.
-          drift: the checks that got worse while the reward rose; each gets a warning.
         """
         # The progress bar repeats the held-out rewards until the next evaluation.
         self._held_out = {name: now[name] for name in correlation}
 
         def describe(name: str) -> str:
             text = f"{short_name(name)} "
-            if now is not start:
+            if now is not start and name in start:
                 text += f"{start[name]:.3f} -> "
             text += f"{now[name]:.3f}"
             if name in correlation:
@@ -180,11 +178,6 @@ class RunLog:
         self.say(f"  {'checks':<12}{'   '.join(map(describe, checks))}")
         if correlation and now is start:
             self.say("  r: correlation with the reward over pictures")
-        if drift:
-            self.say(
-                "[bold red]warning[/bold red] the reward rises while these get worse: "
-                f"{', '.join(drift)}"
-            )
 
     def pictures(
         self,

@@ -1,10 +1,10 @@
 """The set-up of a run: checks before anything is loaded, and the model, rewards and data."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from realgen_jax.models.trainable import make_trainable
 from realgen_jax.sharding import abstract_mesh, make_mesh
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.learning import LearningReward
+from realgen_jax.training.monitor import monitor_problems, monitored
 from realgen_jax.training.programs import Recipe, check_mesh, first_state, make_recipe
 from realgen_jax.training.scoring import Scorer
 from realgen_jax.update import TrainState
@@ -26,12 +27,21 @@ from realgen_jax.update import TrainState
 EVALUATION, TRAINING, FIRST_WEIGHTS, LEARNING = range(4)
 
 
+class Metric(Protocol):
+    """A check on a whole set of pictures; lower is better."""
+
+    least: int  # the smallest number of pictures for which it is defined
+
+    def __call__(self, pictures: np.ndarray) -> float:
+        """Return its value for uint8 pictures [n, 3, H, W]."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that stays the same from the first epoch to the last.
 
-    plan: the objective's rollout plan. learning: the rewards that learn. metrics: checks on a whole
-    set of pictures, uint8 [n, 3, H, W] -> number.
+    plan: the objective's rollout plan. learning: the rewards that learn. metrics: those for which
+    an evaluation has enough pictures.
     """
 
     config: ConfigDict
@@ -44,8 +54,13 @@ class Run:
     test_prompts: Sequence[str]
     scorer: Scorer
     learning: Mapping[str, LearningReward]
-    metrics: Mapping[str, Callable[[np.ndarray], float]]
+    metrics: Mapping[str, Metric]
     checkpoints: Checkpoints
+
+    @property
+    def monitor(self) -> str:
+        """What judges the run: "reward", a held-out reward or a metric."""
+        return monitored(self.config.reward, list(self.metrics))
 
     def cond(self, prompts: Sequence[str]) -> Any:
         """The conditioning of these prompts, one prompt per slot, on the mesh."""
@@ -65,13 +80,14 @@ def set_up(
     test_prompts: Sequence[str],
     scorer: Scorer,
     learning: Mapping[str, LearningReward],
-    metrics: Mapping[str, Callable[[np.ndarray], float]],
+    metrics: Mapping[str, Metric],
 ) -> tuple[Run, TrainState]:
     """Load the model and create the initial state; nothing is compiled yet.
 
     JAX starts here, so anything that shares its devices (rewards, text encoders) must be loaded
     before.
     """
+    metrics = defined_metrics(metrics, config, len(test_prompts))
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=start_devices())
     check_mesh(recipe, mesh, process_count())
@@ -92,6 +108,25 @@ def set_up(
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
     )
     return run, first_state(recipe, model, run.key(FIRST_WEIGHTS))
+
+
+def defined_metrics(
+    metrics: Mapping[str, Metric], config: ConfigDict, test_prompts: int
+) -> dict[str, Metric]:
+    """Return the metrics for which an evaluation has enough pictures.
+
+    Raises ValueError if the one that is to be monitored is not among them.
+    """
+    pictures = test_prompts * config.sample.test_images_per_prompt
+    defined = {name: metric for name, metric in metrics.items() if metric.least <= pictures}
+    monitor = config.reward.monitor
+    if monitor in metrics and monitor not in defined:
+        raise ValueError(
+            f"config.reward.monitor is {monitor!r}, which needs {metrics[monitor].least} pictures; "
+            f"an evaluation has {pictures} (config.prompts.test, "
+            "config.sample.test_images_per_prompt)"
+        )
+    return defined
 
 
 def check(config: ConfigDict, reward_problems: Sequence[str] = ()) -> None:
@@ -138,6 +173,7 @@ def _wrong_values(config: ConfigDict) -> list[str]:
     problems = []
     if not config.reward.fn:
         problems.append("config.reward.fn is empty; expected {reward: weight}, to train on")
+    problems += monitor_problems(config.reward)
     if config.pretrained.lora:
         try:
             make_trainable(config.train).check_file(config.pretrained.lora)

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "prompts.device",
     "reward.deadline",
     "reward.retries",
+    "reward.monitor",
     "reward.stop_*",
     "reward.batch_size",
     "reward.device",
@@ -48,6 +49,10 @@ FREE_KEYS = (
     "reward.options.*.token_env",
 )
 
+# What a run writes before its first checkpoint and does not need to go on. With `best/`, which it
+# writes later, these are the records that a moved folder may lack.
+RECORDS = ("config.json", "metrics.jsonl", "samples/start.npz", "tensorboard", "trainable.txt")
+
 
 def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
     """Return root/name; `name` defaults to preset, date and time, or to the latest run to resume.
@@ -59,15 +64,19 @@ def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
         return _latest_run(root, preset)
 
     folder = Path(root) / (name or f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    has_run = (folder / "config.json").exists()
-    if resume and not has_run:
+    if resume and not has_run(folder):
         raise FileNotFoundError(f"{folder} cannot be resumed: it has no config.json")
-    if has_run and not resume:
+    if has_run(folder) and not resume:
         raise FileExistsError(
             f"{folder} already holds a run; continue it with --resume, or choose another "
             "--config.run_name"
         )
     return folder
+
+
+def has_run(folder: Path) -> bool:
+    """Return whether a folder holds a run: its config, or checkpoints, which have it too."""
+    return (folder / "config.json").exists() or (folder / "checkpoints").exists()
 
 
 def _latest_run(root: str, preset: str) -> Path:
@@ -117,18 +126,24 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
     """Return the epoch of the checkpoint to resume from, or None; print the changed config keys.
 
     Unless `allow_change`, raises ValueError if the run would compute something different from
-    before; the message names each such key with both values.
+    before; the message names each such key with both values. Raises FileNotFoundError if the folder
+    has neither a good checkpoint nor config.json.
     """
     epoch, warnings = newest_good(folder / "checkpoints")
-    for line in warnings:
-        print(f"warning: {line}")
-
     if epoch is None:
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(
+                f"{folder} cannot be resumed: it has neither a good checkpoint nor config.json"
+            )
         before = json.loads((folder / "config.json").read_text())
         start = "its beginning: there is no checkpoint yet"
     else:
-        before = read_meta(folder / "checkpoints", epoch)["config"]
+        meta = read_meta(folder / "checkpoints", epoch)
+        before = meta["config"]
         start = f"epoch {epoch}"
+        warnings = [*warnings, *missing_records(folder, "best" in meta["history"])]
+    for line in warnings:
+        print(f"warning: {line}")
 
     free, others = changed_keys(before, config.to_dict())
     if others and not allow_change:
@@ -141,6 +156,18 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
     heading = f"resumed from {start}" + (", with another config:" if changes else "")
     print("\n".join([heading, *changes]))
     return epoch
+
+
+def missing_records(folder: Path, has_best: bool) -> list[str]:
+    """Return a line that names the records which a run's folder lacks, if any.
+
+    has_best: whether the run has written `best/`.
+    """
+    names = [*RECORDS, "best"] if has_best else RECORDS
+    missing = [name for name in names if not (folder / name).exists()]
+    if not missing:
+        return []
+    return [f"{folder} lacks {', '.join(missing)}; the run goes on without what was in there"]
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

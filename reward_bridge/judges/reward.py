@@ -4,15 +4,14 @@ The verdict is written as the text that a chat model would answer, in the format
 asks for, so that it is parsed and stored like any other reply.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from reward_bridge.bridge import Reward
+from reward_bridge.input_files import read_image
 from reward_bridge.judges import Failures, Keep, Question, Say
 from reward_bridge.rewards import make_reward
 
@@ -66,9 +65,8 @@ def score_picture(reward: Reward, picture: np.ndarray) -> float:
 
 
 def decode_picture(data: bytes) -> np.ndarray:
-    """A PNG, JPEG or WEBP file -> uint8 [h, w, 3]. Raises what PIL raises for anything else."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return np.array(image.convert("RGB"))
+    """A PNG, JPEG or WEBP file -> uint8 [h, w, 3]. Raises ValueError for anything else."""
+    return np.array(read_image(data, FORMATS))
 
 
 # -- The answer, in the format that the question asks for

@@ -131,7 +131,7 @@ def load_dinov2(path: str, option: str) -> Dinov2Model:
     Raises FileNotFoundError if a file is missing, ValueError if the weights do not fit.
     """
     folder = find(path, option, "config.json").parent
-    file = find(str(folder), option, "model.safetensors", "pytorch_model.bin")
+    file = find(path, option, "model.safetensors", "pytorch_model.bin")
     with no_init_weights():  # all weights are loaded next
         model = Dinov2Model(Dinov2Config.from_pretrained(folder))
     return load_strict(model, rename(read(file), NAMES, file), file)

@@ -67,7 +67,7 @@ def load_folder(path: str, option: str, device: str, dtype: str) -> CLIPModel:
     Raises FileNotFoundError if a file is missing, ValueError if the weights do not fit.
     """
     folder = find(path, option, "config.json").parent
-    file = find(str(folder), option, "model.safetensors", "pytorch_model.bin")
+    file = find(path, option, "model.safetensors", "pytorch_model.bin")
     state = {}
     for key, value in read(file).items():
         if not key.endswith(".position_ids"):  # a buffer of old versions

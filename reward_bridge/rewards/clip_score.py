@@ -30,7 +30,9 @@ class ClipScore:
         self.model = load_folder(path, "clip_score.path", device, dtype)
         self.tokenizer = load_tokenizer(path, "clip_score.path", self.model)
 
-        folder = find(path, "clip_score.path", "preprocessor_config.json").parent
+        # transformers 5 keeps the image processor's settings in the processor's file.
+        names = ("preprocessor_config.json", "processor_config.json")
+        folder = find(path, "clip_score.path", *names).parent
         processor = CLIPImageProcessorPil.from_pretrained(folder)
         self.mean = processor.image_mean
         self.std = processor.image_std

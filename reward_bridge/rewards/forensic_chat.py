@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from reward_bridge.rewards.qwen_vl import QwenInputs
-from reward_bridge.weights import torch_dtype
+from reward_bridge.weights import find, read, torch_dtype
 
 QUESTION = (
     "Analyze the provided image. Decide whether it is a real photograph or AI-generated. "
@@ -33,8 +33,11 @@ class ForensicChat:
         self.real = token_ids(self.inputs, REAL, device)
 
         disable_progress_bar()  # loading would draw over the run's own progress bar
+        file = find(path, "forensic_chat.path", "model.safetensors", "pytorch_model.bin")
         model, mismatches = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            self.inputs.folder,
+            None,
+            config=Qwen2_5_VLConfig.from_pretrained(self.inputs.folder),
+            state_dict=read(file),
             dtype=torch_dtype(dtype),
             attn_implementation=attention,
             output_loading_info=True,

@@ -6,6 +6,7 @@ trained on crops of the first, and crops of the second are held out.
 """
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,36 +23,95 @@ class Photo:
 
     file: str
     subject: str
+    category: str  # of its prompts in the report
     train: tuple[int, int, int]
     held_out: tuple[int, int, int]
 
 
 PHOTOS = (
     Photo(
-        "skimage/data/astronaut.png", "an astronaut in an orange suit", (75, 0, 285), (70, 290, 222)
+        "skimage/data/astronaut.png",
+        "an astronaut in an orange suit",
+        "people",
+        (75, 0, 285),
+        (70, 290, 222),
     ),
-    Photo("skimage/data/brick.png", "a brick pavement", (0, 0, 300), (306, 306, 206)),
+    Photo("skimage/data/brick.png", "a brick pavement", "textures", (0, 0, 300), (306, 306, 206)),
     Photo(
-        "skimage/data/camera.png", "a photographer in a black coat", (130, 40, 280), (300, 322, 190)
+        "skimage/data/camera.png",
+        "a photographer in a black coat",
+        "people",
+        (130, 40, 280),
+        (300, 322, 190),
     ),
-    Photo("skimage/data/chelsea.png", "a tabby cat", (115, 20, 235), (0, 90, 114)),
-    Photo("skimage/data/coffee.png", "a red cup of coffee", (170, 0, 270), (445, 150, 155)),
-    Photo("skimage/data/coins.png", "old silver coins", (0, 0, 200), (204, 100, 180)),
-    Photo("skimage/data/grass.png", "a grass lawn", (0, 0, 250), (256, 256, 250)),
-    Photo("skimage/data/gravel.png", "grey gravel", (0, 0, 250), (256, 256, 250)),
-    Photo("skimage/data/hubble_deep_field.jpg", "distant galaxies", (0, 0, 500), (500, 372, 500)),
-    Photo("skimage/data/ihc.png", "stained tissue", (0, 0, 280), (290, 290, 222)),
-    Photo("skimage/data/moon.png", "the surface of the moon", (20, 10, 300), (300, 320, 190)),
-    Photo("skimage/data/motorcycle_left.png", "a red motorcycle", (80, 60, 420), (505, 150, 236)),
-    Photo("skimage/data/retina.jpg", "the retina of an eye", (60, 300, 760), (830, 600, 520)),
     Photo(
-        "skimage/data/rocket.jpg", "a rocket on its launch pad", (190, 160, 260), (455, 150, 180)
+        "skimage/data/chelsea.png",
+        "a tabby cat",
+        "animals and plants",
+        (115, 20, 235),
+        (0, 90, 114),
     ),
-    Photo("sklearn/datasets/images/china.jpg", "a chinese pagoda", (70, 20, 330), (405, 190, 235)),
-    Photo("sklearn/datasets/images/flower.jpg", "a dahlia flower", (150, 60, 310), (465, 150, 175)),
+    Photo(
+        "skimage/data/coffee.png", "a red cup of coffee", "objects", (170, 0, 270), (445, 150, 155)
+    ),
+    Photo("skimage/data/coins.png", "old silver coins", "objects", (0, 0, 200), (204, 100, 180)),
+    Photo("skimage/data/grass.png", "a grass lawn", "textures", (0, 0, 250), (256, 256, 250)),
+    Photo("skimage/data/gravel.png", "grey gravel", "textures", (0, 0, 250), (256, 256, 250)),
+    Photo(
+        "skimage/data/hubble_deep_field.jpg",
+        "distant galaxies",
+        "science",
+        (0, 0, 500),
+        (500, 372, 500),
+    ),
+    Photo("skimage/data/ihc.png", "stained tissue", "science", (0, 0, 280), (290, 290, 222)),
+    Photo(
+        "skimage/data/moon.png",
+        "the surface of the moon",
+        "science",
+        (20, 10, 300),
+        (300, 320, 190),
+    ),
+    Photo(
+        "skimage/data/motorcycle_left.png",
+        "a red motorcycle",
+        "objects",
+        (80, 60, 420),
+        (505, 150, 236),
+    ),
+    Photo(
+        "skimage/data/retina.jpg",
+        "the retina of an eye",
+        "science",
+        (60, 300, 760),
+        (830, 600, 520),
+    ),
+    Photo(
+        "skimage/data/rocket.jpg",
+        "a rocket on its launch pad",
+        "scenes",
+        (190, 160, 260),
+        (455, 150, 180),
+    ),
+    Photo(
+        "sklearn/datasets/images/china.jpg",
+        "a chinese pagoda",
+        "scenes",
+        (70, 20, 330),
+        (405, 190, 235),
+    ),
+    Photo(
+        "sklearn/datasets/images/flower.jpg",
+        "a dahlia flower",
+        "animals and plants",
+        (150, 60, 310),
+        (465, 150, 175),
+    ),
 )
 
-# Templates of the training prompts and of the test prompts.
+# Templates of the prompts: for training, for evaluations during a run, and for its report. All use
+# the words of the first two, since T5's tokenizer was built from those. No template is used twice,
+# so that no test or report prompt is trained on.
 TEMPLATES = (
     "a photo of {}",
     "{}",
@@ -61,6 +121,8 @@ TEMPLATES = (
     "{}, photograph",
 )
 TEST_TEMPLATES = ("a picture of {}", "a detailed photo of {}")
+SHORT_TEMPLATES = ("a sharp picture of {}", "a close photograph of {}")
+LONG_TEMPLATES = ("a sharp detailed photo of {}", "a sharp close photo of {}, photograph")
 
 
 def prompts(templates: tuple[str, ...]) -> list[tuple[str, int]]:
@@ -73,16 +135,24 @@ def prompts(templates: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Write prompts_train.txt and prompts_test.txt.
+    """Write prompts_train.txt, prompts_test.txt, realbench_short.jsonl and realbench_long.jsonl.
 
     The order is by template, so that the first prompts show every subject once.
     """
     for name, templates in (("train", TEMPLATES), ("test", TEST_TEMPLATES)):
-        lines = []
-        for template in templates:
-            for photo in PHOTOS:
-                lines.append(template.format(photo.subject))
+        lines = [prompt for prompt, _ in _by_template(templates)]
         (folder / f"prompts_{name}.txt").write_text("\n".join(lines) + "\n")
+
+    for name, templates in (("short", SHORT_TEMPLATES), ("long", LONG_TEMPLATES)):
+        lines = []
+        for prompt, photo in _by_template(templates):
+            lines.append(json.dumps({"prompt": prompt, "category": photo.category}))
+        (folder / f"realbench_{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _by_template(templates: tuple[str, ...]) -> list[tuple[str, Photo]]:
+    """Return (prompt, photograph) for every template and photograph, in this order."""
+    return [(template.format(photo.subject), photo) for template in templates for photo in PHOTOS]
 
 
 @cache

@@ -9,7 +9,7 @@ from tests.helpers.goldens import ROOT
 
 def get_config() -> ConfigDict:
     detector = adversary()
-    detector.schedule = "plateau"  # with these two values: in epochs 0, 1, 3, 5, ...
+    detector.schedule = "plateau"  # with these two values: in epochs 0, 3, 6, ...
     detector.patience = 2
     detector.min_rise = 0.5
     detector.learning_rate = 1e-3

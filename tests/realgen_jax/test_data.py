@@ -1,9 +1,11 @@
 """Prompt files, their order, and the layout of a batch."""
 
+import json
+
 import numpy as np
 import pytest
 
-from realgen_jax.data import Layout, prompt_batches, read_prompts
+from realgen_jax.data import Layout, overlaps, prompt_batches, read_prompts
 
 
 def write(path, text):
@@ -20,16 +22,36 @@ def test_reads_both_forms(tmp_path):
     assert read_prompts(write(tmp_path / "a.jsonl", lines)) == ["one", "two"]
 
 
+def test_only_line_feeds_end_a_prompt(tmp_path):
+    prompts = ["a cat,\u2028seen from above", "one\x0ctwo"]
+    text = "\ufeff" + "\r\n".join(prompts) + "\r\n"
+    assert read_prompts(write(tmp_path / "a.txt", text)) == prompts
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    assert read_prompts(write(tmp_path / "a.jsonl", "\ufeff" + "\n".join(lines))) == prompts
+
+
+def test_prompts_in_two_files_are_counted_with_an_example():
+    others = {"test": ["a dog", "A  Cat", "a cow"], "short": ["a hen"], "long": ["a cat"]}
+    assert overlaps("train", ["a cat", "a cow", "snow"], others) == [
+        "2 of the 3 prompts in test are also in train, such as 'A  Cat'",
+        "1 of the 1 prompts in long are also in train, such as 'a cat'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.txt", "", "is empty"),
         ("a.txt", "one\n\nthree\n", "line 2 is blank"),
+        ("a.txt", "one\rtwo\rthree\n", "line 1 has a carriage return inside"),
         ("a.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
         ("a.jsonl", '{"text": "one"}\n', 'line 1 has no "prompt"'),
         ("a.jsonl", '{"prompt": 3}\n', 'line 1 has no "prompt"'),
         ("a.jsonl", '["one"]\n', 'line 1 has no "prompt"'),
         ("a.jsonl", '{"prompt": " "}\n', 'line 1 has no "prompt"'),
+        ("a.jsonl", '{"prompt": "one \\ud83d"}\n', r"line 1 has half of a surrogate pair, \\ud83d"),
+        ("a.jsonl", '{"prompt": "one", "category": "\\udc00"}\n', "line 1 has half of a surrogate"),
+        ("a.jsonl", '{"prompt": "one", "id": 1' + 5000 * "0" + "}", "line 1 is not JSON"),
         ("a.csv", "one\n", "ends in '.csv'"),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from realgen_jax.models.flux.family import FLUX
+from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.text_cache import TextCache, cache_folder, ensure_encoded
 from tests.helpers.goldens import PIPELINE, ROOT, golden
 
@@ -82,6 +83,27 @@ def test_the_program_encodes_once_and_prints_the_folder(tmp_path, monkeypatch, c
     before = written()
     encode_prompts.main()
     assert written() == before
+
+
+def test_prompts_that_are_cut_are_told_at_every_start(tmp_path, monkeypatch, capsys):
+    long = "a picture of a tabby cat on a red motorcycle in the rain at night with old silver coins"
+    prompts = ["a boat", long, f"{long} and a flower"]
+    words = program_arguments(tmp_path, prompt_file(tmp_path, prompts))
+    monkeypatch.setattr(sys, "argv", ["encode_prompts.py", *words])
+    encode_prompts.main()
+    message = (
+        "warning: 2 of 3 prompts are longer than 16 tokens (config.prompts.max_tokens) and are cut "
+        f"there; the first of them: {long!r}"
+    )
+    assert capsys.readouterr().err.strip().endswith(message)
+
+    # A program that finds them in the cache says so too; it does not call the encoders.
+    pretrained = SimpleNamespace(model=PIPELINE, transformer="")
+    settings = SimpleNamespace(cache=tmp_path, device="cpu", max_tokens=16, dtype="bfloat16")
+    no_program = [sys.executable, "-c", "raise SystemExit(1)"]
+    for _ in range(2):
+        embed_prompts(prompts, pretrained, settings, no_program)
+        assert capsys.readouterr().out == message + "\n"
 
 
 @pytest.mark.parametrize(

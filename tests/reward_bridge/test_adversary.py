@@ -148,6 +148,16 @@ def test_through_the_bridge(folder):
         bridge.learn({"bright": 5}, {"bright": 60.0}).result()
 
 
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_a_reference_that_changes_in_the_middle_is_named(folder, content):
+    reward = adversary(folder)
+    (folder / "3.png").unlink()
+    if content is not None:
+        (folder / "3.png").write_bytes(content)
+    with pytest.raises(RewardError, match=r"a reference has changed since the start: .*3\.png"):
+        reward.draw(["x"] * 6, 0, 8, 8)
+
+
 def test_a_loss_that_is_not_finite_ends_it(folder):
     reward = adversary(folder)
     reward.learner.loss = lambda model, real, generated, prompts: (torch.tensor(float("nan")), {})

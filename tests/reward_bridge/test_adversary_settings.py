@@ -30,6 +30,31 @@ def test_schedules(folder, schedule, epochs, wanted):
     assert schedule in SCHEDULES
 
 
+@pytest.mark.parametrize(
+    ("rewards", "always_first", "epochs"),
+    [
+        ([0.5 + 0.009 * i for i in range(12)], False, []),  # slow, but steady: 0.045 in five epochs
+        ([0.5, 0.2, 0.24, 0.28, 0.32, 0.36, 0.4], True, [0]),  # falls as it learns, then rises
+        ([0.5] * 12, False, [5, 11]),
+        ([0.5] * 12, True, [0, 6]),
+        ([0.5 + 0.0019 * i for i in range(12)], False, [5, 11]),  # 0.0095 in five epochs
+        ([0.9, 0.9, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9], False, [5]),
+    ],
+)  # fmt: skip
+def test_a_plateau_is_a_rise_that_is_too_small(folder, rewards, always_first, epochs):
+    changes = {"schedule": "plateau", "patience": 5, "min_rise": 0.01, "always_first": always_first}
+    reward = adversary(folder, **changes)
+    due = []
+    for epoch, value in enumerate(rewards):
+        resumed = adversary(folder, **changes)
+        resumed.restore(reward.state())
+        if reward.due(epoch, value, 0.0):
+            due.append(epoch)
+        assert resumed.due(epoch, value, 0.0) == (epoch in due)
+        assert resumed.memory == reward.memory
+    assert due == epochs
+
+
 def test_settings_say_what_is_wrong():
     with pytest.raises(
         ValueError, match=r"adversarial\.x: missing key quality, unknown key kwality; adversary\(\)"

@@ -62,6 +62,48 @@ def test_references_that_cannot_be_used_are_named(folder):
         References(str(folder / "empty"), "", [])
 
 
+def test_files_that_are_no_pictures_are_left_out_with_a_warning(folder, caplog):
+    for name in ("a.HEIC", "b.heic", "c.txt", "._0.png", ".DS_Store"):
+        (folder / name).write_bytes(b"no picture")
+    drawn = References(str(folder), "", []).draw(["x"] * 6, 0)
+    assert sorted({file.name for file in drawn}) == [f"{i}.png" for i in range(6)]
+    assert "3 files are left out, which are not AVIF, BMP" in caplog.text
+    assert caplog.text.strip().endswith(": 2 .heic, 1 .txt")
+    caplog.clear()
+    for name in ("a.HEIC", "b.heic", "c.txt"):
+        (folder / name).unlink()
+    References(str(folder), "", [])
+    assert not caplog.text
+
+
+def test_references_are_read_as_realbench_reads_pictures(tmp_path):
+    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
+    assert (load(tmp_path / "deep.png", 4, 4) == 128).all()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (load(tmp_path / "clear.png", 4, 4) == 255).all()
+    (tmp_path / "cut.png").write_bytes((tmp_path / "deep.png").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"cut\.png is damaged or not a picture"):
+        load(tmp_path / "cut.png", 4, 4)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "lists.json"])
+def test_tables_of_references_are_utf_8(folder, name):
+    prompt = "a cat,\u2028seen from above, café"
+    table = {prompt: ["0.png"]} if name == "lists.json" else {"prompt": prompt, "image": "0.png"}
+    text = json.dumps(table, ensure_ascii=False)
+    (folder / name).write_text("\ufeff" + text + "\n", encoding="utf-8")
+    assert References(str(folder / name), "", [prompt]).draw([prompt], 0) == [folder / "0.png"]
+    (folder / name).write_text(text.replace("\u2028", " "), encoding="cp1252")
+    with pytest.raises(ValueError, match=rf"{name}, line 1 is not UTF-8 \(byte 0xe9\)"):
+        References(str(folder / name), "", [])
+
+
+def test_a_file_name_with_half_a_character_is_named(folder):
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "image": "\\ud83d.png"}\n')
+    with pytest.raises(ValueError, match=r"line 1 has half of a surrogate pair, \\ud83d"):
+        References(str(folder / "pairs.jsonl"), "", [])
+
+
 def test_a_reference_is_cropped_to_the_aspect(tmp_path):
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255

@@ -99,6 +99,11 @@ def test_a_good_config_has_no_problems(tmp_path):
             "threshold, margin, every, plateau",
         ),
         (
+            {"held_out": ("embedded_detector_at_start",)},
+            "config.reward.held_out has embedded_detector_at_start, the frozen copy of a reward "
+            "that learns, but embedded_detector does not learn (config.reward.adversarial)",
+        ),
+        (
             {"device": "cuda:7"},
             "there is no device 'cuda:7': torch sees 0 CUDA devices on this machine",
         ),
@@ -211,6 +216,40 @@ def test_the_rewards_of_a_training_run(tmp_path):
     assert rewards.bridge.rewards["jpeg_compressibility"].quality == 50
     assert rewards.metrics["embedded_sharpness"](pictures(2, 64, 64).numpy()) > 0
     rewards.bridge.close()
+
+
+def test_the_frozen_copy_of_a_reward_that_learns(tmp_path):
+    """It scores as the reward does at the start, and stays so; trained weights are its own."""
+    write_references(tmp_path)
+    reward = reward_config(
+        held_out=("embedded_detector_at_start",),
+        adversarial={"embedded_detector": {**SETTINGS, "codec": "jpeg", "max_passes": 1}},
+        references={"path": str(tmp_path), "root": ""},
+    )
+    assert reward_problems(reward) == []
+    rewards = opened(reward, prompts=PROMPTS)
+    images = pictures(2, 64, 64)
+    names = ["embedded_detector", "embedded_detector_at_start"]
+    before = rewards.bridge.submit(images, PROMPTS, observe=0).result()
+    assert list(before.rewards) == names
+    assert list(before.references) == names[:1]
+    assert before.rewards[names[1]].tolist() == before.rewards[names[0]].tolist()
+
+    rewards.bridge.learn({"embedded_detector": 0}, {"embedded_detector": 60.0}).result()
+    after = rewards.bridge.submit(images, PROMPTS).result()
+    assert after.rewards[names[1]].tolist() == before.rewards[names[1]].tolist()
+    assert after.rewards[names[0]].tolist() != before.rewards[names[0]].tolist()
+    rewards.bridge.close()
+
+
+def test_the_frozen_copy_runs_beside_its_original():
+    reward = reward_config(
+        held_out=("embedded_detector_at_start",),
+        adversarial={"embedded_detector": SETTINGS},
+        device="cuda:0",
+        devices={"embedded_detector": "cpu"},
+    )
+    assert set(reward_devices(reward).values()) == {"cpu"}
 
 
 def test_named_rewards_are_frozen_and_come_alone():

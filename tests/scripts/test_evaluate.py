@@ -46,6 +46,8 @@ def test_evaluate_py_as_a_user_calls_it(cache, tmp_path, words):
     )
     assert done.returncode == 0, done.stderr
     assert "found against b: wins 50.0 % " in done.stdout
+    warning = "warning: 4 of the 4 prompts in config.evaluate.prompts.short are also in config.prom"
+    assert warning in done.stdout
     assert done.stdout.splitlines()[-1] == f"report: {tmp_path}/run/report/index.html"
     assert '<section id="arena">' in (tmp_path / "run" / "report" / "index.html").read_text()
     assert rows_of_scores(tmp_path / "run") == 16

@@ -35,37 +35,46 @@ def config(tmp_path_factory):
     return file
 
 
-def test_a_made_up_family_runs_through_the_real_programs(config, cache, tmp_path):
-    def train(name, *words):
-        options = (f"--config.run_root={tmp_path}", f"--config.run_name={name}", *words)
-        done = call("train.py", cache, *options, config=config)
-        assert done.returncode == 0, done.stderr
-        return tmp_path / name
+def train(config, cache, tmp_path, name, *words):
+    options = (f"--config.run_root={tmp_path}", f"--config.run_name={name}", *words)
+    done = call("train.py", cache, *options, config=config)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / name
 
-    # Two epochs, and the same with a stop in between.
-    whole = train("whole")
-    train("parts", "--config.num_epochs=1")
-    parts = train("parts", "--resume")
-    assert [row["epoch"] for row in rows(whole) if row["kind"] == "train"] == [1, 2]
-    train_rows = [row for row in rows(whole) if row["kind"] == "train"]
-    assert [row for row in rows(parts) if row["kind"] == "train"] == train_rows
+
+def sample(config, cache, folder, *words):
+    done = call("sample.py", cache, "a boat", *words, "--out", folder, config=config)
+    assert done.returncode == 0, done.stderr
+    return np.asarray(Image.open(folder / "00000.png"))
+
+
+def test_a_made_up_family_runs_through_the_real_programs(config, cache, tmp_path):
+    run = train(config, cache, tmp_path, "run")
+    train_rows = [row for row in rows(run) if row["kind"] == "train"]
+    assert [row["epoch"] for row in train_rows] == [1, 2]
     assert train_rows[0]["first_ratio_deviation"] == 0
-    assert (parts / LORA).read_bytes() == (whole / LORA).read_bytes()
 
     # The export has the family's own names, and learnt something.
-    tensors = load_file(whole / LORA)
+    tensors = load_file(run / LORA)
     assert set(tensors) == {
         f"transformer.blocks.{layer}.linear.lora_{factor}.weight"
         for layer in range(2)
         for factor in "AB"
     }
     assert any(tensors[name].any() for name in tensors if "lora_B" in name)
+    picture = sample(config, cache, tmp_path / "tuned", "--lora", run / "lora")
+    assert picture.shape == (64, 64, 3)
 
-    # Pictures, with and without it.
-    pictures = {}
-    for name, words in (("base", ()), ("tuned", ("--lora", whole / "lora"))):
-        done = call("sample.py", cache, "a boat", *words, "--out", tmp_path / name, config=config)
-        assert done.returncode == 0, done.stderr
-        pictures[name] = np.asarray(Image.open(tmp_path / name / "00000.png"))
-    assert pictures["base"].shape == (64, 64, 3)
-    assert (pictures["base"] != pictures["tuned"]).any()
+
+@pytest.mark.slow
+def test_a_made_up_family_resumes_and_its_lora_is_applied(config, cache, tmp_path):
+    whole = train(config, cache, tmp_path, "whole")
+    train(config, cache, tmp_path, "parts", "--config.num_epochs=1")
+    parts = train(config, cache, tmp_path, "parts", "--resume")
+    train_rows = [[row for row in rows(run) if row["kind"] == "train"] for run in (whole, parts)]
+    assert train_rows[0] == train_rows[1]
+    assert (parts / LORA).read_bytes() == (whole / LORA).read_bytes()
+
+    base = sample(config, cache, tmp_path / "base")
+    tuned = sample(config, cache, tmp_path / "tuned", "--lora", whole / "lora")
+    assert (base != tuned).any()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.helpers.goldens import PIPELINE
+from tests.helpers.goldens import PIPELINE, TESTS
 from tests.helpers.running import call, rows
 
 pytest.importorskip("torch")
@@ -33,6 +33,8 @@ def test_a_run_leaves_what_it_promises(whole):
     assert (folder / "best" / "pytorch_lora_weights.safetensors").exists()
     assert load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
     assert "preset golden" in done.stdout
+    assert "best/, alarms and the early stop go by reward (config.reward.monitor)" in done.stdout
+    assert "warning" not in done.stdout
     assert "configs/flux_grpo.py:flux_dev_8xh200" in done.stdout
     assert not done.stderr.strip(), done.stderr  # no wall of warnings
 
@@ -129,10 +131,13 @@ def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
         "--config.sample.same_latent=True",
     ]
     options += ["--config.train.recompute_old=True", "--config.train.learning_rate=1e-3"]
+    options += [f"--config.prompts.test={TESTS / 'data' / 'train.txt'}"]
     done = call(
         "train.py", cache, *options, f"--config.run_root={tmp_path}", "--config.run_name=full"
     )
     assert done.returncode == 0, done.stderr
+    shared = "warning: 4 of the 4 prompts in config.prompts.test are also in config.prompts.train, "
+    assert f"{shared}such as 'a small red boat on calm water'" in done.stdout
     diffusers = pytest.importorskip("diffusers")
     trained = diffusers.FluxTransformer2DModel.from_pretrained(
         tmp_path / "full" / "lora" / "transformer"
@@ -145,18 +150,13 @@ def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
     assert 0 < max(moved) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        (
-            1,
-            "error: epoch 0, update: approx_kl, grad_norm, ",
-        ),  # the second update of the epoch sees what the first did
-        pytest.param(
-            2,
-            "error: epoch 1, rollout (velocity): latents not finite; there is no checkpoint yet",
-            marks=pytest.mark.slow,
-        ),
+        # The second update of the epoch sees what the first did.
+        (1, "error: epoch 0, update: approx_kl, grad_norm, "),
+        (2, "error: epoch 1, rollout (velocity): latents not finite; there is no checkpoint yet"),
     ],
 )
 def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):

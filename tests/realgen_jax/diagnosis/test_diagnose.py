@@ -253,18 +253,68 @@ def test_a_healthy_run_is_called_healthy(tmp_path, capsys, call):
     assert "ratio deviation: largest |ratio - 1| before any step 0 (<= 1.0e-04)" in printed
 
 
-def test_the_verdict_names_rewards_that_learn(tmp_path):
-    def learns(run, _):
-        run["config"]["reward"]["adversarial"] = {"embedded_detector": {}}
-        for row in rows_of(run, "train")[::3]:  # epochs in which the generator rested
-            row.pop("ratio_deviation")
-            row.pop("first_ratio_deviation")
+def learns(run, held_out=("embedded_held_out",), metrics=("embedded_frechet",)):
+    """The detector learns: its reward falls, and the generator rests in some epochs."""
+    falling(run, -0.01)
+    run["config"]["reward"]["adversarial"] = {"embedded_detector": {}}
+    run["config"]["reward"]["held_out"] = held_out
+    run["config"]["reward"]["metrics"] = metrics
+    for row in rows_of(run, "train"):
+        row["reward_std"] /= row["epoch"]
+    for row in rows_of(run, "train")[::3]:
+        row.pop("ratio_deviation")
+        row.pop("first_ratio_deviation")
 
-    answer = answer_of(tmp_path, learns)
+
+def test_a_run_whose_rewards_learn_is_judged_by_a_check(tmp_path):
+    answer = answer_of(tmp_path, lambda run, _: learns(run))
+    assert answer.trend == "rises"
+    assert answer.verdict.startswith("embedded_held_out rises. In evaluations, epochs 0-12: ")
     learned = "embedded_detector learned during the run, so the level of this reward says little"
     assert learned in answer.verdict
+    assert "Each reward in training: clip_score " in answer.verdict
     assert "learned during the run" not in answer_of(tmp_path).verdict
     assert names(answer.findings) == NAMES
+    assert not answer.of(PROBLEM, NOTE)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "metrics", "values", "trend", "problems"),
+    [
+        (("embedded_held_out",), (), (0.4, 0.2), "falls", ["held-out checks"]),
+        ((), ("embedded_frechet",), (0.07, 0.05), "falls", []),
+        ((), ("embedded_frechet",), (0.07, 0.0701), "barely rises", []),
+        ((), ("embedded_frechet",), (0.05, 0.058), "rises", ["no cause found"]),
+        ((), ("embedded_frechet",), (0.05, 0.07), "rises", ["held-out checks"]),
+        ((), (), (0, 0), "unknown", []),
+    ],
+)
+def test_checks_judge_a_run_whose_rewards_learn(
+    tmp_path, held_out, metrics, values, trend, problems
+):
+    def fault(run, _):
+        learns(run, held_out, metrics)
+        for name in (*held_out, *metrics):
+            put(run, "eval", **{name: values})
+
+    answer = answer_of(tmp_path, fault)
+    assert answer.trend == trend
+    assert names(answer.of(PROBLEM)) == problems
+    if problems == ["held-out checks"]:
+        assert "they do not keep up" in answer.findings[0].says
+
+
+def test_a_run_that_nothing_can_judge_says_so(tmp_path):
+    def fault(run, _):
+        learns(run, (), ())
+        option(run, "train.beta", 3.0)  # a problem, unless the run improves
+
+    answer = answer_of(tmp_path, fault)
+    assert answer.verdict.startswith("Whether the run improves is unknown")
+    assert not answer.trends
+    skipped = "three rows of eval a held-out reward or a metric (for kl_penalty)"
+    assert skipped in answer.not_recorded
+    assert "learning rate" in names(answer.findings)  # for which the direction does not matter
 
 
 @pytest.mark.parametrize(("fault", "bad", "good", "name", "severity", "text"), FAULTS)

@@ -1,7 +1,13 @@
 import numpy as np
+import pytest
 import scipy.stats
 
-from realgen_jax.realbench.bootstrap import draw, draw_in_blocks, ratio_intervals
+from realgen_jax.realbench.bootstrap import (
+    draw,
+    draw_in_blocks,
+    percentile_interval,
+    ratio_intervals,
+)
 
 
 def test_intervals_are_those_of_scipys_bootstrap():
@@ -28,3 +34,11 @@ def test_every_resample_has_as_many_units(monkeypatch):
     assert [block.shape for block in blocks] == [(2, 10), (2, 10), (1, 10)]
     assert all((block.sum(1) == 10).all() for block in blocks)
     assert (draw(10, 5, np.random.default_rng(0)).sum(1) == 10).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_no_resample_defines_has_no_interval():
+    assert np.isnan(percentile_interval(np.zeros((0, 3)), 0.9)).all()
+    values = np.array([[1.0, np.nan, np.nan], [2.0, np.nan, 5.0], [3.0, np.nan, 7.0]])
+    ends = percentile_interval(values, 1.0)
+    np.testing.assert_array_equal(ends, [[1.0, np.nan, 5.0], [3.0, np.nan, 7.0]])

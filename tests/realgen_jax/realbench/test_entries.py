@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from realgen_jax.data import read_categorised
-from realgen_jax.realbench.entries import read_entries, weights_of
+from realgen_jax.data import overlaps, read_categorised, read_prompts
+from realgen_jax.realbench.entries import find_pictures, read_entries, weights_of
 from realgen_jax.realbench.picture_files import decode
 from realgen_jax.realbench.prompts import read_sets
+from realgen_jax.realbench.results import Entry, PromptSet
 from tests.helpers import golden_config
 from tests.helpers.goldens import ROOT
 
@@ -28,6 +29,16 @@ def test_the_embedded_prompts_are_pairs_of_the_same_subject():
         assert label(short) == label(long)
         assert len(short) < len(long)
         assert category == same != ""
+
+
+def test_no_embedded_prompt_is_in_two_files():
+    """Neither the test prompts nor those of the report are trained on."""
+    files = [*EMBEDDED.glob("*.txt"), *EMBEDDED.glob("*.jsonl")]
+    assert len(files) == 4
+    prompts = {file.name: read_prompts(file) for file in files}
+    for name in prompts:
+        others = {other: prompts[other] for other in prompts if other != name}
+        assert overlaps(name, prompts[name], others) == []
 
 
 def test_sets_must_have_as_many_lines_as_each_other(tmp_path):
@@ -81,6 +92,18 @@ def test_entries_have_names_of_their_own(tmp_path):
     assert other.name == "full"
     assert weights_of(other, config).transformer == f"{full}/transformer"
     assert weights_of(base, config).model == config.model
+
+
+def test_pictures_have_any_suffix_that_pillow_reads(tmp_path):
+    for name in ("00000.avif", "00000_1.TIFF", "00001.heic", "._00002.png", "scores.jsonl"):
+        (tmp_path / name).touch()
+    entry = Entry("tool", "folder", str(tmp_path))
+    pictures, problems = find_pictures(entry, [PromptSet("short", ("a", "b", "c"), ("", "", ""))])
+    names = {slot: file.name for slot, file in pictures["short"].items()}
+    assert names == {(0, 0): "00000.avif", (0, 1): "00000_1.TIFF"}
+    assert [problem.kind for problem in problems] == ["missing", "missing"]
+    assert problems[0].detail.startswith("of line 1; 00001.heic is none of AVIF, BMP")
+    assert problems[1].detail == "of line 2"
 
 
 def test_pictures_are_read_upright_opaque_and_in_eight_bits(tmp_path):

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.realbench.aggregate import leaderboard
+from realgen_jax.realbench.formatting import NOTHING
 from realgen_jax.realbench.report import write_report
 from realgen_jax.realbench.results import (
     Entry,
@@ -23,6 +25,8 @@ from realgen_jax.realbench.results import (
     Results,
     ScoredPicture,
 )
+from realgen_jax.realbench.standings import standings
+from realgen_jax.realbench.summarize import print_leaderboard, print_matches
 from tests.helpers.browser import browser, console_errors
 
 REWARDS = ("detector", "score")
@@ -337,6 +341,39 @@ def test_without_arena_run_or_a_second_entry(report, tmp_path):
     assert "No picture is missing" in text
     with pytest.raises(ValueError, match="no picture"):
         write_report(tmp_path, report.config, replace(only, pictures=[]), [], None, [], seed=0)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("lines", "resamples"), [(1, 100), (3, 0)])
+def test_without_intervals(tmp_path, capsys, lines, resamples):
+    """One prompt with one picture, or no resamples."""
+    prompts = PromptSet("short", ["a cat"] * lines, [""] * lines)
+    entries = [Entry("a", "model", "a"), Entry("b", "lora", "b")]
+    pictures = []
+    for number, entry in enumerate("ab"):
+        for line in range(lines):
+            file = tmp_path / f"{entry}{line}.png"
+            picture(file, 100 * number + line)
+            pictures.append(scored(entry, "short", line, 0, 0.25, 0.5, file=file))
+    evaluated = Results([prompts], entries, REWARDS, pictures, [])
+    config = settings(resamples=resamples)
+    rows = leaderboard(evaluated, config.evaluate, np.random.default_rng(0))
+    answers = [Judgement("short", line, "a", "b", "first", "") for line in range(lines)]
+    answers += [Judgement("short", line, "b", "a", "second", "") for line in range(lines)]
+    table = standings(
+        answers, "ab", config.evaluate, np.random.default_rng(0), judge="j", protocol="balanced"
+    )
+    print_leaderboard(rows, evaluated, Console())
+    print_matches(table, Console(markup=False))
+    page = write_report(tmp_path, config, evaluated, rows, table, answers, seed=0)
+
+    shown = capsys.readouterr().out
+    assert "no interval: that needs pictures of two prompts" in shown
+    assert f"a against b: wins 100.0 % of {lines} pairs" in shown
+    text = page.with_name("report.md").read_text()
+    assert "| a | 1" in text
+    assert f"[{NOTHING}, {NOTHING}]" in text
+    assert "nan" not in shown + text
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     with log_of(tmp_path) as log:
         start = {"clip": 0.5, "a": 0.5}
         now = {"clip": 0.75, "a": 0.25}
-        log.evaluation(2, start, now, ["clip"], {"a": 0.125}, ["a 0.500 -> 0.250"])
+        log.evaluation(2, start, {**now, "new": 1.0}, ["clip"], {"a": 0.125})
         columns = step_columns(steps, ["ratio_deviation"])
         log.train(1, scores, reward, columns, seconds, details)
         captions = (["one\n0.5"] * 3, ["two"] * 3)
@@ -55,8 +55,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
 
     shown = capsys.readouterr().out
     assert "trained on  clip 0.500 -> 0.750" in shown
-    assert "checks      a 0.500 -> 0.250 (r +0.12)" in shown
-    assert "warning the reward rises while these get worse: a 0.500 -> 0.250" in shown
+    assert "checks      a 0.500 -> 0.250 (r +0.12)   new 1.000" in shown
     assert "last evaluation: a 0.250" in shown
     assert "reward 0.675" in shown
     assert "clip/accuracy 0.88" in shown

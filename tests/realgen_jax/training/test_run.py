@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from realgen_jax.training.run import check, check_shapes
+from realgen_jax.training.run import check, check_shapes, defined_metrics
 from tests.helpers import golden_config
 
 pytest.importorskip("torch")
@@ -65,6 +66,10 @@ def check_all(config):
             "config.pretrained.dtype is 'bf16'; choose one of float32, bfloat16, float16",
         ),
         ({"pretrained__remat": "some"}, "remat is 'some'; choose one of full, attention, dots"),
+        (
+            {"reward__monitor": "embedded_detector"},
+            "config.reward.monitor is 'embedded_detector'; choose auto, reward, or a name in",
+        ),
         ({"mesh__fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices"),
         ({"reward__device": "cuda:7"}, "there is no device 'cuda:7': torch sees 0 CUDA devices"),
     ],
@@ -95,6 +100,24 @@ def test_all_that_is_missing_is_named_at_once():
         "eval_freq 0 and save_freq 2 must be 1 epoch or more",
     ):
         assert [line for line in lines if line.startswith(start)], start
+
+
+def test_a_metric_that_is_monitored_must_be_defined():
+    """A Fréchet distance of one picture is not."""
+    config = golden_config.get_config().unlock()
+    config.reward.metrics = ("embedded_frechet", "embedded_sharpness")
+    config.reward.monitor = "embedded_frechet"
+    config.sample.test_images_per_prompt = 1
+    metrics = {
+        name: SimpleNamespace(least=least)
+        for name, least in zip(config.reward.metrics, (2, 1), strict=True)
+    }
+    with pytest.raises(ValueError, match=r"'embedded_frechet', which needs 2 pictures; .* has 1"):
+        defined_metrics(metrics, config, 1)
+
+    config.reward.monitor = "auto"
+    assert list(defined_metrics(metrics, config, 1)) == ["embedded_sharpness"]
+    assert list(defined_metrics(metrics, config, 2)) == ["embedded_frechet", "embedded_sharpness"]
 
 
 PROGRAM = """

@@ -1,11 +1,20 @@
 """The folder of a run: its name, its lock, and which config keys a resumed run may change."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from realgen_jax.training.run_folder import changed_keys, run_folder, run_lock
+from realgen_jax.config import base
+from realgen_jax.training.run_folder import (
+    changed_keys,
+    has_run,
+    missing_records,
+    resume_from,
+    run_folder,
+    run_lock,
+)
 
 
 def test_folders(tmp_path):
@@ -29,6 +38,26 @@ def test_folders(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     assert run_folder(root, "", "tiny", resume=True).name == "tiny-2"
+
+
+def test_records_that_a_moved_folder_lacks_are_named(tmp_path):
+    """With its checkpoints a run can go on; without them and its config it cannot."""
+    for name in ("samples", "checkpoints", "tensorboard"):
+        (tmp_path / name).mkdir()
+    for name in ("config.json", "metrics.jsonl", "trainable.txt", "samples/start.npz"):
+        (tmp_path / name).touch()
+    assert missing_records(tmp_path, has_best=False) == []
+    end = "; the run goes on without what was in there"
+    assert missing_records(tmp_path, has_best=True) == [f"{tmp_path} lacks best{end}"]
+
+    (tmp_path / "config.json").unlink()
+    shutil.rmtree(tmp_path / "samples")
+    (line,) = missing_records(tmp_path, has_best=False)
+    assert line == f"{tmp_path} lacks config.json, samples/start.npz{end}"
+    assert has_run(tmp_path)
+    assert run_folder(str(tmp_path.parent), tmp_path.name, "tiny", resume=True) == tmp_path
+    with pytest.raises(FileNotFoundError, match=r"neither a good checkpoint nor config\.json"):
+        resume_from(tmp_path, base(), allow_change=False)
 
 
 def test_a_changed_config_is_named_key_by_key():

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from reward_bridge.preprocess import CLIP_MEAN, CLIP_STD
 from reward_bridge.rewards import clip as shared
 from reward_bridge.rewards import make_reward
+from tests.helpers.faults import missing
 from tests.helpers.goldens import GOLDENS, golden
 from tests.helpers.pictures import pictures
 from tests.helpers.tiny_clips import (
@@ -333,9 +334,33 @@ def test_incomplete_folders_are_named(cases, tmp_path):
         make_reward("clip_score", "cpu", {"path": str(tmp_path)})
     shutil.copy(cases.folder / "merges.txt", tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"preprocessor_config\.json; set .*\.clip_score\.path"
+        FileNotFoundError, match=r"or processor_config\.json; set .*\.clip_score\.path"
     ):
         make_reward("clip_score", "cpu", {"path": str(tmp_path)})
+
+
+def test_folders_in_shards_and_of_transformers_5_are_read(cases, tmp_path):
+    whole = make_reward("clip_score", "cpu", {"path": str(cases.folder)})
+    write_tokenizer(tmp_path)
+    whole.model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    settings = json.loads((cases.folder / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    processor = {"processor_class": "CLIPProcessor", "image_processor": settings}
+    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
+
+    reward = make_reward("clip_score", "cpu", {"path": str(tmp_path)})
+    assert (tuple(reward.mean), tuple(reward.std)) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(reward.model.state_dict()[key], value)
+    shard = next(tmp_path.glob("model-00002-*"))
+    with missing(shard), pytest.raises(FileNotFoundError, match=rf"such as {shard.name}"):
+        make_reward("clip_score", "cpu", {"path": str(tmp_path)})
+
+    # The file that the option names, not another one of its folder.
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors does not fit CLIPModel"):
+        make_reward("clip_score", "cpu", {"path": str(tmp_path / "other.safetensors")})
 
 
 def test_a_tokenizer_of_another_model_is_named(cases, tmp_path):

@@ -219,6 +219,13 @@ def test_forensic_chat_names_what_is_wrong(chat_folder, tmp_path):
     for file in chat_folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     state = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ValueError, match=r"holds model\.safetensors and model\.safetensors\.index"):
+        load(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of shards"):
+        load(copy)
+    (copy / "model.safetensors.index.json").unlink()
     key = next(key for key in state if key.endswith("layers.1.mlp.up_proj.weight"))
     for changed, message in (
         ({key: None}, r"missing_keys.*layers\.1\.mlp\.up_proj"),
