@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from realgen_jax.checkpoint import newest_good
 from realgen_jax.hosts import connect, fetch, local_rows, put, sum_over_processes
 from realgen_jax.sharding import batch_sharding, make_mesh
+from tests.helpers.faults import dead_proxy
 from tests.helpers.running import (
     ADVERSARIAL,
     QUICK,
@@ -92,10 +93,15 @@ def launch_two(program, devices):
 
 
 def test_two_processes_do_what_one_does(whole, cache, tmp_path):
-    """Two processes with two devices each end where one process with one device does."""
+    """Two processes with two devices each end where one process with one device does.
+
+    They reach each other without the environment's proxy.
+    """
     program = command("train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=two")
-    done = launch_two(program, devices=2)
+    with dead_proxy():
+        done = launch_two(program, devices=2)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "proxy" not in done.stdout + done.stderr
     assert_close(whole[0], tmp_path / "two")
 
 
