@@ -1,6 +1,7 @@
 """Start-up with several processes, and the end by a signal, from a scheduler or a person."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -64,8 +65,11 @@ class Preemption:
         if not self._number:
             self._number = number
             again = "; Ctrl-C again stops it at once" if number == signal.SIGINT else ""
-            text = f"{self.name}: the run saves and stops after the current phase{again}"
-            process.write_line(2, text)
+            # A progress bar on the terminal takes what is printed, and shows it above itself.
+            print(
+                f"{self.name}: the run saves and stops after the current phase{again}",
+                file=sys.stderr,
+            )
         if number in (signal.SIGTERM, signal.SIGHUP):
             threading.Thread(target=self._limit, args=(number,), daemon=True).start()
 
