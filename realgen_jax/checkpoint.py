@@ -11,8 +11,11 @@ Orbax commits the folder by a rename. SHA256SUMS is written last and makes the c
 it is needed because Orbax restores flipped bits without an error.
 """
 
+import contextlib
+import glob
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -146,6 +149,23 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """Yield a path of `folder` that is no pattern: a link to it, if it has brackets or the like.
+
+    Orbax finds its own files by patterns that start with the folder's path. In "exp[lora]" it finds
+    none of them, and writes a checkpoint that cannot be read.
+    """
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoints-") as parent:
+        folder.mkdir(parents=True, exist_ok=True)
+        link = Path(parent) / "link"
+        link.symlink_to(folder)
+        yield link
+
+
 class Checkpoints:
     """Saves and restores the checkpoints of a run; the newest `keep` are kept.
 
@@ -164,6 +184,8 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(
             handler, async_options=ocp.AsyncOptions(timeout_secs=BARRIER_SECONDS)
         )
+        self._exit = contextlib.ExitStack()
+        self._orbax_folder = self._exit.enter_context(_without_patterns(self.folder))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None  # the save in progress
 
@@ -200,7 +222,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
         )
         try:
-            self._orbax.save(self.folder / str(epoch), args=args)
+            self._orbax.save(self._orbax_folder / str(epoch), args=args)
         except Exception as error:
             raise self._clean_up(epoch, error) from error
         self.begun = epoch
@@ -275,7 +297,7 @@ class Checkpoints:
         shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in named.items()}
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         try:
-            arrays = self._orbax.restore(self.folder / str(epoch), args=args)["state"]
+            arrays = self._orbax.restore(self._orbax_folder / str(epoch), args=args)["state"]
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             raise RestoreError(
@@ -292,3 +314,4 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            self._exit.close()

@@ -15,21 +15,7 @@ be set on the command line, --config.train.learning_rate=1e-4. A key that does n
 error, in a file as on the command line.
 """
 
-import re
-import sys
-from collections.abc import Callable
-
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from realgen_jax.config_files import load_config, missing_keys
-
-NO_CONFIG = "error: no config; name one, such as --config flux_grpo"
-
-flags.disclaim_key_flags()  # --help lists --config under the program that calls define_config
-
-
-# -- Keys
+from ml_collections import ConfigDict
 
 
 def base() -> ConfigDict:
@@ -159,7 +145,9 @@ def _train() -> ConfigDict:
 def _reward() -> ConfigDict:
     """Rewards and their devices. docs/rewards.md lists them; their classes define the options."""
     c = ConfigDict()
-    c.fn = ConfigDict()  # {reward: weight}: the rewards to train on
+    # {reward: weight}: the rewards to train on. The sum is divided by the sum of |weight|; a reward
+    # with a negative weight is a penalty.
+    c.fn = ConfigDict()
     c.held_out = ()  # rewards that are scored in evaluations but never trained on
     c.metrics = ()  # metrics of a whole set of images in evaluations; lower is better
     c.options = ConfigDict()  # {reward: its constructor's options}
@@ -270,84 +258,3 @@ def adversary() -> ConfigDict:
     c.lock()
     c.options.unlock()
     return c
-
-
-# -- Command line
-
-
-def define_config(default: str | None = None, template: Callable[[], ConfigDict] = base) -> None:
-    """Define the flag --config. Programs that call this pass `parse_flags` to app.run.
-
-    default: the config to use if the command line names none. template: returns a config with all
-    keys that the program needs; a config that lacks any of them is rejected.
-    """
-    usage = "a config file, or a shipped config by name, with a preset: flux_grpo:flux_dev_8xh200"
-    config_flags.DEFINE_config_file("config", None, usage)
-    flags.FLAGS["config"].parser = _ConfigParser(default, template)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the flags and return the other arguments.
-
-    Exits with one line if the flags or the config are wrong.
-    """
-    if "--help" in argv:
-        _show_help()
-        sys.exit()
-
-    flag = flags.FLAGS["config"]
-    default = flag.parser.default
-    if default and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
-        argv = [argv[0], f"--config={default}", *argv[1:]]
-
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        # Flags of the config's keys exist once there is a config.
-        sys.exit(NO_CONFIG if error.flagname.startswith("config.") else f"error: {error}")
-    except (AttributeError, KeyError) as error:
-        while isinstance(error.args[0], Exception):  # ml_collections wraps its own message
-            error = error.args[0]
-        sys.exit(f"error: the config has no key {error.args[0]}")
-    except (flags.Error, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-    if flag.value is None:
-        sys.exit(NO_CONFIG)
-    return rest
-
-
-def _show_help() -> None:
-    """Print the program's description and flags.
-
-    absl's own --help finds the flags only if the program is run as a file, not as an installed
-    command.
-    """
-    name = flags.FLAGS.find_module_defining_flag("config")
-    module = sys.modules.get(name, sys.modules["__main__"])
-    print(module.__doc__)
-    print(flags.FLAGS.module_help(name))
-
-
-class _ConfigParser(flags.ArgumentParser):
-    """Reads the value of --config."""
-
-    def __init__(self, default: str | None, template: Callable[[], ConfigDict]):
-        self.default = default
-        self.template = template
-
-    def parse(self, argument: str) -> ConfigDict:
-        try:
-            config = load_config(argument)
-            missing = missing_keys(config, self.template())
-            if missing:
-                source = f"{self.template.__module__}.{self.template.__name__}()"
-                raise ValueError(
-                    f"{argument} lacks the keys {', '.join(missing)}; start from {source}"
-                )
-        except (ValueError, OSError) as error:
-            raise flags.Error(str(error)) from error
-        return config.lock()
-
-    def flag_type(self) -> str:
-        return "config"

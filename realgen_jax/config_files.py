@@ -16,7 +16,15 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from realgen_jax.files import expand_home
+
 SHIPPED = "realgen_configs"  # the package that setup.py builds from configs/
+
+DOTS = "does not accept dots in field names"  # what ml_collections says of {"module.Class": 1.0}
+OWN_REWARD = (
+    "A reward of your own has a name without dots, and its class in its options: "
+    "config.reward.options.NAME = {'class': 'package.module:Class'} (docs/rewards.md)"
+)
 
 
 def load_config(argument: str) -> ConfigDict:
@@ -58,7 +66,7 @@ def find_config(name: str) -> Path:
 
     A shipped config may also be named by its path in the repository, "configs/flux_grpo.py".
     """
-    file = Path(name).expanduser()
+    file = expand_home(name)
     if file.is_file():
         return file
 
@@ -96,7 +104,10 @@ def missing_keys(config: ConfigDict, template: ConfigDict, parent: str = "") -> 
 
 
 def _run_file(file: Path) -> ModuleType:
-    """Execute a Python file of any name as a module."""
+    """Execute a Python file of any name as a module. It can import modules from its folder."""
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     loader = SourceFileLoader("_realgen_config", str(file))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
@@ -110,7 +121,9 @@ def _one_line_errors(file: Path) -> Iterator[None]:
     """Turn errors from the file's own code into a one-line ValueError naming file and line."""
     try:
         yield
-    except ValueError:  # the file's own message, such as that of an unknown preset
+    except ValueError as error:  # the file's own message, such as that of an unknown preset
+        if DOTS in str(error):
+            raise ValueError(f"{file}: {error} {OWN_REWARD}") from error
         raise
     except SyntaxError as error:
         raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error

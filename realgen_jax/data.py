@@ -8,6 +8,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from realgen_jax.files import expand_home
 from realgen_jax.input_files import check_text, read_lines
 
 
@@ -26,7 +27,7 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
     The category is the "category" of a JSON line, or "" if it has none. Raises FileNotFoundError,
     or ValueError naming the first bad line.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; expected a prompt file (.txt, one a line, or .jsonl)"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,14 @@ from safetensors.numpy import save_file
 
 SAMPLED_BLOCKS = 64  # number of blocks that `sampled_digest` reads of a large file
 BLOCK_BYTES = 1 << 16
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return the path with the home folder for "~", or as it is if the user has none.
+
+    Path.expanduser raises RuntimeError for such a user.
+    """
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

@@ -75,13 +75,8 @@ def make_plan(
     """Return a plan for noise levels, float32 [T + 1], with the window at the lower bound.
 
     kind: a key of STOCHASTIC_STEPS. Raises ValueError if the window does not fit into the bounds or
-    the steps, or has no noise.
+    the steps, or if there is no such noise.
     """
-    if kind not in STOCHASTIC_STEPS:
-        raise ValueError(
-            f"config.sample.sde_type is {kind!r}; choose one of {', '.join(STOCHASTIC_STEPS)}"
-        )
-
     # The last step of cps has no noise, so nothing can be learnt from it.
     steps = len(sigmas) - 1
     last = steps - 1 if kind == "cps" else steps
@@ -92,10 +87,11 @@ def make_plan(
             f"config.sample.sde_window_size {window} does not fit sde_window_range {bounds}; "
             f"expected 0 <= lo, lo + window <= hi and hi <= {last} ({steps} steps{without_noise})"
         )
-    if noise_level <= 0:
+    # The noise of cps is sin(noise_level pi / 2), which falls again above 1.
+    if noise_level <= 0 or (kind == "cps" and noise_level > 1):
         raise ValueError(
             f"config.sample.noise_level is {noise_level}; a window needs noise to learn from, "
-            "expected a value above 0"
+            "expected a value above 0, and up to 1 with sde_type cps"
         )
     return Plan(
         ode=ode_steps(sigmas),

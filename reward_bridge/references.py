@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from reward_bridge.input_files import FORMATS, check_text, list_pictures, read_image, read_lines
+from reward_bridge.weights import expand_home
 
 SHOWN = 10  # unusable pictures that an error lists
 
@@ -38,7 +39,7 @@ class References:
     """
 
     def __init__(self, path: str, root: str, prompts: Iterable[str]):
-        source = Path(path).expanduser()
+        source = expand_home(path)
         if not source.exists():
             raise FileNotFoundError(
                 f"config.reward.references.path is {path!r}, which does not exist; expected .jsonl "
@@ -52,7 +53,7 @@ class References:
             return
 
         table = _read_json(source) if source.suffix == ".json" else _read_jsonl(source)
-        folder = Path(root).expanduser() if root else source.parent
+        folder = expand_home(root) if root else source.parent
         for prompt, names in table.items():
             self._by_prompt[prompt] = [folder / name for name in names]
         _check_prompts(source, self._by_prompt, prompts)

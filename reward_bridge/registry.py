@@ -21,7 +21,10 @@ def find_class(kind: str, name: str, table: Mapping[str, str], options: Mapping[
     if CLASS in options:
         return _import(options[CLASS], f"config.reward.options.{name}.{CLASS}")
     if name not in table:
-        raise ValueError(f"there is no {kind} {name!r}; choose from {', '.join(sorted(table))}")
+        raise ValueError(
+            f"there is no {kind} {name!r}; choose from {', '.join(sorted(table))}, or name a class "
+            f"of your own: config.reward.options.{name} = {{'{CLASS}': 'package.module:Class'}}"
+        )
     return _import(table[name], name)
 
 
@@ -53,7 +56,7 @@ def _import(target: Any, source: str) -> type:
     except ImportError as error:
         raise ValueError(
             f"{source} is {target!r}, and the module {module} cannot be imported ({error}); its "
-            "folder must be in PYTHONPATH"
+            "folder must be that of the config file, or in PYTHONPATH"
         ) from error
     except SyntaxError as error:
         raise ValueError(

@@ -3,9 +3,9 @@
 `reward` is config.reward throughout; realgen_jax/config.py explains its keys.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,13 +18,18 @@ from reward_bridge.learners import LEARNERS, make_learner
 from reward_bridge.metrics import METRICS, Metric, make_metric
 from reward_bridge.references import References
 from reward_bridge.registry import CLASS, find_class
+from reward_bridge.reward import RewardError
 from reward_bridge.rewards import REWARDS, make_reward
+from reward_bridge.weights import expand_home
 
 # With this suffix, a name in `reward.held_out` is the frozen copy of a reward that learns.
 AT_START = "_at_start"
 
 # Options of rewards that name files or folders.
 FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
+
+# Columns of a run's records that are not the scores of a single reward.
+COLUMNS = ("reward", "prompt_std")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
         problems.append(
             f"{', '.join(twice)}: both in config.reward.fn (trained on) and in "
             "config.reward.held_out; choose one"
+        )
+    odd = [name for name in names if name in COLUMNS or not re.fullmatch(r"[\w-]+", name)]
+    if odd:
+        problems.append(
+            f"{', '.join(map(repr, odd))} cannot be the name of a reward; expected letters, "
+            f"digits, '-' and '_', and none of {', '.join(COLUMNS)}"
         )
     problems += _learning_problems(reward)
     loaded = [name for name in names if original(name, reward) is None]
@@ -99,7 +110,8 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
     if unknown_rewards:
         problems.append(
             f"there is no reward {', '.join(unknown_rewards)}; choose from "
-            f"{', '.join(sorted(REWARDS))}"
+            f"{', '.join(sorted(REWARDS))}, or name a class of your own: "
+            f"config.reward.options.NAME = {{'{CLASS}': 'package.module:Class'}}"
         )
     if unknown_learners:
         problems.append(
@@ -107,6 +119,31 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
             f"from {', '.join(sorted(LEARNERS))}"
         )
     return problems
+
+
+def unreachable_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
+    """Why rewards outside this process cannot be asked, one line per reward.
+
+    Asks their servers and endpoints. Call this before anything is loaded, and after
+    `missing_rewards` has found nothing.
+    """
+    options = reward.options.to_dict()
+    problems = []
+    for name in dict.fromkeys(names):
+        reward_options = options.get(name, {})
+        if name not in reward.adversarial and _is_remote(name, reward_options):
+            try:
+                make_reward(name, "cpu", reward_options).check_connection()
+            except (ValueError, RewardError) as error:
+                problems.append(str(error))
+    return problems
+
+
+def _is_remote(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a reward is computed elsewhere: by servers, or by an endpoint that its class asks."""
+    if "servers" in options:
+        return True
+    return hasattr(find_class("reward", name, REWARDS, options), "check_connection")
 
 
 def _learning_problems(reward: ConfigDict) -> list[str]:
@@ -123,9 +160,16 @@ def _learning_problems(reward: ConfigDict) -> list[str]:
                 "config.reward.adversarial, or its servers from config.reward.options"
             )
         try:
-            Settings.read(name, settings.to_dict())
+            rests = Settings.read(name, settings.to_dict()).always_rests()
         except ValueError as error:
             problems.append(str(error))
+            continue
+        if rests:
+            problems.append(
+                f"config.reward.adversarial.{name}: it learns in every epoch (learn_epochs "
+                f"{settings.learn_epochs}, cycle {settings.cycle}), and with skip_generator the "
+                "generator would never be trained; expected learn_epochs below cycle"
+            )
 
     for name in reward.held_out:
         base = original(name, reward)
@@ -151,7 +195,7 @@ def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
     problems = []
     for option in FILE_OPTIONS:
         file = options.get(option)
-        if file and not Path(file).expanduser().exists():
+        if file and not expand_home(file).exists():
             problems.append(
                 f"config.reward.options.{name}.{option} is {file!r}, which does not exist; "
                 "docs/rewards.md says where the weights come from"

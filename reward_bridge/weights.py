@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return the path with the home folder for "~", or as it is if the user has none.
+
+    Path.expanduser raises RuntimeError for such a user.
+    """
+    return Path(os.path.expanduser(path))
+
+
 def find(path: str, option: str, *names: str) -> Path:
     """`path` itself if it is a file, else the first of `names` (globs) that is inside that folder.
 
@@ -73,7 +82,7 @@ def find(path: str, option: str, *names: str) -> Path:
     FileNotFoundError naming the config's option, config.reward.options.<option>, and ValueError if
     several files have a name.
     """
-    place = Path(path).expanduser()
+    place = expand_home(path)
     if place.is_file():
         return place
     for name in names:

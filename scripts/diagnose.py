@@ -19,12 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
-
 from realgen_jax.diagnosis.diagnose import diagnose
 from realgen_jax.diagnosis.finding import PROBLEM
 from realgen_jax.diagnosis.metrics import NotRecorded
 from realgen_jax.diagnosis.render import show
+from realgen_jax.training.progress import plain_console
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(asdict(answer), indent=2))
     else:
-        show(answer, Console(highlight=False))
+        show(answer, plain_console())
     sys.exit(1 if answer.of(PROBLEM) else 0)
 
 

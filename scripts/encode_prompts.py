@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, 
 from transformers.utils.logging import disable_progress_bar
 
 from realgen_jax.data import read_prompts
+from realgen_jax.files import expand_home
 from realgen_jax.models import get_family
 from realgen_jax.models.family import Encoder
 from realgen_jax.models.loading import pipeline_class
@@ -167,6 +168,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.folder is None and not args.prompts:
         parser.error("name the prompt files with --prompts")
+    if args.folder is None and str(expand_home(args.cache)).startswith("~"):
+        parser.error(
+            f"--cache is {args.cache}, but this user has no home folder; set HOME or --cache"
+        )
     if args.max_tokens < 1:
         parser.error(f"--max_tokens is {args.max_tokens}; expected 1 or more")
     return args

@@ -25,8 +25,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, read_prompts
+from realgen_jax.files import expand_home
 from realgen_jax.hosts import (
     hide_gpus,
     process_count,
@@ -44,12 +45,19 @@ from realgen_jax.realbench.summarize import summarize
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.preemption import connect_by_flags
 from realgen_jax.training.programs import keep_compiled
+from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.devices import gpus_for_jax
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
+from reward_bridge.setup import (
+    missing_rewards,
+    open_rewards,
+    reward_devices,
+    unreachable_rewards,
+)
+from reward_bridge.terminal import show_messages
 
 # The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
@@ -70,7 +78,11 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("base", True, "include the config's own model; --nobase leaves it out")
 flags.DEFINE_integer(
-    "seed", 0, "seed of the pictures' noise, the intervals and the order of the arena's questions"
+    "seed",
+    0,
+    "seed of the pictures' noise, the intervals and the order of the arena's questions",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
 )
 flags.DEFINE_bool("remake", False, "replace pictures that were made with other settings")
 flags.DEFINE_string(
@@ -84,9 +96,10 @@ flags.DEFINE_string(
 def run(_: Sequence[str]) -> None:
     """Evaluate. Errors that the user can fix end the program with one line."""
     logging.set_verbosity(logging.WARNING)
+    show_messages()
     try:
         connect_by_flags()
-        evaluate(FLAGS.config, Console(highlight=False))
+        evaluate(FLAGS.config, plain_console())
     except (ValueError, OSError, RewardError, ScoringError) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -107,7 +120,10 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     if FLAGS.judge != "none":
         judge = make_judge(FLAGS.judge, config.evaluate.arena)
         check_arena(entries, config.evaluate.arena, judge)
+        if hasattr(judge, "check_connection"):
+            judge.check_connection()
     missing = missing_rewards(config.reward, config.evaluate.scores)
+    missing = missing or unreachable_rewards(config.reward, config.evaluate.scores)
     if missing:
         raise ValueError("\n".join(missing))
     # Without GPUs to share with the rewards, JAX can start now: absent devices are an error.
@@ -186,7 +202,7 @@ def evaluation_folder(config: ConfigDict, values: Sequence[str]) -> Path:
     for value in values:
         name, equals, path = value.partition("=")
         has_name = equals and "/" not in name
-        for folder in Path(path if has_name else value).expanduser().parents:
+        for folder in expand_home(path if has_name else value).parents:
             if (folder / "metrics.jsonl").exists() and (folder / "config.json").exists():
                 return folder
     if process_count() > 1:

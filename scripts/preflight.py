@@ -23,7 +23,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.files import writing
 from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes

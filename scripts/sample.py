@@ -15,15 +15,15 @@ process.begin(__name__)  # before the imports that take seconds
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
-from rich.console import Console
 
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import read_prompts
 from realgen_jax.files import write_image
 from realgen_jax.hosts import start_devices
@@ -33,7 +33,7 @@ from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import Lora
 from realgen_jax.nn.lora import read_lora_config
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
-from realgen_jax.training.progress import progress_bars
+from realgen_jax.training.progress import plain_console, progress_bars
 
 # The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
@@ -47,7 +47,7 @@ flags.DEFINE_string(
     "lora", None, "a peft folder, or a LoRA file or folder of diffusers (config.pretrained.lora)"
 )
 flags.DEFINE_string("out", "pictures", "folder for the PNG files")
-flags.DEFINE_integer("seed", 0, "root of the pictures' noise")
+flags.DEFINE_integer("seed", 0, "root of the pictures' noise", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_integer("per_prompt", 1, "pictures of each prompt", lower_bound=1)
 flags.DEFINE_integer(
     "batch", 8, "pictures of one call, rounded up to the number of devices", lower_bound=1
@@ -78,7 +78,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    with progress_bars(Console(highlight=False)) as bars:
+    with progress_bars(plain_console()) as bars:
         advance = bars("sampling", len(texts), "pictures")
         for start in range(0, len(texts), batch):
             numbers = np.arange(start, start + batch, dtype=np.int32)
@@ -110,7 +110,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    app.run(run, flags_parser=parse_flags)
+    app.run(run, flags_parser=partial(parse_flags, words=True))
 
 
 if __name__ == "__main__":

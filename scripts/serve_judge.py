@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from realgen_jax.command_line import refuse_words
 from reward_bridge.judges.reward import EMBEDDED, MARGIN
 from reward_bridge.judges.stand_in import serving
 
@@ -26,12 +27,13 @@ flags.DEFINE_string(
     "reward", EMBEDDED, "the reward that scores the pictures, a name of reward_bridge/rewards"
 )
 flags.DEFINE_string("device", "cpu", "torch device of the reward")
-flags.DEFINE_integer("port", 8018, "port to listen on; 0 takes a free one")
-flags.DEFINE_float("margin", MARGIN, "scores that differ by less are a tie")
+flags.DEFINE_integer("port", 8018, "port to listen on; 0 takes a free one", 0, 65535)
+flags.DEFINE_float("margin", MARGIN, "scores that differ by less are a tie", lower_bound=0.0)
 
 
-def run(_: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Serve until Ctrl-C."""
+    refuse_words(argv)
     try:
         with serving(FLAGS.reward, FLAGS.port, FLAGS.device, FLAGS.margin) as address:
             print(

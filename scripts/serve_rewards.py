@@ -25,15 +25,17 @@ import torch
 from absl import app, flags
 
 from realgen_configs import serve_rewards
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
+from realgen_jax.config_ranges import SERVER_RANGES
 from reward_bridge.batching import Limits
 from reward_bridge.bridge import RewardBridge
 from reward_bridge.devices import resolve
 from reward_bridge.rewards import make_reward
 from reward_bridge.server import TOKEN_ENV, bind, serve
+from reward_bridge.terminal import show_messages
 
 FLAGS = flags.FLAGS
-define_config("serve_rewards", template=serve_rewards.base)
+define_config("serve_rewards", template=serve_rewards.base, ranges=SERVER_RANGES)
 
 
 def place(rewards: Sequence[str], device: str, devices: Mapping[str, str]) -> dict[str, str]:
@@ -94,6 +96,7 @@ def address_of(listener: socket.socket) -> str:
 
 
 def run(_: Sequence[str]) -> None:
+    show_messages()
     config = FLAGS.config
     token = os.environ.get(TOKEN_ENV, "").strip()
     try:
@@ -111,7 +114,9 @@ def run(_: Sequence[str]) -> None:
         for name, device in devices.items():
             rewards[name] = make_reward(name, device, options.get(name, {}))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        # The rewards name the keys of a trainer's config.
+        message = str(error).replace("config.reward.", "config.")
+        sys.exit(f"error: {message}")
 
     bridge = RewardBridge(
         rewards,

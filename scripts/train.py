@@ -23,17 +23,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from realgen_jax.advantages import group_advantages
 from realgen_jax.checkpoint import RestoreError, SaveError
-from realgen_jax.config import define_config, parse_flags
+from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, prompt_batches, read_prompts
 from realgen_jax.files import write_whole
 from realgen_jax.hosts import (
@@ -66,16 +66,25 @@ from realgen_jax.training.learning import begin_learning, draw_seeds
 from realgen_jax.training.log import NoLog, RunLog, step_columns
 from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import keep_compiled, make_programs
+from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
-from realgen_jax.training.run_folder import has_run, resume_from, run_folder, run_lock
+from realgen_jax.training.run_folder import can_resume, resume_from, run_folder, run_lock
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
+from realgen_jax.training.wandb_run import open_wandb
 from realgen_jax.update import TrainState
 from reward_bridge.adversary import join
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.devices import gpus_for_jax
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import Rewards, open_rewards, reward_devices, reward_problems
+from reward_bridge.setup import (
+    Rewards,
+    open_rewards,
+    reward_devices,
+    reward_problems,
+    unreachable_rewards,
+)
+from reward_bridge.terminal import show_messages
 
 
 def train(
@@ -119,6 +128,7 @@ def train(
             break
 
         # -- Sample. Each call's pictures go to the rewards while the next call samples.
+        refused_before = run.scorer.refused
         with phase("sample", seconds):
             seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
             calls = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
@@ -156,6 +166,8 @@ def train(
         for name in weights:
             scoring = run.scorer.seconds[name] - scoring_before[name]
             details[f"seconds/scoring/{name}"] = scoring
+        for name, refused in run.scorer.refused.items():
+            details[f"refused/{name}"] = refused - refused_before[name]
         if epoch == first:
             warn_of_deviation(log, steps, config.train.clip_range)
         columns = step_columns(steps, run.recipe.objective.largest_metrics)
@@ -170,7 +182,7 @@ def train(
     return True
 
 
-def open_log(run: Run, state: TrainState, first: int) -> RunLog | NoLog:
+def open_log(run: Run, state: TrainState, first: int, wandb_run: Any | None) -> RunLog | NoLog:
     """The run's log, in the first process only; also writes the table of trained arrays."""
     if process_index():
         return NoLog()
@@ -178,7 +190,7 @@ def open_log(run: Run, state: TrainState, first: int) -> RunLog | NoLog:
     overview = parameter_overview.get_parameter_overview(arrays, include_stats=False)
     write_whole(run.folder / "trainable.txt", overview + "\n")
     config = run.config
-    return RunLog(run.folder, config.to_dict(), first, config.num_epochs, config.wandb_project)
+    return RunLog(run.folder, config.to_dict(), first, config.num_epochs, wandb_run)
 
 
 # -- Set-up and command line.
@@ -200,6 +212,7 @@ def run_training(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     # Orbax logs failures with tracebacks; we report them as our own errors.
     logging.get_absl_logger().setLevel("CRITICAL")
+    show_messages()
     config = FLAGS.config
     with contextlib.ExitStack() as stack:
         try:
@@ -207,10 +220,12 @@ def run_training(_: Sequence[str]) -> None:
             preemption = Preemption(config.preemption_grace)
             folder, epoch = open_run(config, stack)
             keep_compiled(config.compilation_cache)
+            check_all(config)
+            wandb_run = open_wandb(config.wandb_project, folder.name, config.to_dict())
             run, state, rewards = load_run(config, folder)
             stack.callback(rewards.bridge.close)
             resumed = agree_on_checkpoint(epoch)
-            log = open_log(run, state, resumed or 0)
+            log = open_log(run, state, resumed or 0, wandb_run)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 
@@ -260,8 +275,7 @@ def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int
     if process_index():
         return Path(config.run_root) / config.run_name, None
 
-    exists = bool(config.run_name) and has_run(Path(config.run_root) / config.run_name)
-    resume = FLAGS.resume or (FLAGS.auto_resume and exists)
+    resume = FLAGS.resume or (FLAGS.auto_resume and can_resume(config.run_root, config.run_name))
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
     print(
         f"preset {config.preset} -> {folder}   "
@@ -280,16 +294,25 @@ def agree_on_checkpoint(epoch: int | None) -> int | None:
     return number - 1 if number else None
 
 
-def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards]:
-    """Check everything, then load embeddings, rewards and the model, in this order.
+def check_all(config: ConfigDict) -> None:
+    """Check the whole config, and ask the servers in it, before anything is loaded.
 
-    Text encoders and rewards come before JAX, which preallocates the memory of its devices.
+    Raises ValueError with one line per problem.
     """
-    # Check the whole config before anything is loaded.
     report_scores = list(config.evaluate.scores) if reports(config) else []
     check(config, reward_problems(config.reward, report_scores))
     check_shapes(config, device_count(config.reward))
+    names = [*config.reward.fn, *config.reward.held_out, *report_scores]
+    unreachable = unreachable_rewards(config.reward, names)
+    if unreachable:
+        raise ValueError("\n".join(unreachable))
 
+
+def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards]:
+    """Load embeddings, rewards and the model, in this order.
+
+    Text encoders and rewards come before JAX, which preallocates the memory of its devices.
+    """
     prompts = read_prompts(config.prompts.train)
     test_prompts = read_prompts(config.prompts.test)
     sets = {}
@@ -346,7 +369,7 @@ def device_count(reward: ConfigDict) -> int:
 
 def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
     """Make RealBench's report, which compares the trained model with the initial one."""
-    console = Console(highlight=False)
+    console = plain_console()
     kind = make_trainable(config.train).entry
     is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
     name = folder.name if is_free else "trained"

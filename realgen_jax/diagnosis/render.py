@@ -3,7 +3,6 @@
 import textwrap
 
 from rich.console import Console
-from rich.markup import escape
 
 from realgen_jax.diagnosis.diagnose import Answer
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure
@@ -50,7 +49,7 @@ def print_paragraph(console: Console, text: str, *, style: str = "", indent: str
         subsequent_indent=indent,
         break_on_hyphens=False,
     )
-    console.print(escape(wrapped), style=style or None, soft_wrap=True)
+    console.print(wrapped, style=style or None, soft_wrap=True)
 
 
 def long_text(figure: Figure) -> str:

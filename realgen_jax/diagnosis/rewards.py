@@ -120,7 +120,7 @@ def drowned_reward(metrics: Metrics, config: dict) -> Finding | None:
     says = f"{name} makes up {share:.2%} of the advantages; the other rewards decide alone."
     if share > 0.5 * by_weight:
         says += " Each reward is divided by its own spread, so the weights are the cause."
-        largest = max(weights.values())
+        largest = np.copysign(max(map(abs, weights.values())), weights[name])
         remedy = f"Set --config.reward.fn.{name}={largest:g}, the largest weight, or drop it."
     else:
         says += (
@@ -129,6 +129,8 @@ def drowned_reward(metrics: Metrics, config: dict) -> Finding | None:
             "added before the division."
         )
         remedy = "Scale its scores up in the reward's code, use a finer reward, or drop it."
+        if without_spread == 1:
+            remedy = "It is the same for all pictures of a group: check its options, or drop it."
     severity = PROBLEM if share < DROWNED else NOTE
     return Finding("one reward drowning the others", severity, figures, says, remedy)
 

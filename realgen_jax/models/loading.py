@@ -20,8 +20,6 @@ from realgen_jax.nn.vae import Autoencoder, VaeConfig
 from realgen_jax.nn.vae_files import load_vae, vae_config
 from realgen_jax.sharding import param_sharding, replicated
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def find_family(pretrained: Any) -> Family:
     """Return the family of `config.pretrained.model`, by "_class_name" in its model_index.json.
@@ -186,12 +184,6 @@ def _schedule(family: Family, folder: Path) -> Any:
 
 def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:
     """The transformer's dtype and param_dtype, and the autoencoder's dtype."""
-    for name in ("dtype", "param_dtype", "vae_dtype"):
-        if pretrained[name] not in DTYPES:
-            raise ValueError(
-                f"config.pretrained.{name} is {pretrained[name]!r}; "
-                f"choose one of {', '.join(DTYPES)}"
-            )
     dtypes = {name: jnp.dtype(pretrained[name]) for name in ("dtype", "param_dtype")}
     return dtypes, jnp.dtype(pretrained.vae_dtype)
 

@@ -131,7 +131,7 @@ def too_small(
     """Return lines for an accelerator that is too small: memory needed, and changes that fit."""
     room = usable_bytes(name)
     needed = f"needs {report.peak / GIB:.1f} GiB, but {room / GIB:.1f} GiB are usable"
-    lines = [f"\n[bold]{name}[/bold]: {needed}"]
+    lines = [f"\n{name}: {needed}"]
 
     fitting, tried = find_changes(room)
     for change, changed_report in fitting[:3]:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from realgen_jax.models import cost
 from realgen_jax.preflight.advice import Tried, advice
@@ -18,6 +18,7 @@ from realgen_jax.preflight.figures import (
     figures,
 )
 from realgen_jax.preflight.report import Report
+from realgen_jax.training.progress import plain_console
 
 PETA = 1e15
 
@@ -39,7 +40,7 @@ def show(
         changes: Returns the changes that make the run fit into a number of bytes per device, and
             all changes that were tried.
     """
-    console = Console(highlight=False, width=None)
+    console = plain_console()
 
     # The computation and the devices.
     if not described:
@@ -66,14 +67,14 @@ def show(
     return figures(report, arguments, mfu, accelerators)
 
 
-def default_sizes(report: Report) -> str:
+def default_sizes(report: Report) -> Text:
     """Say that the sizes of the family's published model are used instead of the model's own."""
     model = report.recipe.config.pretrained.model
     published = report.model.family.published
-    return f"[yellow]{model}[/yellow]: no such folder; using the sizes of {published}"
+    return Text.assemble((model, "yellow"), f": no such folder; using the sizes of {published}")
 
 
-def summary(report: Report) -> str:
+def summary(report: Report) -> Text:
     """Describe an iteration in a few lines."""
     recipe = report.recipe
     layout = recipe.layout
@@ -87,14 +88,15 @@ def summary(report: Report) -> str:
     per_device = layout.images // report.parts
     train = recipe.config.train
     steps = layout.calls // train.gradient_accumulation_steps * train.num_inner_epochs
-    return (
-        f"[bold]{recipe.config.preset}[/bold]  {trained}, on {report.devices} training devices "
+    return Text.assemble(
+        (recipe.config.preset, "bold"),
+        f"  {trained}, on {report.devices} training devices "
         f"({mesh})\n"
         f"One iteration: {layout.calls * layout.images} images of {side} x {side} pixels "
         f"({layout.groups} prompts, {layout.group} images each) in {layout.calls} calls of "
         f"{layout.images} images ({per_device} per device), then {steps} optimizer steps. "
         f"The window of {work.window} steps starts after {work.prefix:g} of {work.steps} steps on "
-        "average.\n"
+        "average.\n",
     )
 
 
@@ -211,7 +213,7 @@ def time_table(report: Report, accelerators: list[Accelerator], mfu: float) -> T
             clock(estimate.seconds - estimate.sample_seconds),
             clock(estimate.seconds),
             f"{report.peak / GIB:.1f} of {gib:.0f}",
-            "[green]yes[/green]" if estimate.fits else "[red]no[/red]",
+            Text("yes", "green") if estimate.fits else Text("no", "red"),
             fraction,
         )
     return table

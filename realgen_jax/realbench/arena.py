@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rich.console import Console
-
 from realgen_jax.files import append, drop_incomplete_line, read_jsonl
 from realgen_jax.realbench.interfaces import Judge, Keep
 from realgen_jax.realbench.questions import (
@@ -23,31 +21,18 @@ from realgen_jax.realbench.questions import (
     make_questions,
 )
 from realgen_jax.realbench.results import Entry, Judgement, Results
-from realgen_jax.training.progress import progress_bars
+from realgen_jax.training.progress import plain_console, progress_bars
 
 Answers = dict[tuple[str, str], Mapping[str, Any]]  # digests of both pictures -> stored record
 
 
 def protocol_for(judge: Judge, settings: Any) -> Protocol:
-    """Return the protocol to use for a judge. settings: config.evaluate.arena.
-
-    Raises ValueError for settings out of range.
-    """
-    if judge.is_person:
-        return HUMAN
-    if settings.protocol not in ("realgen", "balanced"):
-        raise ValueError(
-            f"config.evaluate.arena.protocol is {settings.protocol!r}; expected balanced or realgen"
-        )
-    for key in ("concurrency", "attempts", "max_failures"):
-        value = getattr(settings, key)
-        if value < 1:
-            raise ValueError(f"config.evaluate.arena.{key} is {value}; expected 1 or more")
-    return PROTOCOLS[settings.protocol]
+    """Return the protocol to use for a judge. settings: config.evaluate.arena."""
+    return HUMAN if judge.is_person else PROTOCOLS[settings.protocol]
 
 
 def check_arena(entries: Sequence[Entry], settings: Any, judge: Judge) -> None:
-    """Raise ValueError for settings or entries with which the arena would fail later."""
+    """Raise ValueError for entries with which the arena would fail later."""
     protocol = protocol_for(judge, settings)
     entry_pairs(entries, protocol.pairs or settings.pairs)
 
@@ -112,7 +97,7 @@ def _counting(judge: Judge, questions: Sequence[Question], keep: Keep) -> Iterat
         yield keep
         return
 
-    with progress_bars(Console()) as bars:
+    with progress_bars(plain_console()) as bars:
         advance = bars(f"{judge.name} judges", len(questions), "questions")
 
         def keep_and_count(question: Question, verdict: str, reply: str) -> None:

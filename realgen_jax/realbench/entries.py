@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from realgen_jax.files import expand_home
 from realgen_jax.input_files import FORMATS, list_pictures
 from realgen_jax.realbench.picture_files import Slot
 from realgen_jax.realbench.prompts import SAFE
@@ -52,7 +53,7 @@ def read_entries(
                 f"{entry.name!r} cannot name an entry: expected letters, digits, '.', '_', '+', "
                 f"'-' and none of {', '.join(RESERVED)}; --lora NAME=PATH gives it another name"
             )
-        if not Path(entry.source).expanduser().exists():
+        if not expand_home(entry.source).exists():
             raise FileNotFoundError(
                 f"{entry.source} does not exist; it was given as {entry.kind} {entry.name!r}"
             )
@@ -75,7 +76,7 @@ def _entry(kind: str, value: str) -> Entry:
 
 def default_name(path: str) -> str:
     """Return an entry's name by its path: runs/NAME/lora -> NAME, runs/NAME/best -> NAME-best."""
-    folder = Path(path).expanduser().absolute()
+    folder = expand_home(path).absolute()
     if folder.suffix == ".safetensors":
         folder = folder.parent if folder.stem in WEIGHT_FILES else folder.with_suffix("")
     if folder.name == "transformer":
@@ -106,7 +107,7 @@ def weights_of(entry: Entry, pretrained: ConfigDict) -> Weights:
     if entry.name == BASE:
         return Weights(pretrained.model, pretrained.transformer, pretrained.lora)
 
-    path = Path(entry.source).expanduser()
+    path = expand_home(entry.source)
     if (path / "model_index.json").exists():
         return Weights(entry.source, "", "")
     for transformer in (path, path / "transformer"):
@@ -127,7 +128,7 @@ def find_pictures(
     A line without a picture is a Problem, and so is a picture without a line. Raises ValueError if
     there are no pictures at all, or if two files are the same line and copy.
     """
-    folder = Path(entry.source).expanduser()
+    folder = expand_home(entry.source)
     if not folder.is_dir():
         raise ValueError(
             f"{entry.source} is not a folder; {entry.name!r} needs one with 00000.png, 00001.png, "

@@ -55,8 +55,7 @@ def evaluate_entries(
     Raises ValueError or OSError for invalid input before anything is computed. Raises ScoringError
     if a reward fails; another call then continues from there.
     """
-    # -- Check the input, and plan what to do.
-    check_settings(config.evaluate)
+    # -- Plan what to do.
     tasks, problems = plan_tasks(config, entries, sets, folder)
     tasks = _prepare_folders(tasks, config, seed, remake)
 
@@ -90,18 +89,6 @@ def evaluate_entries(
             pictures += task_scorer.scored
             problems += task_scorer.problems
     return Results(sets, entries, list(config.evaluate.scores), pictures, problems)
-
-
-def check_settings(settings: ConfigDict) -> None:
-    """Raise ValueError for settings out of range. settings: config.evaluate."""
-    for key in ("images_per_prompt", "batch_size"):
-        if settings[key] < 1:
-            raise ValueError(f"config.evaluate.{key} is {settings[key]}; expected 1 or more")
-    if not 0 < settings.confidence < 1:
-        raise ValueError(
-            f"config.evaluate.confidence is {settings.confidence}; expected a number between 0 and "
-            "1, such as 0.95"
-        )
 
 
 def _prepare_folders(

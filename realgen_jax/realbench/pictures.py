@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.files import sampled_digest, write_whole
+from realgen_jax.files import expand_home, sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
 from realgen_jax.models.family import Family
 from realgen_jax.models.loading import find_family, load_model
@@ -48,11 +48,11 @@ def manifest(
     `PATHS` only inform people and are not compared. Raises FileNotFoundError if there is no model.
     """
     # -- The model's files.
-    model = Path(weights.model).expanduser()
+    model = expand_home(weights.model)
     family = find_family(_pretrained(weights, config))
     transformer = model / "transformer"
     if weights.transformer:
-        transformer = Path(weights.transformer).expanduser()
+        transformer = expand_home(weights.transformer)
     digest = hashlib.sha256()
     for path in (transformer, *(model / name for name in _subfolders(family))):
         for file in _files(path):
@@ -80,7 +80,7 @@ def manifest(
 def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
     """config.pretrained with these weights."""
     pretrained = ConfigDict(config.pretrained.to_dict())
-    pretrained.model = str(Path(weights.model).expanduser())
+    pretrained.model = str(expand_home(weights.model))
     pretrained.transformer = weights.transformer
     return pretrained
 
@@ -103,7 +103,7 @@ def lora_digest(path: str) -> str:
     """Return the SHA-256 of a LoRA's file, or of its folder's files; "" for none."""
     if not path:
         return ""
-    lora = Path(path).expanduser()
+    lora = expand_home(path)
     files = [lora]
     if lora.is_dir():
         files = [file for file in _files(lora) if file.suffix in (".safetensors", ".json")]
@@ -185,7 +185,7 @@ class Sampler:
 
     def _load_lora(self, path: str) -> tuple[Model, Any]:
         """The model configured for a LoRA of this rank and alpha, and the LoRA's adapters."""
-        file = Path(path).expanduser()
+        file = expand_home(path)
         model = self.model.with_trainable(Lora(read_lora_config(file)))
         return model, model.trainable.load(model, file)
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from realgen_jax.realbench.aggregate import ALL, MEAN, Row, leaderboard
 from realgen_jax.realbench.arena import judge_all, protocol_for
@@ -127,12 +127,11 @@ def print_problems(problems: Sequence[Problem], console: Console) -> None:
     for problem in problems:
         groups.setdefault((problem.entry, problem.set, problem.kind), []).append(problem)
     for (entry, set_name, kind), group in groups.items():
-        first = escape(f"{group[0].file} ({group[0].detail})")
-        console.print(
-            f"[bold red]warning[/bold red] {entry}, {set_name}: {len(group)} {kind}, the first is "
-            f"{first}",
-            soft_wrap=True,
+        text = (
+            f" {entry}, {set_name}: {len(group)} {kind}, the first is {group[0].file} "
+            f"({group[0].detail})"
         )
+        console.print(Text.assemble(("warning", "bold red"), text), soft_wrap=True)
 
 
 def print_matches(table: Standings, console: Console) -> None:
@@ -143,6 +142,6 @@ def print_matches(table: Standings, console: Console) -> None:
         console.print(
             f"{match.a} against {match.b}: wins {100 * match.win_rate:.1f} %{interval} of "
             f"{match.pairs} pairs ({match.wins} won, {match.losses} lost, {match.ties} ties); "
-            f"judge: {escape(table.judge)} ({table.protocol})",
+            f"judge: {table.judge} ({table.protocol})",
             soft_wrap=True,
         )

@@ -211,7 +211,7 @@ def evaluate_if_due(
         return False
     reasons = evaluate_and_report(run, programs, log, epoch, trainable, history)
     if reasons:
-        log.say(f"[bold red]stopped[/bold red] after {epoch} epochs: {'; '.join(reasons)}")
+        log.warn(f"after {epoch} epochs: {'; '.join(reasons)}", title="stopped")
     return last or bool(reasons)
 
 

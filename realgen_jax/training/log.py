@@ -7,15 +7,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import Progress
+from rich.text import Text
 
 from realgen_jax.advantages import zero_spread
 from realgen_jax.files import append, read_jsonl, write_image, write_whole
+from realgen_jax.training.constant_rewards import CONSTANT_EPOCHS, ConstantRewards
 from realgen_jax.training.pictures import break_rows, picture_grid
-from realgen_jax.training.progress import progress_columns
+from realgen_jax.training.progress import plain_console, progress_columns
 from realgen_jax.training.tensorboard import Board
+from realgen_jax.training.wandb_run import WandbLog
 
 
 class RunLog:
@@ -26,14 +29,19 @@ class RunLog:
       config: the run's config; written to config.json.
       start: the number of epochs that a resumed run has already finished.
       epochs: the total number of epochs.
-      wandb_project: also log to this Weights & Biases project; "" for none.
+      wandb_run: also log to this run of Weights & Biases; None for none.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        start: int,
+        epochs: int,
+        wandb_run: Any | None = None,
     ):
         self.folder = folder
-        self.console = Console(highlight=False)
+        self.console = plain_console()
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -41,23 +49,14 @@ class RunLog:
         self._metrics_file = folder / "metrics.jsonl"
         _keep_rows_before(self._metrics_file, start)
         self._board = Board(folder / "tensorboard", start + 1 if start else None)
-        self._wandb = None
-        if wandb_project:
-            import wandb  # optional dependency
-
-            self._wandb = wandb.init(
-                project=wandb_project,
-                name=folder.name,
-                id=folder.name,
-                config=dict(config),
-                resume="allow",
-            )
+        self._wandb = WandbLog(wandb_run, self.warn)
 
         # The progress bar, with the figures of the last epoch below it. Next to the bar, they would
         # not fit on a narrow terminal.
         self._progress = Progress(*progress_columns(), console=self.console)
         self._task = self._progress.add_task("epoch", total=epochs, completed=start)
         self._epochs = epochs
+        self._constant = ConstantRewards(read_jsonl(self._metrics_file))
         self._figures = ""
         self._held_out: dict[str, float] = {}  # scores of the last evaluation
         self._live = Live(
@@ -72,16 +71,15 @@ class RunLog:
     def __exit__(self, *error: Any) -> None:
         self._live.stop()
         self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._wandb.close()
 
-    def say(self, text: str) -> None:
-        """Print a line, with rich's markup."""
+    def say(self, text: str | Text) -> None:
+        """Print a line."""
         self.console.print(text, soft_wrap=True)
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        self.say(f"[bold red]warning[/bold red] {text}")
+    def warn(self, text: str, title: str = "warning") -> None:
+        """Print a line that starts with a title in red."""
+        self.say(Text.assemble((title, "bold red"), f" {text}"))
 
     def metrics(self, kind: str, epoch: int, values: Mapping[str, float]) -> None:
         """Record one row. kind: "train" or "eval"; epoch: the number of finished epochs."""
@@ -92,8 +90,7 @@ class RunLog:
 
         figures = {f"{kind}/{key}": value for key, value in values.items()}
         self._board.scalars(figures, epoch)
-        if self._wandb is not None:
-            self._wandb.log(figures, step=epoch)
+        self._wandb.figures(figures, epoch)
 
     def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
         """Move the progress bar; without a terminal, print a line instead."""
@@ -127,6 +124,8 @@ class RunLog:
         row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
+        for name in self._constant.add(row):
+            self._warn_of_constant(name, scores[name])
 
         figures = {"reward": f"{row['reward']:.3f}"}
         if len(scores) > 1:
@@ -142,6 +141,14 @@ class RunLog:
             held_out = [f"{short_name(name)} {score:.3f}" for name, score in self._held_out.items()]
             figures["| last evaluation:"] = ", ".join(held_out)
         self.progress(epoch, figures)
+
+    def _warn_of_constant(self, name: str, scores: np.ndarray) -> None:
+        """Warn of a reward whose scores do not differ within a group."""
+        self.warn(
+            f"the reward {name} cannot tell the pictures of a prompt apart: for {CONSTANT_EPOCHS} "
+            f"epochs each of them got the same score (now {scores.min():.4g} to "
+            f"{scores.max():.4g}), so nothing is learned from it; check its options and its weights"
+        )
 
     def evaluation(
         self,
@@ -173,7 +180,7 @@ class RunLog:
             return text
 
         checks = [name for name in now if name not in trained]
-        self.say(f"[bold]evaluation, epoch {epoch}[/bold]")
+        self.say(Text(f"evaluation, epoch {epoch}", "bold"))
         self.say(f"  {'trained on':<12}{'   '.join(map(describe, trained))}")
         self.say(f"  {'checks':<12}{'   '.join(map(describe, checks))}")
         if correlation and now is start:
@@ -200,10 +207,7 @@ class RunLog:
         file = self.folder / "samples" / f"{name}.png"
         write_image(file, grid)
         self._board.picture(name, np.asarray(grid), epoch)
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(grid)}, step=epoch)
+        self._wandb.picture(name, grid, epoch)
         return file
 
 

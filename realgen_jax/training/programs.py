@@ -23,21 +23,6 @@ from realgen_jax.rollout import draw_latents
 from realgen_jax.sharding import batch_devices, batch_sharding, replicated
 from realgen_jax.update import Batch, EmaConfig, Objective, TrainState, make_optimizer, update
 
-# Config keys whose values are counts, by section.
-POSITIVE = {
-    "sample": (
-        "num_steps",
-        "eval_num_steps",
-        "train_batch_size",
-        "num_image_per_prompt",
-        "branches",
-        "num_batches_per_epoch",
-        "test_batch_size",
-        "test_images_per_prompt",
-    ),
-    "train": ("gradient_accumulation_steps", "num_inner_epochs", "ema_update_interval"),
-}
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -58,10 +43,6 @@ def make_recipe(config: ConfigDict) -> Recipe:
     """
     sample = config.sample
     train = config.train
-    for section, names in POSITIVE.items():
-        for name in names:
-            if config[section][name] < 1:
-                raise ValueError(f"{name} is {config[section][name]}; expected 1 or more")
     layout = Layout(
         calls=sample.num_batches_per_epoch,
         images=sample.train_batch_size,

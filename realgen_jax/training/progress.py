@@ -17,10 +17,18 @@ from rich.progress import (
 LINE_SECONDS = 30  # minimum time between two lines without a terminal
 
 
+def plain_console() -> Console:
+    """Return a console that prints names, paths and prompts as they are.
+
+    Brackets in a string are no markup, and ":x:" is no emoji. Styled text is a rich.text.Text.
+    """
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 def progress_columns() -> tuple[ProgressColumn, ...]:
     """Return the columns of a progress bar: label, bar, count and total, time left."""
     return (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -185,20 +185,19 @@ def _wrong_values(config: ConfigDict) -> list[str]:
             "report of a run has none; set config.evaluate.after_training=False, and call "
             "scripts/evaluate.py --photographs afterwards"
         )
-    if config.save_failure not in ("stop", "continue"):
-        problems.append(f"config.save_failure is {config.save_failure!r}; choose stop or continue")
-    if config.eval_freq < 1 or config.save_freq < 1:
+    train = config.train
+    steps = config.sample.num_batches_per_epoch // train.gradient_accumulation_steps
+    steps *= config.num_epochs * train.num_inner_epochs
+    if 0 < steps < train.ema_update_interval:
         problems.append(
-            f"eval_freq {config.eval_freq} and save_freq {config.save_freq} must be 1 epoch or more"
+            f"config.train.ema_update_interval is {train.ema_update_interval}, but the run has "
+            f"{steps} optimizer steps, so that its average, the weights that it leaves, would "
+            f"never change; expected {steps} or less"
         )
-    steps = [
-        step
-        for step in config.profile.steps
-        if type(step) is not int or not 0 < step <= config.num_epochs
-    ]
-    if steps:
+    late = [epoch for epoch in config.profile.steps if epoch > config.num_epochs]
+    if late:
         problems.append(
-            f"config.profile.steps has {', '.join(map(repr, steps))}; expected epochs of this run, "
+            f"config.profile.steps has {', '.join(map(repr, late))}; expected epochs of this run, "
             f"1 to {config.num_epochs} (config.num_epochs): --config.profile.steps=3,5"
         )
     if config.wandb_project and importlib.util.find_spec("wandb") is None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ FREE_KEYS = (
     "reward.options.*.servers",
     "reward.options.*.deadline",
     "reward.options.*.attempts",
+    "reward.options.*.max_refused",
     "reward.options.*.token_env",
 )
 
@@ -74,6 +76,16 @@ def run_folder(root: str, name: str, preset: str, resume: bool) -> Path:
     return folder
 
 
+def can_resume(root: str, name: str) -> bool:
+    """Return whether there is a run of this name. Raises ValueError for an empty name."""
+    if not name:
+        raise ValueError(
+            "--auto_resume needs the name of the run that it resumes or starts: set "
+            "--config.run_name"
+        )
+    return has_run(Path(root) / name)
+
+
 def has_run(folder: Path) -> bool:
     """Return whether a folder holds a run: its config, or checkpoints, which have it too."""
     return (folder / "config.json").exists() or (folder / "checkpoints").exists()
@@ -81,7 +93,7 @@ def has_run(folder: Path) -> bool:
 
 def _latest_run(root: str, preset: str) -> Path:
     """Return the newest run folder of a preset."""
-    folders = [file.parent for file in Path(root).glob(f"{preset}-*/config.json")]
+    folders = [file.parent for file in Path(root).glob(f"{escape(preset)}-*/config.json")]
     if not folders:
         raise FileNotFoundError(
             f"{root}/ holds no run of preset {preset!r} to resume; set --config.run_name"

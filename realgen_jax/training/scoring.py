@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from realgen_jax.advantages import weight_sum
 from realgen_jax.hosts import local_rows, sum_over_processes
 
 
@@ -31,11 +32,13 @@ class Scorer(Protocol):
     """The interface of a run's rewards; reward_bridge.bridge.RewardBridge implements it.
 
     seconds: {reward: seconds of scoring so far}. batch_sizes: {reward: pictures per batch, 0 for
-    all}; a size is halved if the reward runs out of memory.
+    all}; a size is halved if the reward runs out of memory. refused: {reward: pictures that its
+    model refused so far}, of the rewards that count them.
     """
 
     seconds: dict[str, float]
     batch_sizes: dict[str, int]
+    refused: dict[str, int]
 
     def submit(
         self,
@@ -149,6 +152,6 @@ def _all_rows(
 
 
 def weighted_mean(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Return each picture's weighted mean of the trained rewards."""
+    """Return each picture's sum w_k r_k / sum |w_k| over the trained rewards k."""
     total = sum(weight * scores[name] for name, weight in weights.items())
-    return total / sum(weights.values())
+    return total / weight_sum(weights)

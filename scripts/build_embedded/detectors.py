@@ -264,7 +264,7 @@ def attack(work: Path, number: int) -> Path:
         "save_freq": 10,
         "eval_freq": ATTACK_EPOCHS,
         "train.beta": 0.0,
-        "reward.fn.clip_score": 0.0,
+        "reward.fn": {"embedded_detector": 1.0},
         "compilation_cache": work / "xla",
         "prompts.cache": work / "text",
     }

@@ -64,8 +64,9 @@ def two(tiny, tmp_path_factory):
     return folder
 
 
-def test_round_trip_keeps_every_bit_and_the_newest(tiny, tmp_path):
-    folder = tmp_path / "c"
+@pytest.mark.parametrize("name", ["c", "exp[lora] *"])
+def test_round_trip_keeps_every_bit_and_the_newest(tiny, tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
     assert newest_good(folder) == (None, [])
     checkpoints = Checkpoints(folder, keep=2)
     assert checkpoints.newest() is None

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -137,6 +136,17 @@ def test_a_copy_works_in_any_folder(monkeypatch, tmp_path, module):
     assert load_config("own.py:tiny").to_dict() == module.get_config("tiny").to_dict()
 
 
+def test_a_file_imports_its_neighbours(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own").mkdir()
+    Path("own/neighbour_of_a_config.py").write_text("NAME = 'next door'\n")
+    text = "from realgen_jax.config import base\nfrom neighbour_of_a_config import NAME\n"
+    text += "def get_config():\n    c = base()\n    c.preset = NAME\n    return c\n"
+    Path("own/config.py").write_text(text)
+    assert load_config("own/config.py").preset == "next door"
+
+
 # -- Mistakes
 
 MISTAKES = {
@@ -147,6 +157,9 @@ MISTAKES = {
     "def get_config():\n    return 3": "own.py: get_config() returned 3; expected a ConfigDict",
     "from realgen_jax.config import base\ndef get_config():\n    base().train.rate = 1": (
         'own.py, line 3: AttributeError: \'Key "rate" does not exist'
+    ),
+    "from ml_collections import ConfigDict\nConfigDict({'my.reward': 1.0})": (
+        "own.py: ConfigDict does not accept dots in field names"
     ),
 }
 
@@ -174,47 +187,7 @@ def test_unknown_names_and_presets_list_the_known_ones(monkeypatch, tmp_path):
         load_config("own.py:tiny")
 
 
-# -- Command line
-
-PROGRAM = '''"""A program with a config."""
-
-from absl import app, flags
-
-from realgen_jax.config import define_config, parse_flags
-
-define_config("embedded")
-
-
-def run(arguments):
-    config = flags.FLAGS.config
-    print(config.preset, config.train.learning_rate, *config.profile.steps, *arguments[1:])
-
-
-app.run(run, flags_parser=parse_flags)
-'''
-
-
-@pytest.mark.parametrize(
-    ("arguments", "output"),
-    [
-        (["a"], "tiny 0.001 a\n"),
-        (["--config=flux_grpo:tiny_soft", "--config.train.learning_rate=2"], "tiny_soft 2.0\n"),
-        (["--config", "flux_grpo", "a", "--config.profile.steps=3,5", "b"], "tiny 0.001 3 5 a b\n"),
-        (["--help"], "A program with a config.\n"),
-        (["--config.train.rate=1"], "error: the config has no key 'rate'\n"),
-        (["--config=nothing"], "error: --config nothing: no such file and no shipped config; "),
-        (["--config=serve_rewards"], "error: serve_rewards lacks the keys compilation_cache, "),
-        (["--confg=flux_grpo"], "error: Unknown command line flag 'confg'. Did you mean: config"),
-        (["--config.num_epochs=x"], "error: flag --config.num_epochs=x: invalid literal for int"),
-    ],
-)
-def test_the_command_line(tmp_path, arguments, output):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "program.py", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.stderr + done.stdout).startswith(output)
-    assert done.returncode == output.startswith("error")
+# -- What is missing
 
 
 def test_the_big_preset_says_what_is_missing(monkeypatch, tmp_path):

@@ -126,8 +126,8 @@ def test_same_latent_shares_the_start_and_nothing_else():
         ({"window": 9}, r"config.sample.sde_window_size 9 does not fit sde_window_range \(0, 8\)"),
         ({"bounds": (0, 9)}, r"hi <= 8 \(8 steps\)"),
         ({"kind": "cps"}, "the last of which has no noise"),
-        ({"kind": "dance"}, "sde_type is 'dance'; choose one of sde, cps"),
         ({"noise_level": 0.0}, "noise_level is 0.0"),
+        ({"kind": "cps", "noise_level": 1.5, "bounds": (0, 7)}, "up to 1 with sde_type cps"),
     ],
 )
 def test_bad_windows_are_named(change, message):

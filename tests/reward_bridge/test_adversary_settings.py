@@ -60,9 +60,3 @@ def test_settings_say_what_is_wrong():
         ValueError, match=r"adversarial\.x: missing key quality, unknown key kwality; adversary\(\)"
     ):
         Settings.read("x", {**{k: v for k, v in SETTINGS.items() if k != "quality"}, "kwality": 1})
-    with pytest.raises(
-        ValueError, match=r"x\.schedule is 'never'; choose from threshold, margin, every, plateau"
-    ):
-        Settings.read("x", {**SETTINGS, "schedule": "never"})
-    with pytest.raises(ValueError, match=r"x\.ema_decay is 1\.0"):
-        Settings.read("x", {**SETTINGS, "ema_decay": 1.0})

@@ -5,6 +5,7 @@ All tests run the real programs.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,9 +251,16 @@ def small_disk():
 def test_a_full_disk(cache, tmp_path, small_disk, save_failure):
     """Room for one checkpoint, not for two."""
     checkpoints = tmp_path / "full" / "checkpoints"
-    small_disk(checkpoints, "600k")
     words = [f"--config.run_root={tmp_path}", "--config.run_name=full", "--config.num_epochs=3"]
     words += ["--config.save_freq=1", "--config.eval_freq=4"]
+    first = call("train.py", cache, *words, "--config.num_epochs=1")
+    assert first.returncode == 0, first.stderr
+
+    # Its checkpoints move to a disk that the next one fills.
+    checkpoints.rename(tmp_path / "moved")
+    small_disk(checkpoints, "600k")
+    shutil.copytree(tmp_path / "moved", checkpoints, dirs_exist_ok=True)
+    words += ["--resume"]
     done = call("train.py", cache, *words, f"--config.save_failure={save_failure}")
     message = (
         r"checkpoint 2 could not be saved in .*; the newest one is still that of epoch 1\. "
@@ -265,7 +273,7 @@ def test_a_full_disk(cache, tmp_path, small_disk, save_failure):
     assert newest_good(checkpoints) == (1, [])
 
     subprocess.run(["mount", "-o", "remount,size=64m", checkpoints], check=True)
-    done = call("train.py", cache, *words, "--resume")
+    done = call("train.py", cache, *words)
     assert done.returncode == 0, done.stderr
     assert newest_good(checkpoints) == (3, [])
 

@@ -114,7 +114,6 @@ def test_flux_dev_compiles_on_paper(tmp_path):
         ({"sample.train_batch_size": 20}, 7, "cannot be divided into groups"),
         ({}, 6, "train_batch_size 21 must be a multiple of branches x 6"),
         ({"sample.sde_window_size": 30}, 7, "sde_window_size 30 does not fit"),
-        ({"pretrained.vae_dtype": "int8"}, 7, "config.pretrained.vae_dtype is 'int8'"),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_an_error(change, devices, message):

@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Group
+from rich.progress import Progress
+from rich.table import Table
 
 from realgen_jax.training.log import NoLog, RunLog, memory, step_columns
+from realgen_jax.training.progress import plain_console, progress_columns
 
 STEP = {"loss": 1.0, "ratio_deviation": 2e-7, "grad_norm": 3.0}
 
 
 def log_of(folder, start=0):
-    return RunLog(folder, {"seed": 1}, start, 4, "")
+    return RunLog(folder, {"seed": 1}, start, 4)
 
 
 def rows(folder):
@@ -79,6 +83,38 @@ def test_a_resumed_run_repeats_no_row_and_loses_none(tmp_path):
     assert rows(tmp_path) == whole
 
 
+def epoch(log, number, **scores):
+    """Log an epoch with these rewards, [groups, size] each."""
+    scores = {name: np.float32(values) for name, values in scores.items()}
+    reward = sum(scores.values())
+    log.train(number, scores, reward, {}, {"sample": 1.0, "reward_wait": 0.0}, {})
+
+
+FLAT = [[0.5, 0.5], [0.25, 0.25]]
+VARIED = [[0.5, 0.5], [0.25, 0.5]]
+
+
+def test_a_reward_that_stays_constant_is_told_once(tmp_path, capsys):
+    with log_of(tmp_path) as log:
+        for number, jpeg in enumerate([FLAT, FLAT, VARIED, FLAT, FLAT, FLAT, FLAT], 1):
+            epoch(log, number, jpeg=jpeg, clip=VARIED)
+            warned = "the reward jpeg cannot tell" in capsys.readouterr().out
+            assert warned == (number == 6)
+
+
+def test_a_resumed_run_remembers_how_long_a_reward_was_constant(tmp_path, capsys):
+    with log_of(tmp_path) as log:
+        epoch(log, 1, jpeg=FLAT)
+        epoch(log, 2, jpeg=FLAT)
+        epoch(log, 3, jpeg=VARIED)  # after the checkpoint
+    with log_of(tmp_path, start=2) as log:
+        epoch(log, 3, jpeg=FLAT)
+    assert (
+        "warning the reward jpeg cannot tell the pictures of a prompt apart: for 3 epochs each of "
+        "them got the same score (now 0.25 to 0.5), so nothing is learned from it"
+    ) in capsys.readouterr().out
+
+
 def test_other_processes_log_nothing(tmp_path, capsys):
     with NoLog() as log:
         log.say("a")
@@ -93,3 +129,31 @@ def test_memory_sees_an_array_come_and_go():
     del array
     assert memory()["device"] <= before["device"]
     assert 5e7 < before["host"] < 1e11
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    """ "[lora]" and "[/x]" are markup for rich, and ":cat:" is an emoji."""
+    odd = "exp[lora] [/x] :cat:"
+    with log_of(tmp_path) as log:
+        log.say(f"trained weights: runs/{odd}/lora")
+        log.warn(odd)
+        log.progress(1, {odd: "0.5"})
+        log.evaluation(1, {odd: 0.5}, {odd: 0.5}, [odd], {})
+    shown = capsys.readouterr().out
+    assert f"trained weights: runs/{odd}/lora" in shown
+    assert f"warning {odd}" in shown
+    assert f"epoch 1/4  {odd} 0.5" in shown
+    assert shown.count(odd) == 4
+
+
+def test_a_terminal_shows_brackets_as_they_are():
+    odd = "exp[lora] [/x] :cat:"
+    console = plain_console()
+    progress = Progress(*progress_columns(), console=console)
+    progress.add_task(odd, total=2)
+    table = Table(odd)
+    table.add_row(odd)
+    console.width = 120
+    with console.capture() as shown:
+        console.print(Group(progress, odd), table)
+    assert shown.get().count(odd) == 4

@@ -40,12 +40,18 @@ def check_all(config):
             "0 <= lo, lo + window <= hi and hi <= 4 (4 steps)",
         ),
         ({"sample__noise_level": 0.0}, "config.sample.noise_level is 0.0"),
-        ({"sample__sde_type": "ode"}, "config.sample.sde_type is 'ode'; choose one of sde, cps"),
+        (
+            {
+                "sample__sde_type": "cps",
+                "sample__noise_level": 1.5,
+                "sample__sde_window_range": (0, 3),
+            },
+            "config.sample.noise_level is 1.5",
+        ),
         (
             {"sample__train_batch_size": 6},
             "cannot be divided into groups of num_image_per_prompt 4",
         ),
-        ({"sample__test_batch_size": 0}, "test_batch_size is 0"),
         (
             {"train__gradient_accumulation_steps": 3},
             "must be a multiple of gradient_accumulation_steps 3",
@@ -59,11 +65,10 @@ def check_all(config):
         ({"train__lora_alpha": 0.0}, "lora_alpha is 0; expected a number above 0"),
         ({"train__lora_init": "ones"}, "lora_init is 'ones'; choose one of gaussian, kaiming"),
         ({"train__loss": "ppo"}, "loss is 'ppo'; choose one of grpo, guard"),
-        ({"train__kl": "forward"}, "kl is 'forward'; choose one of velocity, mean"),
         ({"pretrained__lora": "nowhere"}, "nowhere does not exist; expected a LoRA file or folder"),
         (
-            {"pretrained__dtype": "bf16"},
-            "config.pretrained.dtype is 'bf16'; choose one of float32, bfloat16, float16",
+            {"train__ema_update_interval": 9},
+            "config.train.ema_update_interval is 9, but the run has 8 optimizer steps",
         ),
         ({"pretrained__remat": "some"}, "remat is 'some'; choose one of full, attention, dots"),
         (
@@ -86,18 +91,16 @@ def test_all_that_is_missing_is_named_at_once():
         pretrained__model="nowhere",
         pretrained__lora="x",
         train__lora=False,
-        eval_freq=0,
+        profile__steps=(3, 5),
         evaluate__after_training=True,
         evaluate__arena__protocol="realgen",
-        save_failure="pray",
     ).splitlines()
     for start in (
         "config.pretrained.model is 'nowhere', which holds no model_index.json",
         "config.prompts.train is 'nowhere.txt', which does not exist",
         "config.pretrained.lora is set, but config.train.lora=False trains all weights",
         "config.evaluate.arena.protocol is 'realgen', which compares with photographs",
-        "config.save_failure is 'pray'; choose stop or continue",
-        "eval_freq 0 and save_freq 2 must be 1 epoch or more",
+        "config.profile.steps has 5; expected epochs of this run, 1 to 4",
     ):
         assert [line for line in lines if line.startswith(start)], start
 

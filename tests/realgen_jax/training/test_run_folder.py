@@ -8,6 +8,7 @@ import pytest
 
 from realgen_jax.config import base
 from realgen_jax.training.run_folder import (
+    can_resume,
     changed_keys,
     has_run,
     missing_records,
@@ -38,6 +39,21 @@ def test_folders(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     assert run_folder(root, "", "tiny", resume=True).name == "tiny-2"
+
+
+def test_a_preset_may_have_brackets(tmp_path):
+    (tmp_path / "my[0]-1").mkdir()
+    (tmp_path / "my[0]-1" / "config.json").write_text("{}")
+    assert run_folder(str(tmp_path), "", "my[0]", resume=True).name == "my[0]-1"
+
+
+def test_auto_resume_needs_a_name(tmp_path):
+    with pytest.raises(ValueError, match="--auto_resume needs the name of the run"):
+        can_resume(str(tmp_path), "")
+    assert not can_resume(str(tmp_path), "x")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text("{}")
+    assert can_resume(str(tmp_path), "x")
 
 
 def test_records_that_a_moved_folder_lacks_are_named(tmp_path):
