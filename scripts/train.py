@@ -18,7 +18,6 @@ process.begin(__name__)  # before the imports that take seconds
 
 import contextlib
 import itertools
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -255,9 +254,10 @@ def run_training(_: Sequence[str]) -> None:
         if not over:
             sys.exit(preemption.status)
         if reports(config):
-            preemption.release(f"stopped, without a report; {report_advice(config, folder)}")
+            kept = f"stopped, without a report; {report_advice(config, folder)}"
+            preemption.release(kept)
             if preemption.wanted():
-                process.stop(signal.SIGINT)
+                process.leave(kept, preemption.status)
             # The report loads its own models and rewards.
             rewards.bridge.close()
             cache = run.cache

@@ -48,6 +48,7 @@ class RunLog:
         # Records. A resumed run overwrites those of the epochs that it repeats.
         self._metrics_file = folder / "metrics.jsonl"
         _keep_rows_before(self._metrics_file, start)
+        append(self._metrics_file, "")  # it exists from the start
         self._board = Board(folder / "tensorboard", start + 1 if start else None)
         self._wandb = WandbLog(wandb_run, self.warn)
 
