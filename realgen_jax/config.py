@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     c.save_freq = 10  # epochs between checkpoints
     c.num_checkpoint_limit = 5  # number of newest checkpoints to keep
     c.save_failure = "stop"  # stop, continue: what to do if a checkpoint cannot be written
-    c.preemption_grace = 25.0  # seconds after SIGTERM within which the last save must have started
+    c.preemption_grace = 25.0  # seconds after SIGTERM or SIGHUP until the last save has begun
     c.eval_freq = 10  # epochs between evaluations; epoch 0 and the last one are always evaluated
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # folder of compiled programs; empty: none

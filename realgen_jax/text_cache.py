@@ -11,7 +11,6 @@ the trainer only reads the resulting folder:
 
 import hashlib
 import json
-import subprocess
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from filelock import FileLock
 
 from realgen_jax.files import file_lock, sampled_digest, write_whole
 from realgen_jax.models.family import Encoder
+from realgen_jax.process import run_child
 
 
 def encoders_to_json(encoders: Sequence[Encoder]) -> str:
@@ -230,7 +230,7 @@ def ensure_encoded(
         f"--dtype={settings.dtype}",
         f"--device={settings.device}",
     ]
-    if subprocess.run([*command, *options], check=False).returncode:
+    if run_child([*command, *options]):
         raise ChildProcessError(
             f"the text encoders failed (see above); the finished prompts are kept in {cache.folder}"
         )

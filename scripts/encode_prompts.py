@@ -7,6 +7,10 @@ the encoders (T5-XXL has 10 GB) never share memory with the trainer. An interrup
 where it stopped. The program prints the cache folder, which is named after prompts and encoders.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import argparse
 import json
 import sys
@@ -17,7 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import torch
-from rich.progress import track
+from rich.console import Console
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,6 +31,7 @@ from realgen_jax.models import get_family
 from realgen_jax.models.family import Encoder
 from realgen_jax.models.loading import pipeline_class
 from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
+from realgen_jax.training.progress import progress_bars
 from reward_bridge.devices import resolve
 from reward_bridge.weights import torch_dtype
 
@@ -125,10 +130,13 @@ def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse
     cache.keep_cut(cut_rows(args.model, encoders, cache.prompts, args.max_tokens))
 
     starts = range(cache.rows_done, len(cache.prompts), BATCH)
-    description = f"encoding {len(cache.prompts)} prompts"
-    for start in track(starts, description=description, transient=True):
-        prompts = cache.prompts[start : start + BATCH]
-        cache.append({name: to_numpy(encode(prompts)) for name, encode in loaded.items()})
+    # Without --folder, standard output is for the folder's name alone.
+    with progress_bars(Console(stderr=not args.folder, highlight=False)) as bars:
+        advance = bars("encoding", len(cache.prompts) - cache.rows_done, "prompts")
+        for start in starts:
+            prompts = cache.prompts[start : start + BATCH]
+            cache.append({name: to_numpy(encode(prompts)) for name, encode in loaded.items()})
+            advance(len(prompts))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
+from realgen_jax.files import write_tensors, write_whole
 from realgen_jax.hosts import fetch, process_index, put
 from realgen_jax.nn.tensors import STEM, Tensors
 
@@ -283,8 +283,8 @@ def save_folder(
             total += sum(tensor.nbytes for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         index_file = folder / f"{STEM}.safetensors.index.json"
-        index_file.write_text(json.dumps(index, indent=2) + "\n")
+        write_whole(index_file, json.dumps(index, indent=2) + "\n")
 
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        write_tensors(folder / name, shard, {"format": "pt"})
+    write_whole(folder / "config.json", json.dumps(dict(config), indent=2) + "\n")

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from safetensors.numpy import save_file
 
+from realgen_jax.files import write_tensors
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.layers import Linear
 
@@ -150,9 +150,9 @@ def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        tensors,
+    write_tensors(
         folder / DIFFUSERS_FILE,
+        tensors,
         # One entry only: safetensors does not keep the order of several.
-        metadata={"lora_adapter_metadata": json.dumps(header)},
+        {"lora_adapter_metadata": json.dumps(header)},
     )

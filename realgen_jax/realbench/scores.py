@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.files import drop_incomplete_line, read_jsonl
+from realgen_jax.files import append, drop_incomplete_line, read_jsonl
 from realgen_jax.realbench.interfaces import PendingScores, Scorer
 from realgen_jax.realbench.picture_files import Picture
 from realgen_jax.realbench.results import Problem, PromptSet, ScoredPicture
@@ -82,8 +82,7 @@ class ScoreStore:
                 }
                 self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
                 lines.append(json.dumps(row) + "\n")
-        with self.file.open("a") as file:
-            file.write("".join(lines))
+        append(self.file, "".join(lines))
 
 
 @dataclass(frozen=True)
