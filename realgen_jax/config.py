@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     c.save_freq = 10  # epochs between checkpoints
     c.num_checkpoint_limit = 5  # number of newest checkpoints to keep
     c.save_failure = "stop"  # stop, continue: what to do if a checkpoint cannot be written
-    c.preemption_grace = 25.0  # seconds after SIGTERM within which the last save must have started
+    c.preemption_grace = 25.0  # seconds after SIGTERM or SIGHUP until the last save has begun
     c.eval_freq = 10  # epochs between evaluations; epoch 0 and the last one are always evaluated
     c.wandb_project = ""  # empty: no Weights & Biases
     c.compilation_cache = "~/.cache/realgen_jax/xla"  # folder of compiled programs; empty: none
@@ -68,7 +68,7 @@ def _pretrained() -> ConfigDict:
     c = ConfigDict()
     c.model = ""  # a diffusers pipeline folder; its model_index.json determines the family
     c.family = "FluxPipeline"  # pipeline class that preflight.py assumes if there is no such folder
-    c.transformer = ""  # replaces the transformer: a diffusers folder or BFL's single file
+    c.transformer = ""  # replaces the transformer: a diffusers folder or a file (docs/files.md)
     c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
     c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer
     c.param_dtype = "float32"  # float32, bfloat16: dtype of its frozen weights

@@ -1,16 +1,20 @@
-"""Helpers for files: atomic writes, digests, locks between processes, JSON lines."""
+"""Files: writes that are atomic and name their file, digests, locks, JSON lines."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 WHOLE_BYTES = 1 << 28  # files up to this size are digested whole, which takes 0.2 s for each
 SAMPLED_BLOCKS = 64  # number of blocks that are read of a larger file
@@ -25,26 +29,83 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file or folder that is written in the errors of the block, such as a full disk.
+
+    Many errors of writing lack the name. Raises OSError for them, and for those of safetensors.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        is_named = getattr(error, "filename", None) is not None or str(path) in str(error)
+        if is_named and isinstance(error, OSError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} could not be written: {reason}") from error
+
+
 def write_whole(file: Path, data: str | bytes) -> None:
     """Write a file atomically: a reader sees the old or the new content, even after a crash.
 
-    Text is written as UTF-8.
+    Text is written as UTF-8. Raises OSError, which names the file, and leaves nothing behind.
     """
     temporary = _temporary(file)
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    temporary.replace(file)
+    with writing(file):
+        try:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            temporary.replace(file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_image(file: Path, image: Image.Image) -> None:
+    """Write a picture as PNG, as `write_whole` does."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    write_whole(file, stream.getvalue())
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
+    """Write a safetensors file with this metadata. Raises OSError, which names the file."""
+    with writing(file):
+        save_file(dict(tensors), file, metadata=dict(header))
+
+
+def append(file: Path, text: str) -> None:
+    """Append text to a file, which exists in the file when this returns.
+
+    Raises OSError, which names the file; its last line may then be incomplete.
+    """
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(text)
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill. It replaces `folder` at the end, unless an error is raised."""
-    temporary = _temporary(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
+    """Yield an empty folder to fill. It replaces `folder` at the end, unless an error is raised.
 
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    An error leaves nothing behind, and neither an error nor a crash destroys the old content.
+    """
+    temporary = _temporary(folder)
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # a crash came between the two renames below
+        old.rename(folder)
+    for rest in (temporary, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    with writing(folder):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _temporary(path: Path) -> Path:

@@ -3,6 +3,10 @@
 With a single process, everything here is plain numpy.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 
@@ -52,7 +56,8 @@ def connect(coordinator: str, processes: int, process: int, detect: bool) -> Non
     # JAX's preemption service would install its own handler for SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        with _without_proxies():
+            jax.distributed.initialize(**address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"the processes could not connect ({error}); --distributed works under Slurm, Open "
@@ -62,6 +67,18 @@ def connect(coordinator: str, processes: int, process: int, detect: bool) -> Non
 
     # JAX's Slurm detection expects one process per GPU; here a process has all GPUs of its host.
     jax.config.update("jax_cuda_visible_devices", "all")
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Take the proxies out of the environment: gRPC would look for the coordinator behind them."""
+    proxies = {name: os.environ[name] for name in os.environ if name.lower().endswith("_proxy")}
+    for name in proxies:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)
 
 
 def process_index() -> int:
@@ -102,6 +119,22 @@ def wait_for_all(name: str, seconds: int = WEEK_SECONDS) -> None:
     """
     if process_count() > 1:
         distributed.global_state.client.wait_at_barrier(name, 1000 * seconds)
+
+
+def start_devices() -> list[jax.Device]:
+    """Start JAX, which claims its share of the devices' memory, and return all devices.
+
+    Raises ValueError if JAX_PLATFORMS asks for devices that this machine does not have.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # Without a GPU, "cuda" fails an assertion that has no text.
+        reason = str(error).partition("\n")[0] or (
+            "this machine has no such device; unset the variable to take what there is"
+        )
+        platforms = jax.config.jax_platforms or ""
+        raise ValueError(f"JAX cannot start, JAX_PLATFORMS={platforms}: {reason}") from error
 
 
 def hide_gpus(visible: str) -> None:

@@ -15,7 +15,6 @@ compared whenever it is read. Rows that are missing or damaged are encoded again
 import hashlib
 import json
 import math
-import subprocess
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from filelock import FileLock
 
 from realgen_jax.files import file_lock, sampled_digest, write_whole
 from realgen_jax.models.family import Encoder
+from realgen_jax.process import run_child
 
 # Part of the name of a cache's folder. Format 1 had no checksums, and its text encoders may have
 # been loaded from incomplete files.
@@ -309,7 +309,7 @@ def ensure_encoded(
         f"--dtype={settings.dtype}",
         f"--device={settings.device}",
     ]
-    if subprocess.run([*command, *options], check=False).returncode:
+    if run_child([*command, *options]):
         raise ChildProcessError(
             f"the text encoders failed (see above); the finished prompts are kept in {cache.folder}"
         )

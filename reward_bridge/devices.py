@@ -33,7 +33,7 @@ def resolve(device: str) -> str:
         return f"cuda:{count - 1}" if count else "cpu"
 
     kind, _, index = device.partition(":")
-    if kind == "cuda":
+    if kind == "cuda" and (index or "0").isdecimal():
         number = int(index or 0)
         if number >= count:
             raise ValueError(

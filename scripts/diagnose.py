@@ -8,6 +8,10 @@ nor PyTorch. The exit status is 0 if the run is healthy (notes are allowed), 1 i
 and 2 if the run cannot be judged. docs/diagnosis.md lists the checks.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import argparse
 import json
 import sys

@@ -7,11 +7,15 @@ the encoders (T5-XXL has 10 GB) never share memory with the trainer. An interrup
 where it stopped. The program prints the cache folder, which is named after prompts and encoders.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from rich.progress import track
+from rich.console import Console
 from transformers import (
     AutoTokenizer,
     CLIPTextModel,
@@ -35,6 +39,7 @@ from realgen_jax.models import get_family
 from realgen_jax.models.family import Encoder
 from realgen_jax.models.loading import pipeline_class
 from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
+from realgen_jax.training.progress import progress_bars
 from reward_bridge.devices import resolve
 from reward_bridge.weights import files_named, read, torch_dtype
 
@@ -242,6 +247,20 @@ def cut_rows(loaded: Sequence[Loaded], prompts: list[str], max_tokens: int) -> l
 
 
 @torch.inference_mode()
+def encode_batch(loaded: Mapping[str, Loaded], prompts: list[str]) -> dict[str, np.ndarray]:
+    """Return {array: [n, ...]} of n prompts. Raises ValueError if an encoder gives NaN."""
+    arrays = {}
+    for name, encoder in loaded.items():
+        embeddings = encoder.encode(prompts)
+        if not embeddings.isfinite().all():
+            raise ValueError(
+                f"the text encoder of {name} gave NaN or infinity for one of the prompts from "
+                f"{prompts[0]!r} on; are its weights damaged?"
+            )
+        arrays[name] = to_numpy(embeddings)
+    return arrays
+
+
 def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse.Namespace) -> None:
     """Encode the prompts that the cache does not hold.
 
@@ -258,18 +277,12 @@ def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse
     cache.keep_cut(cut_rows(list(loaded.values()), cache.prompts, args.max_tokens))
 
     starts = sorted({row // BATCH * BATCH for row in missing})
-    for start in track(starts, description=f"encoding {len(missing)} prompts", transient=True):
-        prompts = cache.prompts[start : start + BATCH]
-        arrays = {}
-        for name, encoder in loaded.items():
-            embeddings = encoder.encode(prompts)
-            if not embeddings.isfinite().all():
-                raise ValueError(
-                    f"the text encoder of {name} gave NaN or infinity for one of the prompts from "
-                    f"{prompts[0]!r} on; are its weights damaged? ({args.model})"
-                )
-            arrays[name] = to_numpy(embeddings)
-        cache.write(start, arrays)
+    # Without --folder, standard output is for the folder's name alone.
+    with progress_bars(Console(stderr=not args.folder, highlight=False)) as bars:
+        advance = bars("encoding", len(missing), "prompts")
+        for start in starts:
+            cache.write(start, encode_batch(loaded, cache.prompts[start : start + BATCH]))
+            advance(sum(start <= row < start + BATCH for row in missing))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -10,6 +10,10 @@ Pictures and scores are kept in runs/NAME/evaluation; the same command continues
 evaluation. The report is runs/NAME/report/index.html. docs/realbench.md has the details.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -24,7 +28,13 @@ from rich.console import Console
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, read_prompts
 from realgen_jax.files import content_digest, expand_home
-from realgen_jax.hosts import hide_gpus, process_count, process_index, wait_for_all
+from realgen_jax.hosts import (
+    hide_gpus,
+    process_count,
+    process_index,
+    start_devices,
+    wait_for_all,
+)
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.realbench.arena import check_arena
 from realgen_jax.realbench.entries import read_entries
@@ -39,9 +49,10 @@ from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
+from reward_bridge.devices import gpus_for_jax
 from reward_bridge.digests import score_keys, served_rewards
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import missing_rewards, open_rewards
+from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
 from reward_bridge.terminal import show_messages
 
 # The program that computes text embeddings, in a separate process.
@@ -92,8 +103,6 @@ def run(_: Sequence[str]) -> None:
             raise
         reason = str(error).splitlines()[0]
         sys.exit(f"error: lost the connection to another process ({reason})")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
 
 
 def evaluate(config: ConfigDict, console: Console) -> None:
@@ -113,6 +122,10 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     if missing:
         raise ValueError("\n".join(missing))
     served = served_rewards(config.reward, config.evaluate.scores)
+    # Without GPUs to share with the rewards, JAX can start now: absent devices are an error.
+    devices = reward_devices(config.reward, config.evaluate.scores).values()
+    if not gpus_for_jax(devices, jax.config.jax_platforms, config.reward.share_gpu):
+        start_devices()
     keys = score_keys(config.reward, config.evaluate.scores, served, content_digest)
     folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
 
@@ -126,31 +139,29 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         def embed(prompts: Sequence[str], model: str) -> TextCache:
             return embed_prompts(prompts, config.pretrained, config.prompts, ENCODE, model)
 
-        try:
-            # -- Make, read and score the pictures.
-            results = evaluate_entries(
-                config,
-                entries,
-                sets,
-                folder,
-                seed=FLAGS.seed,
-                remake=FLAGS.remake,
-                score_keys=keys,
-                open_scorer=lambda: load_scorer(config),
-                encode=embed,
-                console=console,
-            )
+        continuing = f"run the same command with --config.run_name={folder.name}"
+        process.when_stopped(lambda: f"stopped; to continue, {continuing}")
 
-            # -- Compare them.
-            if process_index() == 0:
-                index = summarize(
-                    config, results, folder, judge=judge, seed=FLAGS.seed, console=console
-                )
-                print(f"report: {index}")
-        except KeyboardInterrupt:
-            sys.exit(
-                f"stopped; to continue, run the same command with --config.run_name={folder.name}"
+        # -- Make, read and score the pictures.
+        results = evaluate_entries(
+            config,
+            entries,
+            sets,
+            folder,
+            seed=FLAGS.seed,
+            remake=FLAGS.remake,
+            score_keys=keys,
+            open_scorer=lambda: load_scorer(config),
+            encode=embed,
+            console=console,
+        )
+
+        # -- Compare them.
+        if process_index() == 0:
+            index = summarize(
+                config, results, folder, judge=judge, seed=FLAGS.seed, console=console
             )
+            print(f"report: {index}")
         wait_for_all("evaluated")
 
 

@@ -8,6 +8,10 @@ on as it is, and that of the others with their number in front. If a process fai
 printed and the others are stopped.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import argparse
 import signal
 import socket
@@ -18,13 +22,12 @@ import time
 from collections.abc import Sequence
 
 
-def start(program: Sequence[str], processes: int) -> list[subprocess.Popen]:
-    """Start the processes. They meet at a free port of this machine."""
+def start(program: Sequence[str], processes: int, running: list[subprocess.Popen]) -> None:
+    """Start the processes and add them to `running`. They meet at a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    running = []
     for number in range(processes):
         flags = [
             f"--coordinator=127.0.0.1:{port}",
@@ -32,49 +35,59 @@ def start(program: Sequence[str], processes: int) -> list[subprocess.Popen]:
             f"--process_id={number}",
         ]
         command = [sys.executable, *program, *flags]
+        # In process groups of their own, they receive the terminal's Ctrl-C once, from us.
         if number == 0:
-            process = subprocess.Popen(command)
+            child = subprocess.Popen(command, process_group=0)
         else:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                process_group=0,
             )
-            threading.Thread(target=pass_on, args=(number, process), daemon=True).start()
-        running.append(process)
-    return running
+            threading.Thread(target=pass_on, args=(number, child), daemon=True).start()
+        running.append(child)
 
 
-def pass_on(number: int, process: subprocess.Popen) -> None:
+def pass_on(number: int, child: subprocess.Popen) -> None:
     """Print a process's output with its number in front of each line."""
-    for line in process.stdout:
-        print(f"[{number}] {line}", end="", flush=True)
+    for line in child.stdout:
+        print(f"[{number}] {line}", end="")
 
 
-def wait(running: Sequence[subprocess.Popen]) -> int:
-    """Wait for all processes and return the exit status. If one fails, stop the others."""
+def wait(running: Sequence[subprocess.Popen], asked: threading.Event) -> int:
+    """Wait for all processes and return the exit status. If one fails, stop the others.
+
+    asked: set once a signal has asked the processes to end; then each ends by itself.
+    """
     while True:
-        codes = [process.poll() for process in running]
-        for number, code in enumerate(codes):
-            if code:
-                return stop(running, number, code)
-        if all(code == 0 for code in codes):
-            return 0
+        codes = [child.poll() for child in running]
+        failed = [number for number, code in enumerate(codes) if code]
+        if failed and not asked.is_set():
+            return stop(running, failed[0], codes[failed[0]])
+        if None not in codes:
+            return max(map(exit_status, codes))
         time.sleep(0.1)
+
+
+def exit_status(code: int) -> int:
+    """Return what a shell would: 128 plus the number of the signal that ended the process."""
+    return code if code >= 0 else 128 - code
 
 
 def stop(running: Sequence[subprocess.Popen], number: int, code: int) -> int:
     """Report the failed process, kill the others and return the exit status."""
     how = f"ended with status {code}"
-    status = code
-    if code < 0:  # killed by a signal; shells return 128 plus its number
+    if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
-        status = 128 - code
     print(
         f"error: process {number} of {len(running)} {how}; the others are stopped",
         file=sys.stderr,
     )
-    for process in running:
-        process.kill()
-    return status
+    for child in running:
+        child.kill()
+    return exit_status(code)
 
 
 def main() -> None:
@@ -93,18 +106,20 @@ def main() -> None:
     if not args.program:
         parser.error("no program given; expected a Python program and its arguments")
 
-    running = start(args.program, args.processes)
+    # The processes handle signals themselves: the terminal's, and a cluster's SIGTERM.
+    running: list[subprocess.Popen] = []
+    asked = threading.Event()
 
-    def terminate(*_) -> None:
-        for process in running:
-            process.terminate()
+    def pass_on_signal(number: int) -> None:
+        asked.set()
+        for child in running:
+            # Without an output, they end as after a hang-up.
+            child.send_signal(signal.SIGHUP if number == signal.SIGPIPE else number)
 
-    # A cluster sends SIGTERM before it takes a machine away; the processes handle it.
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        sys.exit(wait(running))
-    except KeyboardInterrupt:  # the terminal sends it to every process
-        sys.exit(max(process.wait() for process in running))
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM):
+        process.on_signal(number, pass_on_signal)
+    start(args.program, args.processes, running)
+    sys.exit(wait(running, asked))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ divide or fit together are reported here. The size of the arguments is computed 
 shardings, activations and operations from the formulas in realgen_jax/models (cost.py).
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from realgen_jax.command_line import define_config, parse_flags
+from realgen_jax.files import writing
 from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.report import build, make_report
@@ -72,7 +77,8 @@ def run(_: Sequence[str]) -> None:
             lambda room: changes(report, room, make_report),
         )
         if FLAGS.json:
-            Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
+            with writing(Path(FLAGS.json)):
+                Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

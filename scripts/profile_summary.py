@@ -7,6 +7,10 @@
 train.py writes a trace with --config.profile.steps=3. docs/profiling.md explains the tables.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import argparse
 import sys
 from pathlib import Path

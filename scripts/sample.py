@@ -9,6 +9,10 @@ config.sample.resolution, eval_num_steps, guidance_scale) and can be set on the 
 --config.sample.resolution=512. Picture i depends only on --seed and i.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,16 +22,18 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
-from rich.progress import track
 
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import read_prompts
+from realgen_jax.files import write_image
+from realgen_jax.hosts import start_devices
 from realgen_jax.input_files import check_text
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
-from realgen_jax.models.trainable import Lora
-from realgen_jax.nn.lora import read_lora_config
+from realgen_jax.models.trainable import with_lora_file
+from realgen_jax.nn.lora_files import open_lora
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
+from realgen_jax.training.progress import plain_console, progress_bars
 
 # The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
@@ -51,18 +57,19 @@ flags.DEFINE_integer(
 def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     """Write `out/00000.png`, ... for every prompt, `per_prompt` of each, and return the files."""
     config = FLAGS.config
+    lora = FLAGS.lora or config.pretrained.lora
+    if lora:
+        open_lora(lora)  # a file that cannot be read is refused at once
 
     # Embed the prompts before JAX claims the memory of its devices.
     cache = embed_prompts(prompts, config.pretrained, config.prompts, ENCODE)
 
-    # The model, with room for the LoRA if there is one.
-    mesh = make_mesh(**config.mesh, devices=jax.devices())
+    # The model, with the LoRA's adapters if there is one.
+    mesh = make_mesh(**config.mesh, devices=start_devices())
     model = load_model(config.pretrained, config.sample.resolution, mesh)
     adapters = None
-    lora = FLAGS.lora or config.pretrained.lora
     if lora:
-        model = model.with_trainable(Lora(read_lora_config(lora)))
-        adapters = model.trainable.load(model, lora)
+        model, adapters = with_lora_file(model, lora)
 
     # All calls have the same size: the last one is padded, and its extra images are dropped.
     devices = batch_devices(mesh)
@@ -72,15 +79,18 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for start in track(range(0, len(texts), batch), description="sampling", transient=True):
-        numbers = np.arange(start, start + batch, dtype=np.int32)
-        call_texts = [texts[number % len(texts)] for number in numbers]
-        cond = model.cond(cache, call_texts, config.sample.guidance_scale)
-        ids = jax.device_put(numbers, batch_sharding(mesh))
-        images = np.asarray(sample(model, adapters, cond, key, ids))
-        for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):
-            files.append(out / f"{number:05}.png")
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(files[-1])
+    with progress_bars(plain_console()) as bars:
+        advance = bars("sampling", len(texts), "pictures")
+        for start in range(0, len(texts), batch):
+            numbers = np.arange(start, start + batch, dtype=np.int32)
+            call_texts = [texts[number % len(texts)] for number in numbers]
+            cond = model.cond(cache, call_texts, config.sample.guidance_scale)
+            ids = jax.device_put(numbers, batch_sharding(mesh))
+            images = np.asarray(sample(model, adapters, cond, key, ids))
+            for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):
+                files.append(out / f"{number:05}.png")
+                write_image(files[-1], Image.fromarray(pixels.transpose(1, 2, 0)))
+            advance(min(batch, len(texts) - start))
     return files
 
 

@@ -7,8 +7,13 @@ Use it to try `scripts/evaluate.py --judge=api`, or any other program that compa
 through such an endpoint. `--judge=embedded` needs no server.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
+import signal
 import sys
-import time
+import threading
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -37,12 +42,9 @@ def run(argv: Sequence[str]) -> None:
                 f"use    REALGEN_JUDGE_URL={address} REALGEN_JUDGE_MODEL={FLAGS.reward} "
                 "python scripts/evaluate.py --judge=api ...\n"
                 "stop   Ctrl-C",
-                flush=True,
             )
-            while True:
-                time.sleep(3600)
-    except KeyboardInterrupt:
-        print("stopped")
+            process.on_signal(signal.SIGINT, lambda _: process.leave("stopped", 0))
+            threading.Event().wait()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

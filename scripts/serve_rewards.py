@@ -10,8 +10,13 @@ The trainer needs the same token in its environment, and this in its config:
     c.reward.options.embedded_detector = ConfigDict({"servers": ("http://host:8017",)})
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import itertools
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -105,7 +110,7 @@ def run(_: Sequence[str]) -> None:
         listener = bind(config.host, config.port, token)
 
         # Load the rewards.
-        print(f"loading {', '.join(devices)} ...", flush=True)
+        print(f"loading {', '.join(devices)} ...")
         options = config.options.to_dict()
         rewards = {}
         digests = {}
@@ -124,11 +129,12 @@ def run(_: Sequence[str]) -> None:
         retries=config.retries,
         batch_size=config.batch_size,
     )
-    print(describe(address_of(listener), devices, token), flush=True)
-    try:
-        serve(bridge, digests, listener, limits, token)
-    except KeyboardInterrupt:
-        print("stopped")
+    print(describe(address_of(listener), devices, token))
+
+    # After Ctrl-C, the server finishes its batch; then it sends the signal again.
+    process.on_signal(signal.SIGINT, lambda _: process.leave("stopped", 0))
+    serve(bridge, digests, listener, limits, token)
+    process.leave("stopped", 0)
 
 
 def main() -> None:

@@ -12,9 +12,12 @@ The run ends with RealBench's report if config.evaluate.after_training is set. S
 and docs/clusters.md.
 """
 
+from realgen_jax import process
+
+process.begin(__name__)  # before the imports that take seconds
+
 import contextlib
 import itertools
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,13 +34,14 @@ from realgen_jax.advantages import group_advantages
 from realgen_jax.checkpoint import RestoreError, SaveError
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, prompt_batches, read_prompts
-from realgen_jax.files import content_digest
+from realgen_jax.files import content_digest, write_whole
 from realgen_jax.hosts import (
     broadcast_text,
     coordinator_host,
     hide_gpus,
     process_count,
     process_index,
+    start_devices,
     sum_over_processes,
 )
 from realgen_jax.models.prompts import embed_prompts
@@ -97,9 +101,10 @@ def train(
     preemption: Preemption,
     resumed: int | None,
 ) -> bool:
-    """Train until `num_epochs` are done or a held-out reward or SIGTERM ends the run.
+    """Train until `num_epochs` are done or a held-out reward or a signal ends the run.
 
-    resumed: the epoch of the checkpoint to resume from. Returns whether the run is over.
+    resumed: the epoch of the checkpoint to resume from. Returns whether the run is over; it is not
+    if a signal has ended it.
     """
     config = run.config
     weights = config.reward.fn
@@ -118,7 +123,7 @@ def train(
         seconds = {}
         scoring_before = dict(run.scorer.seconds)
 
-        # The state that is saved if SIGTERM interrupts this epoch.
+        # The state that is saved if a signal interrupts this epoch.
         start = saver.snapshot(epoch, state)
         if preemption.wanted_anywhere():
             saver.leave(start, preemption)
@@ -160,7 +165,8 @@ def train(
         with phase("reward_learning", seconds):
             details = learning.result()
 
-        # -- Log.
+        # -- Log. From here on there is something to save when Ctrl-C ends the run.
+        preemption.hold(saver.lost)
         for name, mean in scores.reference_means().items():
             details[f"reward/{name}/references"] = mean
         for name in weights:
@@ -188,7 +194,7 @@ def open_log(run: Run, state: TrainState, first: int, wandb_run: Any | None) -> 
         return NoLog()
     arrays = dict(leaves(state.trainable))
     overview = parameter_overview.get_parameter_overview(arrays, include_stats=False)
-    (run.folder / "trainable.txt").write_text(overview + "\n")
+    write_whole(run.folder / "trainable.txt", overview + "\n")
     write_digests(run.folder, run.digests)
     config = run.config
     return RunLog(run.folder, config.to_dict(), first, config.num_epochs, wandb_run)
@@ -248,15 +254,19 @@ def run_training(_: Sequence[str]) -> None:
                 raise
             reason = str(error).splitlines()[0]
             sys.exit(f"error: the connection to another process broke ({reason})")
-        except KeyboardInterrupt:
-            sys.exit(f"stopped; to go on: --config.run_name={folder.name} --resume")
         finally:
             preemption.reached()
             # A failed save was reported above, or matters less than the error being reported.
             with contextlib.suppress(SaveError):
                 run.checkpoints.close()
 
-        if over and reports(config):
+        if not over:
+            sys.exit(preemption.status)
+        if reports(config):
+            kept = f"stopped, without a report; {report_advice(config, folder)}"
+            preemption.release(kept)
+            if preemption.wanted():
+                process.leave(kept, preemption.status)
             # The report loads its own models and rewards.
             rewards.bridge.close()
             cache = run.cache
@@ -374,7 +384,7 @@ def device_count(reward: ConfigDict) -> int:
     """The number of devices that JAX will train on. GPUs are counted without starting JAX."""
     devices = reward_devices(reward).values()
     gpus = gpus_for_jax(devices, jax.config.jax_platforms, reward.share_gpu)
-    return gpus * process_count() if gpus else len(jax.devices())
+    return gpus * process_count() if gpus else len(start_devices())
 
 
 def report_run(
@@ -388,7 +398,6 @@ def report_run(
 
     digests, served: those at the start of the run, since which nothing may have changed.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     console = plain_console()
     kind = make_trainable(config.train).entry
     is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
@@ -427,11 +436,18 @@ def report_run(
         judge = make_judge("embedded", config.evaluate.arena)
         index = summarize(config, results, folder, judge=judge, seed=0, console=console)
     except (ValueError, OSError, RewardError, ScoringError) as error:
-        command = (
-            f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
-        )
-        sys.exit(f"error: the run is over, but its report failed: {error}\nto make it: {command}")
+        advice = report_advice(config, folder)
+        sys.exit(f"error: the run is over, but its report failed: {error}\n{advice}")
     print(f"report: {index}")
+
+
+def report_advice(config: ConfigDict, folder: Path) -> str:
+    """How to make the report of a run whose weights are saved."""
+    kind = make_trainable(config.train).entry
+    return (
+        f"the trained weights are in {folder / 'lora'}; to make the report: "
+        f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
+    )
 
 
 def main() -> None:

@@ -36,9 +36,10 @@ class Family:
     Module: Module(config, rngs) is the network, (x [n, s, c], sigma float32 [n], cond, height,
         width, mesh) -> velocity float32 [n, s, c]. Guidance happens inside.
     Schedule: dataclass of the entries of scheduler_config.json, with sigmas(steps, image_tokens)
-        -> float32 [steps + 1] from 1 to 0.
+        -> float32 [steps + 1] from 1 to 0. schedule_entries: the only values that its other entries
+        may have.
     table(config): how diffusers' transformer/ fills the network. config_entries: the entries of its
-        config.json other than the sizes.
+        config.json other than the sizes, whose values are the only ones that the network computes.
     lora_targets: paths of the projections that get adapters. rules: how parameters are sharded.
     encoders: the text encoders that scripts/encode_prompts.py runs, and the arrays they write to
         the cache.
@@ -67,4 +68,5 @@ class Family:
     download: str = ""
     negative_prompt: str | None = None
     config_entries: Mapping[str, Any] = field(default_factory=dict)
+    schedule_entries: Mapping[str, Any] = field(default_factory=dict)
     single_file: Callable[..., tuple[Any, Table]] | None = None

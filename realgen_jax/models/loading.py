@@ -1,6 +1,6 @@
 """Build a model from the files that `config.pretrained` names, or from its sizes alone."""
 
-import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from realgen_jax.models import FAMILIES, get_family
 from realgen_jax.models.family import Family
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import Sharding, Table, abstract, leaves, load
-from realgen_jax.nn.tensors import Tensors, config_from, read_config
+from realgen_jax.nn.convert import Sharding, Table, abstract, check_keys, leaves, load
+from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_config, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 from realgen_jax.nn.vae_files import load_vae, vae_config
@@ -39,10 +39,11 @@ def pipeline_class(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.exists():
         raise FileNotFoundError(f"{folder} holds no model_index.json of diffusers")
-    pipeline = json.loads(index.read_text()).get("_class_name")
+    pipeline = read_json(index).get("_class_name")
     if pipeline not in FAMILIES:
         raise ValueError(
-            f'{index} has "_class_name" {pipeline!r}; expected one of {", ".join(FAMILIES)}'
+            f'{index} has "_class_name" {pipeline!r}; expected a text-to-image pipeline, one of '
+            f"{', '.join(FAMILIES)}"
         )
     return pipeline
 
@@ -119,7 +120,7 @@ def load_model(
     source = Path(pretrained.transformer or folder / "transformer")
 
     config, params = load_transformer(
-        family, source, param_sharding(mesh, family.rules), **overrides
+        family, source, folder / "transformer", param_sharding(mesh, family.rules), **overrides
     )
     everywhere = replicated(mesh)
     vae, vae_params = load_vae(folder / "vae", lambda path, shape: everywhere, dtype=vae_dtype)
@@ -138,7 +139,8 @@ def abstract_model(
 
     Sizes are read from the folder's config.json files or the single file's header. If the model is
     not on disk, they are those of the published model of `config.pretrained.family`. `mesh` may be
-    an AbstractMesh. Raises the errors of `load_model`.
+    an AbstractMesh. Raises the errors of `load_model`; weights may be absent, but those that are
+    there must have the transformer's names.
     """
     dtypes, vae_dtype = _dtypes(pretrained)
     overrides = {"remat": pretrained.remat, **dtypes}
@@ -146,10 +148,9 @@ def abstract_model(
         family = find_family(pretrained)
         folder = Path(pretrained.model)
         source = Path(pretrained.transformer or folder / "transformer")
-        if source.is_file():
-            config, _ = single_file(family, source, **overrides)
-        else:
-            config = transformer_config(family, source, **overrides)
+        config, table = transformer_config(family, source, folder / "transformer", **overrides)
+        if has_weights(source):
+            check_keys(Tensors(source), abstract(family.Module, config)[1], table)
         vae = vae_config(folder / "vae", dtype=vae_dtype)
         schedule = _schedule(family, folder)
     else:
@@ -168,41 +169,53 @@ def abstract_model(
 def load_transformer(
     family: Family,
     path: str | Path,
+    base: Path,
     sharding: Sharding = lambda path, shape: None,
     **overrides: Any,
 ) -> tuple[Any, nnx.State]:
-    """Return config and weights of a diffusers `transformer/` folder or a publisher's single file.
+    """Return config and weights of a diffusers `transformer/` folder or a single file.
 
-    `overrides` are fields of the family's Config (dtype, ...).
+    base, overrides: as in `transformer_config`.
+    """
+    config, table = transformer_config(family, path, base, **overrides)
+    state = abstract(family.Module, config)[1]
+    return config, load(Tensors(Path(path)), state, table, sharding)
+
+
+def transformer_config(
+    family: Family, path: str | Path, base: Path, **overrides: Any
+) -> tuple[Any, Table]:
+    """Return config and table of a diffusers `transformer/` folder or a single file.
+
+    A publisher's file has its sizes in its shapes. One with diffusers' names has them in the
+    config.json beside it, or else in that of `base`, a `transformer/` folder. `overrides` are
+    fields of the family's Config (dtype, ...).
+
+    Raises FileNotFoundError for missing files and ValueError for those of another model.
     """
     path = Path(path)
+    folder = path
     if path.is_file():
-        config, table = single_file(family, path, **overrides)
-    else:
-        config = transformer_config(family, path, **overrides)
-        table = family.table(config)
-    state = abstract(family.Module, config)[1]
-    return config, load(Tensors(path), state, table, sharding)
+        tensors = Tensors(path)
+        if not any(key.startswith("transformer_blocks.") for key in tensors.keys()):  # noqa: SIM118
+            if family.single_file is None:
+                raise ValueError(
+                    f"{path} is a file; expected a {family.transformer} folder of diffusers"
+                )
+            return family.single_file(tensors, **overrides)
+        folder = path.parent if (path.parent / "config.json").exists() else base
 
-
-def single_file(family: Family, path: Path, **overrides: Any) -> tuple[Any, Table]:
-    """Return config and table of the publisher's single file, by the shapes in its header.
-
-    Raises ValueError if the family has no such file or if the file belongs to another model.
-    """
-    if family.single_file is None:
-        raise ValueError(f"{path} is a file; expected a {family.transformer} folder of diffusers")
-    return family.single_file(Tensors(path), **overrides)
-
-
-def transformer_config(family: Family, folder: Path, **overrides: Any) -> Any:
-    """The sizes in the config.json of diffusers' `transformer/`."""
-    return config_from(family.Config, read_config(folder, family.transformer), **overrides)
+    values = read_config(folder, family.transformer)
+    fixed = family.config_entries
+    file = folder / "config.json"
+    config = config_from(family.Config, file, values, fixed, **overrides)
+    return config, family.table(config)
 
 
 def _schedule(family: Family, folder: Path) -> Any:
-    values = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return config_from(family.Schedule, values)
+    file = folder / "scheduler" / "scheduler_config.json"
+    entries = [field.name for field in fields(family.Schedule)]
+    return config_from(family.Schedule, file, read_json(file), family.schedule_entries, entries)
 
 
 def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:

@@ -11,18 +11,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax import Array
 
 from realgen_jax.hosts import process_index, put
-from realgen_jax.nn.convert import abstract, save_folder
-from realgen_jax.nn.lora import (
-    LoraConfig,
-    read_lora,
-    read_lora_config,
-    save_lora,
-    with_lora,
-)
+from realgen_jax.nn.convert import abstract, leaves, save_folder
+from realgen_jax.nn.lora import LoraConfig, save_lora, with_lora
+from realgen_jax.nn.lora_files import LoraFile, check_modules, open_lora, read_lora
 from realgen_jax.sharding import replicated
 
 NOT_SIZES = ("dtype", "param_dtype", "remat")  # Config fields that are not in config.json
@@ -51,7 +47,10 @@ class Trainable(Protocol):
         """Load a state to start from."""
 
     def check_file(self, path: str | Path) -> None:
-        """Raise ValueError or FileNotFoundError if `load` could not take this file."""
+        """Raise ValueError or FileNotFoundError for a file that `load` can take for no model."""
+
+    def check_modules(self, model: Any, path: str | Path) -> None:
+        """Raise ValueError for a file that does not fit this model, which may be abstract."""
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
         """Write files that diffusers can load. All processes must call this; the first writes."""
@@ -59,9 +58,13 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Lora:
-    """Float32 adapters on the family's target projections; the weights are frozen."""
+    """Float32 adapters on projections of the network; the weights are frozen.
+
+    targets: paths of the projections; None stands for the family's.
+    """
 
     config: LoraConfig
+    targets: tuple[str, ...] | None = None
     entry = "lora"
 
     @property
@@ -69,11 +72,11 @@ class Lora:
         return self.config.rank
 
     def bind(self, model: Any, state: nnx.State) -> nnx.Module:
-        graph, _ = _with_adapters(model.family, model.config, self.config)
+        graph, _ = _with_adapters(model.family, model.config, self)
         return nnx.merge(graph, model.params, state)
 
     def abstract(self, model: Any) -> nnx.State:
-        _, adapters = _with_adapters(model.family, model.config, self.config)
+        _, adapters = _with_adapters(model.family, model.config, self)
         everywhere = replicated(model.mesh)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), adapters
@@ -82,27 +85,56 @@ class Lora:
     def init(self, model: Any, key: Array) -> nnx.State:
         @jax.jit
         def create(key: Array) -> nnx.State:
-            network = _network(model.family, model.config, self.config, key)
+            network = _network(model.family, model.config, self, key)
             return nnx.state(network, nnx.LoRAParam)
 
         return self._placed(model, create(key))
 
     def load(self, model: Any, path: str | Path) -> nnx.State:
-        """Load adapters. Raises ValueError for another rank or alpha, and as `read_lora` does."""
+        """Load adapters to train on, at the strength that they have in the file.
+
+        Raises ValueError for another rank or other modules than these targets.
+        """
         self.check_file(path)
-        _, like = _with_adapters(model.family, model.config, self.config)
-        table = model.family.table(model.config)
-        return self._placed(model, read_lora(path, like, table))
+        self.check_modules(model, path)
+        return self.read(model, open_lora(path))
+
+    def read(self, model: Any, file: LoraFile) -> nnx.State:
+        """The file's adapters. Raises the errors of `read_lora`."""
+        _, like = _with_adapters(model.family, model.config, self)
+        scale = self.config.alpha / self.config.rank
+        return self._placed(model, read_lora(file, like, model.family.table(model.config), scale))
 
     def check_file(self, path: str | Path) -> None:
-        """Raise ValueError if a LoRA file has another rank or alpha; only its header is read."""
-        found = read_lora_config(path)
-        if (found.rank, found.alpha) != (self.config.rank, self.config.alpha):
+        """Raise ValueError if a LoRA file has another rank; only its header is read."""
+        file = open_lora(path)
+        ranks = sorted(set(file.ranks.values()))
+        if ranks != [self.config.rank]:
             raise ValueError(
-                f"{path} has rank {found.rank} and alpha {found.alpha:g}, but config.train has "
-                f"lora_rank {self.config.rank} and lora_alpha {self.config.alpha:g}; "
-                "set them to the file's"
+                f"{path} has rank {', '.join(map(str, ranks))}, but config.train.lora_rank is "
+                f"{self.config.rank}; training goes on from a LoRA of one rank, the config's"
             )
+        if file.encoder:
+            raise ValueError(
+                f"{path} holds adapters of a text encoder ({file.encoder}), which are not trained; "
+                "go on from the transformer's part alone"
+            )
+
+    def check_modules(self, model: Any, path: str | Path) -> None:
+        """Raise ValueError unless the file holds exactly the modules that are trained."""
+        file = open_lora(path)
+        names = _torch_names(model)
+        targets = self.targets or model.family.lora_targets
+        wanted = {name for name, target in names.items() if target in targets}
+        for problem, modules in (
+            ("lacks", wanted - file.pairs.keys()),
+            ("holds", file.pairs.keys() - wanted),
+        ):
+            if modules:
+                raise ValueError(
+                    f"{path} {problem} {min(modules)} ({len(modules)} such modules); training goes "
+                    "on from a LoRA of the modules that are trained"
+                )
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
         if process_index() == 0:
@@ -112,6 +144,43 @@ class Lora:
         """The same host values on every device of the mesh."""
         everywhere = replicated(model.mesh)
         return jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), state)
+
+
+def with_lora_file(model: Any, path: str | Path) -> tuple[Any, nnx.State]:
+    """Return the model with the adapters of any LoRA file on the modules that it covers.
+
+    This is for sampling: ranks may differ, and any projection may be covered. A text encoder's part
+    is left out, with a warning. Raises the errors of `open_lora` and `read_lora`.
+    """
+    file = open_lora(path)
+    if file.encoder:
+        logging.warning(
+            "%s also holds adapters of a text encoder (%s), which are left out", path, file.encoder
+        )
+    names = _torch_names(model)
+    check_modules(file, names)
+    covered = {names[module] for module in file.pairs}
+    targets = tuple(target for target in dict.fromkeys(names.values()) if target in covered)
+
+    rank = max(file.ranks.values())
+    trainable = Lora(LoraConfig(rank, float(rank)), targets)
+    model = model.with_trainable(trainable)
+    return model, trainable.read(model, file)
+
+
+def _torch_names(model: Any) -> dict[str, str]:
+    """{torch module, by diffusers' name: path of the projection that holds it}."""
+    table = model.family.table(model.config)
+    names = {}
+    for leaf, array in leaves(abstract(model.family.Module, model.config)[1]).items():
+        target, _, kind = leaf.rpartition(".")
+        if kind != "kernel":
+            continue
+        for part in table.rows[target]:
+            layers = array.shape[0] if "{}" in part.module else 1
+            for layer in range(layers):
+                names[part.module.format(layer + part.first)] = target
+    return names
 
 
 @dataclass(frozen=True)
@@ -143,6 +212,9 @@ class AllWeights:
     def check_file(self, path: str | Path) -> None:
         self.load(None, path)
 
+    def check_modules(self, model: Any, path: str | Path) -> None:
+        self.load(model, path)
+
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
         config = file_config(model.family, model.config)
         table = model.family.table(model.config)
@@ -158,14 +230,15 @@ def file_config(family: Any, config: Any) -> dict[str, Any]:
     return entries
 
 
-def _network(family: Any, config: Any, lora: LoraConfig, key: Array) -> nnx.Module:
-    """The family's network with adapters on its targets."""
-    network = family.Module(config, nnx.Rngs(0))
-    return with_lora(network, family.lora_targets, lora, key)
+def _network(family: Any, config: Any, lora: Lora, key: Array) -> nnx.Module:
+    """The family's network with adapters on the targets."""
+    rows = family.table(config).rows
+    targets = {path: len(rows[path]) for path in lora.targets or family.lora_targets}
+    return with_lora(family.Module(config, nnx.Rngs(0)), targets, lora.config, key)
 
 
 @cache
-def _with_adapters(family: Any, config: Any, lora: LoraConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def _with_adapters(family: Any, config: Any, lora: Lora) -> tuple[nnx.GraphDef, nnx.State]:
     """The graph of the network with adapters, and the adapters' abstract state."""
 
     def build() -> nnx.Module:

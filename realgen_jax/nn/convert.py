@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
+from realgen_jax.files import write_tensors, write_whole
 from realgen_jax.hosts import fetch, process_index, put
 from realgen_jax.nn.tensors import STEM, Tensors
 
@@ -142,10 +142,19 @@ def load(
 
     Raises ValueError naming the first keys that are missing, unused or of another shape.
     """
+    check_keys(tensors, state, table)
+    wanted = leaves(state)
+    placed = []
+    for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):
+        host = _assemble(tensors, leaf, wanted[leaf], _source(leaf, table))
+        placed.append((path, variable.replace(put(host, sharding(leaf, host.shape)))))
+    return nnx.from_flat_state(placed)
+
+
+def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
+    """Raise ValueError unless every key has one place in an abstract state, and vice versa."""
     wanted = leaves(state)
     sources = {leaf: _source(leaf, table) for leaf in wanted}
-
-    # Every key of the file has exactly one place, and vice versa.
     expected = set()
     for leaf, source in sources.items():
         for layer in range(wanted[leaf].shape[0] if source.stacked else 1):
@@ -161,12 +170,6 @@ def load(
             f"{tensors.path} holds {_some(unused)}, which this model does not have; "
             "is it another model's file?"
         )
-
-    placed = []
-    for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):
-        host = _assemble(tensors, leaf, wanted[leaf], sources[leaf])
-        placed.append((path, variable.replace(put(host, sharding(leaf, host.shape)))))
-    return nnx.from_flat_state(placed)
 
 
 def _assemble(
@@ -280,8 +283,8 @@ def save_folder(
             total += sum(tensor.nbytes for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         index_file = folder / f"{STEM}.safetensors.index.json"
-        index_file.write_text(json.dumps(index, indent=2) + "\n")
+        write_whole(index_file, json.dumps(index, indent=2) + "\n")
 
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        write_tensors(folder / name, shard, {"format": "pt"})
+    write_whole(folder / "config.json", json.dumps(dict(config), indent=2) + "\n")

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 EPS = 1e-6  # default of all norms
+TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of noise level and guidance
 PROJECTION = "projection"  # checkpoint name for the outputs of the large matmuls
 _lecun = nnx.initializers.lecun_normal()
 
@@ -28,9 +29,9 @@ class Linear(nnx.Module):
     kernel [*stack, *in, *out], bias [*stack, *out].
 
     A fused projection has a separate axis for its parts, for instance (3, D) for qkv. The mesh axis
-    `tensor` then splits each part separately and never cuts a head. Each part has its own LoRA
-    factors, as in peft, where the projections are separate:
-    lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out].
+    `tensor` then splits each part separately and never cuts a head. Parts that are separate modules
+    in torch have their own LoRA factors; the other axes of in and out are joined:
+    lora_a [*stack, in, parts, r], lora_b [*stack, parts, r, out / parts].
     """
 
     def __init__(
@@ -66,16 +67,19 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
+        product = lora_product
         if kernel.ndim > self.axes_in + self.axes_out:
+            product = jax.vmap(lora_product, (None, 0, 0))
             y = _all_layers(x, kernel)
-            return y if bias is None else y + bias[:, None]
-
-        y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
+            bias = None if bias is None else bias[:, None]
+        else:
+            y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
         if bias is not None:
             y = y + bias
 
         if self.lora_a is not None:
-            delta = lora_product(x, self.lora_a[...], self.lora_b[...])
+            flat = x.reshape(*x.shape[: x.ndim - self.axes_in], -1)
+            delta = product(flat, self.lora_a[...], self.lora_b[...])
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
 
@@ -201,17 +205,27 @@ def modulated_norm(x: Array, shift: Array, scale: Array, eps: float = EPS) -> Ar
     return x32.astype(x.dtype) * (1 + scale[:, None]) + shift[:, None]
 
 
-def sinusoidal_embedding(t: Array, dim: int = 256) -> Array:
-    """Cosines, then sines, of t exp(-ln(10000) k / (dim/2)) for k < dim/2: float32 [n] -> [n, dim].
+def sinusoidal_embedding(t: Array) -> Array:
+    """Cosines, then sines, of t exp(-ln(10000) k / 128) for k < 128: float32 [n] -> [n, 256]."""
+    angles = t[:, None] * _frequencies()
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
-    The exponents are rounded to float32 as in PyTorch: at t = 1000, a difference in the last bit
-    moves an angle by 6e-5.
+
+def _frequencies() -> np.ndarray:
+    """The frequencies of `sinusoidal_embedding` with torch.exp's bits, float32 [128].
+
+    At t = 1000, a difference in the last bit moves an angle by up to 6e-5: that would be most of
+    the difference between our outputs and diffusers'. The exponents are rounded to float32, as
+    there, and their exponentials to the nearest float32. torch.exp (of MKL, on x86) does the same,
+    but rounds up at two of them, whose remainders are 0.479 and 0.482 of the last bit.
     """
-    half = dim // 2
+    half = TIME_CHANNELS // 2
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = t[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+    rounded_up = [12, 106]
+    frequencies[rounded_up] = np.nextafter(frequencies[rounded_up], np.float32(1))
+    return frequencies
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

@@ -29,6 +29,20 @@ BFL_EDITS = (
     ("conv_norm_out", "norm_out"),
 )
 
+# Entries of config.json other than the sizes. Quantisation convolutions are diffusers' default.
+QUANT_CONVS = ("use_quant_conv", "use_post_quant_conv")
+FIXED = {
+    **dict.fromkeys(QUANT_CONVS, False),
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "mid_block_add_attention": True,
+    "latents_mean": None,
+    "latents_std": None,
+}
+NOT_IN_SHAPES = ("norm_num_groups", "scaling_factor", "shift_factor")
+NO_EFFECT = ("sample_size", "force_upcast")  # a training size; config.pretrained.vae_dtype decides
+
 
 def _bfl_name(name: str, last_level: int) -> str:
     """BFL's name of one of our modules."""
@@ -51,15 +65,17 @@ def vae_table(config: VaeConfig, layout: str) -> Table:
 def vae_config(folder: Path, **overrides: Any) -> VaeConfig:
     """Return the sizes in the config.json of diffusers' `vae/`; `overrides` are VaeConfig fields.
 
-    Raises ValueError for an autoencoder with quantisation convolutions, which ours does not have.
+    Raises ValueError for an autoencoder that ours does not compute.
     """
-    values = read_config(folder, "AutoencoderKL")
-    for name in ("use_quant_conv", "use_post_quant_conv"):
-        if values.get(name, True):
-            raise ValueError(
-                f"{folder / 'config.json'} has {name}; expected an autoencoder without it"
-            )
-    return config_from(VaeConfig, values, **overrides)
+    values = dict.fromkeys(QUANT_CONVS, True) | read_config(folder, "AutoencoderKL")
+    levels = len(values.get("block_out_channels", ()))
+    fixed = FIXED | {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    sizes = {name: value for name, value in values.items() if name not in NO_EFFECT}
+    file = folder / "config.json"
+    return config_from(VaeConfig, file, sizes, fixed, NOT_IN_SHAPES, **overrides)
 
 
 def load_vae(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from realgen_jax.files import drop_incomplete_line, read_jsonl
+from realgen_jax.files import append, drop_incomplete_line, read_jsonl
 from realgen_jax.realbench.interfaces import Judge, Keep
 from realgen_jax.realbench.questions import (
     HUMAN,
@@ -185,24 +185,22 @@ def storing_answers(file: Path, answers: Answers) -> Iterator[Keep]:
     """Yield a function that stores one answer, in the file at once and in `answers`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     drop_incomplete_line(file)
-    with file.open("a", encoding="utf-8") as stream:
 
-        def keep(question: Question, verdict: str, reply: str) -> None:
-            record = {
-                "set": question.first.set,
-                "line": question.first.line,
-                "first": question.first.entry,
-                "second": question.second.entry,
-                "verdict": verdict,
-                "reply": reply,
-                "first_sha256": question.first.sha256,
-                "second_sha256": question.second.sha256,
-            }
-            stream.write(json.dumps(record) + "\n")
-            stream.flush()
-            if verdict in VERDICTS:
-                answers[question.key] = record
-            else:  # undone
-                answers.pop(question.key, None)
+    def keep(question: Question, verdict: str, reply: str) -> None:
+        record = {
+            "set": question.first.set,
+            "line": question.first.line,
+            "first": question.first.entry,
+            "second": question.second.entry,
+            "verdict": verdict,
+            "reply": reply,
+            "first_sha256": question.first.sha256,
+            "second_sha256": question.second.sha256,
+        }
+        append(file, json.dumps(record) + "\n")
+        if verdict in VERDICTS:
+            answers[question.key] = record
+        else:  # undone
+            answers.pop(question.key, None)
 
-        yield keep
+    yield keep

@@ -12,7 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from realgen_jax.hosts import process_count, process_index, sum_over_processes
+from realgen_jax.hosts import (
+    process_count,
+    process_index,
+    start_devices,
+    sum_over_processes,
+)
 from realgen_jax.realbench.interfaces import Scorer
 from realgen_jax.realbench.picture_files import Picture, read_batches
 from realgen_jax.realbench.pictures import PictureMaker, manifest, prepare_folder
@@ -62,7 +67,7 @@ def evaluate_entries(
         scorer = stack.enter_context(contextlib.closing(open_scorer()))
 
         # -- Start JAX. All processes generate the pictures that the first process lacks.
-        mesh = make_mesh(**config.mesh, devices=jax.devices())
+        mesh = make_mesh(**config.mesh, devices=start_devices())
         tasks = [_agree_on_missing(task) for task in tasks]
         weights = [task.weights for task in tasks if task.weights is not None]
         maker = PictureMaker(config, mesh, caches, weights, seed)

@@ -18,8 +18,8 @@ from realgen_jax.files import expand_home, sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
 from realgen_jax.models.loading import find_family, load_model, model_folders
 from realgen_jax.models.model import Model
-from realgen_jax.models.trainable import Lora
-from realgen_jax.nn.lora import LoraConfig, read_lora_config
+from realgen_jax.models.trainable import Trainable, with_lora_file
+from realgen_jax.nn.lora_files import PEFT_CONFIG, open_lora
 from realgen_jax.realbench.entries import Weights
 from realgen_jax.realbench.picture_files import (
     Picture,
@@ -45,8 +45,12 @@ def manifest(
 ) -> dict[str, Any]:
     """Return everything that determines the pixels of a set's pictures, except their number.
 
-    `PATHS` only inform people and are not compared. Raises FileNotFoundError if there is no model.
+    `PATHS` only inform people and are not compared. Raises FileNotFoundError if there is no model,
+    and the errors of `open_lora`.
     """
+    if weights.lora:
+        open_lora(weights.lora)
+
     # -- The model's files.
     model = expand_home(weights.model)
     family = find_family(_pretrained(weights, config))
@@ -93,11 +97,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def lora_digest(path: str) -> str:
-    """Return the SHA-256 of a LoRA's file, or of its folder's files; "" for none."""
+    """Return the SHA-256 of a LoRA's file and peft's config beside it, or of its folder's files.
+
+    It is "" for none.
+    """
     if not path:
         return ""
     lora = expand_home(path)
-    files = [lora]
+    files = [file for file in (lora, lora.with_name(PEFT_CONFIG)) if file.exists()]
     if lora.is_dir():
         files = [file for file in _files(lora) if file.suffix in (".safetensors", ".json")]
     digest = hashlib.sha256()
@@ -151,7 +158,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 class Sampler:
-    """A model in memory, and its programs: one for all LoRAs of the same rank and alpha."""
+    """A model in memory, and its programs: one for all LoRAs of the same rank and modules."""
 
     def __init__(
         self, weights: Weights, config: ConfigDict, mesh: jax.sharding.Mesh, loras: Sequence[str]
@@ -162,7 +169,7 @@ class Sampler:
         pretrained = _pretrained(weights, config)
         self.model = load_model(pretrained, config.sample.resolution, mesh)
 
-        self._programs: dict[LoraConfig | None, Callable] = {}
+        self._programs: dict[Trainable | None, Callable] = {}
         self._no_lora: tuple[Model, Any] = (self.model, None)
         paths = [path for path in loras if path]
         for path in reversed(paths):
@@ -177,24 +184,22 @@ class Sampler:
         one program is compiled, and only the weights differ.
         """
         model, adapters = self._no_lora
-        config = None
+        trainable = None
         if lora:
             model, adapters = self._load_lora(lora)
         if adapters is not None:
-            config = model.trainable.config
+            trainable = model.trainable
             everywhere = replicated(model.mesh)
             adapters = jax.tree.map(lambda a: put(np.asarray(a), everywhere), adapters)
-        if config not in self._programs:
-            self._programs[config] = model.sampler(self.steps)
+        if trainable not in self._programs:
+            self._programs[trainable] = model.sampler(self.steps)
 
-        pictures = self._programs[config]
+        pictures = self._programs[trainable]
         return model, lambda cond, key, ids: pictures(model, adapters, cond, key, ids)
 
     def _load_lora(self, path: str) -> tuple[Model, Any]:
-        """The model configured for a LoRA of this rank and alpha, and the LoRA's adapters."""
-        file = expand_home(path)
-        model = self.model.with_trainable(Lora(read_lora_config(file)))
-        return model, model.trainable.load(model, file)
+        """The model with room for this LoRA's modules, and the LoRA's adapters."""
+        return with_lora_file(self.model, path)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from realgen_jax.files import drop_incomplete_line, read_jsonl
+from realgen_jax.files import append, drop_incomplete_line, read_jsonl
 from realgen_jax.realbench.interfaces import PendingScores, Scorer
 from realgen_jax.realbench.picture_files import Picture
 from realgen_jax.realbench.results import Problem, PromptSet, ScoredPicture
@@ -72,8 +72,7 @@ class ScoreStore:
                 }
                 self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
                 lines.append(json.dumps(row) + "\n")
-        with self.file.open("a") as file:
-            file.write("".join(lines))
+        append(self.file, "".join(lines))
 
 
 @dataclass(frozen=True)

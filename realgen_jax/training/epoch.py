@@ -76,7 +76,7 @@ def sample_epoch(
 
 
 def wait_for(calls: Sequence[Call], preemption: Preemption) -> bool:
-    """Wait until all calls are sampled. Returns whether SIGTERM arrived in the meantime.
+    """Wait until all calls are sampled. Returns whether a signal arrived in the meantime.
 
     A failed reward raises its error as soon as it fails. With several processes, both are decided
     later, at a point where all of them agree.

@@ -1,5 +1,6 @@
 """Evaluations within a run: test prompts on fixed noise, and checks that are not trained on."""
 
+import io
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.files import whole_folder
+from realgen_jax.files import whole_folder, write_whole
 from realgen_jax.hosts import fetch, process_index, put, sum_over_processes
 from realgen_jax.models.model import Model
 from realgen_jax.sharding import batch_sharding
@@ -275,7 +276,9 @@ def _show_pictures(
 
     start_file = run.folder / START_FILE
     if first:
-        np.savez(start_file, pictures=pictures, **scores)
+        stream = io.BytesIO()
+        np.savez(stream, pictures=pictures, **scores)
+        write_whole(start_file, stream.getvalue())
     elif last:
         try:
             before = _read_start(start_file, pictures, scores)

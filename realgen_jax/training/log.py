@@ -11,13 +11,13 @@ from rich.console import Group
 from rich.live import Live
 from rich.progress import Progress
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 from realgen_jax.advantages import zero_spread
-from realgen_jax.files import read_jsonl, write_whole
+from realgen_jax.files import append, read_jsonl, write_image, write_whole
 from realgen_jax.training.constant_rewards import CONSTANT_EPOCHS, ConstantRewards
 from realgen_jax.training.pictures import break_rows, picture_grid
 from realgen_jax.training.progress import plain_console, progress_columns
+from realgen_jax.training.tensorboard import Board
 from realgen_jax.training.wandb_run import WandbLog
 
 
@@ -46,11 +46,10 @@ class RunLog:
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
         # Records. A resumed run overwrites those of the epochs that it repeats.
-        metrics_file = folder / "metrics.jsonl"
-        _keep_rows_before(metrics_file, start)
-        self._file = metrics_file.open("a")
-        purge_step = start + 1 if start else None
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self._metrics_file = folder / "metrics.jsonl"
+        _keep_rows_before(self._metrics_file, start)
+        append(self._metrics_file, "")  # it exists from the start
+        self._board = Board(folder / "tensorboard", start + 1 if start else None)
         self._wandb = WandbLog(wandb_run, self.warn)
 
         # The progress bar, with the figures of the last epoch below it. Next to the bar, they would
@@ -58,7 +57,7 @@ class RunLog:
         self._progress = Progress(*progress_columns(), console=self.console)
         self._task = self._progress.add_task("epoch", total=epochs, completed=start)
         self._epochs = epochs
-        self._constant = ConstantRewards(read_jsonl(metrics_file))
+        self._constant = ConstantRewards(read_jsonl(self._metrics_file))
         self._figures = ""
         self._held_out: dict[str, float] = {}  # scores of the last evaluation
         self._live = Live(
@@ -72,7 +71,6 @@ class RunLog:
 
     def __exit__(self, *error: Any) -> None:
         self._live.stop()
-        self._file.close()
         self._board.close()
         self._wandb.close()
 
@@ -89,10 +87,11 @@ class RunLog:
         row = {"kind": kind, "epoch": epoch}
         for key, value in values.items():
             row[key] = float(f"{value:.8g}")
-            self._board.add_scalar(f"{kind}/{key}", value, epoch)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._wandb.figures({f"{kind}/{key}": value for key, value in values.items()}, epoch)
+        append(self._metrics_file, json.dumps(row) + "\n")
+
+        figures = {f"{kind}/{key}": value for key, value in values.items()}
+        self._board.scalars(figures, epoch)
+        self._wandb.figures(figures, epoch)
 
     def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
         """Move the progress bar; without a terminal, print a line instead."""
@@ -207,8 +206,8 @@ class RunLog:
         """
         grid = picture_grid(*break_rows(rows, captions, columns))
         file = self.folder / "samples" / f"{name}.png"
-        grid.save(file)
-        self._board.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
+        write_image(file, grid)
+        self._board.picture(name, np.asarray(grid), epoch)
         self._wandb.picture(name, grid, epoch)
         return file
 

@@ -1,13 +1,14 @@
-"""Running under a cluster scheduler: start-up with several processes, and the end by SIGTERM."""
+"""Start-up with several processes, and the end by a signal, from a scheduler or a person."""
 
-import os
 import signal
-import socket
+import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from absl import flags
 
+from realgen_jax import process
 from realgen_jax.hosts import connect, sum_over_processes
 
 flags.DEFINE_string("coordinator", "", "with several processes: host:port of process 0")
@@ -27,52 +28,80 @@ def connect_by_flags() -> None:
 
 
 class Preemption:
-    """Catches SIGTERM, after which the run has `grace` seconds to reach a point where it can save.
+    """Lets the training loop save and end when a signal arrives.
 
-    The training loop checks `wanted` at each such point, and calls `reached` before it saves and
-    ends. If it does not get there in time, the process exits with status 0, and the newest
-    checkpoint on disk is the last one.
+    The loop checks `wanted` at each point where it can save, and calls `reached` before it saves
+    and ends. SIGTERM is heard from the start; Ctrl-C, SIGHUP and the loss of standard output from
+    `hold` on. After SIGTERM or SIGHUP, the run has `grace` seconds to get there. If it does not,
+    the process exits with status 0, and the newest checkpoint on disk is the last one. Ctrl-C sets
+    no limit, because the person at the terminal can press it again: that ends the run at once.
     """
 
     def __init__(self, grace: float):
         self._grace = grace
-        self._signalled = threading.Event()
+        self._number = 0  # the first signal
         self._reached = threading.Event()
+        process.on_signal(signal.SIGTERM, self._hear)
 
-        # Python runs a signal handler only between instructions of the main thread, which may be
-        # waiting for a device. The wake-up descriptor receives the signal's number at once, so a
-        # thread that reads it sees SIGTERM in time; the handler itself has nothing to do.
-        receiver, sender = socket.socketpair()
-        sender.setblocking(False)
-        self._sender = sender  # the descriptor must stay open
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.set_wakeup_fd(sender.fileno())
+    def hold(self, lost: Callable[[], str]) -> None:
+        """From now on the run has something to save, so no signal ends it at once.
 
-        thread = threading.Thread(
-            target=self._watch, args=(receiver,), name="preemption", daemon=True
-        )
-        thread.start()
+        lost: returns what to print when a second Ctrl-C does.
+        """
+        process.when_stopped(lost)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            process.on_signal(number, self._hear)
 
-    def _watch(self, receiver: socket.socket) -> None:
-        while receiver.recv(1)[0] != signal.SIGTERM:
-            pass
-        self._signalled.set()
+    def release(self, kept: str) -> None:
+        """Everything is saved: from now on a signal ends the program at once, printing `kept`."""
+        process.when_stopped(lambda: kept)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM):
+            process.on_signal(number, process.stop)
 
-        if not self._reached.wait(self._grace):
-            message = (
-                f"stopped {self._grace:g} s after SIGTERM, before the current phase finished; "
-                "--resume will repeat it\n"
+    def _hear(self, number: int) -> None:
+        """Handle a signal, in the thread that receives it."""
+        if self._number and number == signal.SIGINT:
+            process.stop(number)
+        if not self._number:
+            self._number = number
+            again = "; Ctrl-C again stops it at once" if number == signal.SIGINT else ""
+            # A progress bar on the terminal takes what is printed, and shows it above itself.
+            print(
+                f"{self.name}: the run saves and stops after the current phase{again}",
+                file=sys.stderr,
             )
-            os.write(1, message.encode())  # the main thread may hold the lock of sys.stdout
-            os._exit(0)
+        if number in (signal.SIGTERM, signal.SIGHUP):
+            threading.Thread(target=self._limit, args=(number,), daemon=True).start()
+
+    def _limit(self, number: int) -> None:
+        if not self._reached.wait(self._grace):
+            process.leave(
+                f"stopped {self._grace:g} s after {signal.Signals(number).name}, before the "
+                "current phase finished; --resume will repeat it",
+                0,
+            )
+
+    @property
+    def name(self) -> str:
+        """The name of the signal that ends the run."""
+        return signal.Signals(self._number).name
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that a signal has ended: 0 if a scheduler sent it."""
+        return 0 if self._number in (signal.SIGTERM, signal.SIGHUP) else 128 + self._number
 
     def wanted(self) -> bool:
-        """Whether this process has received SIGTERM."""
-        return self._signalled.is_set()
+        """Whether a signal has asked this process to save and end."""
+        return self._number != 0
 
     def wanted_anywhere(self) -> bool:
-        """Whether any process has received SIGTERM. All processes must ask at the same point."""
-        return bool(sum_over_processes(np.int32([self.wanted()]))[0])
+        """Whether a signal has asked any process to. All processes must ask at the same point."""
+        counts = np.zeros(signal.NSIG, np.int32)
+        counts[self._number] = 1
+        numbers = np.flatnonzero(sum_over_processes(counts))  # 0: a process without a signal
+        self._number = self._number or int(numbers[-1])
+        return self.wanted()
 
     def reached(self) -> None:
         """Lift the time limit: the loop has stopped, and its last writes must not be cut off."""

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from realgen_jax.checkpoint import Checkpoints
-from realgen_jax.hosts import process_count
+from realgen_jax.hosts import process_count, start_devices
 from realgen_jax.models.loading import abstract_model, load_model, missing_model, sizes_on_disk
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import make_trainable
@@ -91,7 +91,7 @@ def set_up(
     """
     metrics = defined_metrics(metrics, config, len(test_prompts))
     recipe = make_recipe(config)
-    mesh = make_mesh(**config.mesh, devices=jax.devices())
+    mesh = make_mesh(**config.mesh, devices=start_devices())
     check_mesh(recipe, mesh, process_count())
     model = load_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
 
@@ -156,6 +156,8 @@ def check_shapes(config: ConfigDict, devices: int) -> None:
     model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
     recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
     recipe.trainable.abstract(model)
+    if config.pretrained.lora:
+        recipe.trainable.check_modules(model, config.pretrained.lora)
 
 
 def _missing_files(config: ConfigDict) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.checkpoint import newest_good, read_meta
 from realgen_jax.files import file_lock, write_whole
+from realgen_jax.process import cleaned_up
 
 # Config keys that a resumed run may change: where and how long it runs, but not what it computes.
 # A different mesh or reward device only changes rounding.
@@ -122,13 +124,19 @@ def run_lock(folder: Path) -> Iterator[None]:
         ) from error
 
     try:
-        yield
+        with cleaned_up(partial(_remove_if_empty, folder)):
+            yield
     finally:
-        if [entry.name for entry in folder.iterdir()] == ["lock"]:
-            with suppress(OSError):  # Windows does not remove a file in use; then the folder stays
-                (folder / "lock").unlink()
-                folder.rmdir()
+        _remove_if_empty(folder)
         lock.release()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a run's folder if it holds nothing but the lock."""
+    if [entry.name for entry in folder.iterdir()] == ["lock"]:
+        with suppress(OSError):  # Windows does not remove a file in use; then the folder stays
+            (folder / "lock").unlink()
+            folder.rmdir()
 
 
 def resume_from(

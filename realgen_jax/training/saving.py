@@ -87,9 +87,18 @@ class Saver:
             self.save(snapshot)
         self.run.checkpoints.wait()
         self.log.say(
-            f"stopped by SIGTERM, saved after {snapshot.epoch} epochs; to go on: "
-            f"--config.run_name={self.run.folder.name} --resume"
+            f"stopped by {preemption.name}, saved after {snapshot.epoch} epochs; {self._go_on()}"
         )
+
+    def lost(self) -> str:
+        """Return what to tell about a run that ends now, without another save."""
+        newest = self.run.checkpoints.newest()
+        if newest is None:
+            return "stopped; nothing was saved, so that all that was trained is lost"
+        return f"stopped; what was trained after epoch {newest} is lost; {self._go_on()}"
+
+    def _go_on(self) -> str:
+        return f"to go on: --config.run_name={self.run.folder.name} --resume"
 
     def wait(self) -> None:
         """Wait for the save in progress."""

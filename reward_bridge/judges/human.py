@@ -4,6 +4,7 @@ The page is only reachable from this machine. The person chooses with clicks or 
 """
 
 import secrets
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,10 +49,24 @@ class HumanJudge:
         with serve_in_thread(page.app(token), self.port) as listener:
             address = f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
             say(f"judge here: {address}   (Ctrl-C ends it; every verdict is saved at once)")
-            try:
-                finished.wait()
-            except KeyboardInterrupt:
+            if not _wait_or_interrupt(finished):
                 say("arena: ended; run the same command again to continue with the next pair")
+
+
+def _wait_or_interrupt(finished: threading.Event) -> bool:
+    """Wait for the event. Returns False if Ctrl-C came first, which here ends only the session.
+
+    In another thread than the main one, Ctrl-C keeps its meaning.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return finished.wait()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return finished.wait()
+    except KeyboardInterrupt:
+        return False
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class JudgingPage:

@@ -27,8 +27,7 @@ from vae import decode, encode
 
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
-from realgen_jax.models.trainable import Lora
-from realgen_jax.nn.lora import read_lora_config
+from realgen_jax.models.trainable import with_lora_file
 from realgen_jax.sharding import make_mesh
 from reward_bridge.metrics import statistics
 from reward_bridge.rewards.embedded import Classifier, ConvDetector, PoolDetector, to_input
@@ -127,8 +126,7 @@ def generated_pictures(
     model = load_model(pretrained, SIZE, mesh)
     versions = [None]
     if lora is not None:
-        model = model.with_trainable(Lora(read_lora_config(lora)))
-        adapters = model.trainable.load(model, lora)
+        model, adapters = with_lora_file(model, lora)
         versions = [scaled(adapters, scale) for scale in SCALES]
 
     # The prompts' embeddings.

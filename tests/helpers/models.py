@@ -13,7 +13,7 @@ from realgen_jax.models.loading import load_model, load_transformer
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Lora, Trainable, file_config
 from realgen_jax.nn.convert import save_folder
-from realgen_jax.nn.lora import LoraConfig, read_lora_config
+from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import VaeConfig
 from realgen_jax.sharding import make_mesh
 from tests.helpers.goldens import PIPELINE
@@ -65,7 +65,7 @@ def flux_model(
 
 def load_flux(path: Path, **overrides: Any) -> tuple[Any, nnx.State]:
     """Config and weights of a FLUX transformer, in float32 unless said otherwise."""
-    return load_transformer(FLUX, path, **{**EXACT, **overrides})
+    return load_transformer(FLUX, path, PIPELINE / "transformer", **{**EXACT, **overrides})
 
 
 def save_flux(folder: Path, config: Any, state: nnx.State, shard_bytes: int = 10**10) -> None:
@@ -73,9 +73,9 @@ def save_flux(folder: Path, config: Any, state: nnx.State, shard_bytes: int = 10
     save_folder(folder, state, FLUX.table(config), file_config(FLUX, config), shard_bytes)
 
 
-def load_adapters(model: Model, path: Path) -> tuple[Model, nnx.State]:
-    """A LoRA file, and the model with room for it."""
-    model = model.with_trainable(Lora(read_lora_config(path)))
+def load_adapters(model: Model, path: Path, config: LoraConfig) -> tuple[Model, nnx.State]:
+    """A LoRA file to train on, and the model with room for it."""
+    model = model.with_trainable(Lora(config))
     return model, model.trainable.load(model, path)
 
 

@@ -1,11 +1,13 @@
 """Run the programs of scripts/ as a user does, in subprocesses, on the golden config."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +50,19 @@ def call(
     )
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let programs that are started here receive Ctrl-C, which a shell's background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def begin(arguments: list[str], output: Path, **environment: str) -> subprocess.Popen:
     """Start a program whose output is appended to a file."""
-    with output.open("a") as file:
+    with output.open("a") as file, interruptible():
         return subprocess.Popen(
             arguments, stdout=file, stderr=file, env={**os.environ, **QUICK, **environment}
         )

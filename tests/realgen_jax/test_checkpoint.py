@@ -23,7 +23,7 @@ from realgen_jax.checkpoint import (
     read_meta,
     seal,
 )
-from realgen_jax.models.flux.tables import LORA_TARGETS, RULES
+from realgen_jax.models.flux.tables import DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.flux.transformer import FluxTransformer
 from realgen_jax.nn.lora import LoraConfig, with_lora
 from realgen_jax.sharding import make_mesh, param_sharding
@@ -34,9 +34,8 @@ from tests.helpers.faults import full_disk
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _state(config, seed, rank):
     lora = LoraConfig(rank, 8.0)
-    network = with_lora(
-        FluxTransformer(config, nnx.Rngs(0)), LORA_TARGETS, lora, jax.random.key(seed)
-    )
+    targets = {path: len(DIFFUSERS.rows[path]) for path in LORA_TARGETS}
+    network = with_lora(FluxTransformer(config, nnx.Rngs(0)), targets, lora, jax.random.key(seed))
     adapters = nnx.state(network, nnx.LoRAParam)
     optimizer = make_optimizer(1e-3, 0.9, 0.999, 1e-8, 1e-4, 1.0)
     updates, opt_state = optimizer.update(adapters, optimizer.init(adapters), adapters)

@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from filelock import Timeout
+from PIL import Image
 
 from realgen_jax import files
 from realgen_jax.files import (
+    append,
     content_digest,
     drop_incomplete_line,
     file_lock,
@@ -17,9 +20,13 @@ from realgen_jax.files import (
     sampled_digest,
     sha256_file,
     whole_folder,
+    write_image,
+    write_tensors,
     write_whole,
 )
+from realgen_jax.training.tensorboard import Board
 from tests.helpers.faults import changed as changed_file
+from tests.helpers.faults import full_disk
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
@@ -38,10 +45,76 @@ def test_a_folder_is_replaced_only_without_an_error(tmp_path):
     with pytest.raises(IsADirectoryError), whole_folder(folder) as part:
         part.write_text("not a folder")
     assert (folder / "a").read_text() == "old"
-    (tmp_path / "lora.part" / "rest").write_text("left by the error")
+    assert list(tmp_path.rglob("*")) == [folder, folder / "a"]
+    (tmp_path / "lora.part").mkdir()
+    (tmp_path / "lora.part" / "rest").write_text("left by a crash")
     with whole_folder(folder) as part:
         (part / "b").write_text("new")
     assert list(tmp_path.rglob("*")) == [folder, folder / "b"]
+
+
+def write_lora(folder):
+    with whole_folder(folder) as part:
+        write_tensors(part / "lora.safetensors", {"a": np.random.rand(9000)}, {})
+
+
+def write_figures(folder):
+    board = Board(folder, None)
+    try:
+        for epoch in range(200):
+            board.scalars({"a": 1.0, "b": 2.0}, epoch)
+    finally:
+        board.close()
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+WRITERS = {
+    "text": (lambda file: write_whole(file, "x" * 9000), "text"),
+    "a line": (lambda file: append(file, "x" * 9000), "line"),
+    "a picture": (lambda file: write_image(file, Image.fromarray(NOISE)), "picture.png"),
+    "a LoRA": (write_lora, "lora"),
+    "figures": (write_figures, "tensorboard"),
+    "a picture for TensorBoard": (
+        lambda folder: Board(folder, None).picture("a", NOISE, 1),
+        "tensorboard",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_an_error_that_names_what_was_written(tmp_path, kind):
+    write, name = WRITERS[kind]
+    message = rf"/{name}.* could not be written: .*File too large"
+    with pytest.raises(OSError, match=message), full_disk():
+        write(tmp_path / name)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_full_disk_keeps_what_was_exported_before(tmp_path):
+    file = tmp_path / "file"
+    write_whole(file, "old")
+    folder = tmp_path / "lora"
+    with whole_folder(folder) as part:
+        write_tensors(part / "lora.safetensors", {"a": np.zeros(3)}, {})
+    before = (folder / "lora.safetensors").read_bytes()
+
+    with full_disk():
+        with pytest.raises(OSError, match="file could not be written"):
+            write_whole(file, "x" * 9000)
+        with pytest.raises(OSError, match=r"lora.* could not be written"):
+            write_lora(folder)
+    assert file.read_text() == "old"
+    assert (folder / "lora.safetensors").read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [file, folder]
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path):
+    folder = tmp_path / "lora"
+    (tmp_path / "lora.old").mkdir()
+    (tmp_path / "lora.old" / "a").write_text("old")
+    with pytest.raises(RuntimeError), whole_folder(folder):
+        raise RuntimeError("the next export fails")
+    assert list(tmp_path.rglob("*")) == [folder, folder / "a"]
 
 
 def test_digests(tmp_path, monkeypatch):

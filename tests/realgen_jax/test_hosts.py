@@ -16,8 +16,16 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from realgen_jax.checkpoint import newest_good
-from realgen_jax.hosts import connect, fetch, local_rows, put, sum_over_processes
+from realgen_jax.hosts import (
+    connect,
+    fetch,
+    local_rows,
+    put,
+    start_devices,
+    sum_over_processes,
+)
 from realgen_jax.sharding import batch_sharding, make_mesh
+from tests.helpers.faults import dead_proxy
 from tests.helpers.running import (
     ADVERSARIAL,
     QUICK,
@@ -92,10 +100,15 @@ def launch_two(program, devices):
 
 
 def test_two_processes_do_what_one_does(whole, cache, tmp_path):
-    """Two processes with two devices each end where one process with one device does."""
+    """Two processes with two devices each end where one process with one device does.
+
+    They reach each other without the environment's proxy.
+    """
     program = command("train.py", cache, f"--config.run_root={tmp_path}", "--config.run_name=two")
-    done = launch_two(program, devices=2)
+    with dead_proxy():
+        done = launch_two(program, devices=2)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "proxy" not in done.stdout + done.stderr
     assert_close(whole[0], tmp_path / "two")
 
 
@@ -202,6 +215,55 @@ def test_the_launcher_names_the_process_that_ended(tmp_path, end, message, statu
     assert (done.returncode, done.stderr) == (status, f"error: {message}; the others are stopped\n")
     assert "hello from 0\n" in done.stdout
     assert "[1] hello from 1\n" in done.stdout
+
+
+def test_ctrl_c_reaches_every_process_of_the_launcher_once(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from realgen_jax import process\n"
+        "process.begin(__name__)\n"
+        "import os, time\n"
+        "def hear(number):\n"
+        "    os.write(1, b'heard\\n')\n"
+        "    time.sleep(0.5)\n"  # long enough to hear a second one
+        "    os._exit(3)\n"
+        "process.on_signal(2, hear)\n"
+        "print('ready')\n"
+        "time.sleep(100)"
+    )
+    output = tmp_path / "output.txt"
+    launcher = [sys.executable, ROOT / "scripts" / "launch.py", "--processes", "2", program]
+    process = begin(launcher, output)
+    until(lambda: output.read_text().count("ready") == 2, process, output)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 3  # the processes' own status, and no error of the launcher's
+    assert sorted(output.read_text().splitlines()) == ["[1] heard", "[1] ready", "heard", "ready"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "this machine has no such device"),
+        (RuntimeError("Unable to initialize backend 'tpu'\nat ..."), "Unable to .* 'tpu'$"),
+    ],
+)
+def test_devices_that_this_machine_lacks_are_one_line(monkeypatch, error, reason):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError, match=f"JAX cannot start, JAX_PLATFORMS=cpu: {reason}"):
+        start_devices()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_platform_that_is_absent_is_told_before_rewards_are_loaded(cache, tmp_path, script):
+    pytest.importorskip("torch")
+    done = call(script, cache, f"--config.run_root={tmp_path}", JAX_PLATFORMS="cuda")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: JAX cannot start, JAX_PLATFORMS=cuda: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""Ends before time, and what a resumed run makes of them: kills, SIGTERM, full disks, other meshes.
+"""Ends before time, and what a resumed run makes of them: kills, signals, full disks, other meshes.
 
 All tests run the real programs.
 """
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from realgen_jax.checkpoint import SUMS, newest_good
+from tests.helpers.faults import send_signal
 from tests.helpers.running import (
     ADVERSARIAL,
     GOLDEN,
@@ -89,7 +91,7 @@ def wait_for_epoch(folder, process, output):
     ids=["a kill, a reward that learns", "20 kills", "5 kills, tiny_adversarial"],
 )
 def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs, config):
-    """Kills when a save begins, shortly after an epoch, and soon after the start; then SIGTERM."""
+    """Kills when a save begins, shortly after an epoch, and soon after the start; then Ctrl-C."""
     words = [f"--config.run_root={tmp_path}", f"--config.num_epochs={epochs}"]
     words += ["--config.save_freq=1", "--config.eval_freq=4"]
     words += ["--config.evaluate.after_training=False"]
@@ -133,7 +135,10 @@ def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs, conf
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_sigterm_saves_and_the_name_is_taken_while_a_run_goes_on(cache, tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_the_name_is_taken_while_a_run_goes_on(cache, tmp_path, number):
     folder = tmp_path / "x"
     output = tmp_path / "x.txt"
     words = [f"--config.run_root={tmp_path}", "--config.run_name=x", "--config.save_freq=100000"]
@@ -145,9 +150,9 @@ def test_sigterm_saves_and_the_name_is_taken_while_a_run_goes_on(cache, tmp_path
     assert second.returncode == 1
     assert "x is in use: a run with this name is active" in second.stderr
 
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(30) == 0, output.read_text()
-    saved = re.findall(r"stopped by SIGTERM, saved after (\d+) epochs", output.read_text())
+    saved = re.findall(rf"stopped by {number.name}, saved after (\d+) epochs", output.read_text())
     assert [(int(epoch), []) for epoch in saved] == [newest_good(folder / "checkpoints")]
 
 
@@ -168,6 +173,60 @@ def test_a_loop_that_does_not_ask_is_ended_when_its_grace_is_over():
     assert process.stdout.read() == (
         "stopped 0.5 s after SIGTERM, before the current phase finished; --resume will repeat it\n"
     )
+
+
+def test_a_second_ctrl_c_stops_at_once_and_says_what_is_lost(tmp_path):
+    program = (
+        "import time\n"
+        "from realgen_jax.training.preemption import Preemption\n"
+        "preemption = Preemption(60)\n"
+        "preemption.hold(lambda: 'stopped; epoch 3 is lost')\n"
+        "print(flush=True)\n"
+        "while not preemption.wanted(): time.sleep(0.01)\n"
+        "print(preemption.name, preemption.status, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    output = tmp_path / "output.txt"
+    process = begin([sys.executable, "-c", program], output)
+    send_signal(signal.SIGINT, process, output, "\n")
+    send_signal(signal.SIGINT, process, output, "SIGINT 130\n")
+    assert process.wait(20) == 130
+    assert output.read_text().splitlines()[1:] == [
+        "SIGINT: the run saves and stops after the current phase; Ctrl-C again stops it at once",
+        "SIGINT 130",
+        "stopped; epoch 3 is lost",
+    ]
+
+
+def test_ctrl_c_while_a_run_loads_leaves_nothing_behind(cache, tmp_path):
+    output = tmp_path / "output.txt"
+    words = [f"--config.run_root={tmp_path / 'runs'}", "--config.run_name=x"]
+    process = begin(command("train.py", cache, *words), output)
+    send_signal(signal.SIGINT, process, output, "preset ")
+    start = time.monotonic()
+    assert process.wait(20) == 130
+    assert time.monotonic() - start < 2
+    assert output.read_text().splitlines()[1:] == ["stopped"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_output_that_nobody_reads_ends_the_run_with_a_save(cache, tmp_path):
+    words = [f"--config.run_root={tmp_path}", "--config.run_name=x", "--config.num_epochs=100000"]
+    words += ["--config.save_freq=100000", "--config.eval_freq=100000"]
+    process = subprocess.Popen(
+        command("train.py", cache, *words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **QUICK},
+    )
+    while not process.stdout.readline().startswith("epoch 2/"):
+        assert process.poll() is None, process.stderr.read()
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == "SIGPIPE: the run saves and stops after the current phase\n"
+    assert newest_good(tmp_path / "x" / "checkpoints")[0] >= 2
 
 
 @pytest.fixture
@@ -192,9 +251,16 @@ def small_disk():
 def test_a_full_disk(cache, tmp_path, small_disk, save_failure):
     """Room for one checkpoint, not for two."""
     checkpoints = tmp_path / "full" / "checkpoints"
-    small_disk(checkpoints, "600k")
     words = [f"--config.run_root={tmp_path}", "--config.run_name=full", "--config.num_epochs=3"]
     words += ["--config.save_freq=1", "--config.eval_freq=4"]
+    first = call("train.py", cache, *words, "--config.num_epochs=1")
+    assert first.returncode == 0, first.stderr
+
+    # Its checkpoints move to a disk that the next one fills.
+    checkpoints.rename(tmp_path / "moved")
+    small_disk(checkpoints, "600k")
+    shutil.copytree(tmp_path / "moved", checkpoints, dirs_exist_ok=True)
+    words += ["--resume"]
     done = call("train.py", cache, *words, f"--config.save_failure={save_failure}")
     message = (
         r"checkpoint 2 could not be saved in .*; the newest one is still that of epoch 1\. "
@@ -207,7 +273,7 @@ def test_a_full_disk(cache, tmp_path, small_disk, save_failure):
     assert newest_good(checkpoints) == (1, [])
 
     subprocess.run(["mount", "-o", "remount,size=64m", checkpoints], check=True)
-    done = call("train.py", cache, *words, "--resume")
+    done = call("train.py", cache, *words)
     assert done.returncode == 0, done.stderr
     assert newest_good(checkpoints) == (3, [])
 

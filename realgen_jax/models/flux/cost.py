@@ -14,7 +14,7 @@ the formulas ignore how that axis splits the activations.
 import jax.numpy as jnp
 
 from realgen_jax.models.cost import F32, Work
-from realgen_jax.models.flux.transformer import TIME_CHANNELS
+from realgen_jax.nn.layers import TIME_CHANNELS
 
 
 def forward_flops(work: Work) -> dict[str, float]:

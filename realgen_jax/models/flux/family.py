@@ -12,7 +12,7 @@ from realgen_jax.models.flux import cost
 from realgen_jax.models.flux.tables import BFL, DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
 from realgen_jax.nn.convert import Table
-from realgen_jax.nn.tensors import Tensors
+from realgen_jax.nn.tensors import Tensors, config_from
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,20 @@ class FluxSchedule:
         return np.append(shifted, 0.0).astype(np.float32)
 
 
+# Entries of scheduler_config.json that would make another schedule or another sampler.
+SCHEDULE_ENTRIES = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+
+
 def text_shapes(config: FluxConfig, max_tokens: int) -> dict[str, tuple[int, ...]]:
     """The cached arrays of one prompt: T5's states and CLIP's pooled vector."""
     return {
@@ -68,6 +82,7 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
         hidden, in_channels = tensors.shape("img_in.weight")
         joint = tensors.shape("txt_in.weight")[1]
         pooled = tensors.shape("vector_in.in_layer.weight")[1]
+        out_channels = tensors.shape("final_layer.linear.weight")[0]
     except KeyError as error:
         raise ValueError(
             f"{tensors.path} has no key {error}; expected BFL's FLUX.1 file or a diffusers folder"
@@ -80,19 +95,19 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
     # (16, 56, 56) of 128: an eighth for the index, the rest for row and column.
     index_axis = head_dim // 16 * 2
     side_axis = (head_dim - index_axis) // 2
-    config = FluxConfig(
-        in_channels=in_channels,
-        num_layers=layers("double_blocks."),
-        num_single_layers=layers("single_blocks."),
-        attention_head_dim=head_dim,
-        num_attention_heads=hidden // head_dim,
-        joint_attention_dim=joint,
-        pooled_projection_dim=pooled,
-        guidance_embeds="guidance_in.in_layer.weight" in tensors.keys(),  # noqa: SIM118
-        axes_dims_rope=(index_axis, side_axis, side_axis),
-        **overrides,
-    )
-    return config, BFL
+    sizes = {
+        "in_channels": in_channels,
+        "out_channels": None if out_channels == in_channels else out_channels,
+        "num_layers": layers("double_blocks."),
+        "num_single_layers": layers("single_blocks."),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim,
+        "joint_attention_dim": joint,
+        "pooled_projection_dim": pooled,
+        "guidance_embeds": "guidance_in.in_layer.weight" in tensors.keys(),  # noqa: SIM118
+        "axes_dims_rope": (index_axis, side_axis, side_axis),
+    }
+    return config_from(FluxConfig, tensors.path, sizes, {}, **overrides), BFL
 
 
 FLUX = Family(
@@ -113,6 +128,7 @@ FLUX = Family(
     cond=make_cond,
     cost=cost,
     config_entries={"patch_size": 1},
+    schedule_entries=SCHEDULE_ENTRIES,
     single_file=single_file,
     download=(
         "For FLUX.1-dev accept its licence on the Hugging Face hub, run\n"

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from realgen_jax.nn.attention import attention
 from realgen_jax.nn.layers import (
     MLP,
+    TIME_CHANNELS,
     Linear,
     QKNorm,
     apply_rope,
@@ -28,7 +29,6 @@ from realgen_jax.nn.layers import (
 from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
 
 Rope = tuple[np.ndarray, np.ndarray]  # cosines and sines, each float32 [t, d/2]
-TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of sigma and guidance
 _gelu = partial(jax.nn.gelu, approximate=True)
 
 
@@ -46,11 +46,12 @@ class Cond:
 class FluxConfig:
     """Sizes under diffusers' names (`transformer/config.json`); the defaults are FLUX.1-dev's.
 
-    Raises ValueError if axes_dims_rope do not add up to attention_head_dim, or for an unknown
-    remat.
+    Raises ValueError if axes_dims_rope do not add up to attention_head_dim, for an unknown remat,
+    and for a model that takes more than noisy latents.
     """
 
     in_channels: int = 64
+    out_channels: int | None = None  # None: as many as come in
     num_layers: int = 19  # double blocks
     num_single_layers: int = 38
     attention_head_dim: int = 128
@@ -69,6 +70,12 @@ class FluxConfig:
             raise ValueError(
                 f"axes_dims_rope {self.axes_dims_rope} add up to {rope_channels}, but must add up "
                 f"to attention_head_dim {self.attention_head_dim}"
+            )
+        if self.out_channels not in (None, self.in_channels):
+            raise ValueError(
+                f"a model with in_channels {self.in_channels} and out_channels {self.out_channels} "
+                "does not make pictures from text alone: FLUX.1-Fill (384 and 64) also takes a "
+                "picture and a mask, FLUX.1-Canny and FLUX.1-Depth (128 and 64) a control picture"
             )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
@@ -313,9 +320,9 @@ class FluxTransformer(nnx.Module):
         sigma and guidance stay in float32 until they are embedded: in bfloat16, two consecutive
         steps of the schedule can become equal.
         """
-        vector = self.time_in(sinusoidal_embedding(1000.0 * sigma, TIME_CHANNELS))
+        vector = self.time_in(sinusoidal_embedding(1000.0 * sigma))
         vector = vector + self.vector_in(cond.clip)
         if self.guidance_in is not None:
-            guidance = sinusoidal_embedding(1000.0 * cond.guidance, TIME_CHANNELS)
+            guidance = sinusoidal_embedding(1000.0 * cond.guidance)
             vector = vector + self.guidance_in(guidance)
         return pin_rows(jax.nn.silu(vector), mesh)

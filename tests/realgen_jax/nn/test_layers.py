@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from realgen_jax.nn.layers import Linear, QKNorm, apply_rope, modulated_norm, rms_norm
+from realgen_jax.nn.layers import (
+    Linear,
+    QKNorm,
+    apply_rope,
+    modulated_norm,
+    rms_norm,
+    sinusoidal_embedding,
+)
 
 F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -59,3 +66,18 @@ def test_rotary_tables_may_differ_between_images():
     for i in range(2):
         alone = apply_rope(x[i : i + 1], jnp.cos(angles[i]), jnp.sin(angles[i]))
         np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-6)
+
+
+def test_sinusoidal_embeddings_have_the_frequencies_of_torch():
+    """Of torch built with MKL: at t = 2^-40, the sines are the angles, exact in float32."""
+    torch = pytest.importorskip("torch")
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    if not torch.backends.mkl.is_available():
+        pytest.skip("this torch has no MKL")
+    t = np.float32([2.0**-40, 1000.0])
+    expected = embeddings.get_timestep_embedding(
+        torch.tensor(t), 256, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    actual = np.asarray(sinusoidal_embedding(jnp.asarray(t)))
+    np.testing.assert_array_equal(actual[0, 128:], expected[0, 128:])
+    np.testing.assert_allclose(actual, expected, atol=3e-7)

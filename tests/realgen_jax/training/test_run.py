@@ -1,14 +1,18 @@
 """What a run refuses before anything is loaded."""
 
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from realgen_jax.training.run import check, check_shapes, defined_metrics
 from tests.helpers import golden_config
+from tests.helpers.goldens import PIPELINE
 
 pytest.importorskip("torch")
 
@@ -83,6 +87,20 @@ def test_a_mistake_is_one_line(changes, message):
     refusal = refusals(**changes)
     assert message in refusal
     assert len(refusal.splitlines()) == 1
+
+
+def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path):
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {f"{module}.lora_A.weight": np.ones((4, 64), np.float32)}
+    factors |= {f"{module}.lora_B.weight": np.ones((64, 4), np.float32)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    refusal = refusals(pretrained__lora=str(tmp_path / "lora.safetensors"))
+    assert "lacks single_transformer_blocks.0.attn.to_k (17 such modules)" in refusal
+
+    shutil.copy(PIPELINE / "transformer" / "config.json", tmp_path)
+    save_file(factors, tmp_path / "diffusion_pytorch_model.safetensors")
+    refusal = refusals(pretrained__transformer=str(tmp_path))
+    assert "it is not a complete checkpoint of this model" in refusal
 
 
 def test_all_that_is_missing_is_named_at_once():

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import httpx2  # noqa: E402
 from realgen_jax.realbench import arena  # noqa: E402
 from realgen_jax.realbench.results import Results  # noqa: E402
 from reward_bridge.judges import make_judge  # noqa: E402
+from reward_bridge.judges.human import _wait_or_interrupt  # noqa: E402
 from tests.helpers.arena_judges import make, run, settings  # noqa: E402
 from tests.helpers.browser import browser, console_errors  # noqa: E402
 from tests.helpers.reward_servers import wait_until  # noqa: E402
@@ -200,3 +203,13 @@ def test_a_picture_that_cannot_be_shown_is_left_out(tmp_path):
         assert sorted(sides) == [200, 410]
         assert httpx2.get(f"{served.url}pair").json()["pair"] != first
     assert any(f"base_{line}.png" in text and "left out" in text for text in served.said)
+
+
+def test_ctrl_c_ends_the_session_only():
+    before = signal.getsignal(signal.SIGINT)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert not _wait_or_interrupt(threading.Event())
+    assert signal.getsignal(signal.SIGINT) is before
+    finished = threading.Event()
+    finished.set()
+    assert _wait_or_interrupt(finished)

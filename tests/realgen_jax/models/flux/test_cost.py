@@ -1,7 +1,7 @@
 """The formulas of cost.py against XLA's own figures, on small float32 models of many shapes."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from flax import nnx
 from realgen_configs.flux_grpo import PRESETS, get_config
 from realgen_jax.models import cost
 from realgen_jax.models.flux import cost as flux_cost
+from realgen_jax.models.flux.family import FluxSchedule
 from realgen_jax.models.loading import abstract_model, load_model
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, to_uint8
@@ -77,11 +78,13 @@ def write_model(folder, case):
         "block_out_channels": case.vae,
         "layers_per_block": 1,
         "norm_num_groups": 8,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
     }
     files = {
         "transformer/config.json": transformer,
         "vae/config.json": vae,
-        "scheduler/scheduler_config.json": {},
+        "scheduler/scheduler_config.json": asdict(FluxSchedule()),
         "model_index.json": {"_class_name": "FluxPipeline"},
     }
     for name, content in files.items():

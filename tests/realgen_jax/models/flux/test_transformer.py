@@ -29,7 +29,7 @@ SMALL = FluxConfig(
 )
 
 
-def assert_close(actual, expected, tolerance=1e-4):
+def assert_close(actual, expected, tolerance=1e-5):
     """Within `tolerance` of the largest entry: gradients here reach 30, outputs 5."""
     actual = np.asarray(actual)
     expected = np.asarray(expected)

@@ -1,0 +1,337 @@
+"""Reading LoRA files, in the forms that peft and diffusers write.
+
+A LoRA adds scale * B A to a module's weight, A [r, in] and B [out, r] in torch's layout. The scale
+is alpha / r, or alpha / sqrt(r) if it is rank-stabilised; both may differ between modules.
+"""
+
+import json
+import math
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from realgen_jax.files import expand_home
+from realgen_jax.nn.convert import Table
+from realgen_jax.nn.lora import DIFFUSERS_FILE, factors
+from realgen_jax.nn.tensors import Tensors, read_json
+
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+# Names are the module's, which may have several of these prefixes, and the factor's, which may have
+# an adapter's name: "transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight".
+PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.")
+FACTOR = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora[._]down|lora[._]up)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?"
+)
+ENCODER = re.compile(r"text_encoder(_\d)?\.")
+
+# Parts of the names in files that are not read, what such a file is, and what to do with it.
+MERGED = "into the weights and name these with config.pretrained.transformer"
+MERGE = (
+    "merge it with diffusers (load_lora_weights, fuse_lora, unload_lora_weights, and "
+    f"transformer.save_pretrained) {MERGED}"
+)
+MERGE_BFL = f"merge it with ComfyUI (LoraLoader and ModelSave) {MERGED}"
+OTHER_FORMATS = (
+    ("lora_magnitude_vector", "is a DoRA", MERGE),
+    ("dora_scale", "is a DoRA", MERGE),
+    (".hada_w", "is a LoHa", MERGE_BFL),
+    (".lokr_w", "is a LoKr", MERGE_BFL),
+    (
+        "lora_unet_",
+        "has the names of sd-scripts (kohya)",
+        f"convert it with sd-scripts' networks/convert_flux_lora.py, or {MERGE}",
+    ),
+    ("lora_transformer_", "has the names of OneTrainer", MERGE),
+    (".processor.", "has the names of XLabs", MERGE),
+    ("double_blocks.", "has BFL's names", MERGE_BFL),
+    ("single_blocks.", "has BFL's names", MERGE_BFL),
+)
+
+# Entries of peft's config that change more than the product B A; they must be off.
+VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# How the factors may have started; the other ways of peft change the model's own weights too.
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The adapters in a file, by diffusers' names of the modules that they belong to.
+
+    pairs: {module: the file's keys of A and B}. scales: {module: the factor of B A}. encoder: the
+    first key that belongs to a text encoder, or "".
+    """
+
+    tensors: Tensors
+    pairs: Mapping[str, tuple[str, str]]
+    scales: Mapping[str, float]
+    encoder: str
+
+    @property
+    def path(self) -> Path:
+        return self.tensors.path
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """{module: its rank}."""
+        return {module: self.tensors.shape(a)[0] for module, (a, _) in self.pairs.items()}
+
+
+def open_lora(path: str | Path) -> LoraFile:
+    """Open a peft folder, a diffusers file or folder; no weight is read.
+
+    Without a stated alpha, the scale is 1, as in diffusers. Raises FileNotFoundError, or ValueError
+    naming the file and what is not read.
+    """
+    file = _lora_file(expand_home(path))
+    tensors = Tensors(file)
+    _check_format(tensors)
+
+    # Sort the keys: factors, alphas, and the text encoder's part.
+    pairs: dict[str, dict[str, str]] = {}
+    alpha_keys = {}
+    encoder = ""
+    for key in sorted(tensors.keys()):
+        name = _without_prefixes(key)
+        factor = FACTOR.fullmatch(name)
+        if ENCODER.match(name):
+            encoder = encoder or key
+        elif name.endswith(".alpha"):
+            alpha_keys[name.removesuffix(".alpha")] = key
+        elif factor is None:
+            raise ValueError(f"{file} holds {key}, which is no factor of a LoRA")
+        else:
+            pair = pairs.setdefault(factor[1], {})
+            letter = "A" if factor[2].endswith(("A", "down")) else "B"
+            if letter in pair:
+                raise ValueError(f"{file} holds two adapters, {pair[letter]} and {key}")
+            pair[letter] = key
+    if not pairs:
+        raise ValueError(f"{file} holds no factor of a LoRA of the transformer")
+
+    keys = _whole_pairs(tensors, pairs)
+    ranks = {module: tensors.shape(a)[0] for module, (a, _) in keys.items()}
+    scales = _scales(tensors, ranks, alpha_keys)
+    return LoraFile(tensors, keys, scales, encoder)
+
+
+def _lora_file(path: Path) -> Path:
+    """The LoRA's file: `path` itself, or the file in a peft or diffusers folder."""
+    if path.is_dir():
+        for name in (PEFT_FILE, DIFFUSERS_FILE):
+            if (path / name).exists():
+                return path / name
+        raise FileNotFoundError(
+            f"{path} holds neither {PEFT_FILE} (peft) nor {DIFFUSERS_FILE} (diffusers)"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a LoRA file or folder")
+    return path
+
+
+def _check_format(tensors: Tensors) -> None:
+    for key in sorted(tensors.keys()):
+        for part, what, remedy in OTHER_FORMATS:
+            if part in key:
+                raise ValueError(f"{tensors.path} {what} ({key}) and is not read; {remedy}")
+
+
+def _without_prefixes(key: str) -> str:
+    while key.startswith(PREFIXES):
+        for prefix in PREFIXES:
+            key = key.removeprefix(prefix)
+    return key
+
+
+def _whole_pairs(
+    tensors: Tensors, pairs: Mapping[str, Mapping[str, str]]
+) -> dict[str, tuple[str, str]]:
+    """{module: keys of A and B}, both matrices of one rank."""
+    keys = {}
+    for module, pair in pairs.items():
+        for letter in "AB":
+            if letter not in pair:
+                raise ValueError(f"{tensors.path} lacks {module}.lora_{letter}")
+        shape_a = tensors.shape(pair["A"])
+        shape_b = tensors.shape(pair["B"])
+        if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
+            raise ValueError(
+                f"{module} in {tensors.path} has factors A {shape_a} and B {shape_b}; expected "
+                "(rank, in) and (out, rank)"
+            )
+        keys[module] = (pair["A"], pair["B"])
+    return keys
+
+
+# -- The scale of a module
+
+
+def _scales(
+    tensors: Tensors, ranks: Mapping[str, int], alpha_keys: Mapping[str, str]
+) -> dict[str, float]:
+    """{module: factor of B A} by peft's config, the file's header, or tensors named ".alpha"."""
+    alphas = _alpha_tensors(tensors, ranks, alpha_keys)
+    source, settings = _settings(tensors, bool(alphas))
+    _check_settings(source, settings)
+    scales = {}
+    for module, rank in ranks.items():
+        if _stated(source, settings, "rank_pattern", "r", module) not in (None, rank):
+            raise ValueError(f"{module} in {tensors.path} has rank {rank}, unlike in {source}")
+        alpha = _stated(source, settings, "alpha_pattern", "lora_alpha", module)
+        if alpha is not None and alphas.get(module, alpha) != alpha:
+            raise ValueError(
+                f"{source} has alpha {alpha:g} for {module}, but {alpha_keys[module]} is "
+                f"{alphas[module]:g}"
+            )
+        if alpha is None:
+            alpha = alphas.get(module, float(rank))
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"{source} has alpha {alpha:g} for {module}; expected above 0")
+        scales[module] = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    return scales
+
+
+def _alpha_tensors(
+    tensors: Tensors, ranks: Mapping[str, int], alpha_keys: Mapping[str, str]
+) -> dict[str, float]:
+    """{module: alpha} of the tensors named ".alpha"."""
+    alphas = {}
+    for module, key in alpha_keys.items():
+        value = tensors.read(key)
+        if module not in ranks or value.size != 1:
+            raise ValueError(
+                f"{tensors.path} holds {key} of shape {value.shape}; expected one number for a "
+                "module with lora_A and lora_B"
+            )
+        alphas[module] = float(value.reshape(()))
+    return alphas
+
+
+def _settings(tensors: Tensors, has_alphas: bool) -> tuple[Path, dict[str, Any]]:
+    """peft's config of the LoRA and the file that holds it; {} if nothing is stated.
+
+    peft writes a file beside its own tensors, whose names begin with "base_model.model."; diffusers
+    an entry of the header, for the transformer and the text encoders together.
+    """
+    file = tensors.path
+    config = file.with_name(PEFT_CONFIG)
+    header = tensors.metadata().get("lora_adapter_metadata")
+    pefts = any(key.startswith("base_model.model.") for key in tensors.keys())  # noqa: SIM118
+    if pefts or file.name == PEFT_FILE:
+        if config.exists():
+            settings = read_json(config)
+            if settings.get("lora_alpha") is None:
+                raise ValueError(f"{config} lacks lora_alpha")
+            return config, settings
+        if not header and not has_alphas:
+            raise FileNotFoundError(f"{config} is missing; it states the alpha of {file.name}")
+
+    try:
+        entries = json.loads(header or "{}")
+    except ValueError as error:
+        raise ValueError(f"lora_adapter_metadata of {file} is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"lora_adapter_metadata of {file} is no JSON object")
+    own = {}
+    for name, value in entries.items():
+        part, _, rest = name.rpartition(".")
+        if part in ("", "transformer"):
+            own[rest] = value
+    if own and own.get("lora_alpha") is None:
+        raise ValueError(f"lora_adapter_metadata of {file} lacks lora_alpha")
+    return file, own
+
+
+def _check_settings(source: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a LoRA that is more than a product B A on the model's own weights."""
+    if settings.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{source} has peft_type {settings['peft_type']!r}; expected 'LORA'")
+    for name in VARIANTS:
+        if settings.get(name):
+            raise ValueError(
+                f"{source} has {name} {settings[name]!r}: "
+                f"{'a DoRA' if name == 'use_dora' else 'it'} is not read; {MERGE}"
+            )
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{source} has bias {settings['bias']!r}, which is not read; {MERGE}")
+    if settings.get("init_lora_weights") not in STARTS:
+        raise ValueError(
+            f"{source} has init_lora_weights {settings['init_lora_weights']!r}, which changes the "
+            "model's own weights; convert it to a plain LoRA with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
+
+
+def _stated(
+    source: Path, settings: Mapping[str, Any], patterns: str, default: str, module: str
+) -> float | None:
+    """A module's alpha or rank in peft's config; None if it states none.
+
+    It is that of the first pattern which matches the module's whole name or its end. A pattern is a
+    regular expression, as in peft.
+    """
+    value = settings.get(default)
+    try:
+        for pattern, own_value in (settings.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                value = own_value
+                break
+        return None if value is None else float(value)
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{patterns} or {default} in {source} is invalid: {error}") from error
+
+
+# -- Our arrays
+
+
+def read_lora(file: LoraFile, like: nnx.State, table: Table, scale: float) -> nnx.State:
+    """Return adapters whose product, times `scale`, is the file's.
+
+    like: the adapters' abstract state. Modules that the file lacks and ranks that it does not use
+    are zero. B is multiplied by the file's scale over ours, which is exact for powers of two.
+    Every module of the file must be in `like`. Raises ValueError naming one of another shape.
+    """
+    adapters = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
+    places = factors(adapters, table)
+    for module, keys in file.pairs.items():
+        a, b = (file.tensors.read(key).astype(np.float32) for key in keys)
+        view_a, view_b = (places[f"{module}.lora_{letter}"].view() for letter in "AB")
+        rank = len(a)
+        if a.T.shape != view_a[:, :rank].shape or b.T.shape != view_b[:rank].shape:
+            raise ValueError(
+                f"{module} in {file.path} has factors A {a.shape} and B {b.shape}; expected "
+                f"({rank}, {len(view_a)}) and ({view_b.shape[1]}, {rank})"
+            )
+        view_a[:, :rank] = a.T
+        view_b[:rank] = b.T * np.float32(file.scales[module] / scale)
+    return jax.tree.map(jnp.asarray, adapters)
+
+
+def check_modules(file: LoraFile, modules: Container[str]) -> None:
+    """Raise ValueError naming the modules of a file that the model does not have."""
+    unknown = [module for module in file.pairs if module not in modules]
+    if unknown:
+        raise ValueError(
+            f"{file.path} holds adapters of {unknown[0]} ({len(unknown)} such modules), which this "
+            "model does not have"
+        )
