@@ -75,7 +75,7 @@ def reward_digest(name: str, options: Mapping[str, Any], digest_of: DigestOf) ->
     shipped = ""
     if name.startswith("embedded_") and CLASS not in options:
         shipped = _shipped(digest_of)
-    facts = json.dumps([name, values, shipped], sort_keys=True)
+    facts = json.dumps([name, values, shipped], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -137,4 +137,4 @@ def score_keys(
 
 def _shipped(digest_of: DigestOf) -> str:
     """The digest of the embedded rewards' own files."""
-    return digest_of(sorted(file for file in FOLDER.iterdir() if file.is_file()))
+    return digest_of(sorted(FOLDER.glob("[!.]*.*")))

@@ -13,24 +13,16 @@ process.begin(__name__)  # before the imports that take seconds
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import (
-    AutoTokenizer,
-    CLIPTextModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5EncoderModel,
-)
+from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from realgen_jax.data import read_prompts
@@ -41,13 +33,10 @@ from realgen_jax.models.loading import pipeline_class
 from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
 from realgen_jax.training.progress import progress_bars
 from reward_bridge.devices import resolve
-from reward_bridge.weights import files_named, read, torch_dtype
+from reward_bridge.text_encoders import load_model, load_tokenizer
+from reward_bridge.weights import torch_dtype
 
 BATCH = 16  # prompts per forward pass
-
-# The most that a tokenizer's vocabulary may be smaller than the model's. T5's is rounded up: 32128
-# for 32100 tokens.
-PADDED_VOCABULARY = 0.1
 
 # Tensors that files for another use of the same encoders hold too: T5's decoder, and the rest of a
 # whole CLIP.
@@ -80,7 +69,7 @@ def t5_states(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
 
     There is no attention mask, as in FLUX: T5 attends to its padding.
     """
-    t5 = load_model(T5EncoderModel, model, T5_UNUSED, settings)
+    t5 = load_model(T5EncoderModel, model, T5_UNUSED, settings.dtype, settings.device)
     tokenize = load_tokenizer(tokenizer, t5)
 
     def encode(prompts: list[str]) -> torch.Tensor:
@@ -92,7 +81,7 @@ def t5_states(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
 
 def clip_pooled(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
     """CLIP's pooled vector without its projection, [n, d]. Prompts are cut at 77, as in FLUX."""
-    clip = load_model(CLIPTextModel, model, CLIP_UNUSED, settings)
+    clip = load_model(CLIPTextModel, model, CLIP_UNUSED, settings.dtype, settings.device)
     tokenize = load_tokenizer(tokenizer, clip)
     length = clip.config.max_position_embeddings
 
@@ -105,98 +94,6 @@ def clip_pooled(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
 
 # The encoders of a model family (realgen_jax/models) name their recipe here.
 RECIPES = {"t5_states": t5_states, "clip_pooled": clip_pooled}
-
-
-def load_model(
-    kind: type[PreTrainedModel], folder: Path, unused: str, settings: Settings
-) -> PreTrainedModel:
-    """Load a text encoder, every weight of it from the folder's files.
-
-    unused: matches the keys of tensors that do not belong to the encoder. Raises ValueError naming
-    tensors that are missing, of another shape, quantized or unknown, OSError for missing files.
-    """
-    # Without config.json, transformers would take the sizes of another model.
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder / 'config.json'} is missing; expected a text encoder of transformers"
-        )
-    config = read_folder(folder, kind.config_class.from_pretrained)
-    file = weights_file(folder)
-    state = {}
-    for key, tensor in read(file).items():
-        if not re.fullmatch(unused, key):
-            state[key] = tensor
-
-    quantized = [key for key, tensor in state.items() if is_quantized(key, tensor)]
-    if quantized or getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{file} holds quantized weights{f' ({quantized[0]})' if quantized else ''}, which are "
-            "not read; use the published ones in bfloat16, float16 or float32"
-        )
-
-    # Nothing is left out, and nothing is made up.
-    model, differences = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=settings.dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below
-    )
-    wrong = {name: sorted(keys, key=str)[:3] for name, keys in differences.items() if keys}
-    if wrong:
-        raise ValueError(
-            f"{file} does not fit {kind.__name__} of the config.json beside it: {wrong}; download "
-            "the folder again"
-        )
-    return model.eval().to(settings.device)
-
-
-def weights_file(folder: Path) -> Path:
-    """The weights in a folder of transformers, or the index of their shards."""
-    files = files_named(folder, "model.safetensors", "pytorch_model.bin")
-    if len(files) != 1:
-        names = " and ".join(file.name for file in files)
-        raise ValueError(
-            f"{folder} holds {names or 'no weights'}; expected model.safetensors, or one index of "
-            "its shards"
-        )
-    return files[0]
-
-
-def is_quantized(key: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor belongs to weights of 8 or 4 bits with scales."""
-    if key.endswith("position_ids"):  # a buffer of integers in files of old versions
-        return False
-    return not tensor.is_floating_point() or bool(re.search(r"scale|absmax|quant|\bSCB", key))
-
-
-def load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """Load a tokenizer. Raises ValueError if it lacks the vocabulary, or has another model's."""
-    tokenizer = read_folder(folder, AutoTokenizer.from_pretrained)
-    known = len(tokenizer)
-    size = model.config.vocab_size
-    if not (1 - PADDED_VOCABULARY) * size <= known <= size:
-        raise ValueError(
-            f"the tokenizer in {folder} has {known} tokens, and {type(model).__name__} has {size}; "
-            "expected its own tokenizer, with its vocabulary; download the folder again"
-        )
-    return tokenizer
-
-
-def read_folder(folder: Path, load: Callable[[Path], Any]) -> Any:
-    """What `load` of transformers reads from a folder. Raises ValueError naming a damaged folder.
-
-    For damaged files, transformers and tokenizers raise errors of many types.
-    """
-    try:
-        return load(folder)
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise ValueError(
-            f"{folder} cannot be read ({type(error).__name__}: {reason}); is it complete? Download "
-            "it again"
-        ) from error
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> torch.Tensor:

@@ -152,19 +152,13 @@ def resume_from(
     """
     epoch, warnings = newest_good(folder / "checkpoints")
     if epoch is None:
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(
-                f"{folder} cannot be resumed: it has neither a good checkpoint nor config.json"
-            )
-        before = _read_json(folder / "config.json")
-        has_digests = (folder / DIGESTS).exists()
-        digests_before = _read_json(folder / DIGESTS) if has_digests else None
         start = "its beginning: there is no checkpoint yet"
+        before, digests_before = _read_start(folder)
     else:
+        start = f"epoch {epoch}"
         meta = read_meta(folder / "checkpoints", epoch)
         before = meta["config"]
         digests_before = meta.get("digests")
-        start = f"epoch {epoch}"
         warnings = [*warnings, *missing_records(folder, "best" in meta["history"])]
     if digests_before is None:
         warnings.append(
@@ -185,6 +179,20 @@ def resume_from(
     heading = f"resumed from {start}" + (", with another config:" if changes else "")
     print("\n".join([heading, *changes]))
     return epoch
+
+
+def _read_start(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """Return the config of a run without a checkpoint, and the digests of what it reads.
+
+    Runs of older versions have no digests.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} cannot be resumed: it has neither a good checkpoint nor config.json"
+        )
+    has_digests = (folder / DIGESTS).exists()
+    digests = _read_json(folder / DIGESTS) if has_digests else None
+    return _read_json(folder / "config.json"), digests
 
 
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
