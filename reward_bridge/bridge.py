@@ -109,6 +109,15 @@ class RewardBridge:
                 lane.put(partial(lane.learn, lane_seeds, deadlines), answers[lane])
         return PendingLearning(answers, done, list(seeds))
 
+    @property
+    def refused(self) -> dict[str, int]:
+        """{reward: pictures that its model refused so far}, of the rewards that count them."""
+        counts = {}
+        for name, reward in self.rewards.items():
+            if hasattr(reward, "refused"):
+                counts[name] = reward.refused
+        return counts
+
     def stuck(self) -> list[str]:
         """Rewards that are past their deadline and still running; they block their device."""
         names = [lane.overdue() for lane in self._lanes]

@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 import httpx2
 import tenacity
 
+from reward_bridge.addresses import proxy_hint, proxy_options
+from reward_bridge.outage import outage_of
+
+CHECK_SECONDS = 5.0  # for an answer to the question whether an endpoint is there
 # Seconds. An endpoint that asks for a longer wait (as when a daily quota is spent) is given up.
 LONGEST_WAIT = 600.0
 BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=20)
@@ -65,10 +69,6 @@ class Endpoint:
         """Return the first 300 characters of a scrubbed text, on one line."""
         return " ".join(self.scrub(text).split())[:300]
 
-    @property
-    def is_local(self) -> bool:
-        return httpx2.URL(self.url).host in ("127.0.0.1", "localhost")
-
 
 def check_key(key: str, variable: str) -> None:
     """Raise ValueError if an HTTP header cannot carry the key; the message has no part of it."""
@@ -92,12 +92,16 @@ class ChatClient:
 
     `timeout` is the longest wait in seconds for the next bytes of a response, `total_timeout` that
     for a whole response (None: unlimited). `requests_per_minute` limits the rate (0: unlimited).
+
+    It is logged once when the endpoint stops answering, and once when it is back. `name` is what
+    these lines call it. reward_bridge/addresses.py says which endpoints are asked through a proxy.
     """
 
     def __init__(
         self,
         endpoint: Endpoint,
         *,
+        name: str,
         attempts: int,
         timeout: float,
         total_timeout: float | None = None,
@@ -105,11 +109,13 @@ class ChatClient:
         stopped: Callable[[], bool] = lambda: False,
     ):
         # At more verbose levels, these loggers print addresses.
-        for name in ("httpx2", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for library in ("httpx2", "httpcore2"):
+            logging.getLogger(library).setLevel(logging.WARNING)
 
         self.endpoint = endpoint
         self.total_timeout = total_timeout
+        self.attempts = attempts
+        self._outage = outage_of(name)
         self._pace = _Pace(requests_per_minute)
         self._retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(TemporaryFailure),
@@ -123,9 +129,8 @@ class ChatClient:
         headers = {}
         if endpoint.key:
             headers["Authorization"] = f"Bearer {endpoint.key}"
-        # trust_env: no proxy between this process and an endpoint on the same machine.
         self._http = httpx2.AsyncClient(
-            headers=headers, timeout=timeout, trust_env=not endpoint.is_local
+            headers=headers, timeout=timeout, **proxy_options([endpoint.url])
         )
 
     async def __aenter__(self) -> "ChatClient":
@@ -150,18 +155,46 @@ class ChatClient:
     ) -> Result:
         await self._pace.wait()
         try:
+            response = await self._send(body)
+        except TemporaryFailure as error:
+            self._note_failure(str(error), at_once=True)
+            raise
+
+        if response.status_code >= 500:
+            self._note_failure(f"HTTP {response.status_code}", at_once=False)
+        else:
+            self._outage.answered()
+        if not response.is_success:
+            self._raise_error(response)
+        return read(response)
+
+    async def _send(self, body: Mapping[str, Any]) -> httpx2.Response:
+        try:
             async with asyncio.timeout(self.total_timeout):
-                response = await self._http.post(f"{self.endpoint.url}/chat/completions", json=body)
+                return await self._http.post(f"{self.endpoint.url}/chat/completions", json=body)
         except (TimeoutError, httpx2.TimeoutException):
             seconds = self.total_timeout or self._http.timeout.read
             raise TemporaryFailure(f"no answer within {seconds:g} s") from None
         except httpx2.HTTPError as error:
-            message = self.endpoint.excerpt(f"{type(error).__name__} {error}")
-            raise TemporaryFailure(message) from None
+            raise TemporaryFailure(self._describe(error)) from None
 
-        if not response.is_success:
+    def _describe(self, error: httpx2.HTTPError) -> str:
+        hint = proxy_hint(self.endpoint.url)
+        return self.endpoint.excerpt(f"{type(error).__name__} {error}") + hint
+
+    def _note_failure(self, reason: str, at_once: bool) -> None:
+        then = f"each request is sent up to {self.attempts} times"
+        self._outage.failed(reason, then, at_once=at_once)
+
+    async def check(self) -> None:
+        """Raise RequestFailed if nothing answers at the endpoint, or if the key is wrong."""
+        try:
+            response = await self._http.get(f"{self.endpoint.url}/models", timeout=CHECK_SECONDS)
+        except httpx2.HTTPError as error:
+            raise RequestFailed(self._describe(error)) from None
+        # Keys with few rights get 403 here, and servers without this page 404.
+        if response.status_code == 401:
             self._raise_error(response)
-        return read(response)
 
     def _raise_error(self, response: httpx2.Response) -> None:
         """Raise the error of a response: retry, give up the request, or give up the endpoint."""

@@ -1,6 +1,7 @@
 """Serves rewards over HTTP, from another environment or other GPUs than the trainer's.
 
     GET  /healthz          rewards, their devices, and how many images wait; needs no token
+    GET  /rewards/{reward} {} if this client may have the reward scored; else an error, as below
     POST /score/{reward}   a body as in reward_bridge/wire.py -> {"scores": [...]}, one number per
                            image in the images' order, exact in float32
 
@@ -30,7 +31,7 @@ from starlette.routing import Route
 from reward_bridge.batching import MIB, Batcher, Limits, Memory
 from reward_bridge.bridge import RewardBridge
 from reward_bridge.reward import RewardError
-from reward_bridge.wire import decode
+from reward_bridge.wire import REQUEST_ID, decode
 
 TOKEN_ENV = "REALGEN_REWARD_TOKEN"
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
@@ -64,7 +65,14 @@ class _Service:
             images, prompts = await run_in_threadpool(_decode, body, self._limits.images)
             del body
             scores = await _wait_for(batcher.add(images, prompts), request)
-        return JSONResponse({"scores": scores.tolist()})
+        request_id = request.headers.get(REQUEST_ID, "")
+        return JSONResponse({"scores": scores.tolist(), REQUEST_ID: request_id})
+
+    async def has(self, request: Request) -> Response:
+        """GET /rewards/{reward}."""
+        self._authorize(request)
+        self._batcher(request.path_params["reward"])
+        return JSONResponse({})
 
     async def healthz(self, _: Request) -> Response:
         """GET /healthz."""
@@ -128,6 +136,7 @@ def make_app(
     return Starlette(
         routes=[
             Route("/score/{reward}", service.score, methods=["POST"]),
+            Route("/rewards/{reward}", service.has),
             Route("/healthz", service.healthz),
         ],
         exception_handlers={

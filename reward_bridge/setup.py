@@ -18,6 +18,7 @@ from reward_bridge.learners import LEARNERS, make_learner
 from reward_bridge.metrics import METRICS, Metric, make_metric
 from reward_bridge.references import References
 from reward_bridge.registry import CLASS, find_class
+from reward_bridge.reward import RewardError
 from reward_bridge.rewards import REWARDS, make_reward
 from reward_bridge.weights import expand_home
 
@@ -118,6 +119,31 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
             f"from {', '.join(sorted(LEARNERS))}"
         )
     return problems
+
+
+def unreachable_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
+    """Why rewards outside this process cannot be asked, one line per reward.
+
+    Asks their servers and endpoints. Call this before anything is loaded, and after
+    `missing_rewards` has found nothing.
+    """
+    options = reward.options.to_dict()
+    problems = []
+    for name in dict.fromkeys(names):
+        reward_options = options.get(name, {})
+        if name not in reward.adversarial and _is_remote(name, reward_options):
+            try:
+                make_reward(name, "cpu", reward_options).check_connection()
+            except (ValueError, RewardError) as error:
+                problems.append(str(error))
+    return problems
+
+
+def _is_remote(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a reward is computed elsewhere: by servers, or by an endpoint that its class asks."""
+    if "servers" in options:
+        return True
+    return hasattr(find_class("reward", name, REWARDS, options), "check_connection")
 
 
 def _learning_problems(reward: ConfigDict) -> list[str]:

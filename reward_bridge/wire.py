@@ -11,6 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+# A header of the request, which the answer repeats under the same key.
+REQUEST_ID = "x-request-id"
+
 # What safetensors and json raise for malformed bytes.
 MALFORMED = (
     SafetensorError,

@@ -40,7 +40,8 @@ from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import missing_rewards, open_rewards
+from reward_bridge.setup import missing_rewards, open_rewards, unreachable_rewards
+from reward_bridge.terminal import show_messages
 
 # The program that computes text embeddings, in a separate process.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
@@ -79,6 +80,7 @@ flags.DEFINE_string(
 def run(_: Sequence[str]) -> None:
     """Evaluate. Errors that the user can fix end the program with one line."""
     logging.set_verbosity(logging.WARNING)
+    show_messages()
     try:
         connect_by_flags()
         evaluate(FLAGS.config, plain_console())
@@ -104,7 +106,10 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     if FLAGS.judge != "none":
         judge = make_judge(FLAGS.judge, config.evaluate.arena)
         check_arena(entries, config.evaluate.arena, judge)
+        if hasattr(judge, "check_connection"):
+            judge.check_connection()
     missing = missing_rewards(config.reward, config.evaluate.scores)
+    missing = missing or unreachable_rewards(config.reward, config.evaluate.scores)
     if missing:
         raise ValueError("\n".join(missing))
     folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])

@@ -27,6 +27,7 @@ from reward_bridge.bridge import RewardBridge
 from reward_bridge.devices import resolve
 from reward_bridge.rewards import make_reward
 from reward_bridge.server import TOKEN_ENV, bind, serve
+from reward_bridge.terminal import show_messages
 
 FLAGS = flags.FLAGS
 define_config("serve_rewards", template=serve_rewards.base, ranges=SERVER_RANGES)
@@ -90,6 +91,7 @@ def address_of(listener: socket.socket) -> str:
 
 
 def run(_: Sequence[str]) -> None:
+    show_messages()
     config = FLAGS.config
     token = os.environ.get(TOKEN_ENV, "").strip()
     try:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,12 +65,20 @@ from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports
 from realgen_jax.training.run_folder import can_resume, resume_from, run_folder, run_lock
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
+from realgen_jax.training.wandb_run import open_wandb
 from realgen_jax.update import TrainState
 from reward_bridge.adversary import join
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.devices import gpus_for_jax
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import Rewards, open_rewards, reward_devices, reward_problems
+from reward_bridge.setup import (
+    Rewards,
+    open_rewards,
+    reward_devices,
+    reward_problems,
+    unreachable_rewards,
+)
+from reward_bridge.terminal import show_messages
 
 
 def train(
@@ -112,6 +121,7 @@ def train(
             break
 
         # -- Sample. Each call's pictures go to the rewards while the next call samples.
+        refused_before = run.scorer.refused
         with phase("sample", seconds):
             seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
             calls = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
@@ -148,6 +158,8 @@ def train(
         for name in weights:
             scoring = run.scorer.seconds[name] - scoring_before[name]
             details[f"seconds/scoring/{name}"] = scoring
+        for name, refused in run.scorer.refused.items():
+            details[f"refused/{name}"] = refused - refused_before[name]
         if epoch == first:
             warn_of_deviation(log, steps, config.train.clip_range)
         columns = step_columns(steps, run.recipe.objective.largest_metrics)
@@ -162,7 +174,7 @@ def train(
     return True
 
 
-def open_log(run: Run, state: TrainState, first: int) -> RunLog | NoLog:
+def open_log(run: Run, state: TrainState, first: int, wandb_run: Any | None) -> RunLog | NoLog:
     """The run's log, in the first process only; also writes the table of trained arrays."""
     if process_index():
         return NoLog()
@@ -170,7 +182,7 @@ def open_log(run: Run, state: TrainState, first: int) -> RunLog | NoLog:
     overview = parameter_overview.get_parameter_overview(arrays, include_stats=False)
     (run.folder / "trainable.txt").write_text(overview + "\n")
     config = run.config
-    return RunLog(run.folder, config.to_dict(), first, config.num_epochs, config.wandb_project)
+    return RunLog(run.folder, config.to_dict(), first, config.num_epochs, wandb_run)
 
 
 # -- Set-up and command line.
@@ -192,6 +204,7 @@ def run_training(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     # Orbax logs failures with tracebacks; we report them as our own errors.
     logging.get_absl_logger().setLevel("CRITICAL")
+    show_messages()
     config = FLAGS.config
     with contextlib.ExitStack() as stack:
         try:
@@ -199,10 +212,12 @@ def run_training(_: Sequence[str]) -> None:
             preemption = Preemption(config.preemption_grace)
             folder, epoch = open_run(config, stack)
             keep_compiled(config.compilation_cache)
+            check_all(config)
+            wandb_run = open_wandb(config.wandb_project, folder.name, config.to_dict())
             run, state, rewards = load_run(config, folder)
             stack.callback(rewards.bridge.close)
             resumed = agree_on_checkpoint(epoch)
-            log = open_log(run, state, resumed or 0)
+            log = open_log(run, state, resumed or 0, wandb_run)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 
@@ -268,16 +283,25 @@ def agree_on_checkpoint(epoch: int | None) -> int | None:
     return number - 1 if number else None
 
 
-def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards]:
-    """Check everything, then load embeddings, rewards and the model, in this order.
+def check_all(config: ConfigDict) -> None:
+    """Check the whole config, and ask the servers in it, before anything is loaded.
 
-    Text encoders and rewards come before JAX, which preallocates the memory of its devices.
+    Raises ValueError with one line per problem.
     """
-    # Check the whole config before anything is loaded.
     report_scores = list(config.evaluate.scores) if reports(config) else []
     check(config, reward_problems(config.reward, report_scores))
     check_shapes(config, device_count(config.reward))
+    names = [*config.reward.fn, *config.reward.held_out, *report_scores]
+    unreachable = unreachable_rewards(config.reward, names)
+    if unreachable:
+        raise ValueError("\n".join(unreachable))
 
+
+def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards]:
+    """Load embeddings, rewards and the model, in this order.
+
+    Text encoders and rewards come before JAX, which preallocates the memory of its devices.
+    """
     prompts = read_prompts(config.prompts.train)
     test_prompts = read_prompts(config.prompts.test)
     sets = {}

@@ -129,6 +129,8 @@ def drowned_reward(metrics: Metrics, config: dict) -> Finding | None:
             "added before the division."
         )
         remedy = "Scale its scores up in the reward's code, use a finer reward, or drop it."
+        if without_spread == 1:
+            remedy = "It is the same for all pictures of a group: check its options, or drop it."
     severity = PROBLEM if share < DROWNED else NOTE
     return Finding("one reward drowning the others", severity, figures, says, remedy)
 

@@ -15,8 +15,10 @@ from tensorboardX import SummaryWriter
 
 from realgen_jax.advantages import zero_spread
 from realgen_jax.files import read_jsonl, write_whole
+from realgen_jax.training.constant_rewards import CONSTANT_EPOCHS, ConstantRewards
 from realgen_jax.training.pictures import break_rows, picture_grid
 from realgen_jax.training.progress import plain_console, progress_columns
+from realgen_jax.training.wandb_run import WandbLog
 
 
 class RunLog:
@@ -27,11 +29,16 @@ class RunLog:
       config: the run's config; written to config.json.
       start: the number of epochs that a resumed run has already finished.
       epochs: the total number of epochs.
-      wandb_project: also log to this Weights & Biases project; "" for none.
+      wandb_run: also log to this run of Weights & Biases; None for none.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], start: int, epochs: int, wandb_project: str
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        start: int,
+        epochs: int,
+        wandb_run: Any | None = None,
     ):
         self.folder = folder
         self.console = plain_console()
@@ -44,23 +51,14 @@ class RunLog:
         self._file = metrics_file.open("a")
         purge_step = start + 1 if start else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        self._wandb = None
-        if wandb_project:
-            import wandb  # optional dependency
-
-            self._wandb = wandb.init(
-                project=wandb_project,
-                name=folder.name,
-                id=folder.name,
-                config=dict(config),
-                resume="allow",
-            )
+        self._wandb = WandbLog(wandb_run, self.warn)
 
         # The progress bar, with the figures of the last epoch below it. Next to the bar, they would
         # not fit on a narrow terminal.
         self._progress = Progress(*progress_columns(), console=self.console)
         self._task = self._progress.add_task("epoch", total=epochs, completed=start)
         self._epochs = epochs
+        self._constant = ConstantRewards(read_jsonl(metrics_file))
         self._figures = ""
         self._held_out: dict[str, float] = {}  # scores of the last evaluation
         self._live = Live(
@@ -76,8 +74,7 @@ class RunLog:
         self._live.stop()
         self._file.close()
         self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._wandb.close()
 
     def say(self, text: str | Text) -> None:
         """Print a line."""
@@ -95,8 +92,7 @@ class RunLog:
             self._board.add_scalar(f"{kind}/{key}", value, epoch)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step=epoch)
+        self._wandb.figures({f"{kind}/{key}": value for key, value in values.items()}, epoch)
 
     def progress(self, epoch: int, figures: Mapping[str, str]) -> None:
         """Move the progress bar; without a terminal, print a line instead."""
@@ -130,6 +126,8 @@ class RunLog:
         row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
         row["images_per_second"] = reward.size / sum(seconds.values())
         self.metrics("train", epoch, row)
+        for name in self._constant.add(row):
+            self._warn_of_constant(name, scores[name])
 
         figures = {"reward": f"{row['reward']:.3f}"}
         if len(scores) > 1:
@@ -145,6 +143,14 @@ class RunLog:
             held_out = [f"{short_name(name)} {score:.3f}" for name, score in self._held_out.items()]
             figures["| last evaluation:"] = ", ".join(held_out)
         self.progress(epoch, figures)
+
+    def _warn_of_constant(self, name: str, scores: np.ndarray) -> None:
+        """Warn of a reward whose scores do not differ within a group."""
+        self.warn(
+            f"the reward {name} cannot tell the pictures of a prompt apart: for {CONSTANT_EPOCHS} "
+            f"epochs each of them got the same score (now {scores.min():.4g} to "
+            f"{scores.max():.4g}), so nothing is learned from it; check its options and its weights"
+        )
 
     def evaluation(
         self,
@@ -203,10 +209,7 @@ class RunLog:
         file = self.folder / "samples" / f"{name}.png"
         grid.save(file)
         self._board.add_image(name, np.asarray(grid), epoch, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(grid)}, step=epoch)
+        self._wandb.picture(name, grid, epoch)
         return file
 
 

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "reward.options.*.servers",
     "reward.options.*.deadline",
     "reward.options.*.attempts",
+    "reward.options.*.max_refused",
     "reward.options.*.token_env",
 )
 

@@ -32,11 +32,13 @@ class Scorer(Protocol):
     """The interface of a run's rewards; reward_bridge.bridge.RewardBridge implements it.
 
     seconds: {reward: seconds of scoring so far}. batch_sizes: {reward: pictures per batch, 0 for
-    all}; a size is halved if the reward runs out of memory.
+    all}; a size is halved if the reward runs out of memory. refused: {reward: pictures that its
+    model refused so far}, of the rewards that count them.
     """
 
     seconds: dict[str, float]
     batch_sizes: dict[str, int]
+    refused: dict[str, int]
 
     def submit(
         self,

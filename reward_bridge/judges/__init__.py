@@ -4,6 +4,7 @@ A judge has
 
     name                the name under which its verdicts are stored
     is_person           whether a person judges: each pair is shown once, in random order
+    check_connection()  optional: raises ValueError if what the judge asks is not there
     compare(...)        answers questions and passes each verdict to a callback at once
 
 `embedded` is a reward in this process, `api` a vision-language model behind an endpoint, `human` a

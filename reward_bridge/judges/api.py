@@ -5,11 +5,12 @@ The endpoint's address and key are never printed or stored, and no error contain
 
 import asyncio
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx2
 
+from reward_bridge.addresses import is_address
 from reward_bridge.judges import Failures, Keep, Question, Say
 from reward_bridge.openai_chat import (
     ChatClient,
@@ -42,6 +43,19 @@ class ApiJudge:
         self.endpoint = endpoint
         self.settings = settings
 
+    def check_connection(self) -> None:
+        """Raise ValueError if nothing answers at the endpoint, or if it refuses the key."""
+        try:
+            asyncio.run(self._check())
+        except RequestFailed as error:
+            raise ValueError(
+                f"{_name(self.endpoint)} cannot be asked: {error}; check {URL_ENV} and {KEY_ENV}"
+            ) from None
+
+    async def _check(self) -> None:
+        async with _client(self.endpoint, self.settings) as client:
+            await client.check()
+
     def compare(
         self, questions: Sequence[Question], *, answered: int, keep: Keep, say: Say
     ) -> None:
@@ -66,11 +80,7 @@ def endpoint_from_environment() -> Endpoint:
                 f"including /v1), {MODEL_ENV} and, if the endpoint needs a key, {KEY_ENV}"
             )
 
-    try:
-        parsed = httpx2.URL(url)
-    except httpx2.InvalidURL:
-        parsed = httpx2.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if not is_address(url):
         raise ValueError(
             f"{URL_ENV} holds no address; expected one such as https://api.example.com/v1"
         )
@@ -94,18 +104,29 @@ async def ask_all(
     """
     session = _Session(endpoint, settings, keep)
     remaining = iter(questions)
-    client = ChatClient(
+    async with _client(endpoint, settings, lambda: bool(session.failures.stopped)) as client:
+        workers = [session.work(client, remaining) for _ in range(settings.concurrency)]
+        await asyncio.gather(*workers)
+    return session.failures
+
+
+def _name(endpoint: Endpoint) -> str:
+    """What errors and log lines call the judge."""
+    return f"the judge {endpoint.model}"
+
+
+def _client(
+    endpoint: Endpoint, settings: Any, stopped: Callable[[], bool] = lambda: False
+) -> ChatClient:
+    return ChatClient(
         endpoint,
+        name=_name(endpoint),
         attempts=settings.attempts,
         timeout=settings.timeout,
         total_timeout=settings.timeout,
         requests_per_minute=settings.requests_per_minute,
-        stopped=lambda: bool(session.failures.stopped),
+        stopped=stopped,
     )
-    async with client:
-        workers = [session.work(client, remaining) for _ in range(settings.concurrency)]
-        await asyncio.gather(*workers)
-    return session.failures
 
 
 class _Session:

@@ -1,5 +1,6 @@
 """P(real) by Forensic-Chat, RealGen's detector (arXiv 2512.00473, yejy53/RealGen)."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from reward_bridge.rewards.qwen_vl import QwenInputs
+from reward_bridge.rewards.yes_no import LEAST_MASS
 from reward_bridge.weights import find, read, torch_dtype
 
 QUESTION = (
@@ -20,7 +22,7 @@ REAL = ("Real", "real")
 class ForensicChat:
     """P that a fine-tuned Qwen2.5-VL begins its answer with "real" rather than "fake".
 
-    Prompts are not used.
+    Prompts are not used. It is logged once if the model begins with neither word, see LEAST_MASS.
 
     path: a local Qwen2_5_VLForConditionalGeneration folder with its tokenizer and
         preprocessor_config.json.
@@ -50,6 +52,7 @@ class ForensicChat:
                 "download the folder again"
             )
         self.model = model.eval().requires_grad_(False).to(device)
+        self._warned = False
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         # All texts have the same length, so none is padded after its last token.
@@ -60,8 +63,33 @@ class ForensicChat:
         # than 1 % of P(real).
         words = torch.cat([self.fake, self.real])
         weights = self.model.lm_head.weight[words].float()
-        fake, real = (state @ weights.T).split([len(self.fake), len(self.real)], dim=1)
+        logits = state @ weights.T
+        if not self._warned:
+            self._warn_if_neither(state, logits)
+        fake, real = logits.split([len(self.fake), len(self.real)], dim=1)
         return p_real(fake, real)
+
+    def _warn_if_neither(self, state: torch.Tensor, logits: torch.Tensor) -> None:
+        """Warn of answers that hardly ever begin with one of the words.
+
+        state: the last position, float32 [n, d]. logits: of the words, float32 [n, k].
+        """
+        head = self.model.lm_head
+        all_logits = head(state.to(head.weight.dtype)).float()
+        mass = (logits.logsumexp(1) - all_logits.logsumexp(1)).exp()
+        count = int((mass < LEAST_MASS).sum())
+        if count:
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                "reward 'forensic_chat': on %d of %d pictures the model begins its answer with "
+                "neither 'real' nor 'fake' (together they have a probability of %.2g; expected at "
+                "least %g). Its scores mean little; are these Forensic-Chat's weights? (%s)",
+                count,
+                len(mass),
+                mass.min().item(),
+                LEAST_MASS,
+                self.inputs.folder,
+            )
 
 
 def p_real(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

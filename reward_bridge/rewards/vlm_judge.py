@@ -2,8 +2,12 @@
 
 import asyncio
 import io
+import logging
+import math
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -11,27 +15,58 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reward_bridge.openai_chat import ChatClient, Endpoint, RequestFailed, check_key, data_url
+from reward_bridge.addresses import is_address
+from reward_bridge.openai_chat import (
+    ChatClient,
+    ContentFiltered,
+    Endpoint,
+    RequestFailed,
+    check_key,
+    data_url,
+)
+from reward_bridge.reward import RewardError
+from reward_bridge.rewards.yes_no import (
+    ANSWER_TOKENS,
+    LEAST_MASS,
+    no_answer,
+    p_answer,
+    p_yes,
+    top_tokens,
+)
 
 QUESTION = (
     "Is this picture a real photograph, taken by a camera, rather than a computer-generated image? "
     "Answer with one word, yes or no."
 )
-SPACES = " \t\r\n▁Ġ"  # the last two mark a leading space in token vocabularies
+OPTIONS = "config.reward.options.vlm_judge"
+
+
+class Refusal(Exception):
+    """An answer that is neither yes nor no. The argument says what it was."""
+
+
+class RefusalError(RewardError, ValueError):
+    """The model refused pictures, and the options do not allow that. It would do so again."""
 
 
 class VlmJudge:
-    """Asks a yes/no question about each picture. The score is P(yes) of the answer's first token.
+    """Asks a yes/no question about each picture. The score is P(yes) of the answer's first word.
 
     P(yes) = p(yes) / (p(yes) + p(no)), where each term sums the spellings, in upper or lower case
-    and with or without leading spaces, among the 20 most likely tokens. `{prompt}` in the question
-    is replaced by the picture's prompt.
+    and with or without leading spaces, among the 20 most likely tokens. Tokens without a letter or
+    digit before the word, as in "**Yes**", are stepped over (`top_tokens`). `{prompt}` in the
+    question is replaced by the picture's prompt.
 
     `url` is the endpoint up to and including /v1, and `api_key_env` the environment variable that
     holds its key, if it needs one. Up to `concurrency` requests run at a time. Each waits up to
     `timeout` seconds for the server's next bytes and is sent up to `attempts` times if the server
     is busy (429), broken (5xx), silent or unreachable. The whole call fails after `deadline`
     seconds; keep that below config.reward.deadline. `device` is not used; "cpu" saves GPU memory.
+
+    An answer is a refusal if it is neither yes nor no, if p(yes) + p(no) is below LEAST_MASS, or if
+    a content filter rejects the picture. It is an error, unless `refusal_score` says what it
+    counts. Then up to the share `max_refused` of a call's pictures may be refused. `refused` is the
+    number of refusals so far; they are logged whenever it has doubled.
     """
 
     def __init__(
@@ -45,57 +80,110 @@ class VlmJudge:
         timeout: float = 30.0,
         attempts: int = 4,
         deadline: float = 100.0,
+        refusal_score: float | None = None,
+        max_refused: float = 0.1,
     ):
+        if not is_address(url):
+            raise ValueError(
+                f"{OPTIONS}.url is {url!r}; expected an address such as http://localhost:8000/v1"
+            )
+        if refusal_score is not None and not math.isfinite(refusal_score):
+            raise ValueError(f"{OPTIONS}.refusal_score is {refusal_score}; expected a number")
+        if not 0 < max_refused <= 1:
+            raise ValueError(
+                f"{OPTIONS}.max_refused is {max_refused}; expected a share above 0, at most 1"
+            )
         self.endpoint = Endpoint(model, url.rstrip("/"), _key_from_environment(api_key_env))
         self.question = question
         self.concurrency = concurrency
         self.timeout = timeout
         self.attempts = attempts
         self.deadline = deadline
+        self.refusal_score = refusal_score
+        self.max_refused = max_refused
+        self.refused = 0
+        self._refused_when_told = 0
+
+    def check_connection(self) -> None:
+        """Ask about a grey picture, whatever the answer. Raises ValueError as a call does."""
+        asyncio.run(self._check())
+        picture = np.full((1, 64, 64, 3), 128, np.uint8)
+        asyncio.run(self._answers(picture, ["a grey square"]))
+
+    async def _check(self) -> None:
+        async with self._client() as client:
+            try:
+                await client.check()
+            except RequestFailed as error:
+                raise self._failure(error) from error
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """uint8 [n, 3, h, w] and n prompts -> float32 [n].
 
-        Raises ValueError if the endpoint fails, is too slow, or answers anything but yes or no.
+        Raises ValueError if the endpoint fails or is too slow, and RefusalError for more refusals
+        than the options allow.
         """
-        return asyncio.run(self._score(images.permute(0, 2, 3, 1).cpu().numpy(), prompts))
+        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+        answers = asyncio.run(self._answers(pictures, prompts))
 
-    async def _score(self, pictures: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
-        """uint8 [n, h, w, 3] and n prompts -> float32 [n]."""
+        refusals = {}
+        scores = []
+        for number, answer in enumerate(answers):
+            if isinstance(answer, Refusal):
+                refusals[number] = answer
+            scores.append(self.refusal_score if isinstance(answer, Refusal) else answer)
+        if refusals:
+            self._count(refusals, pictures, prompts)
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def _client(self) -> ChatClient:
+        name = f"the judge {self.endpoint.model} at {self.endpoint.url}"
+        return ChatClient(self.endpoint, name=name, attempts=self.attempts, timeout=self.timeout)
+
+    def _failure(self, error: RequestFailed, detail: str = "") -> ValueError:
+        return ValueError(
+            f"{self.endpoint.url} failed: {error}; check url, model and api_key_env in {OPTIONS}"
+            f"{detail}"
+        )
+
+    async def _answers(self, pictures: np.ndarray, prompts: Sequence[str]) -> list[float | Refusal]:
+        """uint8 [n, h, w, 3] and n prompts -> P(yes) of each, or a refusal."""
         gate = asyncio.Semaphore(self.concurrency)
-        client = ChatClient(self.endpoint, attempts=self.attempts, timeout=self.timeout)
+        client = self._client()
         answers = []
         for picture, prompt in zip(pictures, prompts, strict=True):
             answers.append(self._ask(client, gate, picture, prompt))
         try:
             async with client, asyncio.timeout(self.deadline):
-                scores = await asyncio.gather(*answers)
+                return await asyncio.gather(*answers)
         except TimeoutError:
             raise ValueError(
                 f"{self.endpoint.url} has not answered {len(prompts)} questions within "
-                f"{self.deadline:g} s (config.reward.options.vlm_judge.deadline)"
+                f"{self.deadline:g} s ({OPTIONS}.deadline)"
             ) from None
-        return torch.tensor(scores, dtype=torch.float32)
 
     async def _ask(
         self, client: ChatClient, gate: asyncio.Semaphore, picture: np.ndarray, prompt: str
-    ) -> float:
-        """uint8 [h, w, 3] -> P(yes)."""
+    ) -> float | Refusal:
+        """uint8 [h, w, 3] -> P(yes), or a refusal."""
         # The picture is encoded inside the gate, so that only `concurrency` of them are in memory.
         async with gate:
             try:
-                tokens = await client.ask(self._body(picture, prompt), self._read)
+                return await client.ask(self._body(picture, prompt), self._read)
+            except Refusal as refusal:
+                return refusal
+            except ContentFiltered as error:
+                return Refusal(f"rejected it by a content filter ({error})")
             except RequestFailed as error:
-                raise ValueError(
-                    f"{self.endpoint.url} failed: {error}; check url, model and api_key_env in "
-                    "config.reward.options.vlm_judge"
-                ) from error
-        return p_yes(tokens)
+                raise self._failure(error, f"; the prompt was {prompt!r}") from error
 
-    def _read(self, response: httpx2.Response) -> list[tuple[str, float]]:
+    def _read(self, response: httpx2.Response) -> float:
+        """P(yes) of an answer. Raises Refusal, or ValueError without log-probabilities."""
         try:
-            return top_tokens(response)
-        except (ValueError, LookupError, TypeError) as error:
+            choice = response.json()["choices"][0]
+            raise_if_filtered(choice)
+            tokens = top_tokens(choice)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             text = self.endpoint.scrub(response.text)[:200]
             raise ValueError(
                 f"{response.url} answered without the first token's log-probabilities: {text!r}; "
@@ -103,8 +191,17 @@ class VlmJudge:
                 "that return log-probabilities"
             ) from error
 
+        mass = p_answer(tokens)
+        if mass < LEAST_MASS:
+            answer = str(choice["message"].get("content"))[:200]
+            raise Refusal(
+                f"answered {answer!r}: it {no_answer(tokens)}, and P(yes) + P(no) = {mass:.2g} is "
+                f"less than {LEAST_MASS}"
+            )
+        return p_yes(tokens)
+
     def _body(self, picture: np.ndarray, prompt: str) -> dict[str, Any]:
-        """The request: the picture, the question, and the log-probabilities of one token."""
+        """The request: the picture, the question, and the log-probabilities of the first tokens."""
         question = self.question.replace("{prompt}", prompt)
         content = [
             {"type": "image_url", "image_url": {"url": data_url(_png(picture), "png")}},
@@ -112,11 +209,57 @@ class VlmJudge:
         ]
         return {
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": 1,
+            "max_tokens": ANSWER_TOKENS,
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": 20,
         }
+
+    def _count(
+        self, refusals: Mapping[int, Refusal], pictures: np.ndarray, prompts: Sequence[str]
+    ) -> None:
+        """Count refusals {number of the picture: refusal}. Raises RefusalError for too many."""
+        self.refused += len(refusals)
+        allowed = 0.0 if self.refusal_score is None else self.max_refused
+        is_error = len(refusals) > allowed * len(prompts)
+        if not is_error and self.refused < 2 * self._refused_when_told:
+            return
+        self._refused_when_told = self.refused
+
+        # Keep the first of the refused pictures, to look at it.
+        number = min(refusals)
+        said = self.endpoint.scrub(
+            f"{self.endpoint.model} refused {len(refusals)} of {len(prompts)} pictures; for the "
+            f"prompt {prompts[number]!r} it {refusals[number]}"
+        )
+        said += f"; the picture is kept: {_keep(pictures[number])}"
+
+        if not is_error:
+            logging.getLogger(__name__).warning(
+                "reward 'vlm_judge': %s; each refusal counts %g, %d so far",
+                said,
+                self.refusal_score,
+                self.refused,
+            )
+        elif self.refusal_score is None:
+            raise RefusalError(
+                f"reward 'vlm_judge': {said}; phrase {OPTIONS}.question so that the model has to "
+                f"answer yes or no, use another model, or set {OPTIONS}.refusal_score"
+            )
+        else:
+            raise RefusalError(
+                f"reward 'vlm_judge': {said}; more than {OPTIONS}.max_refused, {self.max_refused:g}"
+            )
+
+
+def _keep(picture: np.ndarray) -> str:
+    """Write uint8 [h, w, 3] to a file among the temporary ones; return its path, or why not."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix="refused_", suffix=".png", delete=False) as file:
+            file.write(_png(picture))
+    except OSError as error:
+        return f"not, because of {error}"
+    return str(Path(file.name))
 
 
 def _png(picture: np.ndarray) -> bytes:
@@ -126,35 +269,13 @@ def _png(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def top_tokens(response: httpx2.Response) -> list[tuple[str, float]]:
-    """Return (token, log-probability) of the most likely tokens at the answer's first position.
-
-    Raises ValueError, LookupError or TypeError if the response has none.
-    """
-    top = response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    return [(entry["token"], float(entry["logprob"])) for entry in top]
-
-
-def p_yes(tokens: Sequence[tuple[str, float]]) -> float:
-    """Return P(yes) from (token, log-probability) pairs. A missing answer has probability 0.
-
-    Raises ValueError if neither yes nor no is among the tokens.
-    """
-    yes = _log_probability("yes", tokens)
-    no = _log_probability("no", tokens)
-    if yes.isinf() and no.isinf():
-        raise ValueError(
-            "the model began its answer with neither yes nor no but one of "
-            f"{[token for token, _ in tokens[:5]]}; phrase the question so that it has to "
-            "(config.reward.options.vlm_judge.question), or use another model"
-        )
-    return (yes - no).sigmoid().item()
-
-
-def _log_probability(word: str, tokens: Sequence[tuple[str, float]]) -> torch.Tensor:
-    """The log of the summed probabilities of all spellings of a word; -inf if there is none."""
-    spellings = [logp for token, logp in tokens if token.strip(SPACES).lower() == word]
-    return torch.tensor(spellings, dtype=torch.float64).logsumexp(0)
+def raise_if_filtered(choice: Mapping[str, Any]) -> None:
+    """Raise Refusal if a choice of a chat completion says that the request was refused."""
+    refusal = choice["message"].get("refusal")
+    if refusal:
+        raise Refusal(f"answered {str(refusal)[:200]!r}")
+    if choice.get("finish_reason") == "content_filter":
+        raise Refusal("was stopped by a content filter")
 
 
 def _key_from_environment(variable: str | None) -> str:

@@ -99,10 +99,11 @@ def closed_pipe() -> Iterator[int]:
 @contextlib.contextmanager
 def lying_server(
     answer: Callable[[str, bytes], tuple[int, dict[str, str], bytes]],
+    port: int = 0,
 ) -> Iterator[str]:
     """Yield the address of a server that answers every request as it likes.
 
-    answer: (path, body) -> (status, headers, body).
+    answer: (path, body) -> (status, headers, body). port: 0 takes a free one.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -115,16 +116,18 @@ def lying_server(
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, headers, content = answer(self.path, body)
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 
         do_GET = do_POST
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -1,22 +1,30 @@
 """Remote rewards: the same scores in the same order, and what is done about a bad server."""
 
+import json
+import logging
 import random
+import re
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import jax.numpy as jnp
 import pytest
 import torch
+from tenacity import wait_fixed
 
 from reward_bridge.bridge import RewardBridge
 from reward_bridge.client import RemoteReward
 from reward_bridge.reward import RewardError
 from reward_bridge.rewards import make_reward
 from reward_bridge.rewards.embedded import subjects
+from tests.helpers.faults import dead_proxy, lying_server
 from tests.helpers.reward_servers import (
+    GOOD,
     IMAGES,
+    TOKEN,
     expected,
     health,
     liar,
@@ -226,3 +234,160 @@ def test_addresses_are_checked_when_the_reward_is_made(servers):
         ValueError, match=r"reward 'bright': got servers .*; expected a list such as"
     ):
         RemoteReward("bright", servers)
+
+
+def scores_of(count):
+    """What an honest server answers for one image or more of the same score."""
+    return json.dumps({"scores": [1.0] * count}).encode()
+
+
+MORE_LIES = {
+    "half an answer": (
+        (200, {"Content-Length": "99", "Connection": "close"}, scores_of(2)),
+        "RemoteProtocolError",
+    ),
+    "text that is called JSON": (
+        (200, {"Content-Type": "application/json"}, b"all is well"),
+        r"no list of scores \(JSONDecodeError",
+    ),
+    "not the compression that it says": (
+        (200, {"Content-Encoding": "gzip"}, scores_of(2)),
+        "DecodingError",
+    ),
+    "bytes that are no text": ((200, {}, b"\xff\xfe\x00"), "no list of scores"),
+    "a list in a list in a list": ((200, {}, b"[" * 100_000), "no list of scores"),
+    "infinite": ((200, {}, b'{"scores": [1.0, Infinity]}'), "1 of them not finite"),
+    "null": ((200, {}, b'{"scores": [1.0, null]}'), "no list of scores"),
+    "for another request": (
+        (200, {}, b'{"scores": [1.0, 2.0], "x-request-id": "yesterday"}'),
+        "the answer is for another request",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(MORE_LIES))
+def test_a_server_that_lies_is_named(case):
+    answer, message = MORE_LIES[case]
+    with lying_server(lambda path, body: answer) as address:
+        reward = RemoteReward("bright", [address], attempts=1)
+        with pytest.raises(RewardError, match=rf"^reward 'bright', server {address}.*{message}"):
+            reward(IMAGES, ["x", "y"])
+
+
+def test_the_server_repeats_the_requests_id(servers):
+    headers = {"Authorization": f"Bearer {TOKEN}", "X-Request-Id": "seven"}
+    answer = httpx2.post(f"{servers.a}/score/identity", content=GOOD, headers=headers)
+    assert answer.json()["x-request-id"] == "seven"
+
+
+# -- A server that goes and comes back
+
+
+def lines_of(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let clients try again after a tenth of a second."""
+    monkeypatch.setattr("reward_bridge.client.wait_exponential_jitter", lambda **_: wait_fixed(0.1))
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_goes_and_comes_back_is_told_twice(caplog):
+    """Whatever the number of calls, and of rewards on it."""
+    caplog.set_level(logging.INFO, "reward_bridge")
+
+    def answer(path, body):
+        return 200, {}, scores_of(2)
+
+    with lying_server(answer) as address:
+        rewards = [RemoteReward(name, [address], attempts=2) for name in ("bright", "sharp")]
+        for reward in rewards:
+            reward(IMAGES, ["x", "y"])
+    assert not lines_of(caplog)
+    for reward in rewards:
+        with pytest.raises(RewardError, match="gave up after 2 attempts"):
+            reward(IMAGES, ["x", "y"])
+    with lying_server(answer, int(address.split(":")[2])):
+        for reward in rewards:
+            reward(IMAGES, ["x", "y"])
+
+    lost, back = lines_of(caplog)
+    assert lost.startswith(f"lost reward server {address}: ConnectError ")
+    assert lost.endswith("; it is asked up to 2 times, for 100 s at most")
+    assert re.fullmatch(rf"reward server {address} is back after \d s", back)
+
+
+def test_other_servers_score_while_one_is_away(servers, caplog):
+    with lying_server(lambda path, body: (200, {}, b"")) as away:
+        pass
+    reward = RemoteReward("identity", [away, servers.a])
+    for _ in range(2):
+        assert reward(make_images([4, 5]), ["x", "y"]).tolist() == expected([4, 5], "xy")
+    (line,) = lines_of(caplog)
+    assert line.startswith(f"lost reward server {away}: ConnectError ")
+    assert line.endswith("; the other servers score meanwhile")
+
+
+def test_a_reward_that_fails_on_a_server_is_told(servers, caplog):
+    failing = lambda path, body: (500, {}, b'{"error": "no memory"}')  # noqa: E731
+    with lying_server(failing) as address:
+        RemoteReward("identity", [address, servers.a])(make_images([4, 5]), ["x", "y"])
+    (line,) = lines_of(caplog)
+    start = f"lost reward 'identity' on server {address}: answered 500: no memory; the other"
+    assert line.startswith(start)
+
+
+def test_a_busy_server_is_told_only_if_it_stays_so(caplog, quick):
+    answers = [(503, {}, b'{"error": "full"}')] * 2 + [(200, {}, scores_of(2))]
+    with lying_server(lambda path, body: answers.pop(0)) as address:
+        RemoteReward("bright", [address])(IMAGES, ["x", "y"])
+        assert not lines_of(caplog)
+        quick.setattr("reward_bridge.outage.PATIENCE", 0.05)
+        answers += [(503, {}, b'{"error": "full"}')] * 2 + [(200, {}, scores_of(2))]
+        RemoteReward("bright", [address])(IMAGES, ["x", "y"])
+    (line,) = lines_of(caplog)
+    assert line.startswith(f"lost reward 'bright' on server {address}: answered 503: full; it is")
+
+
+def test_a_server_that_hangs_is_told_before_the_deadline(caplog):
+    with liar(60.0) as hanging, pytest.raises(RewardError, match=r"no scores after 0\.4 s"):
+        RemoteReward("bright", [hanging.address], deadline=0.4)(IMAGES, ["x", "y"])
+    (line,) = lines_of(caplog)
+    assert line.startswith(f"lost reward 'bright' on server {hanging.address}: no answer for 0.2 s")
+
+
+# -- Before anything is loaded
+
+
+def test_a_wrong_token_and_a_missing_reward_are_found(servers, monkeypatch):
+    RemoteReward("identity", [servers.a, servers.b]).check_connection()
+    with pytest.raises(RewardError, match=r"answered 404: there is no reward 'nice'; this server"):
+        RemoteReward("nice", [servers.a]).check_connection()
+    monkeypatch.setenv("OTHER_TOKEN", "wrong")
+    with pytest.raises(RewardError, match="answered 401: wrong or missing bearer token"):
+        RemoteReward("identity", [servers.a], token_env="OTHER_TOKEN").check_connection()
+
+
+def test_a_run_needs_one_of_its_servers(servers, caplog):
+    with lying_server(lambda path, body: (200, {}, b"")) as away:
+        pass
+    RemoteReward("identity", [away, servers.a]).check_connection()
+    (line,) = lines_of(caplog)
+    assert line.startswith(f"lost reward server {away}: ConnectError ")
+    with pytest.raises(RewardError, match=rf"{away}: ConnectError .*; start the servers first"):
+        RemoteReward("identity", [away]).check_connection()
+
+
+@pytest.mark.parametrize("status", [405, 501, 503])
+def test_a_server_that_does_not_know_the_question_is_asked_later(status):
+    with lying_server(lambda path, body: (status, {}, b"")) as address:
+        RemoteReward("bright", [address]).check_connection()
+
+
+def test_a_server_on_this_machine_is_asked_without_the_proxy(servers):
+    with dead_proxy():
+        reward = RemoteReward("identity", [servers.a, "https://example.invalid"])
+        assert reward(make_images([4, 5]), ["x", "y"]).tolist() == expected([4, 5], "xy")

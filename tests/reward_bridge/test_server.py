@@ -62,6 +62,13 @@ def test_an_unknown_reward_is_answered_with_the_known_ones(servers):
     assert "error" in httpx2.get(f"{servers.a}/elsewhere").json()
 
 
+def test_a_client_can_ask_whether_a_reward_is_there(servers):
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert httpx2.get(f"{servers.a}/rewards/identity", headers=headers).json() == {}
+    assert httpx2.get(f"{servers.a}/rewards/nice", headers=headers).status_code == 404
+    assert httpx2.get(f"{servers.a}/rewards/identity").status_code == 401
+
+
 def test_too_large_a_request_is_refused(servers):
     with pytest.raises(
         RewardError,

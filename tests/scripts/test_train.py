@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.helpers.goldens import PIPELINE, TESTS
+from tests.helpers.goldens import PIPELINE, ROOT, TESTS
 from tests.helpers.running import call, rows
 
 pytest.importorskip("torch")
@@ -34,7 +34,8 @@ def test_a_run_leaves_what_it_promises(whole):
     assert load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
     assert "preset golden" in done.stdout
     assert "best/, alarms and the early stop go by reward (config.reward.monitor)" in done.stdout
-    assert "warning" not in done.stdout
+    (warning,) = [line for line in done.stdout.splitlines() if "warning" in line]
+    assert "are longer than 16 tokens (config.prompts.max_tokens)" in warning
     assert "configs/flux_grpo.py:flux_dev_8xh200" in done.stdout
     assert not done.stderr.strip(), done.stderr  # no wall of warnings
 
@@ -181,6 +182,38 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(cache, tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: config.sample.sde_window_size 9 does not fit")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_is_not_there_is_told_before_anything_is_loaded(tmp_path):
+    """Weights & Biases without a login, and a reward whose server is not there."""
+    (tmp_path / "wandb.py").write_text(
+        "def init(**_):\n    raise RuntimeError('No API key configured.')\n"
+    )
+    (tmp_path / "served.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "from tests.helpers import golden_config\n"
+        "def get_config():\n"
+        "    c = golden_config.get_config()\n"
+        "    servers = ConfigDict({'servers': ('http://127.0.0.1:9',)})\n"
+        "    c.reward.options = ConfigDict({name: servers for name in c.reward.fn})\n"
+        "    return c\n"
+    )
+    runs = f"--config.run_root={tmp_path / 'runs'}"
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = call("train.py", tmp_path, runs, "--config.wandb_project=p", PYTHONPATH=path)
+    served = call("train.py", tmp_path, runs, config=tmp_path / "served.py", PYTHONPATH=path)
+    for process in (done, served):
+        assert process.returncode == 1
+        assert "Traceback" not in process.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "error: config.wandb_project is 'p', but Weights & Biases cannot be used"
+    )
+    assert served.stderr.startswith("error: reward '")
+    assert "server http://127.0.0.1:9: ConnectError" in served.stderr
+    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "text").exists()
 
 
 def config_with(tmp_path, *lines):

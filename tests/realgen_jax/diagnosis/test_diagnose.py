@@ -192,6 +192,7 @@ FAULTS = [
     (weight, 10.0, 4.0, "one reward drowning the others", NOTE, "--config.reward.fn.clip_score=10"),
     (faint, 1e-7, 1e-3, "one reward drowning the others", PROBLEM, "vanishes beside the 0.0001"),
     (solved, 1.0, 0.1, "one reward drowning the others", PROBLEM, "none at all in 100% of the"),
+    (solved, 1.0, 0.1, "one reward drowning the others", PROBLEM, "check its options, or drop it"),
     (noise, 0.12, 0.03, "reward noise", PROBLEM, "--config.reward.fn.embedded_detector=0.25"),
     (noise, 0.075, 0.03, "reward noise", NOTE, "different scores"),
     (ratio, 2e-4, 9e-5, "ratio deviation", PROBLEM, "--config.train.recompute_old=True"),

@@ -17,7 +17,7 @@ STEP = {"loss": 1.0, "ratio_deviation": 2e-7, "grad_norm": 3.0}
 
 
 def log_of(folder, start=0):
-    return RunLog(folder, {"seed": 1}, start, 4, "")
+    return RunLog(folder, {"seed": 1}, start, 4)
 
 
 def rows(folder):
@@ -81,6 +81,38 @@ def test_a_resumed_run_repeats_no_row_and_loses_none(tmp_path):
                 log.metrics("eval", epoch, {"r": epoch})
             log.metrics("train", epoch + 1, {"r": epoch})
     assert rows(tmp_path) == whole
+
+
+def epoch(log, number, **scores):
+    """Log an epoch with these rewards, [groups, size] each."""
+    scores = {name: np.float32(values) for name, values in scores.items()}
+    reward = sum(scores.values())
+    log.train(number, scores, reward, {}, {"sample": 1.0, "reward_wait": 0.0}, {})
+
+
+FLAT = [[0.5, 0.5], [0.25, 0.25]]
+VARIED = [[0.5, 0.5], [0.25, 0.5]]
+
+
+def test_a_reward_that_stays_constant_is_told_once(tmp_path, capsys):
+    with log_of(tmp_path) as log:
+        for number, jpeg in enumerate([FLAT, FLAT, VARIED, FLAT, FLAT, FLAT, FLAT], 1):
+            epoch(log, number, jpeg=jpeg, clip=VARIED)
+            warned = "the reward jpeg cannot tell" in capsys.readouterr().out
+            assert warned == (number == 6)
+
+
+def test_a_resumed_run_remembers_how_long_a_reward_was_constant(tmp_path, capsys):
+    with log_of(tmp_path) as log:
+        epoch(log, 1, jpeg=FLAT)
+        epoch(log, 2, jpeg=FLAT)
+        epoch(log, 3, jpeg=VARIED)  # after the checkpoint
+    with log_of(tmp_path, start=2) as log:
+        epoch(log, 3, jpeg=FLAT)
+    assert (
+        "warning the reward jpeg cannot tell the pictures of a prompt apart: for 3 epochs each of "
+        "them got the same score (now 0.25 to 0.5), so nothing is learned from it"
+    ) in capsys.readouterr().out
 
 
 def test_other_processes_log_nothing(tmp_path, capsys):

@@ -24,7 +24,9 @@ from tests.helpers.arena_judges import (  # noqa: E402
     kept,
     make,
     run,
+    settings,
 )
+from tests.helpers.faults import lying_server  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +140,22 @@ def test_a_judge_that_will_not_answer_is_left_alone_at_once(tmp_path, reply):
     assert "stopped asking org/judge-1" in said
     assert "judged 0 of 3 pairs" in said
     assert KEY not in said
+
+
+def test_the_endpoint_is_asked_before_anything_is_loaded():
+    with lying_server(lambda path, body: (401, {}, KEY.encode())) as url:
+        arena_judge = judge.ApiJudge(openai_chat.Endpoint("org/judge-1", url, KEY), settings())
+        with pytest.raises(
+            ValueError, match="the judge org/judge-1 cannot be asked: HTTP 401"
+        ) as no:
+            arena_judge.check_connection()
+    with pytest.raises(
+        ValueError, match=r"cannot be asked: ConnectError .*; check REALGEN_"
+    ) as away:
+        arena_judge.check_connection()
+    for error in (no, away):
+        assert KEY not in str(error.value)
+        assert "127.0.0.1" not in str(error.value)
 
 
 def test_a_judge_that_only_fails_is_left_alone(tmp_path):

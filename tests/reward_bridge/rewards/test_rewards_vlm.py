@@ -206,6 +206,26 @@ def test_a_folder_without_chat_template_gets_the_models(chat_folder, tmp_path):
     )
 
 
+def test_forensic_chat_warns_once_of_answers_that_begin_otherwise(chat_folder, monkeypatch, caplog):
+    """The model has random weights, so that every token has much the same probability."""
+    images = pictures(2, 56, 84)
+    reward = make_reward("forensic_chat", "cpu", {"path": str(chat_folder), "dtype": "float32"})
+    inputs = reward.inputs(images, [QUESTION] * 2)
+    with torch.inference_mode():
+        p = reward.model(**inputs).logits[:, -1].softmax(1)
+    mass = p[:, torch.cat([reward.fake, reward.real])].sum(1)
+
+    scores = []
+    for least in (mass.min().item() * 0.99, mass.max().item() * 1.01, 1.0):
+        monkeypatch.setattr("reward_bridge.rewards.forensic_chat.LEAST_MASS", least)
+        with torch.inference_mode():
+            scores.append(reward(images, [""] * 2).tolist())
+    assert scores[0] == scores[1] == scores[2]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("reward 'forensic_chat': on 2 of 2 pictures the model begins its answer")
+    assert f"a probability of {mass.min():.2g}; expected" in line
+
+
 def test_forensic_chat_names_what_is_wrong(chat_folder, tmp_path):
     def load(path):
         return make_reward("forensic_chat", "cpu", {"path": str(path)})

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import logging
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +13,13 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("httpx2")
-pytest.importorskip("tenacity")
+tenacity = pytest.importorskip("tenacity")
 
+from reward_bridge.bridge import RewardBridge  # noqa: E402
+from reward_bridge.reward import RewardError  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
-from reward_bridge.rewards.vlm_judge import p_yes  # noqa: E402
+from reward_bridge.rewards.yes_no import p_yes  # noqa: E402
+from tests.helpers.faults import dead_proxy, lying_server  # noqa: E402
 
 
 def pictures(n, height, width):
@@ -68,6 +72,16 @@ def answer(**tokens):
     }
 
 
+def spelled(*tokens):
+    """A chat completion: for each token of the answer, the probabilities at its position."""
+    content = []
+    for position in tokens:
+        top = [{"token": token, "logprob": float(np.log(p))} for token, p in position.items()]
+        content.append({**top[0], "top_logprobs": top})
+    text = "".join(position["token"] for position in content)
+    return {"choices": [{"message": {"content": text}, "logprobs": {"content": content}}]}
+
+
 def judge(server, **options):
     return make_reward("vlm_judge", "cpu", {"url": server.url, "model": "eye-7b"} | options)
 
@@ -106,7 +120,7 @@ def test_vlm_judge_asks_about_each_picture(server, monkeypatch):
     del body["messages"]
     assert body == {
         "model": "eye-7b",
-        "max_tokens": 1,
+        "max_tokens": 5,
         "temperature": 0,
         "logprobs": True,
         "top_logprobs": 20,
@@ -198,3 +212,174 @@ def test_vlm_judge_never_prints_its_key(server, monkeypatch):
     with pytest.raises(ValueError, match="JUDGE_KEY holds characters") as raised:
         judge(server, api_key_env="JUDGE_KEY")
     assert "cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "p"),
+    [
+        ([{"**": 0.96, "##": 0.04}, {"Yes": 0.6, "No": 0.3}], 2 / 3),
+        ([{"```": 1.0}, {"\n": 1.0}, {"yes": 0.2, "no": 0.6}], 0.25),
+        # A model that answers "**Yes" half of the time and else "No"
+        ([{"**": 0.5, "No": 0.4, "Yes": 0.1}, {"Yes": 0.8, "No": 0.2}], 0.5),
+        # What comes after the first word is not read.
+        ([{"No": 0.75, "Yes": 0.25}, {"yes": 1.0}], 0.25),
+        ([{"\u0120No": 0.75, "\u0120Yes": 0.25}, {"yes": 1.0}], 0.25),
+    ],
+)
+def test_vlm_judge_steps_over_marks_before_the_word(server, tokens, p):
+    server.reply = lambda number, body: (200, spelled(*tokens))
+    assert judge(server)(pictures(1, 16, 16), [""]).tolist() == pytest.approx([p])
+
+
+REFUSALS = [
+    ((200, spelled({"**": 1.0}, {"Maybe": 1.0})), r"answered '\*\*Maybe': it began"),
+    (
+        (200, spelled({"I": 1.0, "Yes": 1e-6, "No": 1e-7})),
+        r"P\(yes\) \+ P\(no\) = 1\.1e-06 is less",
+    ),
+    (
+        (200, {"choices": [{"message": {"content": None, "refusal": "I can't."}}]}),
+        r"it answered \"I can't\.\"",
+    ),
+    (
+        (200, {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}),
+        "it was stopped by a content filter",
+    ),
+    (
+        (400, {"error": {"code": "content_filter", "message": "no"}}),
+        r"it rejected it by a content filter \(no\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("reply", "message"), REFUSALS)
+def test_a_refusal_names_the_prompt_and_keeps_the_picture(
+    server, tmp_path, monkeypatch, reply, message
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    good = (200, answer(yes=1.0))
+    server.reply = lambda number, body: reply if "second" in str(body) else good
+    images = pictures(3, 16, 16)
+    bridge = RewardBridge(
+        {"vlm_judge": judge(server, question="{prompt}", concurrency=1)},
+        {"vlm_judge": "cpu"},
+        deadline=20,
+        retries=3,
+    )
+    with pytest.raises(RewardError, match=message) as raised:
+        bridge.submit(images, ["first", "second", "third"]).result()
+    bridge.close()
+    text = str(raised.value)
+    assert text.startswith("reward 'vlm_judge': eye-7b refused 1 of 3 pictures; for the prompt")
+    assert "'second'" in text
+    assert "config.reward.options.vlm_judge.refusal_score" in text
+    assert len(server.requests) == 3  # the same picture would be refused again
+    (file,) = tmp_path.glob("refused_*.png")
+    assert f"the picture is kept: {file};" in text
+    assert (np.asarray(Image.open(file)) == images[1].permute(1, 2, 0).numpy()).all()
+
+
+def test_refusals_count_what_the_options_say_up_to_a_share(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    server.reply = lambda number, body: (
+        (200, answer(I=1.0)) if "bad" in str(body) else (200, answer(yes=0.3, no=0.1))
+    )
+    reward = judge(server, question="{prompt}", refusal_score=-1.0, max_refused=0.5)
+    bridge = RewardBridge({"vlm_judge": reward}, {"vlm_judge": "cpu"}, deadline=20, retries=0)
+    assert bridge.refused == {"vlm_judge": 0}
+    images = pictures(4, 16, 16)
+    for call in range(1, 5):
+        scores = bridge.submit(images, ["a", "bad", "b", "c"]).result().rewards["vlm_judge"]
+        assert scores.tolist() == pytest.approx([0.75, -1, 0.75, 0.75])
+        assert bridge.refused == {"vlm_judge": call}
+
+    # Said after 1, 2 and 4 refusals
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line[-8:] for line in lines] == ["1 so far", "2 so far", "4 so far"]
+    assert "refused 1 of 4 pictures; for the prompt 'bad' it answered '?'" in lines[0]
+    assert "each refusal counts -1, 1 so far" in lines[0]
+    assert len(list(tmp_path.glob("refused_*.png"))) == 3
+
+    with pytest.raises(RewardError, match=r"refused 3 of 4 .* more than \S+max_refused, 0\.5"):
+        bridge.submit(images, ["bad", "bad", "bad", "c"]).result()
+    bridge.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000/v1"}, r"vlm_judge\.url is 'localhost:8000/v1'; expected an add"),
+        ({"refusal_score": float("nan")}, r"vlm_judge\.refusal_score is nan; expected a number"),
+        ({"max_refused": 0.0}, r"vlm_judge\.max_refused is 0\.0; expected a share above 0, at mo"),
+        ({"max_refused": 10}, r"vlm_judge\.max_refused is 10; expected a share"),
+    ],
+)
+def test_vlm_judge_checks_its_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_reward("vlm_judge", "cpu", {"url": "http://a/v1", "model": "m", **options})
+
+
+@pytest.mark.parametrize("logprob", [0.9, float("nan"), "high"])
+def test_what_is_no_log_probability_is_an_error(server, logprob):
+    reply = answer(yes=1.0)
+    reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = logprob
+    server.reply = lambda number, body: (200, reply)
+    with pytest.raises(ValueError, match="without the first token's log-probabilities"):
+        judge(server)(pictures(1, 16, 16), [""])
+
+
+def test_a_judge_on_this_machine_is_asked_without_the_proxy(server):
+    server.reply = lambda number, body: (200, answer(yes=0.3, no=0.1))
+    with dead_proxy():
+        assert judge(server)(pictures(1, 16, 16), [""]).tolist() == pytest.approx([0.75])
+
+
+def test_a_judge_that_goes_and_comes_back_is_told_twice(monkeypatch, caplog):
+    """Eight requests at a time fail together, and every one is repeated."""
+    caplog.set_level(logging.INFO, "reward_bridge")
+    monkeypatch.setattr("reward_bridge.openai_chat.BACK_OFF", tenacity.wait_none())
+    content = json.dumps(answer(yes=0.3, no=0.1)).encode()
+    images, prompts = pictures(8, 16, 16), [""] * 8
+    with lying_server(lambda path, body: (200, {}, content)) as url:
+        reward = judge(SimpleNamespace(url=f"{url}/v1"))
+        reward(images, prompts)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="failed: ConnectError"):
+            reward(images, prompts)
+    with lying_server(lambda path, body: (200, {}, content), int(url.split(":")[2])):
+        reward(images, prompts)
+        reward(images, prompts)
+    lost, back = [record.getMessage() for record in caplog.records]
+    assert lost.startswith(f"lost the judge eye-7b at {url}/v1: ConnectError")
+    assert lost.endswith("; each request is sent up to 4 times")
+    assert back == f"the judge eye-7b at {url}/v1 is back after 0 s"
+
+
+@pytest.mark.parametrize(
+    ("models", "question", "message"),
+    [
+        (401, (200, answer(yes=0.5)), r"/v1 failed: HTTP 401; check url, model and api_key_env"),
+        (200, (404, b"no such model"), r"failed: HTTP 404 no such model; check .*; the prompt"),
+        (200, (200, {}), r"without the first token's log-probabilities"),
+        (200, (200, answer(yes=0.5)), None),
+        (403, (200, answer(I=0.5)), None),
+        (404, (200, answer(yes=0.5)), None),
+    ],
+)
+def test_the_judge_is_asked_before_anything_is_loaded(models, question, message, caplog):
+    def reply(path, body):
+        if path == "/v1/models":
+            return models, {}, b""
+        status, content = question
+        return status, {}, content if isinstance(content, bytes) else json.dumps(content).encode()
+
+    with lying_server(reply) as url:
+        reward = judge(SimpleNamespace(url=f"{url}/v1"))
+        if message is None:
+            reward.check_connection()
+        else:
+            with pytest.raises(ValueError, match=message):
+                reward.check_connection()
+    with pytest.raises(ValueError, match="failed: ConnectError"):
+        reward.check_connection()
+    assert not caplog.records  # the errors say it
