@@ -103,7 +103,10 @@ def prompt_batches(count: int, groups: int, seed: int) -> grain.DatasetIterator:
     restore its position.
     """
     rows = grain.MapDataset.source(np.arange(count)).seed(seed).shuffle().repeat()
-    return iter(rows.batch(groups).to_iter_dataset())
+    # There is no remainder to drop, but grain rounds the number of batches up without this, and
+    # batches of one are then more than it can count.
+    batches = rows.batch(groups, drop_remainder=True)
+    return iter(batches.to_iter_dataset())
 
 
 @dataclass(frozen=True)

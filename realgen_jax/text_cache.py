@@ -4,13 +4,17 @@ The text encoders are PyTorch models. They run once, in a separate process, befo
 the trainer only reads the resulting folder:
 
     prompts.json     the prompts, in row order
-    NAME.zarr        an array with one row per prompt; the names depend on the model
-    progress.json    the number of complete rows, and the names of the arrays
-    cut.json         the rows of the prompts that are longer than max_tokens
+    NAME.zarr        an array with one row per prompt, a file a row; the names depend on the model
+    progress.json    the dtypes and shapes of the arrays, and the rows of the prompts that are
+                     longer than max_tokens
+
+A row counts as stored if its files have the right size. Each file ends with a checksum, which is
+compared whenever it is read. Rows that are missing or damaged are encoded again.
 """
 
 import hashlib
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +29,12 @@ from realgen_jax.files import file_lock, sampled_digest, write_whole
 from realgen_jax.models.family import Encoder
 from realgen_jax.process import run_child
 
+# Part of the name of a cache's folder. Format 1 had no checksums, and its text encoders may have
+# been loaded from incomplete files.
+FORMAT = 2
+CHECKSUM_BYTES = 4
+CHECKED_BYTES = 1 << 28  # arrays up to this size are read as a whole when they are opened
+
 
 def encoders_to_json(encoders: Sequence[Encoder]) -> str:
     """Serialise encoders to one command-line argument."""
@@ -32,8 +42,11 @@ def encoders_to_json(encoders: Sequence[Encoder]) -> str:
 
 
 def encoders_from_json(text: str) -> list[Encoder]:
-    """Parse the output of `encoders_to_json`."""
-    return [Encoder(**fields) for fields in json.loads(text)]
+    """Parse the output of `encoders_to_json`. Raises ValueError for anything else."""
+    try:
+        return [Encoder(**fields) for fields in json.loads(text)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{text!r} does not name text encoders ({error})") from error
 
 
 def cache_folder(
@@ -54,7 +67,7 @@ def cache_folder(
 
     Raises FileNotFoundError if the model lacks one of the subfolders.
     """
-    fingerprint = [list(prompts), encoders_to_json(encoders), settings]
+    fingerprint = [FORMAT, list(prompts), encoders_to_json(encoders), settings]
     digest = hashlib.sha256(json.dumps(fingerprint).encode())
 
     subfolders = {folder for encoder in encoders for folder in (encoder.tokenizer, encoder.model)}
@@ -73,7 +86,7 @@ def cache_folder(
 class TextCache:
     """Named arrays with one row for each prompt of a list.
 
-    Rows are written in order and only once, so an interrupted encoding continues where it stopped.
+    Rows are independent of each other, so an interrupted encoding continues with the missing ones.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str]):
@@ -82,42 +95,45 @@ class TextCache:
         self._row = {prompt: row for row, prompt in enumerate(self.prompts)}
         self._arrays: dict[str, ts.TensorStore] = {}
 
-    @property
-    def rows_done(self) -> int:
-        """The number of complete rows."""
-        return self._progress()["rows"]
+    def missing_rows(self) -> list[int]:
+        """Return the rows that are not stored whole, in order.
 
-    @property
-    def complete(self) -> bool:
-        return self.rows_done == len(self.prompts)
+        Files that are absent or cut off are always found. Changed bytes are found here in arrays of
+        at most CHECKED_BYTES, and in larger ones when the row is read.
+        """
+        arrays = self._progress()["arrays"]
+        missing = set() if arrays else set(range(len(self.prompts)))
+        for name, described in arrays.items():
+            missing |= self._damaged(name, described)
+        return sorted(missing)
 
     def lock(self) -> FileLock:
         """Return a context manager for the one process that may write; others wait."""
         return file_lock(self.folder / "lock")
 
-    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the next n rows of every array, {name: [n, ...]}.
+    def write(self, start: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write rows start, start + 1, ... of every array, {name: [n, ...]}.
 
-        The rows count as complete once all arrays are on disk. Hold `lock` if other processes may
-        write too.
+        Hold `lock` if other processes may write too.
         """
-        start = self.rows_done
-        stop = start
+        described = {}
         for name, rows in arrays.items():
-            stop = start + len(rows)
-            self._create(name, rows)[start:stop].write(rows).result()
+            shape = [len(self.prompts), *rows.shape[1:]]
+            described[name] = {"dtype": rows.dtype.name, "shape": shape}
+            array = self._create(name, described[name])
+            array[start : start + len(rows)].write(rows).result()
 
-        progress = {"rows": stop, "arrays": list(arrays)}
-        write_whole(self.folder / "progress.json", json.dumps(progress))
+        progress = self._progress()
+        if progress["arrays"] != described:
+            self._keep_progress({**progress, "arrays": described})
 
     def keep_cut(self, rows: Sequence[int]) -> None:
         """Store which prompts were cut because they have more tokens than max_tokens."""
-        write_whole(self.folder / "cut.json", json.dumps(list(rows)))
+        self._keep_progress({**self._progress(), "cut": list(rows)})
 
     def cut_message(self, max_tokens: int) -> str:
         """Say how many prompts were cut, and name the first; "" if none was."""
-        file = self.folder / "cut.json"
-        rows = json.loads(file.read_text()) if file.exists() else []
+        rows = self._progress()["cut"]
         if not rows:
             return ""
         first = textwrap.shorten(self.prompts[rows[0]], 100, placeholder=" ...")
@@ -131,44 +147,104 @@ class TextCache:
         return np.array([self._row[prompt] for prompt in prompts], int)
 
     def read_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Read {name: [n, ...]} of these rows, int [n]. Raises ValueError if rows are missing."""
-        progress = self._progress()
-        if progress["rows"] != len(self.prompts):
-            raise ValueError(
-                f"{self.folder} holds {progress['rows']} of {len(self.prompts)} prompts; run "
-                "scripts/encode_prompts.py to the end"
-            )
-        reads = {name: self._open(name)[rows].read() for name in progress["arrays"]}
-        return {name: read.result() for name, read in reads.items()}
+        """Read {name: [n, ...]} of these rows, int [n].
+
+        Raises OSError, naming the folder, if one of them is missing or damaged.
+        """
+        arrays = self._progress()["arrays"]
+        try:
+            if not arrays:
+                raise ValueError("nothing is stored")
+            reads = {name: self._open(name, arrays[name])[rows].read() for name in arrays}
+            return {name: read.result() for name, read in reads.items()}
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"text embeddings in {self.folder} are missing or damaged ({reason}); remove that "
+                "folder and start again, so that they are encoded again"
+            ) from error
 
     def read(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Read {name: [n, ...]} of these prompts, in order. Raises as `rows` and `read_rows` do."""
         return self.read_rows(self.rows(prompts))
 
     def _progress(self) -> dict[str, Any]:
-        file = self.folder / "progress.json"
-        return json.loads(file.read_text()) if file.exists() else {"rows": 0, "arrays": []}
+        """The content of progress.json; without arrays if it is missing or damaged."""
+        try:
+            progress = json.loads((self.folder / "progress.json").read_bytes())
+            if set(progress) == {"arrays", "cut"}:
+                return progress
+        except (FileNotFoundError, ValueError, TypeError):
+            pass
+        return {"arrays": {}, "cut": []}
 
-    def _spec(self, name: str) -> dict[str, Any]:
-        path = str(self.folder / f"{name}.zarr")
-        return {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+    def _keep_progress(self, progress: Mapping[str, Any]) -> None:
+        write_whole(self.folder / "progress.json", json.dumps(progress))
 
-    def _open(self, name: str) -> ts.TensorStore:
+    def _damaged(self, name: str, described: Mapping[str, Any]) -> set[int]:
+        """The rows of an array whose file is absent, is cut off or, in a small array, has changed.
+
+        described: its dtype and shape.
+        """
+        count, *shape = described["shape"]
+        try:
+            array = self._open(name, described)
+        except ValueError:  # zarr.json is missing or damaged
+            return set(range(count))
+
+        # Compare the sizes of the files.
+        size = math.prod(shape) * array.dtype.numpy_dtype.itemsize + CHECKSUM_BYTES
+        chunks = self.folder / f"{name}.zarr" / "c"
+        rest = Path(*["0"] * len(shape))
+        damaged = set()
+        for row in range(count):
+            file = chunks / str(row) / rest
+            if not file.is_file() or file.stat().st_size != size:
+                damaged.add(row)
+
+        # Compare their checksums.
+        if count * size <= CHECKED_BYTES:
+            reads = {row: array[row].read() for row in range(count) if row not in damaged}
+            damaged |= {row for row, read in reads.items() if read.exception() is not None}
+        return damaged
+
+    def _spec(self, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
+        """The array in TensorStore's terms. Absent rows are errors, and rows of zeros are stored.
+
+        (By default, an absent row reads as zeros, and a row of zeros is left out.)
+        """
+        shape = described["shape"]
+        return {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(self.folder / f"{name}.zarr")},
+            "metadata": {
+                "data_type": described["dtype"],
+                "shape": shape,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": [1, *shape[1:]]},
+                },
+                "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+            },
+            "fill_missing_data_reads": False,
+            "store_data_equal_to_fill_value": True,
+        }
+
+    def _open(self, name: str, described: Mapping[str, Any]) -> ts.TensorStore:
+        """Open an array. Raises ValueError if it is missing, or is not as described."""
         if name not in self._arrays:
-            self._arrays[name] = ts.open(self._spec(name)).result()
+            self._arrays[name] = ts.open(self._spec(name, described), open=True).result()
         return self._arrays[name]
 
-    def _create(self, name: str, rows: np.ndarray) -> ts.TensorStore:
-        """Open an array for writing, creating it for rows like these if it does not exist."""
+    def _create(self, name: str, described: Mapping[str, Any]) -> ts.TensorStore:
+        """Open an array for writing. One that is missing, or not as described, is made anew."""
         if name not in self._arrays:
-            self._arrays[name] = ts.open(
-                self._spec(name),
-                create=True,
-                open=True,
-                dtype=rows.dtype.name,
-                shape=[len(self.prompts), *rows.shape[1:]],
-                chunk_layout=ts.ChunkLayout(chunk_shape=[1, *rows.shape[1:]]),
-            ).result()
+            spec = self._spec(name, described)
+            try:
+                array = ts.open(spec, create=True, open=True).result()
+            except ValueError:
+                array = ts.open(spec, create=True, delete_existing=True).result()
+            self._arrays[name] = array
         return self._arrays[name]
 
 
@@ -194,10 +270,13 @@ def open_cache(
     )
     cache = TextCache(folder, prompts)
 
-    if not (folder / "prompts.json").exists():
+    # The folder's name is that of these prompts, so a file with other content is damaged.
+    file = folder / "prompts.json"
+    content = json.dumps(prompts).encode()
+    if not file.exists() or file.read_bytes() != content:
         folder.mkdir(parents=True, exist_ok=True)
         with cache.lock():
-            write_whole(folder / "prompts.json", json.dumps(prompts))
+            write_whole(file, content)
     return cache
 
 
@@ -216,10 +295,10 @@ def ensure_encoded(
       command: the encoding program, such as [sys.executable, "scripts/encode_prompts.py"]. It is
         called with --model, --folder, --encoders, --max_tokens, --dtype and --device.
 
-    Raises ChildProcessError if the program fails.
+    Raises ChildProcessError if the program fails, OSError if rows are still missing after it.
     """
     cache = open_cache(prompts, model, encoders, settings)
-    if cache.complete:
+    if not cache.missing_rows():
         return cache
 
     options = [
@@ -233,5 +312,11 @@ def ensure_encoded(
     if run_child([*command, *options]):
         raise ChildProcessError(
             f"the text encoders failed (see above); the finished prompts are kept in {cache.folder}"
+        )
+    missing = cache.missing_rows()
+    if missing:
+        raise OSError(
+            f"{cache.folder} still lacks the embeddings of {len(missing)} prompts after they were "
+            f"encoded, such as {cache.prompts[missing[0]]!r}; is that disk sound?"
         )
     return cache

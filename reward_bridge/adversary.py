@@ -21,7 +21,6 @@ from reward_bridge.adversary_settings import OPTIMIZERS, SCHEDULES, Memory, Sett
 from reward_bridge.history import History, Pairs
 from reward_bridge.learners import Learner
 from reward_bridge.references import References, recode
-from reward_bridge.references import load as load_picture
 from reward_bridge.reward import Reward, RewardError
 
 # Dropout and augmentation draw from torch's global generator, which one learner at a time may seed.
@@ -101,7 +100,7 @@ class Adversary:
         pictures = {}
         for file in set(files):
             try:
-                picture = load_picture(file, height, width)
+                picture = self.references.load(file, height, width)
             except (ValueError, OSError) as error:
                 raise RewardError(f"a reference has changed since the start: {error}") from error
             pictures[file] = self.learner.prepare(picture[None].to(self.device))

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
@@ -23,6 +24,7 @@ from tenacity import (
 from reward_bridge.addresses import is_address, proxy_hint, proxy_options
 from reward_bridge.outage import Outage, outage_of
 from reward_bridge.reward import RewardError
+from reward_bridge.served import check_served, served_digest
 from reward_bridge.wire import REQUEST_ID, encode
 
 CHECK_SECONDS = 5.0  # for an answer to the question whether a server has the reward
@@ -75,6 +77,9 @@ class RemoteReward:
     call at once; so does a reward that has failed on every server. All of these raise RewardError.
     What keeps a server from scoring is logged once when it begins, and once when it is over.
 
+    A server that serves something else than the others, or than before, ends the call at once too
+    (reward_bridge/served.py).
+
     servers: a list of "http://host:port". reward_bridge/addresses.py says which of them are asked
         through a proxy.
     token_env: the environment variable that holds the bearer token, if there is one.
@@ -105,11 +110,12 @@ class RemoteReward:
         self._proxies = proxy_options(self.servers)
         self._skipped_until = dict.fromkeys(self.servers, 0.0)  # time.monotonic()
 
-    def check_connection(self) -> None:
+    def check_connection(self) -> str:
         """Ask each server whether it has the reward, before anything is loaded.
 
-        Servers that are not there are logged. Raises RewardError if none is there, or if one of
-        them refuses: a wrong token, or a reward that it does not have.
+        Returns the digest of what they serve, "" if none tells. Servers that are not there are
+        logged. Raises RewardError if none is there, if one of them refuses (a wrong token, or a
+        reward that it does not have), or if they serve different rewards.
         """
         errors = dict(zip(self.servers, asyncio.run(self._ask_all()), strict=True))
         missing = {server: error for server, error in errors.items() if error is not None}
@@ -117,6 +123,7 @@ class RemoteReward:
             raise RewardError(f"{'; '.join(map(str, missing.values()))}; start the servers first")
         for server, error in missing.items():
             self._note_failure(server, error)
+        return served_digest(self.name, self.servers)
 
     async def _ask_all(self) -> list[_Retryable | None]:
         """The error of each server that is not there. Raises as `check_connection` does."""
@@ -135,6 +142,8 @@ class RemoteReward:
             return None
         if error is not None and not isinstance(error, _Retryable):
             raise error
+        if error is None:
+            check_served(self.name, server, self.servers, _content(answer))
         return error
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -244,7 +253,9 @@ class RemoteReward:
             _server_outage(server).answered()
         if error is not None:
             raise error
-        return _read_scores(answer, source, part.images, request)
+        scores = _read_scores(answer, source, part.images, request)
+        check_served(self.name, server, self.servers, answer.json())
+        return scores
 
     def _source(self, server: str) -> str:
         """What errors call this reward on a server."""
@@ -308,6 +319,14 @@ def _error_text(answer: httpx2.Response) -> str:
     # The answer is not from reward_bridge/server.py.
     except (KeyError, TypeError, ValueError, RecursionError):
         return answer.text[:200]
+
+
+def _content(answer: httpx2.Response) -> Any:
+    """The JSON of an answer; None if it is not from reward_bridge/server.py and has none."""
+    try:
+        return answer.json()
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_scores(answer: httpx2.Response, source: str, images: int, request: str) -> torch.Tensor:

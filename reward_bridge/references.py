@@ -4,7 +4,9 @@ Real and generated pictures go through the same resize and the same codec before
 from or scored. So only their content can tell them apart, not how their files were made.
 """
 
+import hashlib
 import io
+import itertools
 import json
 import logging
 from collections import Counter
@@ -39,25 +41,16 @@ class References:
     """
 
     def __init__(self, path: str, root: str, prompts: Iterable[str]):
-        source = expand_home(path)
-        if not source.exists():
-            raise FileNotFoundError(
-                f"config.reward.references.path is {path!r}, which does not exist; expected .jsonl "
-                "(prompt, image), .json ({prompt: [images]}) or a folder of photographs"
-            )
+        source = _source(path)
         self._by_prompt: dict[str, list[Path]] = {}
         self._unpaired: list[Path] = []
         if source.is_dir():
             self._unpaired = _pictures_in(source)
-            _check_pictures(self._unpaired)
-            return
-
-        table = _read_json(source) if source.suffix == ".json" else _read_jsonl(source)
-        folder = expand_home(root) if root else source.parent
-        for prompt, names in table.items():
-            self._by_prompt[prompt] = [folder / name for name in names]
-        _check_prompts(source, self._by_prompt, prompts)
-        _check_pictures([file for files in self._by_prompt.values() for file in files])
+        else:
+            self._by_prompt = _read_table(source, root)
+            _check_prompts(source, self._by_prompt, prompts)
+        files = itertools.chain(self._unpaired, *self._by_prompt.values())
+        self._digests = _check_pictures(list(dict.fromkeys(files)))  # prompts may share them
 
     def draw(self, prompts: Sequence[str], seed: int) -> list[Path]:
         """Draw a picture for each prompt, without repeats while the prompt has unused pictures."""
@@ -71,6 +64,39 @@ class References:
                 pools[key] = [files[i] for i in random.permutation(len(files))]
             drawn.append(pools[key].pop())
         return drawn
+
+    def load(self, file: Path, height: int, width: int) -> torch.Tensor:
+        """Load a picture as the function `load` does.
+
+        Raises ValueError or OSError if its file is not the one that was there at the start.
+        """
+        if _digest(file.read_bytes()) != self._digests[file]:
+            raise ValueError(f"{file} holds something else")
+        return load(file, height, width)
+
+
+def _source(path: str) -> Path:
+    """The table or folder of config.reward.references.path. Raises FileNotFoundError."""
+    source = expand_home(path)
+    if not source.exists():
+        raise FileNotFoundError(
+            f"config.reward.references.path is {path!r}, which does not exist; expected .jsonl "
+            "(prompt, image), .json ({prompt: [images]}) or a folder of photographs"
+        )
+    return source
+
+
+def reference_files(path: str, root: str) -> list[Path]:
+    """The files that make up the reference pictures, for a digest of them.
+
+    These are the folder of photographs, or the table and the pictures that it names. Pictures that
+    do not exist are left out. Raises ValueError or OSError for a table that cannot be read.
+    """
+    source = _source(path)
+    if source.is_dir():
+        return [source]
+    pictures = itertools.chain(*_read_table(source, root).values())
+    return [source, *(file for file in dict.fromkeys(pictures) if file.is_file())]
 
 
 def load(file: Path, height: int, width: int) -> torch.Tensor:
@@ -147,13 +173,16 @@ def _check_prompts(source: Path, by_prompt: dict[str, list[Path]], prompts: Iter
         )
 
 
-def _check_pictures(files: Sequence[Path]) -> None:
-    """Decode every picture. Raises ValueError listing those that cannot be used."""
-    files = list(dict.fromkeys(files))  # prompts may share them
+def _check_pictures(files: Sequence[Path]) -> dict[Path, bytes]:
+    """Decode every picture; return {file: digest of its content}.
+
+    Raises ValueError listing those that cannot be used.
+    """
     with ThreadPoolExecutor() as pool:
-        problems = [problem for problem in pool.map(_problem, files) if problem]
+        examined = list(pool.map(_examine, files))
+    problems = [problem for _, problem in examined if problem]
     if not problems:
-        return
+        return {file: digest for file, (digest, _) in zip(files, examined, strict=True)}
 
     lines = problems[:SHOWN]
     if len(problems) > SHOWN:
@@ -164,15 +193,26 @@ def _check_pictures(files: Sequence[Path]) -> None:
     )
 
 
-def _problem(file: Path) -> str:
-    """Why a picture cannot be used; empty if it can."""
+def _examine(file: Path) -> tuple[bytes, str]:
+    """A picture's digest, and why it cannot be used; empty if it can."""
     try:
         _read(file)
+        return _digest(file.read_bytes()), ""
     except FileNotFoundError:
-        return f"{file} does not exist"
+        return b"", f"{file} does not exist"
     except (ValueError, OSError) as error:
-        return str(error)
-    return ""
+        return b"", str(error)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _read_table(source: Path, root: str) -> dict[str, list[Path]]:
+    """{prompt: its pictures} of a .json or .jsonl file."""
+    table = _read_json(source) if source.suffix == ".json" else _read_jsonl(source)
+    folder = expand_home(root) if root else source.parent
+    return {prompt: [folder / name for name in names] for prompt, names in table.items()}
 
 
 def _read_json(file: Path) -> dict[str, list[str]]:

@@ -1,9 +1,10 @@
 """Serves rewards over HTTP, from another environment or other GPUs than the trainer's.
 
     GET  /healthz          rewards, their devices, and how many images wait; needs no token
-    GET  /rewards/{reward} {} if this client may have the reward scored; else an error, as below
-    POST /score/{reward}   a body as in reward_bridge/wire.py -> {"scores": [...]}, one number per
-                           image in the images' order, exact in float32
+    GET  /rewards/{reward} {"digest": ...} if this client may have the reward scored; else an error,
+                           as below. The digest changes with what computes the scores
+    POST /score/{reward}   a body as in reward_bridge/wire.py -> {"scores": [...], "digest": ...},
+                           one number per image in the images' order, exact in float32
 
 Errors are {"error": "..."} with a status: 400 malformed body, 401 wrong token, 404 unknown reward,
 408 the body took too long, 413 too many bytes or images, 500 the reward failed, 503 the queue is
@@ -16,7 +17,7 @@ import hmac
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from starlette.routing import Route
 from reward_bridge.batching import MIB, Batcher, Limits, Memory
 from reward_bridge.bridge import RewardBridge
 from reward_bridge.reward import RewardError
-from reward_bridge.wire import REQUEST_ID, decode
+from reward_bridge.wire import DIGEST, REQUEST_ID, decode
 
 TOKEN_ENV = "REALGEN_REWARD_TOKEN"
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
@@ -41,9 +42,15 @@ class _Service:
     """The request handlers, and the state that they share."""
 
     def __init__(
-        self, bridge: RewardBridge, limits: Limits, token: str, closing: Callable[[], bool]
+        self,
+        bridge: RewardBridge,
+        digests: Mapping[str, str],
+        limits: Limits,
+        token: str,
+        closing: Callable[[], bool],
     ):
         self._bridge = bridge
+        self._digests = digests
         self._limits = limits
         self._token = token
         self._closing = closing
@@ -65,14 +72,18 @@ class _Service:
             images, prompts = await run_in_threadpool(_decode, body, self._limits.images)
             del body
             scores = await _wait_for(batcher.add(images, prompts), request)
-        request_id = request.headers.get(REQUEST_ID, "")
-        return JSONResponse({"scores": scores.tolist(), REQUEST_ID: request_id})
+        answer = {
+            "scores": scores.tolist(),
+            DIGEST: self._digests[batcher.name],
+            REQUEST_ID: request.headers.get(REQUEST_ID, ""),
+        }
+        return JSONResponse(answer)
 
     async def has(self, request: Request) -> Response:
         """GET /rewards/{reward}."""
         self._authorize(request)
-        self._batcher(request.path_params["reward"])
-        return JSONResponse({})
+        batcher = self._batcher(request.path_params["reward"])
+        return JSONResponse({DIGEST: self._digests[batcher.name]})
 
     async def healthz(self, _: Request) -> Response:
         """GET /healthz."""
@@ -125,14 +136,19 @@ class _Service:
 
 
 def make_app(
-    bridge: RewardBridge, limits: Limits, token: str, closing: Callable[[], bool] = lambda: False
+    bridge: RewardBridge,
+    digests: Mapping[str, str],
+    limits: Limits,
+    token: str,
+    closing: Callable[[], bool] = lambda: False,
 ) -> Starlette:
     """The ASGI application.
 
+    digests: {reward: its digest}, which tells clients when another one is served.
     token: the bearer token that clients need; empty: none.
     closing: returns whether the server has stopped accepting work.
     """
-    service = _Service(bridge, limits, token, closing)
+    service = _Service(bridge, digests, limits, token, closing)
     return Starlette(
         routes=[
             Route("/score/{reward}", service.score, methods=["POST"]),
@@ -172,12 +188,18 @@ def bind(host: str, port: int, token: str) -> socket.socket:
     return listener
 
 
-def serve(bridge: RewardBridge, listener: socket.socket, limits: Limits, token: str) -> None:
-    """Serve until SIGTERM or Ctrl-C.
+def serve(
+    bridge: RewardBridge,
+    digests: Mapping[str, str],
+    listener: socket.socket,
+    limits: Limits,
+    token: str,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. digests: {reward: its digest}.
 
     The current batch is still finished; waiting requests get 503.
     """
-    app = make_app(bridge, limits, token, closing=lambda: server.should_exit)
+    app = make_app(bridge, digests, limits, token, closing=lambda: server.should_exit)
     server = make_server(app, lifespan="on", shutdown=int(bridge.deadline) + 1)
     server.run(sockets=[listener])
 

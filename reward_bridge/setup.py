@@ -18,7 +18,6 @@ from reward_bridge.learners import LEARNERS, make_learner
 from reward_bridge.metrics import METRICS, Metric, make_metric
 from reward_bridge.references import References
 from reward_bridge.registry import CLASS, find_class
-from reward_bridge.reward import RewardError
 from reward_bridge.rewards import REWARDS, make_reward
 from reward_bridge.weights import expand_home
 
@@ -97,9 +96,9 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
         problems += _missing_files(name, reward_options)
 
         if name in reward.adversarial:
-            learner_options = _learner_options(reward, name)
-            if CLASS in learner_options:
-                problems += _class_problems(name, learner_options)
+            own_options = learner_options(reward, name)
+            if CLASS in own_options:
+                problems += _class_problems(name, own_options)
             elif name not in LEARNERS:
                 unknown_learners.append(name)
         elif CLASS in reward_options:
@@ -119,31 +118,6 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
             f"from {', '.join(sorted(LEARNERS))}"
         )
     return problems
-
-
-def unreachable_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
-    """Why rewards outside this process cannot be asked, one line per reward.
-
-    Asks their servers and endpoints. Call this before anything is loaded, and after
-    `missing_rewards` has found nothing.
-    """
-    options = reward.options.to_dict()
-    problems = []
-    for name in dict.fromkeys(names):
-        reward_options = options.get(name, {})
-        if name not in reward.adversarial and _is_remote(name, reward_options):
-            try:
-                make_reward(name, "cpu", reward_options).check_connection()
-            except (ValueError, RewardError) as error:
-                problems.append(str(error))
-    return problems
-
-
-def _is_remote(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether a reward is computed elsewhere: by servers, or by an endpoint that its class asks."""
-    if "servers" in options:
-        return True
-    return hasattr(find_class("reward", name, REWARDS, options), "check_connection")
 
 
 def _learning_problems(reward: ConfigDict) -> list[str]:
@@ -327,7 +301,7 @@ def _make_adversaries(
     groups = meet(list(settings)) if meet is not None else {}
     adversaries = {}
     for name in settings:
-        learner = make_learner(name, devices[name], _learner_options(reward, name))
+        learner = make_learner(name, devices[name], learner_options(reward, name))
         adversaries[name] = Adversary(
             name, learner, settings[name], references, devices[name], groups.get(name)
         )
@@ -356,7 +330,7 @@ def _make_metrics(reward: ConfigDict, device: str) -> dict[str, Metric]:
     return {name: make_metric(name, device, options.get(name, {})) for name in reward.metrics}
 
 
-def _learner_options(reward: ConfigDict, name: str) -> dict[str, Any]:
+def learner_options(reward: ConfigDict, name: str) -> dict[str, Any]:
     """The options of a reward that learns: the frozen reward's, overridden by its own."""
     options = reward.options.to_dict().get(name, {})
     return {**options, **reward.adversarial.to_dict()[name].get("options", {})}

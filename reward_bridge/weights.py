@@ -85,23 +85,34 @@ def find(path: str, option: str, *names: str) -> Path:
     place = expand_home(path)
     if place.is_file():
         return place
-    for name in names:
-        matches = [file for file in place.glob(name) if not SHARD.search(file.name)]
-        matches += place.glob(name + INDEX)
-        matches = sorted(file for file in matches if not file.name.startswith("."))
-        if len(matches) > 1:
-            raise ValueError(
-                f"{path!r} holds {' and '.join(file.name for file in matches)}; set "
-                f"config.reward.options.{option} to one of them, or remove what is out of date"
-            )
-        if matches:
-            return matches[0]
+    matches = files_named(place, *names)
+    if len(matches) > 1:
+        raise ValueError(
+            f"{path!r} holds {' and '.join(file.name for file in matches)}; set "
+            f"config.reward.options.{option} to one of them, or remove what is out of date"
+        )
+    if matches:
+        return matches[0]
     shards = [file.name for file in place.glob("*") if SHARD.search(file.name)]
     raise FileNotFoundError(
         f"{path!r} is neither a file nor a folder with {' or '.join(names)}"
         f"{f' (the index of {shards[0]} is missing)' if shards else ''}; set "
         f"config.reward.options.{option}"
     )
+
+
+def files_named(folder: Path, *names: str) -> list[Path]:
+    """The files of the first of `names` (globs) that is inside a folder, or the indices of shards.
+
+    There are several if one of them is out of date, and none if the folder has none of the names.
+    """
+    for name in names:
+        matches = [file for file in folder.glob(name) if not SHARD.search(file.name)]
+        matches += folder.glob(name + INDEX)
+        matches = sorted(file for file in matches if not file.name.startswith("."))
+        if matches:
+            return matches
+    return []
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,9 @@ from safetensors.torch import load, save
 # A header of the request, which the answer repeats under the same key.
 REQUEST_ID = "x-request-id"
 
+# A key of the answers: the digest of what computes the scores (reward_bridge/digests.py).
+DIGEST = "digest"
+
 # What safetensors and json raise for malformed bytes.
 MALFORMED = (
     SafetensorError,

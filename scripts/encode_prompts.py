@@ -14,7 +14,7 @@ process.begin(__name__)  # before the imports that take seconds
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from realgen_jax.data import read_prompts
 from realgen_jax.files import expand_home
@@ -33,9 +33,15 @@ from realgen_jax.models.loading import pipeline_class
 from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
 from realgen_jax.training.progress import progress_bars
 from reward_bridge.devices import resolve
+from reward_bridge.text_encoders import load_model, load_tokenizer
 from reward_bridge.weights import torch_dtype
 
 BATCH = 16  # prompts per forward pass
+
+# Tensors that files for another use of the same encoders hold too: T5's decoder, and the rest of a
+# whole CLIP.
+T5_UNUSED = r"decoder\..+|lm_head\.weight"
+CLIP_UNUSED = r"vision_model\..+|(visual|text)_projection\.weight|logit_scale"
 
 Encode = Callable[[list[str]], torch.Tensor]  # n prompts -> [n, ...]
 
@@ -49,32 +55,41 @@ class Settings:
     device: str
 
 
-def t5_states(tokenizer: Path, model: Path, settings: Settings) -> Encode:
+@dataclass(frozen=True)
+class Loaded:
+    """A text encoder and its tokenizer. cut: whether prompts are cut at max_tokens."""
+
+    encode: Encode
+    tokenizer: PreTrainedTokenizerBase
+    cut: bool
+
+
+def t5_states(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
     """The last states of T5's encoder, [n, max_tokens, d].
 
     There is no attention mask, as in FLUX: T5 attends to its padding.
     """
-    tokenize = AutoTokenizer.from_pretrained(tokenizer)
-    t5 = T5EncoderModel.from_pretrained(model, dtype=settings.dtype).eval().to(settings.device)
+    t5 = load_model(T5EncoderModel, model, T5_UNUSED, settings.dtype, settings.device)
+    tokenize = load_tokenizer(tokenizer, t5)
 
     def encode(prompts: list[str]) -> torch.Tensor:
         ids = token_ids(tokenize, prompts, settings.max_tokens)
         return t5(ids.to(settings.device)).last_hidden_state
 
-    return encode
+    return Loaded(encode, tokenize, cut=True)
 
 
-def clip_pooled(tokenizer: Path, model: Path, settings: Settings) -> Encode:
-    """CLIP's pooled vector without its projection, [n, d]."""
-    tokenize = AutoTokenizer.from_pretrained(tokenizer)
-    clip = CLIPTextModel.from_pretrained(model, dtype=settings.dtype).eval().to(settings.device)
+def clip_pooled(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
+    """CLIP's pooled vector without its projection, [n, d]. Prompts are cut at 77, as in FLUX."""
+    clip = load_model(CLIPTextModel, model, CLIP_UNUSED, settings.dtype, settings.device)
+    tokenize = load_tokenizer(tokenizer, clip)
     length = clip.config.max_position_embeddings
 
     def encode(prompts: list[str]) -> torch.Tensor:
         ids = token_ids(tokenize, prompts, length)
         return clip(ids.to(settings.device)).pooler_output
 
-    return encode
+    return Loaded(encode, tokenize, cut=False)
 
 
 # The encoders of a model family (realgen_jax/models) name their recipe here.
@@ -91,7 +106,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: in
 
 def load_encoders(
     folder: Path, encoders: Sequence[Encoder], settings: Settings
-) -> dict[str, Encode]:
+) -> dict[str, Loaded]:
     """Load {array: its encoder} from a pipeline folder. Raises ValueError for unknown recipes."""
     loaded = {}
     for encoder in encoders:
@@ -104,39 +119,67 @@ def load_encoders(
     return loaded
 
 
-def cut_rows(
-    folder: Path, encoders: Sequence[Encoder], prompts: list[str], max_tokens: int
-) -> list[int]:
-    """The prompts with more than `max_tokens` tokens.
+def check_words(loaded: Sequence[Loaded], prompts: Sequence[str]) -> None:
+    """Raise ValueError for a prompt of which a tokenizer knows no word; it would mean nothing."""
+    for prompt in prompts:
+        for encoder in loaded:
+            tokenizer = encoder.tokenizer
+            ids = set(tokenizer(prompt, verbose=False).input_ids) - set(tokenizer.all_special_ids)
+            words = [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(sorted(ids))]
+            if prompt.strip() and not any(words):
+                raise ValueError(
+                    f"the tokenizer in {tokenizer.name_or_path} knows no word of the prompt "
+                    f"{prompt!r}; write it in a language of the model, or remove it"
+                )
 
-    Only T5's tokens count. CLIP's are always cut at 77, as in FLUX.
-    """
+
+def cut_rows(loaded: Sequence[Loaded], prompts: list[str], max_tokens: int) -> list[int]:
+    """The prompts with more than `max_tokens` tokens, for the encoders that cut them there."""
     rows = set()
-    for encoder in encoders:
-        if encoder.recipe == "t5_states":
-            tokenize = AutoTokenizer.from_pretrained(folder / encoder.tokenizer)
-            ids = tokenize(prompts, verbose=False).input_ids
+    for encoder in loaded:
+        if encoder.cut:
+            ids = encoder.tokenizer(prompts, verbose=False).input_ids
             rows |= {row for row, tokens in enumerate(ids) if len(tokens) > max_tokens}
     return sorted(rows)
 
 
 @torch.inference_mode()
+def encode_batch(loaded: Mapping[str, Loaded], prompts: list[str]) -> dict[str, np.ndarray]:
+    """Return {array: [n, ...]} of n prompts. Raises ValueError if an encoder gives NaN."""
+    arrays = {}
+    for name, encoder in loaded.items():
+        embeddings = encoder.encode(prompts)
+        if not embeddings.isfinite().all():
+            raise ValueError(
+                f"the text encoder of {name} gave NaN or infinity for one of the prompts from "
+                f"{prompts[0]!r} on; are its weights damaged?"
+            )
+        arrays[name] = to_numpy(embeddings)
+    return arrays
+
+
 def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse.Namespace) -> None:
-    """Encode the prompts that the cache does not hold yet."""
-    if cache.complete:
+    """Encode the prompts that the cache does not hold.
+
+    A batch with a missing prompt is encoded as a whole, so that its rows are bit-identical.
+    """
+    missing = cache.missing_rows()
+    if not missing:
         return
+
+    # Check everything before anything is stored.
     settings = Settings(args.max_tokens, torch_dtype(args.dtype), resolve(args.device))
     loaded = load_encoders(args.model, encoders, settings)
-    cache.keep_cut(cut_rows(args.model, encoders, cache.prompts, args.max_tokens))
+    check_words(list(loaded.values()), cache.prompts)
+    cache.keep_cut(cut_rows(list(loaded.values()), cache.prompts, args.max_tokens))
 
-    starts = range(cache.rows_done, len(cache.prompts), BATCH)
+    starts = sorted({row // BATCH * BATCH for row in missing})
     # Without --folder, standard output is for the folder's name alone.
     with progress_bars(Console(stderr=not args.folder, highlight=False)) as bars:
-        advance = bars("encoding", len(cache.prompts) - cache.rows_done, "prompts")
+        advance = bars("encoding", len(missing), "prompts")
         for start in starts:
-            prompts = cache.prompts[start : start + BATCH]
-            cache.append({name: to_numpy(encode(prompts)) for name, encode in loaded.items()})
-            advance(len(prompts))
+            cache.write(start, encode_batch(loaded, cache.prompts[start : start + BATCH]))
+            advance(sum(start <= row < start + BATCH for row in missing))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -185,14 +228,23 @@ def find_encoders(args: argparse.Namespace) -> Sequence[Encoder]:
     return get_family(pipeline).encoders
 
 
+def stored_prompts(folder: Path) -> list[str]:
+    """The prompts of a cache folder. Raises ValueError if their file is damaged."""
+    file = folder / "prompts.json"
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); remove the folder") from error
+
+
 def main() -> None:
     args = parse_args()
     disable_progress_bar()
+    set_verbosity_error()  # what it would warn of is an error here
     try:
         encoders = find_encoders(args)
         if args.folder:
-            prompts = json.loads((args.folder / "prompts.json").read_text())
-            cache = TextCache(args.folder, prompts)
+            cache = TextCache(args.folder, stored_prompts(args.folder))
         else:
             prompts = [prompt for file in args.prompts for prompt in read_prompts(file)]
             cache = open_cache(prompts, args.model, encoders, args)
@@ -202,6 +254,11 @@ def main() -> None:
             encode_missing(cache, encoders, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: no room for the text encoders ({str(error).splitlines()[0]}); choose another "
+            "device, --device (config.prompts.device)"
+        )
     if not args.folder:
         message = cache.cut_message(args.max_tokens)
         if message:

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, read_prompts
-from realgen_jax.files import expand_home
+from realgen_jax.files import content_digest, expand_home
 from realgen_jax.hosts import (
     hide_gpus,
     process_count,
@@ -50,13 +50,9 @@ from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.devices import gpus_for_jax
+from reward_bridge.digests import score_keys, served_rewards
 from reward_bridge.judges import make_judge
-from reward_bridge.setup import (
-    missing_rewards,
-    open_rewards,
-    reward_devices,
-    unreachable_rewards,
-)
+from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
 from reward_bridge.terminal import show_messages
 
 # The program that computes text embeddings, in a separate process.
@@ -123,13 +119,14 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         if hasattr(judge, "check_connection"):
             judge.check_connection()
     missing = missing_rewards(config.reward, config.evaluate.scores)
-    missing = missing or unreachable_rewards(config.reward, config.evaluate.scores)
     if missing:
         raise ValueError("\n".join(missing))
+    served = served_rewards(config.reward, config.evaluate.scores)
     # Without GPUs to share with the rewards, JAX can start now: absent devices are an error.
     devices = reward_devices(config.reward, config.evaluate.scores).values()
     if not gpus_for_jax(devices, jax.config.jax_platforms, config.reward.share_gpu):
         start_devices()
+    keys = score_keys(config.reward, config.evaluate.scores, served, content_digest)
     folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
 
     with contextlib.ExitStack() as stack:
@@ -153,6 +150,7 @@ def evaluate(config: ConfigDict, console: Console) -> None:
             folder,
             seed=FLAGS.seed,
             remake=FLAGS.remake,
+            score_keys=keys,
             open_scorer=lambda: load_scorer(config),
             encode=embed,
             console=console,

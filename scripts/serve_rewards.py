@@ -27,9 +27,11 @@ from absl import app, flags
 from realgen_configs import serve_rewards
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.config_ranges import SERVER_RANGES
+from realgen_jax.files import content_digest
 from reward_bridge.batching import Limits
 from reward_bridge.bridge import RewardBridge
 from reward_bridge.devices import resolve
+from reward_bridge.digests import reward_digest
 from reward_bridge.rewards import make_reward
 from reward_bridge.server import TOKEN_ENV, bind, serve
 from reward_bridge.terminal import show_messages
@@ -111,8 +113,10 @@ def run(_: Sequence[str]) -> None:
         print(f"loading {', '.join(devices)} ...")
         options = config.options.to_dict()
         rewards = {}
+        digests = {}
         for name, device in devices.items():
             rewards[name] = make_reward(name, device, options.get(name, {}))
+            digests[name] = reward_digest(name, options.get(name, {}), content_digest)
     except (ValueError, OSError) as error:
         # The rewards name the keys of a trainer's config.
         message = str(error).replace("config.reward.", "config.")
@@ -129,7 +133,7 @@ def run(_: Sequence[str]) -> None:
 
     # After Ctrl-C, the server finishes its batch; then it sends the signal again.
     process.on_signal(signal.SIGINT, lambda _: process.leave("stopped", 0))
-    serve(bridge, listener, limits, token)
+    serve(bridge, digests, listener, limits, token)
     process.leave("stopped", 0)
 
 

@@ -34,7 +34,7 @@ from realgen_jax.advantages import group_advantages
 from realgen_jax.checkpoint import RestoreError, SaveError
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, prompt_batches, read_prompts
-from realgen_jax.files import write_whole
+from realgen_jax.files import content_digest, write_whole
 from realgen_jax.hosts import (
     broadcast_text,
     coordinator_host,
@@ -61,13 +61,20 @@ from realgen_jax.training.epoch import (
     warn_of_deviation,
 )
 from realgen_jax.training.evaluation import evaluate_if_due, export, say_what_judges
+from realgen_jax.training.inputs import check_unchanged, input_digests
 from realgen_jax.training.learning import begin_learning, draw_seeds
 from realgen_jax.training.log import NoLog, RunLog, step_columns
 from realgen_jax.training.preemption import Preemption, connect_by_flags
 from realgen_jax.training.programs import keep_compiled, make_programs
 from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
-from realgen_jax.training.run_folder import can_resume, resume_from, run_folder, run_lock
+from realgen_jax.training.run_folder import (
+    can_resume,
+    resume_from,
+    run_folder,
+    run_lock,
+    write_digests,
+)
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
 from realgen_jax.training.wandb_run import open_wandb
@@ -75,13 +82,13 @@ from realgen_jax.update import TrainState
 from reward_bridge.adversary import join
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.devices import gpus_for_jax
+from reward_bridge.digests import run_digests, score_keys, served_rewards
 from reward_bridge.judges import make_judge
 from reward_bridge.setup import (
     Rewards,
     open_rewards,
     reward_devices,
     reward_problems,
-    unreachable_rewards,
 )
 from reward_bridge.terminal import show_messages
 
@@ -188,6 +195,7 @@ def open_log(run: Run, state: TrainState, first: int, wandb_run: Any | None) -> 
     arrays = dict(leaves(state.trainable))
     overview = parameter_overview.get_parameter_overview(arrays, include_stats=False)
     write_whole(run.folder / "trainable.txt", overview + "\n")
+    write_digests(run.folder, run.digests)
     config = run.config
     return RunLog(run.folder, config.to_dict(), first, config.num_epochs, wandb_run)
 
@@ -217,11 +225,12 @@ def run_training(_: Sequence[str]) -> None:
         try:
             connect_by_flags()
             preemption = Preemption(config.preemption_grace)
-            folder, epoch = open_run(config, stack)
             keep_compiled(config.compilation_cache)
-            check_all(config)
+            served = check_all(config)
+            digests = all_digests(config, served)
+            folder, epoch = open_run(config, digests, stack)
             wandb_run = open_wandb(config.wandb_project, folder.name, config.to_dict())
-            run, state, rewards = load_run(config, folder)
+            run, state, rewards = load_run(config, folder, digests)
             stack.callback(rewards.bridge.close)
             resumed = agree_on_checkpoint(epoch)
             log = open_log(run, state, resumed or 0, wandb_run)
@@ -262,13 +271,16 @@ def run_training(_: Sequence[str]) -> None:
             rewards.bridge.close()
             cache = run.cache
             del run, state, rewards
-            report_run(config, folder, cache)
+            report_run(config, folder, cache, digests, served)
 
 
-def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int | None]:
+def open_run(
+    config: ConfigDict, digests: Mapping[str, str], stack: contextlib.ExitStack
+) -> tuple[Path, int | None]:
     """The run's folder, and the epoch of the checkpoint to resume from.
 
-    The first process locks the folder until `stack` closes; only it knows the epoch.
+    digests: of what the run reads, which must be the same when it is resumed. The first process
+    locks the folder until `stack` closes; only it knows the epoch.
     """
     if process_count() > 1 and not config.run_name:
         raise ValueError("several processes need one name for their run: set --config.run_name")
@@ -284,7 +296,7 @@ def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, int
     stack.enter_context(run_lock(folder))
     if not resume:
         return folder, None
-    return folder, resume_from(folder, config, FLAGS.allow_config_change)
+    return folder, resume_from(folder, config, digests, FLAGS.allow_config_change)
 
 
 def agree_on_checkpoint(epoch: int | None) -> int | None:
@@ -294,21 +306,28 @@ def agree_on_checkpoint(epoch: int | None) -> int | None:
     return number - 1 if number else None
 
 
-def check_all(config: ConfigDict) -> None:
+def check_all(config: ConfigDict) -> dict[str, str]:
     """Check the whole config, and ask the servers in it, before anything is loaded.
 
-    Raises ValueError with one line per problem.
+    Returns what the servers tell, {reward: digest}. Raises ValueError with one line per problem.
     """
     report_scores = list(config.evaluate.scores) if reports(config) else []
     check(config, reward_problems(config.reward, report_scores))
     check_shapes(config, device_count(config.reward))
     names = [*config.reward.fn, *config.reward.held_out, *report_scores]
-    unreachable = unreachable_rewards(config.reward, names)
-    if unreachable:
-        raise ValueError("\n".join(unreachable))
+    return served_rewards(config.reward, names)
 
 
-def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards]:
+def all_digests(config: ConfigDict, served: Mapping[str, str]) -> dict[str, str]:
+    """The digests of everything that training reads, {key of the config: digest}."""
+    names = [*config.reward.fn, *config.reward.held_out]
+    rewards = run_digests(config.reward, names, served, content_digest)
+    return {**input_digests(config), **rewards}
+
+
+def load_run(
+    config: ConfigDict, folder: Path, digests: Mapping[str, str]
+) -> tuple[Run, TrainState, Rewards]:
     """Load embeddings, rewards and the model, in this order.
 
     Text encoders and rewards come before JAX, which preallocates the memory of its devices.
@@ -337,6 +356,7 @@ def load_run(config: ConfigDict, folder: Path) -> tuple[Run, TrainState, Rewards
     run, state = set_up(
         config,
         folder,
+        digests=digests,
         cache=cache,
         prompts=prompts,
         test_prompts=test_prompts,
@@ -367,8 +387,17 @@ def device_count(reward: ConfigDict) -> int:
     return gpus * process_count() if gpus else len(start_devices())
 
 
-def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
-    """Make RealBench's report, which compares the trained model with the initial one."""
+def report_run(
+    config: ConfigDict,
+    folder: Path,
+    cache: TextCache,
+    digests: Mapping[str, str],
+    served: Mapping[str, str],
+) -> None:
+    """Make RealBench's report, which compares the trained model with the initial one.
+
+    digests, served: those at the start of the run, since which nothing may have changed.
+    """
     console = plain_console()
     kind = make_trainable(config.train).entry
     is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
@@ -390,6 +419,7 @@ def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
         ).bridge
 
     try:
+        check_unchanged(digests, all_digests(config, served))
         # The same seed as evaluate.py's default, so that evaluate.py finds these pictures.
         results = evaluate_entries(
             config,
@@ -398,6 +428,7 @@ def report_run(config: ConfigDict, folder: Path, cache: TextCache) -> None:
             folder,
             seed=0,
             remake=True,
+            score_keys=score_keys(config.reward, config.evaluate.scores, served, content_digest),
             open_scorer=scorer,
             encode=embeddings,
             console=console,

@@ -48,6 +48,29 @@ def pipeline_class(folder: Path) -> str:
     return pipeline
 
 
+def model_folders(family: Family) -> list[str]:
+    """Return the subfolders of a model, other than the transformer, that determine its pictures."""
+    tokenizers = sorted({encoder.tokenizer for encoder in family.encoders})
+    encoders = sorted({encoder.model for encoder in family.encoders})
+    return ["vae", "scheduler", *tokenizers, *encoders]
+
+
+def model_files(pretrained: Any) -> list[Path]:
+    """Return the files and folders in `config.pretrained.model` that determine its pictures.
+
+    The transformer is not among them if `config.pretrained.transformer` replaces it. Raises
+    FileNotFoundError if one of them is missing.
+    """
+    names = ["model_index.json", *model_folders(find_family(pretrained))]
+    if not pretrained.transformer:
+        names.append("transformer")
+    paths = [Path(pretrained.model) / name for name in names]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; expected a pipeline folder of diffusers")
+    return paths
+
+
 def missing_model(pretrained: Any) -> str:
     """Say what to do about a missing model folder."""
     family = default_family(pretrained)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,6 @@ from realgen_jax.realbench.results import Entry, PromptSet, Results
 from realgen_jax.realbench.scores import (
     PictureScorer,
     ScoreStore,
-    evaluation_options,
-    reward_keys,
 )
 from realgen_jax.realbench.tasks import Task, find_missing, plan_tasks
 from realgen_jax.sharding import batch_devices, make_mesh
@@ -44,14 +42,18 @@ def evaluate_entries(
     *,
     seed: int,
     remake: bool,
+    score_keys: Mapping[str, str],
     open_scorer: Callable[[], Scorer],
     encode: Encode,
     console: Console,
 ) -> Results:
     """Generate the missing pictures, read the others, and score all, in `folder`/evaluation.
 
-    open_scorer: loads the rewards; called once, after all checks and before JAX starts. Every
-    process must call this; the first one writes and scores, and only its results contain pictures.
+    score_keys: {reward: a digest of all that its scores depend on}; a stored score is used again
+    only under the same one. open_scorer: loads the rewards; called once, after all checks and
+    before JAX starts. Every process must call this; the first one writes and scores, and only its
+    results contain pictures.
+
     Raises ValueError or OSError for invalid input before anything is computed. Raises ScoringError
     if a reward fails; another call then continues from there.
     """
@@ -74,14 +76,13 @@ def evaluate_entries(
         pool = stack.enter_context(ThreadPoolExecutor(8, thread_name_prefix="pictures"))
         size = _batch_size(config.evaluate.batch_size, mesh)
         bars = stack.enter_context(progress_bars(console if process_index() == 0 else None))
-        keys = reward_keys(evaluation_options(config))
         pictures = []
         for task in tasks:
             batches = _batches(task, maker, size, pool)
             if process_index():
                 deque(batches, maxlen=0)  # only takes part in the sampling
                 continue
-            store = ScoreStore(task.folder / "scores.jsonl", keys)
+            store = ScoreStore(task.folder / "scores.jsonl", score_keys)
             side = config.sample.resolution
             task_scorer = PictureScorer(task.entry.name, task.prompt_set, store, scorer, side)
             label = f"{task.entry.name}, {task.prompt_set.name}"

@@ -1,5 +1,6 @@
 """Generate pictures from noise that depends only on seed, line and copy."""
 
+import contextlib
 import hashlib
 import json
 from collections import deque
@@ -15,8 +16,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.files import expand_home, sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
-from realgen_jax.models.family import Family
-from realgen_jax.models.loading import find_family, load_model
+from realgen_jax.models.loading import find_family, load_model, model_folders
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import Trainable, with_lora_file
 from realgen_jax.nn.lora_files import PEFT_CONFIG, open_lora
@@ -58,7 +58,7 @@ def manifest(
     if weights.transformer:
         transformer = expand_home(weights.transformer)
     digest = hashlib.sha256()
-    for path in (transformer, *(model / name for name in _subfolders(family))):
+    for path in (transformer, *(model / name for name in model_folders(family))):
         for file in _files(path):
             digest.update(sampled_digest(file))
 
@@ -87,13 +87,6 @@ def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
     pretrained.model = str(expand_home(weights.model))
     pretrained.transformer = weights.transformer
     return pretrained
-
-
-def _subfolders(family: Family) -> list[str]:
-    """The subfolders of a model, other than the transformer, that determine its pictures."""
-    tokenizers = sorted({encoder.tokenizer for encoder in family.encoders})
-    encoders = sorted({encoder.model for encoder in family.encoders})
-    return ["vae", "scheduler", *tokenizers, *encoders]
 
 
 def _files(path: Path) -> list[Path]:
@@ -127,12 +120,17 @@ def prepare_folder(folder: Path, contents: Mapping[str, Any], remake: bool) -> N
     """
     file = folder / MANIFEST
     pictures = sorted(folder.glob("[0-9]*.png"))
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = _read_manifest(file)
     now = json.loads(json.dumps(contents))
     changed = [key for key in now if before.get(key) != now[key] and key not in PATHS]
     if not changed:
         return
 
+    if pictures and not remake and not before:
+        raise ValueError(
+            f"{file} is missing or damaged, so it is not known how the pictures in {folder} were "
+            "made; use --remake to make them again"
+        )
     if pictures and not remake:
         changes = ", ".join(
             f"{key} {before.get(key)!r} then and {now[key]!r} now" for key in changed
@@ -145,6 +143,15 @@ def prepare_folder(folder: Path, contents: Mapping[str, Any], remake: bool) -> N
         picture.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(now, indent=2) + "\n")
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """Return the content of a manifest; {} if it is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):
+            return content
+    return {}
 
 
 # --- Generating pictures

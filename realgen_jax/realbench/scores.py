@@ -7,10 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from realgen_jax.files import append, drop_incomplete_line, read_jsonl
 from realgen_jax.realbench.interfaces import PendingScores, Scorer
@@ -19,22 +17,6 @@ from realgen_jax.realbench.results import Problem, PromptSet, ScoredPicture
 from realgen_jax.training.scoring import ScoringError
 
 AHEAD = 2  # maximum number of batches waiting for their scores
-IRRELEVANT = ("deadline", "attempts", "token_env")  # reward options that do not affect scores
-
-
-def evaluation_options(config: ConfigDict) -> dict[str, Any]:
-    """Return {reward: its options} for the rewards in `config.evaluate.scores`."""
-    options = config.reward.options.to_dict()
-    return {name: options.get(name, {}) for name in config.evaluate.scores}
-
-
-def reward_keys(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return {reward: the key of its stored scores}, a digest of its name and options."""
-    keys = {}
-    for name, own_options in options.items():
-        relevant = {key: value for key, value in own_options.items() if key not in IRRELEVANT}
-        keys[name] = _digest(json.dumps([name, relevant], sort_keys=True))
-    return keys
 
 
 def _digest(text: str) -> str:
@@ -45,15 +27,23 @@ class ScoreStore:
     """The scores in a set's scores.jsonl, one per line, by picture, prompt and reward."""
 
     def __init__(self, file: Path, keys: Mapping[str, str]):
-        """keys: as `reward_keys` returns them."""
+        """keys: {reward: a digest of all that its scores depend on}.
+
+        Raises ValueError naming a bad line.
+        """
         self.file = file
         self.keys = keys
         self._scores: dict[tuple[str, str, str], float] = {}
 
         file.parent.mkdir(parents=True, exist_ok=True)
         drop_incomplete_line(file)
-        for row in read_jsonl(file):
-            self._scores[row["sha256"], row["prompt"], row["key"]] = row["score"]
+        for number, row in enumerate(read_jsonl(file), start=1):
+            try:
+                self._scores[row["sha256"], row["prompt"], row["key"]] = float(row["score"])
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{file}, line {number}, is not a score ({error!r}); remove that line"
+                ) from None
 
     def get(self, picture: Picture, prompt: str) -> dict[str, float]:
         """Return {reward: score} of all stored scores of a picture."""

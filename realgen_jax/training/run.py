@@ -40,11 +40,12 @@ class Metric(Protocol):
 class Run:
     """Everything that stays the same from the first epoch to the last.
 
-    plan: the objective's rollout plan. learning: the rewards that learn. metrics: those for which
-    an evaluation has enough pictures.
+    digests: {key of the config: digest of what it names}. plan: the objective's rollout plan.
+    learning: the rewards that learn. metrics: those for which an evaluation has enough pictures.
     """
 
     config: ConfigDict
+    digests: Mapping[str, str]
     folder: Path
     recipe: Recipe
     model: Model
@@ -75,6 +76,7 @@ def set_up(
     config: ConfigDict,
     folder: Path,
     *,
+    digests: Mapping[str, str],
     cache: TextCache,
     prompts: Sequence[str],
     test_prompts: Sequence[str],
@@ -95,6 +97,7 @@ def set_up(
 
     run = Run(
         config=config,
+        digests=digests,
         folder=folder,
         recipe=recipe,
         model=model,

@@ -1,7 +1,7 @@
 """The folder of a run: its name, its lock, and whether a run in it can be resumed."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -14,7 +14,7 @@ from filelock import Timeout
 from ml_collections import ConfigDict
 
 from realgen_jax.checkpoint import newest_good, read_meta
-from realgen_jax.files import file_lock
+from realgen_jax.files import file_lock, write_whole
 from realgen_jax.process import cleaned_up
 
 # Config keys that a resumed run may change: where and how long it runs, but not what it computes.
@@ -50,6 +50,11 @@ FREE_KEYS = (
     "reward.options.*.max_refused",
     "reward.options.*.token_env",
 )
+
+# Keys whose files a resumed run may change.
+FREE_CONTENTS = ("evaluate.*",)
+
+DIGESTS = "digests.json"  # in a run's folder, until there is a checkpoint, which has them too
 
 # What a run writes before its first checkpoint and does not need to go on. With `best/`, which it
 # writes later, these are the records that a moved folder may lack.
@@ -134,8 +139,12 @@ def _remove_if_empty(folder: Path) -> None:
             folder.rmdir()
 
 
-def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | None:
-    """Return the epoch of the checkpoint to resume from, or None; print the changed config keys.
+def resume_from(
+    folder: Path, config: ConfigDict, digests: Mapping[str, str], allow_change: bool
+) -> int | None:
+    """Return the epoch of the checkpoint to resume from, or None; print what has changed.
+
+    digests: {key of the config: digest of what it names}.
 
     Unless `allow_change`, raises ValueError if the run would compute something different from
     before; the message names each such key with both values. Raises FileNotFoundError if the folder
@@ -143,21 +152,23 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
     """
     epoch, warnings = newest_good(folder / "checkpoints")
     if epoch is None:
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(
-                f"{folder} cannot be resumed: it has neither a good checkpoint nor config.json"
-            )
-        before = json.loads((folder / "config.json").read_text())
         start = "its beginning: there is no checkpoint yet"
+        before, digests_before = _read_start(folder)
     else:
+        start = f"epoch {epoch}"
         meta = read_meta(folder / "checkpoints", epoch)
         before = meta["config"]
-        start = f"epoch {epoch}"
+        digests_before = meta.get("digests")
         warnings = [*warnings, *missing_records(folder, "best" in meta["history"])]
+    if digests_before is None:
+        warnings.append(
+            f"{folder} does not tell the digests of the files that it was computed with, so they "
+            "are not compared"
+        )
     for line in warnings:
         print(f"warning: {line}")
 
-    free, others = changed_keys(before, config.to_dict())
+    free, others = changed_keys(before, config.to_dict(), digests_before or {}, digests)
     if others and not allow_change:
         message = (
             f"{folder} was computed with another config; --allow_config_change resumes anyway:"
@@ -168,6 +179,33 @@ def resume_from(folder: Path, config: ConfigDict, allow_change: bool) -> int | N
     heading = f"resumed from {start}" + (", with another config:" if changes else "")
     print("\n".join([heading, *changes]))
     return epoch
+
+
+def _read_start(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """Return the config of a run without a checkpoint, and the digests of what it reads.
+
+    Runs of older versions have no digests.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} cannot be resumed: it has neither a good checkpoint nor config.json"
+        )
+    has_digests = (folder / DIGESTS).exists()
+    digests = _read_json(folder / DIGESTS) if has_digests else None
+    return _read_json(folder / "config.json"), digests
+
+
+def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Keep the digests of what a run reads in its folder."""
+    write_whole(folder / DIGESTS, json.dumps(digests, indent=2) + "\n")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read a record of a run. Raises ValueError if it is damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); start a new run") from error
 
 
 def missing_records(folder: Path, has_best: bool) -> list[str]:
@@ -182,24 +220,49 @@ def missing_records(folder: Path, has_best: bool) -> list[str]:
     return [f"{folder} lacks {', '.join(missing)}; the run goes on without what was in there"]
 
 
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def changed_keys(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    digests_before: Mapping[str, str],
+    digests_now: Mapping[str, str],
+) -> tuple[list[str], list[str]]:
     """Describe each key in which two configs differ, one line per key.
 
-    Returns the lines for keys that a resumed run may change (`FREE_KEYS`), and the lines for all
-    other keys. Values are compared in their JSON form.
+    The digests are of what keys name, or what all keys below them stand for. Returns the lines for
+    what a resumed run may change (`FREE_KEYS`, and other places of the same content), and the lines
+    for everything else. Values are compared in their JSON form.
     """
     old = _flatten(before)
     new = _flatten(json.loads(json.dumps(now)))
+    same = [key for key in digests_before if digests_before[key] == digests_now.get(key)]
 
+    # Keys with other values.
     free = []
     others = []
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key):
             continue
-        is_free = any(fnmatchcase(key, pattern) for pattern in FREE_KEYS)
-        lines = free if is_free else others
+        is_same = any(key == other or key.startswith(f"{other}.") for other in same)
+        lines = free if is_same or _matches(key, FREE_KEYS) else others
         lines.append(f"  config.{key}: was {old.get(key)!r}, is now {new.get(key)!r}")
+
+    # Keys that stand for something else, whatever their values.
+    for key in sorted(digests_before.keys() - same):
+        is_free = _matches(key, FREE_CONTENTS)
+        if is_free and key not in digests_now:  # no longer used
+            continue
+        lines = free if is_free else others
+        was = digests_before[key][:16]
+        is_now = digests_now.get(key, "unknown")[:16]
+        what = repr(new[key]) if key in new else "what it names, here or on servers,"
+        lines.append(
+            f"  config.{key}: {what} has other content; its digest was {was}, is now {is_now}"
+        )
     return free, others
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,6 +59,7 @@ class Saver:
             "data": self.data.get_state(),
             "history": copy.deepcopy(self.history),
             "config": self.run.config.to_dict(),
+            "digests": dict(self.run.digests),
             "batch_sizes": dict(self.run.scorer.batch_sizes),
         }
         return Snapshot(epoch, state, meta)

@@ -74,7 +74,8 @@ def main(port: int) -> None:
     bridge = RewardBridge(rewards, dict.fromkeys(rewards, "cpu"), deadline=30, retries=0)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     limits = Limits(body_mib=1, held_mib=4, images=32, waiting=48, batch=16, gather=0.005, upload=2)
-    serve(bridge, listener, limits, os.environ[TOKEN_ENV])
+    digests = {name: f"digest of {name}" for name in rewards}
+    serve(bridge, digests, listener, limits, os.environ[TOKEN_ENV])
 
 
 @dataclass

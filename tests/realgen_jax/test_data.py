@@ -76,13 +76,22 @@ def test_every_prompt_once_a_pass_in_a_new_order_each():
     assert not np.array_equal(next(prompt_batches(12, 4, seed=4)), passes[0][:4])
 
 
-def test_the_position_can_be_saved_and_set():
-    batches = prompt_batches(10, 3, seed=0)
+@pytest.mark.parametrize(("count", "groups"), [(5, 1), (1, 1), (1, 4), (3, 8), (7, 3)])
+def test_batches_of_any_size_use_the_prompts_in_one_order(count, groups):
+    batches = prompt_batches(count, groups, seed=3)
+    rows = np.concatenate([next(batches) for _ in range(12)])
+    pairs = prompt_batches(count, 2, seed=3)
+    np.testing.assert_array_equal(rows, np.concatenate([next(pairs) for _ in range(6 * groups)]))
+
+
+@pytest.mark.parametrize("groups", [1, 3, 16])
+def test_the_position_can_be_saved_and_set(groups):
+    batches = prompt_batches(10, groups, seed=0)
     for _ in range(5):
         next(batches)
     state = batches.get_state()
     want = [next(batches) for _ in range(8)]
-    fresh = prompt_batches(10, 3, seed=0)
+    fresh = prompt_batches(10, groups, seed=0)
     fresh.set_state(state)
     np.testing.assert_array_equal([next(fresh) for _ in range(8)], want)
 

@@ -1,6 +1,7 @@
 """Atomic writes, digests, locks and JSON lines."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ import pytest
 from filelock import Timeout
 from PIL import Image
 
+from realgen_jax import files
 from realgen_jax.files import (
     append,
+    content_digest,
     drop_incomplete_line,
     file_lock,
     read_jsonl,
@@ -22,6 +25,7 @@ from realgen_jax.files import (
     write_whole,
 )
 from realgen_jax.training.tensorboard import Board
+from tests.helpers.faults import changed as changed_file
 from tests.helpers.faults import full_disk
 
 
@@ -113,21 +117,52 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path):
     assert list(tmp_path.rglob("*")) == [folder, folder / "a"]
 
 
-def test_digests(tmp_path):
+def test_digests(tmp_path, monkeypatch):
     file = tmp_path / "weights"
     file.write_bytes(b"abc")
     assert sha256_file(file) == hashlib.sha256(b"abc").hexdigest()
     assert sampled_digest(file) == hashlib.sha256(b"weights 3abc").digest()
 
-    # A large file: its size and its last byte count.
+    # Every byte counts.
     content = bytearray(5 << 20)
-    file.write_bytes(content)
+    digests = set()
+    for position in (0, 3_000_001, -1):
+        content[position] = 1
+        file.write_bytes(content)
+        digests.add(sampled_digest(file))
+    assert len(digests) == 3
+
+    # Of a large file, the size and the blocks count.
+    monkeypatch.setattr(files, "WHOLE_BYTES", 1 << 20)
     first = sampled_digest(file)
-    content[-1] = 1
+    content[-1] = 2
     file.write_bytes(content)
     changed = sampled_digest(file)
     file.write_bytes(content[:-1])
     assert len({first, changed, sampled_digest(file)}) == 3
+
+
+def test_content_counts_wherever_it_is(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    (folder / "vae" / "b").write_text("two")
+    first = content_digest([folder])
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(folder, copy)
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "c").write_text("state of a download")
+    assert content_digest([copy]) == first
+
+    # A file's name counts inside a folder, but not alone.
+    (copy / "a.txt").rename(copy / "z.txt")
+    assert content_digest([copy]) != first
+    assert content_digest([copy / "z.txt"]) == content_digest([folder / "a.txt"])
+    with changed_file(folder / "vae" / "b"):
+        assert content_digest([folder]) != first
+    assert content_digest([folder]) == first
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        content_digest([tmp_path / "nowhere"])
 
 
 def test_a_lock_ends_with_its_process(tmp_path):

@@ -1,6 +1,7 @@
 """The cache of text embeddings, and the program that fills it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from realgen_jax.models.flux.family import FLUX
 from realgen_jax.models.prompts import embed_prompts
-from realgen_jax.text_cache import TextCache, cache_folder, ensure_encoded
+from realgen_jax.text_cache import TextCache, cache_folder, ensure_encoded, open_cache
 from tests.helpers.goldens import PIPELINE, ROOT, golden
 
 pytest.importorskip("transformers")
@@ -112,7 +113,7 @@ def test_prompts_that_are_cut_are_told_at_every_start(tmp_path, monkeypatch, cap
         (None, r"error: .* holds no model_index\.json of diffusers"),
         (
             '{"_class_name": "X"}',
-            "error: .* has \"_class_name\" 'X'.* expected one of FluxPipeline",
+            "error: .* has \"_class_name\" 'X'.* expected .*one of FluxPipeline",
         ),
     ],
 )
@@ -128,15 +129,15 @@ def test_an_unknown_pipeline_is_refused(tmp_path, monkeypatch, index, message):
 def test_an_interrupted_encoding_continues(tmp_path):
     cache = TextCache(tmp_path, ["a", "b", "c"])
     states = np.arange(3 * 2 * 4, dtype=np.float32).reshape(3, 2, 4)
-    cache.append({"states": states[:2], "pooled": states[:2, 0]})
+    assert cache.missing_rows() == [0, 1, 2]
+    cache.write(0, {"states": states[:2], "pooled": states[:2, 0]})
 
     again = TextCache(tmp_path, ["a", "b", "c"])
-    assert (again.rows_done, again.complete) == (2, False)
-    message = r"holds 2 of 3 prompts; run scripts/encode_prompts\.py to the end"
-    with pytest.raises(ValueError, match=message):
-        again.read(["a"])
-    again.append({"states": states[2:], "pooled": states[2:, 0]})
-    assert again.complete
+    assert again.missing_rows() == [2]
+    with pytest.raises(OSError, match=r"text embeddings in .* are missing or damaged .* remove th"):
+        again.read(["a", "c"])
+    again.write(2, {"states": states[2:], "pooled": states[2:, 0]})
+    assert again.missing_rows() == []
 
     complete = TextCache(tmp_path, ["a", "b", "c"])
     assert complete.rows(["c", "a"]).tolist() == [2, 0]
@@ -146,6 +147,119 @@ def test_an_interrupted_encoding_continues(tmp_path):
         assert sorted(arrays) == ["pooled", "states"]
         np.testing.assert_array_equal(arrays["states"], states[[2, 0]])
         np.testing.assert_array_equal(arrays["pooled"], states[[2, 0], 0])
+
+
+def remove_chunks(folder):
+    shutil.rmtree(folder / "t5.zarr" / "c")
+
+
+def remove_row(folder):
+    (folder / "clip.zarr" / "c" / "1" / "0").unlink()
+
+
+def cut_off_row(folder):
+    os.truncate(folder / "t5.zarr" / "c" / "1" / "0" / "0", 100)
+
+
+def empty_row(folder):
+    os.truncate(folder / "clip.zarr" / "c" / "1" / "0", 0)
+
+
+def change_a_byte(folder):
+    file = folder / "t5.zarr" / "c" / "1" / "0" / "0"
+    content = bytearray(file.read_bytes())
+    content[7] ^= 1
+    file.write_bytes(content)
+
+
+def remove_array(folder):
+    shutil.rmtree(folder / "clip.zarr")
+
+
+def damage_metadata(folder):
+    os.truncate(folder / "t5.zarr" / "zarr.json", 60)
+
+
+def remove_progress(folder):
+    (folder / "progress.json").unlink()
+
+
+def damage_progress(folder):
+    os.truncate(folder / "progress.json", 20)
+
+
+def damage_prompts(folder):
+    os.truncate(folder / "prompts.json", 5)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """The root of a complete cache of PROMPTS in float32, and its arrays."""
+    root = tmp_path_factory.mktemp("encoded")
+    arrays = fill(root)
+    return root, arrays
+
+
+def fill(root):
+    """Fill the cache of PROMPTS with the real encoders, in this process; return its arrays."""
+    settings = SimpleNamespace(cache=root, device="cpu", **FLOAT32)
+    cache = open_cache(PROMPTS, PIPELINE, ENCODERS, settings)
+    args = SimpleNamespace(model=PIPELINE, folder=None, **vars(settings))
+    encode_prompts.encode_missing(cache, ENCODERS, args)
+    return cache.read(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove_chunks,
+        remove_row,
+        cut_off_row,
+        empty_row,
+        change_a_byte,
+        remove_array,
+        damage_metadata,
+        remove_progress,
+        damage_progress,
+        damage_prompts,
+    ],
+)
+def test_what_is_missing_or_damaged_is_encoded_again(encoded, tmp_path, damage):
+    root, arrays = encoded
+    shutil.copytree(root, tmp_path / "copy")
+    folder = folder_of(tmp_path / "copy", PROMPTS)
+    damage(folder)
+    again = fill(tmp_path / "copy")
+    for name in ("clip", "t5"):
+        np.testing.assert_array_equal(again[name], arrays[name])
+    assert json.loads((folder / "prompts.json").read_text()) == PROMPTS
+    assert TextCache(folder, PROMPTS).missing_rows() == []
+
+
+def test_rows_that_vanish_while_they_are_used_end_it(encoded, tmp_path):
+    root, _ = encoded
+    shutil.copytree(root, tmp_path / "copy")
+    folder = folder_of(tmp_path / "copy", PROMPTS)
+    cache = TextCache(folder, PROMPTS)
+    cache.read(PROMPTS)
+    for damage in (change_a_byte, cut_off_row, remove_row, remove_progress):
+        damage(folder)
+        with pytest.raises(OSError, match=rf"^text embeddings in {folder} are missing or damaged"):
+            cache.read(PROMPTS)
+
+
+def test_rows_of_zeros_are_stored(tmp_path):
+    cache = TextCache(tmp_path, ["a"])
+    cache.write(0, {"states": np.zeros((1, 2, 3), np.float32)})
+    assert cache.missing_rows() == []
+    assert not cache.read(["a"])["states"].any()
+
+
+def test_a_program_that_encodes_nothing_is_not_believed(tmp_path):
+    settings = SimpleNamespace(cache=tmp_path, device="cpu", **FLOAT32)
+    idle = [sys.executable, "-c", ""]
+    with pytest.raises(OSError, match=r"still lacks the embeddings of 1 prompts .* such as 'a'"):
+        ensure_encoded(["a"], PIPELINE, ENCODERS, settings, idle)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Rewards that learn: the moving average, exact resume, replicas, the way through the bridge."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -148,11 +149,13 @@ def test_through_the_bridge(folder):
         bridge.learn({"bright": 5}, {"bright": 60.0}).result()
 
 
-@pytest.mark.parametrize("content", [None, b"no picture"])
+@pytest.mark.parametrize("content", [None, b"no picture", "another picture"])
 def test_a_reference_that_changes_in_the_middle_is_named(folder, content):
     reward = adversary(folder)
     (folder / "3.png").unlink()
-    if content is not None:
+    if content == "another picture":
+        shutil.copy(folder / "0.png", folder / "3.png")
+    elif content is not None:
         (folder / "3.png").write_bytes(content)
     with pytest.raises(RewardError, match=r"a reference has changed since the start: .*3\.png"):
         reward.draw(["x"] * 6, 0, 8, 8)

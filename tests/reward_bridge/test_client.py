@@ -238,7 +238,7 @@ def test_addresses_are_checked_when_the_reward_is_made(servers):
 
 def scores_of(count):
     """What an honest server answers for one image or more of the same score."""
-    return json.dumps({"scores": [1.0] * count}).encode()
+    return json.dumps({"scores": [1.0] * count, "digest": "d"}).encode()
 
 
 MORE_LIES = {

@@ -64,7 +64,8 @@ def test_an_unknown_reward_is_answered_with_the_known_ones(servers):
 
 def test_a_client_can_ask_whether_a_reward_is_there(servers):
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    assert httpx2.get(f"{servers.a}/rewards/identity", headers=headers).json() == {}
+    told = httpx2.get(f"{servers.a}/rewards/identity", headers=headers).json()
+    assert told == {"digest": "digest of identity"}
     assert httpx2.get(f"{servers.a}/rewards/nice", headers=headers).status_code == 404
     assert httpx2.get(f"{servers.a}/rewards/identity").status_code == 401
 

@@ -11,10 +11,8 @@ from reward_bridge.setup import (
     open_rewards,
     reward_devices,
     reward_problems,
-    unreachable_rewards,
 )
 from tests.helpers.adversaries import SETTINGS, write_references
-from tests.helpers.faults import lying_server
 from tests.helpers.pictures import pictures
 
 PROMPTS = ["a photo"] * 2
@@ -172,36 +170,6 @@ def test_unknown_names_are_listed_with_the_known_ones():
 def test_servers_know_what_they_have():
     reward = reward_config(options={"beauty": {"servers": ("http://a:1",), "path": "/nowhere"}})
     assert missing_rewards(reward, ["beauty"]) == []
-
-
-def test_servers_and_endpoints_are_asked_before_anything_is_loaded(monkeypatch):
-    """Rewards of this process are not made for that."""
-    monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with lying_server(lambda path, body: (200, {}, b"{}")) as good:
-        pass
-    wrong_token = 401, {}, b'{"error": "wrong or missing bearer token"}'
-    with lying_server(lambda path, body: wrong_token) as wrong:
-        judge = {"url": f"{good}/v1", "model": "m"}
-        reward = reward_config(
-            options={
-                "beauty": {"servers": (wrong,)},
-                "truth": {"servers": (good,)},
-                "vlm_judge": judge,
-                "jpeg_compressibility": {"quality": "none"},
-            }
-        )
-        names = ["embedded_detector", "jpeg_compressibility", "beauty", "truth", "vlm_judge"]
-        beauty, truth, vlm_judge = unreachable_rewards(reward, names)
-    assert beauty == (
-        f"reward 'beauty', server {wrong} answered 401: wrong or missing bearer token"
-    )
-    assert truth.startswith(f"reward 'truth', server {good}: ConnectError ")
-    assert vlm_judge.startswith(f"{good}/v1 failed: ConnectError ")
-
-    reward.options.vlm_judge.api_key_env = "JUDGE_KEY"
-    (problem,) = unreachable_rewards(reward, ["vlm_judge"])
-    assert problem.startswith("the environment has no variable 'JUDGE_KEY'")
-    assert unreachable_rewards(reward, ["embedded_detector"]) == []
 
 
 def test_classes_of_the_users_own_are_accepted_if_they_can_be_imported(own_module):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 
 from realgen_jax.checkpoint import SUMS, newest_good
 from tests.helpers.faults import send_signal
+from tests.helpers.goldens import TESTS
 from tests.helpers.running import (
     ADVERSARIAL,
     GOLDEN,
@@ -280,23 +282,27 @@ def test_a_full_disk(cache, tmp_path, small_disk, save_failure):
 
 @pytest.mark.slow
 def test_a_changed_config_resumes_only_if_allowed(cache, tmp_path):
+    prompts = Path(shutil.copy(TESTS / "data" / "train.txt", tmp_path))
     words = [f"--config.run_root={tmp_path}", "--config.run_name=x"]
+    words += [f"--config.prompts.train={prompts}"]
     words += ["--config.save_freq=1", "--config.eval_freq=100"]
     first = call("train.py", cache, *words, "--config.num_epochs=1")
     assert first.returncode == 0, first.stderr
 
     changed = [*words, "--config.train.clip_range=1e-2", "--config.seed=7", "--resume"]
+    prompts.write_text(prompts.read_text() + "a new one\n")
     done = call("train.py", cache, *changed, "--config.num_epochs=2")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[1:] == [
-        "  config.seed: was 0, is now 7",
-        "  config.train.clip_range: was 0.001, is now 0.01",
-    ]
+    seed, clip_range, train = done.stderr.splitlines()[1:]
+    assert seed == "  config.seed: was 0, is now 7"
+    assert clip_range == "  config.train.clip_range: was 0.001, is now 0.01"
+    assert train.startswith(f"  config.prompts.train: {str(prompts)!r} has other content; its dig")
     done = call("train.py", cache, *changed, "--config.num_epochs=2", "--allow_config_change")
     assert done.returncode == 0, done.stderr
     assert "config.train.clip_range: was 0.001, is now 0.01" in done.stdout
 
-    # The change has been saved.
+    # The change has been saved, and files may be elsewhere.
+    changed += [f"--config.prompts.train={shutil.copy(prompts, tmp_path / 'copy.txt')}"]
     done = call("train.py", cache, *changed, "--config.num_epochs=3")
     assert done.returncode == 0, done.stderr
 

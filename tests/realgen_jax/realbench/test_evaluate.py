@@ -14,11 +14,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 from rich.console import Console
 
+from realgen_jax.files import content_digest
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.evaluate import evaluate_entries
+from realgen_jax.realbench.pictures import prepare_folder
 from realgen_jax.realbench.prompts import read_sets
 from realgen_jax.realbench.report import write_scores
+from realgen_jax.realbench.scores import ScoreStore
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.scoring import ScoringError
 from tests.helpers import golden_config
@@ -28,6 +31,7 @@ from tests.helpers.models import fresh_adapters, golden_model
 torch = pytest.importorskip("torch")
 
 from reward_bridge.bridge import RewardBridge, RewardError  # noqa: E402
+from reward_bridge.digests import score_keys  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 
 SHORT = ["a boat", "a street at night", "three lemons"]
@@ -72,7 +76,7 @@ def setting(tmp_path_factory):
     arrays = {}
     for name, shape in model.family.text_shapes(model.config, 16).items():
         arrays[name] = rng.normal(size=(len(cache.prompts), *shape)).astype(np.float32)
-    cache.append(arrays)
+    cache.write(0, arrays)
     for seed in range(2):
         own, adapters = fresh_adapters(model, LoraConfig(2, 4.0), jax.random.key(seed))
         adapters = jax.tree.map(lambda a: a + 0.1, adapters)
@@ -105,6 +109,7 @@ def run(setting, folder, *, seed=0, remake=False, entries=None, rewards=make_rew
         folder,
         seed=seed,
         remake=remake,
+        score_keys=score_keys(config.reward, list(config.evaluate.scores), {}, content_digest),
         open_scorer=open_scorer,
         encode=lambda prompts, model: setting.cache,
         console=Console(),
@@ -202,6 +207,28 @@ def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_
     assert not set(pictures(tmp_path).values()) & set(first.values())
     with pytest.raises(ValueError, match=r"seed 0 then and 1 now"):
         run(setting, tmp_path, sample__guidance_scale=2.0, seed=1)
+
+
+@pytest.mark.parametrize("content", [None, '{"seed": 0', "[]"])
+def test_pictures_without_a_whole_manifest_are_not_taken(tmp_path, content):
+    picture = tmp_path / "00000.png"
+    picture.touch()
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged.*--remake"):
+        prepare_folder(tmp_path, {"seed": 0}, remake=False)
+    prepare_folder(tmp_path, {"seed": 0}, remake=True)
+    assert not picture.exists()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"sha256": "a"}', "[1]", '{"sha256":1,"prompt":2,"key":3,"score":null}']
+)
+def test_a_damaged_score_is_named(tmp_path, line):
+    file = tmp_path / "scores.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"scores\.jsonl, line 1, is not a score \("):
+        ScoreStore(file, {})
 
 
 def test_loras_share_one_program_with_the_base(whole, setting, tmp_path, caplog):

@@ -1,0 +1,111 @@
+"""Text encoders and tokenizers from folders of transformers, loaded strictly.
+
+transformers itself draws missing tensors at random, leaves out unknown ones, and makes a tokenizer
+without a vocabulary.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from reward_bridge.weights import files_named, read
+
+# The most that a tokenizer's vocabulary may be smaller than the model's. T5's is rounded up: 32128
+# for 32100 tokens.
+PADDED_VOCABULARY = 0.1
+
+
+def load_model(
+    kind: type[PreTrainedModel], folder: Path, unused: str, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
+    """Load a text encoder, every weight of it from the folder's files.
+
+    unused: matches the keys of tensors that do not belong to the encoder. Raises ValueError naming
+    tensors that are missing, of another shape, quantized or unknown, OSError for missing files.
+    """
+    # Without config.json, transformers would take the sizes of another model.
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'config.json'} is missing; expected a text encoder of transformers"
+        )
+    config = read_folder(folder, kind.config_class.from_pretrained)
+    file = weights_file(folder)
+    state = {}
+    for key, tensor in read(file).items():
+        if not re.fullmatch(unused, key):
+            state[key] = tensor
+
+    quantized = [key for key, tensor in state.items() if is_quantized(key, tensor)]
+    if quantized or getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{file} holds quantized weights{f' ({quantized[0]})' if quantized else ''}, which are "
+            "not read; use the published ones in bfloat16, float16 or float32"
+        )
+
+    # Nothing is left out, and nothing is made up.
+    model, differences = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below
+    )
+    wrong = {name: sorted(keys, key=str)[:3] for name, keys in differences.items() if keys}
+    if wrong:
+        raise ValueError(
+            f"{file} does not fit {kind.__name__} of the config.json beside it: {wrong}; download "
+            "the folder again"
+        )
+    return model.eval().to(device)
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights in a folder of transformers, or the index of their shards."""
+    files = files_named(folder, "model.safetensors", "pytorch_model.bin")
+    if len(files) != 1:
+        names = " and ".join(file.name for file in files)
+        raise ValueError(
+            f"{folder} holds {names or 'no weights'}; expected model.safetensors, or one index of "
+            "its shards"
+        )
+    return files[0]
+
+
+def is_quantized(key: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor belongs to weights of 8 or 4 bits with scales."""
+    if key.endswith("position_ids"):  # a buffer of integers in files of old versions
+        return False
+    return not tensor.is_floating_point() or bool(re.search(r"scale|absmax|quant|\bSCB", key))
+
+
+def load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Raises ValueError if it lacks the vocabulary, or has another model's."""
+    tokenizer = read_folder(folder, AutoTokenizer.from_pretrained)
+    known = len(tokenizer)
+    size = model.config.vocab_size
+    if not (1 - PADDED_VOCABULARY) * size <= known <= size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {known} tokens, and {type(model).__name__} has {size}; "
+            "expected its own tokenizer, with its vocabulary; download the folder again"
+        )
+    return tokenizer
+
+
+def read_folder(folder: Path, load: Callable[[Path], Any]) -> Any:
+    """What `load` of transformers reads from a folder. Raises ValueError naming a damaged folder.
+
+    For damaged files, transformers and tokenizers raise errors of many types.
+    """
+    try:
+        return load(folder)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"{folder} cannot be read ({type(error).__name__}: {reason}); is it complete? Download "
+            "it again"
+        ) from error
