@@ -90,9 +90,9 @@ def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
 
 
 def _files(path: Path) -> list[Path]:
-    """A file alone, or the files of a folder."""
+    """A file and the config.json beside it, or the files of a folder."""
     if path.is_file():
-        return [path]
+        return [file for file in (path, path.with_name("config.json")) if file.exists()]
     return sorted(file for file in path.iterdir() if file.is_file())
 
 
