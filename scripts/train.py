@@ -225,10 +225,13 @@ def run_training(_: Sequence[str]) -> None:
         try:
             connect_by_flags()
             preemption = Preemption(config.preemption_grace)
+            folder, resume = open_run(config, stack)
             keep_compiled(config.compilation_cache)
             served = check_all(config)
             digests = all_digests(config, served)
-            folder, epoch = open_run(config, digests, stack)
+            epoch = None
+            if resume:
+                epoch = resume_from(folder, config, digests, FLAGS.allow_config_change)
             wandb_run = open_wandb(config.wandb_project, folder.name, config.to_dict())
             run, state, rewards = load_run(config, folder, digests)
             stack.callback(rewards.bridge.close)
@@ -274,18 +277,15 @@ def run_training(_: Sequence[str]) -> None:
             report_run(config, folder, cache, digests, served)
 
 
-def open_run(
-    config: ConfigDict, digests: Mapping[str, str], stack: contextlib.ExitStack
-) -> tuple[Path, int | None]:
-    """The run's folder, and the epoch of the checkpoint to resume from.
+def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+    """The run's folder, and whether this process looks there for a checkpoint to resume from.
 
-    digests: of what the run reads, which must be the same when it is resumed. The first process
-    locks the folder until `stack` closes; only it knows the epoch.
+    The first process does. It locks the folder until `stack` closes.
     """
     if process_count() > 1 and not config.run_name:
         raise ValueError("several processes need one name for their run: set --config.run_name")
     if process_index():
-        return Path(config.run_root) / config.run_name, None
+        return Path(config.run_root) / config.run_name, False
 
     resume = FLAGS.resume or (FLAGS.auto_resume and can_resume(config.run_root, config.run_name))
     folder = run_folder(config.run_root, config.run_name, config.preset, resume)
@@ -294,9 +294,7 @@ def open_run(
         "(another preset: --config configs/flux_grpo.py:flux_dev_8xh200)"
     )
     stack.enter_context(run_lock(folder))
-    if not resume:
-        return folder, None
-    return folder, resume_from(folder, config, digests, FLAGS.allow_config_change)
+    return folder, resume
 
 
 def agree_on_checkpoint(epoch: int | None) -> int | None:
