@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+if TYPE_CHECKING:  # benchmarks/flux_gpu.py runs on machines without Pillow
+    from PIL import Image
 
 WHOLE_BYTES = 1 << 28  # files up to this size are digested whole, which takes 0.2 s for each
 SAMPLED_BLOCKS = 64  # number of blocks that are read of a larger file
@@ -60,7 +62,7 @@ def write_whole(file: Path, data: str | bytes) -> None:
             raise
 
 
-def write_image(file: Path, image: Image.Image) -> None:
+def write_image(file: Path, image: "Image.Image") -> None:
     """Write a picture as PNG, as `write_whole` does."""
     stream = io.BytesIO()
     image.save(stream, "PNG")
