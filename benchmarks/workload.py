@@ -6,7 +6,6 @@ itself imports. Arguments are abstract (jax.ShapeDtypeStruct) until `fill` makes
 so that a program can be lowered without memory.
 """
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -81,14 +80,14 @@ class Size:
 
         On a CPU, attention writes its scores to memory.
         """
-        text_shapes = FLUX.text_shapes(self.model, self.text)
+        cond_shapes = FLUX.cond_shapes(self.model, 1, self.text, self.model.dtype)
         return cost.Work(
             formulas=FLUX.cost,
             model=self.model,
             vae=self.vae,
             image_tokens=self.side**2,
             text_tokens=self.text,
-            text_elements=sum(math.prod(shape) for shape in text_shapes.values()),
+            text_bytes=cost.row_bytes(cond_shapes),
             rank=self.rank,
             images=slots * self.branches,
             slots=slots,
@@ -140,7 +139,7 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _cond(model: Model, size: Size, rows: int) -> Any:
-    return model.abstract_cond(rows, size.text, size.model.dtype)
+    return model.abstract_cond(rows, size.text, size.model.dtype, guidance=3.5)
 
 
 def sampling(size: Size, images: int) -> Program:

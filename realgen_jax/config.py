@@ -99,7 +99,7 @@ def _sample() -> ConfigDict:
     c.resolution = 512  # pixels per side
     c.num_steps = 10  # denoising steps of a rollout
     c.eval_num_steps = 10  # denoising steps of an evaluation
-    c.guidance_scale = 3.5
+    c.guidance_scale = 3.5  # of the rollouts; evaluations have their own
     c.train_batch_size = 8  # images per rollout call, over all devices
     c.num_image_per_prompt = 8  # group size: images per prompt
     c.branches = 1  # images that share the ODE prefix and branch where the SDE window starts
@@ -123,6 +123,7 @@ def _train() -> ConfigDict:
     c.lora_alpha = 64.0
     c.lora_init = "gaussian"  # gaussian, kaiming
     c.loss = "guard"  # grpo, guard
+    c.cfg_gradient = ""  # with classifier-free guidance: both, bound; else empty
     c.guard_bias = "sample"  # sample; batch: also averaged over the batch, as in RealGen's code
     c.kl = "velocity"  # velocity, mean, mean_reference
     c.beta = 0.0  # weight of the KL term
@@ -187,6 +188,8 @@ def _evaluate() -> ConfigDict:
     # {set: file}, .txt or .jsonl ("prompt", "category"). Line i of all sets describes one scene.
     c.prompts = ConfigDict()
     c.images_per_prompt = 1  # RealBench: 1
+    # How pictures are sampled: here, in the evaluations of a run, and by scripts/sample.py.
+    c.sample = ConfigDict({"guidance_scale": 3.5})
     c.batch_size = 8  # images that are generated and scored in one call
     c.scores = ()  # rewards
     c.detectors = ()  # scores that are P(real); the share above 0.5 is reported as well

@@ -50,8 +50,10 @@ def boolean() -> Range:
 
 
 def choice(*names: str) -> Range:
-    """One of these names."""
-    return Range(f"one of {', '.join(names)}", lambda value: value in names)
+    """One of these names, which may be empty."""
+    return Range(
+        f"one of {', '.join(name or repr(name) for name in names)}", lambda value: value in names
+    )
 
 
 def text() -> Range:

@@ -4,9 +4,10 @@
     python scripts/sample.py --prompts prompts.txt --lora runs/NAME/lora \\
         --config configs/flux_grpo.py:flux_dev_8xh200
 
-Model, size, steps and guidance are those of the config (config.pretrained and
-config.sample.resolution, eval_num_steps, guidance_scale) and can be set on the command line,
---config.sample.resolution=512. Picture i depends only on --seed and i.
+Model, size, steps and guidance are those of the config (config.pretrained,
+config.sample.resolution, config.sample.eval_num_steps, config.evaluate.sample.guidance_scale) and
+can be set on the command line, --config.sample.resolution=512. Picture i depends only on --seed and
+i.
 """
 
 from realgen_jax import process
@@ -84,7 +85,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
         for start in range(0, len(texts), batch):
             numbers = np.arange(start, start + batch, dtype=np.int32)
             call_texts = [texts[number % len(texts)] for number in numbers]
-            cond = model.cond(cache, call_texts, config.sample.guidance_scale)
+            cond = model.cond(cache, call_texts, config.evaluate.sample.guidance_scale)
             ids = jax.device_put(numbers, batch_sharding(mesh))
             images = np.asarray(sample(model, adapters, cond, key, ids))
             for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):

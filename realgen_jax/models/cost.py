@@ -8,6 +8,7 @@ attention and convolutions.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 
 from realgen_jax.nn.tokens import PATCH
@@ -17,16 +18,19 @@ F32 = 4  # bytes
 
 
 class Formulas(Protocol):
-    """The costs of a family's transformer; `images` counts the images on one device."""
+    """The costs of one pass of a family's transformer; `images` counts those on one device."""
 
     def forward_flops(self, work: "Work") -> dict[str, float]:
-        """Operations of one velocity for one image, by kind; "attention" is one of the kinds."""
+        """Operations of the forward pass of one image, by kind; one of them is "attention"."""
 
     def update_flops(self, work: "Work") -> dict[str, float]:
-        """Operations of one image at one step of the window; "remat" is one of the kinds."""
+        """Operations of one image at one step of the window, by purpose.
+
+        "forward" (the policy), "backward", "remat" (what is recomputed), "reference".
+        """
 
     def forward_bytes(self, work: "Work", images: float) -> float:
-        """Peak bytes of activations of one velocity without gradient."""
+        """Peak bytes of activations of a forward pass without gradient."""
 
     def update_bytes(self, work: "Work", images: float) -> float:
         """Peak bytes of activations of an update."""
@@ -41,7 +45,7 @@ class Work:
     vae: VaeConfig
     image_tokens: int  # s, of one image
     text_tokens: int  # l, of one prompt
-    text_elements: int  # numbers in one prompt's embeddings
+    text_bytes: int  # of one prompt's conditioning, including the negative prompt's
     rank: int  # of the LoRA; 0: all weights train
     images: int  # of one call, over all devices
     slots: int  # of one call, over all devices; each becomes several images at the window's start
@@ -52,6 +56,8 @@ class Work:
     inner_epochs: int
     reference: bool  # whether the update needs the reference model (beta > 0)
     recompute: bool  # train.recompute_old
+    guided: bool = False  # classifier-free guidance: a velocity takes two passes
+    free_gradient: bool = False  # whether the gradient goes through the negative prompt's pass too
     flash: bool = True  # attention keeps its scores on chip; a CPU writes them to memory
     weight_parts: int = 1  # devices that share each weight, fsdp x tensor
 
@@ -64,6 +70,46 @@ class Work:
     def pixels(self) -> int:
         """Pixels of an image: a token is 2 x 2 latents; all VAE levels but one double h and w."""
         return self.image_tokens * 4 ** len(self.vae.block_out_channels)
+
+
+def row_bytes(cond: Any) -> int:
+    """Bytes of an abstract conditioning."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cond))
+
+
+def velocity_flops(work: Work) -> dict[str, float]:
+    """Operations of one velocity for one image, by kind; guidance takes two passes."""
+    passes = 1 + work.guided
+    return {kind: passes * flops for kind, flops in work.formulas.forward_flops(work).items()}
+
+
+def update_flops(work: Work) -> dict[str, float]:
+    """Operations of one image at one step of the window, by purpose, as in `Formulas`."""
+    flops = work.formulas.update_flops(work)
+    forward_passes = 1 + work.guided
+    backward_passes = 1 + (work.guided and work.free_gradient)
+    passes = {
+        "forward": forward_passes,
+        "backward": backward_passes,
+        "remat": backward_passes,
+        "reference": forward_passes,
+    }
+    return {purpose: passes[purpose] * flops[purpose] for purpose in passes}
+
+
+def forward_bytes(work: Work, images: float) -> float:
+    """Peak bytes of activations of one velocity without gradient.
+
+    With the gradient through both passes, they are one pass over two rows per image.
+    """
+    rows = images * (1 + (work.guided and work.free_gradient))
+    return work.formulas.forward_bytes(work, rows)
+
+
+def update_bytes(work: Work, images: float) -> float:
+    """Peak bytes of activations of an update."""
+    rows = images * (1 + (work.guided and work.free_gradient))
+    return max(work.formulas.update_bytes(work, rows), forward_bytes(work, images))
 
 
 def decode_flops(work: Work) -> float:
@@ -105,9 +151,9 @@ def epoch_flops(work: Work) -> dict[str, float]:
     "useful" leaves out operations that are repeated by rematerialisation, by flash attention's
     backward pass and by `recompute_old`. These are the operations that MFU counts.
     """
-    flops = work.formulas.forward_flops(work)
+    flops = velocity_flops(work)
     forward = sum(flops.values())
-    update = work.formulas.update_flops(work)
+    update = update_flops(work)
     images = work.calls * work.images
 
     # The steps before the window run on slots, all others on images.
@@ -122,7 +168,8 @@ def epoch_flops(work: Work) -> dict[str, float]:
 
     useful_step = step - update["remat"]
     if work.flash:
-        useful_step -= flops["attention"] / 2
+        backward_passes = 1 + (work.guided and work.free_gradient)
+        useful_step -= backward_passes * work.formulas.forward_flops(work)["attention"] / 2
 
     return {
         "rollout": rollout,
@@ -165,7 +212,7 @@ def rollout_bytes(work: Work, parts: int) -> dict[str, float]:
         # The latents at all window + 1 points, and the mean of every step.
         "trajectory": latent * (2 * work.window + 1),
         "means": latent * work.window,
-        "embeddings": slots * work.text_elements * jnp.dtype(work.model.dtype).itemsize,
+        "embeddings": slots * work.text_bytes,
         # RGB, one byte each.
         "pictures": images * work.pixels * 3,
     }
@@ -185,7 +232,7 @@ def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str,
 
     # Sampling: an epoch's trajectories, embeddings and images (in the worst case none is scored
     # before the last call), and the activations of the velocity or of the decoder.
-    activations = max(work.formulas.forward_bytes(work, images), decode_bytes(work, images))
+    activations = max(forward_bytes(work, images), decode_bytes(work, images))
     sample = {
         "trajectories": trajectories,
         "embeddings": embeddings,
@@ -199,6 +246,6 @@ def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str,
         "trajectories": 2 * trajectories + means,
         "embeddings": 2 * embeddings,
         "gradients": 2 * trainable,
-        "activations": work.formulas.update_bytes(work, images),
+        "activations": update_bytes(work, images),
     }
     return {"sample": sample, "update": update}

@@ -34,22 +34,28 @@ class Family:
     Config: dataclass of the transformer's sizes under diffusers' names, with num_attention_heads,
         and dtype, param_dtype and remat.
     Module: Module(config, rngs) is the network, (x [n, s, c], sigma float32 [n], cond, height,
-        width, mesh) -> velocity float32 [n, s, c]. Guidance happens inside.
+        width, mesh) -> velocity float32 [n, s, c]. If Config has a field image_size, it is set to
+        (height, width) of the run's pictures.
     Schedule: dataclass of the entries of scheduler_config.json, with sigmas(steps, image_tokens)
         -> float32 [steps + 1] from 1 to 0. schedule_entries: the only values that its other entries
         may have.
     table(config): how diffusers' transformer/ fills the network. config_entries: the entries of its
         config.json other than the sizes, whose values are the only ones that the network computes.
-    lora_targets: paths of the projections that get adapters. rules: how parameters are sharded.
+    lora_targets(config): paths of the projections that get adapters. rules: how parameters are
+        sharded.
     encoders: the text encoders that scripts/encode_prompts.py runs, and the arrays they write to
         the cache.
-    text_shapes(config, max_tokens): {array of the cache: its shape for one prompt}.
-    cond(arrays, negative, guidance): the network's conditioning, a pytree whose leaves have one row
-        per image slot. arrays and negative: {array of the cache: [n, ...]}, guidance float32 [n].
-        negative is None unless the family has a negative_prompt.
+    text_tokens(max_tokens): text tokens of a prompt in the network. text_limit: largest max_tokens.
+    cond(arrays, guidance): the network's conditioning, a pytree whose leaves have one row per
+        image slot. arrays: {array of the cache: [n, ...]}, guidance float32 [n].
+    cond_shapes(config, n, max_tokens, dtype): the same as jax.ShapeDtypeStructs; dtype is that of
+        the embeddings.
     single_file(tensors, **overrides): (config, table) of the publisher's single file, or None.
     cost: the module with the family's formulas for operations and bytes (cost.py).
     download: how to get the published model, for error messages.
+    negative_prompt, guidance_offset: classifier-free guidance (guidance.py) with the scale
+        guidance_scale + guidance_offset. If negative_prompt is None there is none, and guidance is
+        only an input of the network.
     """
 
     pipeline: str
@@ -59,14 +65,17 @@ class Family:
     Module: type[nnx.Module]
     Schedule: type
     table: Callable[[Any], Table]
-    lora_targets: tuple[str, ...]
+    lora_targets: Callable[[Any], tuple[str, ...]]
     rules: Rules
     encoders: tuple[Encoder, ...]
-    text_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]]
-    cond: Callable[[Mapping[str, Any], Mapping[str, Any] | None, Any], Any]
+    text_tokens: Callable[[int], int]
+    cond: Callable[[Mapping[str, Any], Any], Any]
+    cond_shapes: Callable[[Any, int, int, Any], Any]
     cost: Any
     download: str = ""
+    text_limit: int = 512
     negative_prompt: str | None = None
+    guidance_offset: float = 0.0
     config_entries: Mapping[str, Any] = field(default_factory=dict)
     schedule_entries: Mapping[str, Any] = field(default_factory=dict)
     single_file: Callable[..., tuple[Any, Table]] | None = None

@@ -1,6 +1,6 @@
 """Build a model from the files that `config.pretrained` names, or from its sizes alone."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +113,17 @@ def load_model(
     shapes are enough to tell, this happens before any weight is read.
     """
     family = find_family(pretrained)
-    abstract_model(pretrained, resolution, mesh, trainable)
+    model = abstract_model(pretrained, resolution, mesh, trainable)
     folder = Path(pretrained.model)
-    dtypes, vae_dtype = _dtypes(pretrained)
-    overrides = {"remat": pretrained.remat, **dtypes}
     source = Path(pretrained.transformer or folder / "transformer")
+    overrides = _overrides(family, pretrained, model.height, model.width)
 
-    config, params = load_transformer(
+    _, params = load_transformer(
         family, source, folder / "transformer", param_sharding(mesh, family.rules), **overrides
     )
     everywhere = replicated(mesh)
-    vae, vae_params = load_vae(folder / "vae", lambda path, shape: everywhere, dtype=vae_dtype)
-    schedule = _schedule(family, folder)
-    trainable = trainable or AllWeights()
-    return _assemble(family, config, params, vae, vae_params, schedule, resolution, mesh, trainable)
+    _, vae_params = load_vae(folder / "vae", lambda path, shape: everywhere, dtype=model.vae.dtype)
+    return replace(model, params=params, vae_params=vae_params)
 
 
 def abstract_model(
@@ -142,28 +139,40 @@ def abstract_model(
     an AbstractMesh. Raises the errors of `load_model`; weights may be absent, but those that are
     there must have the transformer's names.
     """
-    dtypes, vae_dtype = _dtypes(pretrained)
-    overrides = {"remat": pretrained.remat, **dtypes}
-    if sizes_on_disk(pretrained):
-        family = find_family(pretrained)
-        folder = Path(pretrained.model)
+    on_disk = sizes_on_disk(pretrained)
+    family = find_family(pretrained) if on_disk else default_family(pretrained)
+    folder = Path(pretrained.model)
+
+    # The autoencoder, which determines the number of image tokens.
+    vae_dtype = jnp.dtype(pretrained.vae_dtype)
+    vae = vae_config(folder / "vae", dtype=vae_dtype) if on_disk else VaeConfig(dtype=vae_dtype)
+    side = _tokens_per_side(vae, resolution)
+
+    # The transformer and the schedule.
+    overrides = _overrides(family, pretrained, side, side)
+    if on_disk:
         source = Path(pretrained.transformer or folder / "transformer")
         config, table = transformer_config(family, source, folder / "transformer", **overrides)
         if has_weights(source):
             check_keys(Tensors(source), abstract(family.Module, config)[1], table)
-        vae = vae_config(folder / "vae", dtype=vae_dtype)
         schedule = _schedule(family, folder)
     else:
-        family = default_family(pretrained)
         config = family.Config(**overrides)
-        vae = VaeConfig(dtype=vae_dtype)
         schedule = family.Schedule()
 
     everywhere = replicated(mesh)
-    params = _placed(abstract(family.Module, config)[1], param_sharding(mesh, family.rules))
-    vae_params = _placed(abstract(Autoencoder, vae)[1], lambda path, shape: everywhere)
-    trainable = trainable or AllWeights()
-    return _assemble(family, config, params, vae, vae_params, schedule, resolution, mesh, trainable)
+    return Model(
+        params=_placed(abstract(family.Module, config)[1], param_sharding(mesh, family.rules)),
+        vae_params=_placed(abstract(Autoencoder, vae)[1], lambda path, shape: everywhere),
+        family=family,
+        config=config,
+        vae=vae,
+        schedule=schedule,
+        trainable=trainable or AllWeights(),
+        height=side,
+        width=side,
+        mesh=mesh,
+    )
 
 
 def load_transformer(
@@ -218,10 +227,14 @@ def _schedule(family: Family, folder: Path) -> Any:
     return config_from(family.Schedule, file, read_json(file), family.schedule_entries, entries)
 
 
-def _dtypes(pretrained: Any) -> tuple[dict[str, Any], Any]:
-    """The transformer's dtype and param_dtype, and the autoencoder's dtype."""
-    dtypes = {name: jnp.dtype(pretrained[name]) for name in ("dtype", "param_dtype")}
-    return dtypes, jnp.dtype(pretrained.vae_dtype)
+def _overrides(family: Family, pretrained: Any, height: int, width: int) -> dict[str, Any]:
+    """The fields of a family's Config that are not sizes in a file."""
+    overrides = {"remat": pretrained.remat}
+    for name in ("dtype", "param_dtype"):
+        overrides[name] = jnp.dtype(pretrained[name])
+    if "image_size" in {field.name for field in fields(family.Config)}:
+        overrides["image_size"] = (height, width)
+    return overrides
 
 
 def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
@@ -238,33 +251,11 @@ def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
     return nnx.from_flat_state(placed)
 
 
-def _assemble(
-    family: Family,
-    config: Any,
-    params: nnx.State,
-    vae: VaeConfig,
-    vae_params: nnx.State,
-    schedule: Any,
-    resolution: int,
-    mesh: Any,
-    trainable: Trainable,
-) -> Model:
-    """Check that the resolution fits and return the model."""
+def _tokens_per_side(vae: VaeConfig, resolution: int) -> int:
+    """Return the tokens on a side of a picture. Raises ValueError for a size that does not fit."""
     side = PATCH * 2 ** (len(vae.block_out_channels) - 1)
     if resolution < side or resolution % side:
         raise ValueError(
             f"config.sample.resolution is {resolution}; expected a multiple of {side} pixels"
         )
-    tokens = resolution // side
-    return Model(
-        params=params,
-        vae_params=vae_params,
-        family=family,
-        config=config,
-        vae=vae,
-        schedule=schedule,
-        trainable=trainable,
-        height=tokens,
-        width=tokens,
-        mesh=mesh,
-    )
+    return resolution // side

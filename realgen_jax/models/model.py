@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from realgen_jax.models.family import Family
+from realgen_jax.models.guidance import Guided, guided_velocity, is_guided
 from realgen_jax.models.trainable import Trainable
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import PATCH
@@ -71,8 +72,14 @@ class Model:
     def velocity(self, trainable: Any, x: Array, sigma: Array, cond: Any) -> Array:
         """Predict v = eps - x0, float32 [n, s, c], from x [n, s, c] and sigma, float32 [n].
 
-        `trainable` is the trained state; None means the base model.
+        `trainable` is the trained state; None means the base model. cond: as `cond` returns it.
         """
+        if isinstance(cond, Guided):
+            return guided_velocity(self._one_pass, trainable, x, sigma, cond)
+        return self._one_pass(trainable, x, sigma, cond)
+
+    def _one_pass(self, trainable: Any, x: Array, sigma: Array, cond: Any) -> Array:
+        """One pass of the network, without classifier-free guidance."""
         if trainable is None:
             graph, _ = abstract(self.family.Module, self.config)
             network = nnx.merge(graph, self.params)
@@ -87,11 +94,15 @@ class Model:
         vae = nnx.merge(graph, self.vae_params)
         return decode_tokens(vae, tokens, self.height, self.width, self.mesh)
 
-    def cond(self, cache: Any, prompts: Sequence[str], guidance: float) -> Any:
+    def cond(
+        self, cache: Any, prompts: Sequence[str], guidance: float, gradient: str = "both"
+    ) -> Any:
         """Return the prompts' conditioning, one prompt per slot, sharded over the mesh.
 
         cache: a TextCache, with read(prompts) -> {array: [n, ...]}. Each host reads only the
             embeddings of its own slots.
+        guidance: the guidance scale. gradient: of GRADIENTS in guidance.py; it matters only where
+            classifier-free guidance is differentiated.
         """
         n = len(prompts)
         sharding = batch_sharding(self.mesh)
@@ -99,13 +110,16 @@ class Model:
         slots = sorted({slot for (rows,) in index_map.values() for slot in range(n)[rows]})
 
         # The rows of this host.
-        arrays = cache.read([prompts[slot] for slot in slots])
-        negative = None
-        if self.family.negative_prompt is not None:
-            negative = cache.read([self.family.negative_prompt] * len(slots))
-        own = self.family.cond(arrays, negative, np.full(len(slots), guidance, np.float32))
+        scale = np.full(len(slots), guidance, np.float32)
+        own = self.family.cond(cache.read([prompts[slot] for slot in slots]), scale)
+        if is_guided(self.family, guidance):
+            arrays = cache.read([self.family.negative_prompt] * len(slots))
+            negative = self.family.cond(arrays, scale)
+            own = Guided(own, negative, scale + np.float32(self.family.guidance_offset), gradient)
 
-        def place(leaf: np.ndarray) -> Array:
+        def place(leaf: Any) -> Array:
+            leaf = np.asarray(leaf)
+
             def rows(index: tuple[slice, ...]) -> np.ndarray:
                 return leaf[np.searchsorted(slots, np.arange(n)[index[0]])]
 
@@ -113,15 +127,17 @@ class Model:
 
         return jax.tree.map(place, own)
 
-    def abstract_cond(self, slots: int, max_tokens: int, dtype: Any) -> Any:
-        """The conditioning of `slots` prompts as jax.ShapeDtypeStructs on the mesh."""
-        shapes = self.family.text_shapes(self.config, max_tokens)
-        arrays = {
-            name: jax.ShapeDtypeStruct((slots, *shape), dtype) for name, shape in shapes.items()
-        }
-        negative = None if self.family.negative_prompt is None else arrays
-        guidance = jax.ShapeDtypeStruct((slots,), jnp.float32)
-        cond = jax.eval_shape(self.family.cond, arrays, negative, guidance)
+    def abstract_cond(
+        self, slots: int, max_tokens: int, dtype: Any, guidance: float, gradient: str = "both"
+    ) -> Any:
+        """The conditioning of `slots` prompts as jax.ShapeDtypeStructs on the mesh.
+
+        max_tokens, dtype: of config.prompts. guidance, gradient: as for `cond`.
+        """
+        cond = self.family.cond_shapes(self.config, slots, max_tokens, dtype)
+        if is_guided(self.family, guidance):
+            scale = jax.ShapeDtypeStruct((slots,), jnp.float32)
+            cond = Guided(cond, cond, scale, gradient)
         rows = batch_sharding(self.mesh)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), cond

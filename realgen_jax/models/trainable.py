@@ -124,7 +124,7 @@ class Lora:
         """Raise ValueError unless the file holds exactly the modules that are trained."""
         file = open_lora(path)
         names = _torch_names(model)
-        targets = self.targets or model.family.lora_targets
+        targets = self.targets or model.family.lora_targets(model.config)
         wanted = {name for name, target in names.items() if target in targets}
         for problem, modules in (
             ("lacks", wanted - file.pairs.keys()),
@@ -233,7 +233,8 @@ def file_config(family: Any, config: Any) -> dict[str, Any]:
 def _network(family: Any, config: Any, lora: Lora, key: Array) -> nnx.Module:
     """The family's network with adapters on the targets."""
     rows = family.table(config).rows
-    targets = {path: len(rows[path]) for path in lora.targets or family.lora_targets}
+    paths = lora.targets or family.lora_targets(config)
+    targets = {path: len(rows[path]) for path in paths}
     return with_lora(family.Module(config, nnx.Rngs(0)), targets, lora.config, key)
 
 

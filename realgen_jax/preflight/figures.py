@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from realgen_jax.models import cost
 from realgen_jax.preflight.report import Report
 
 GIB = 2**30
@@ -80,8 +81,8 @@ def figures(
     }
     flops = {
         **report.flops,
-        "forward": report.work.formulas.forward_flops(report.work),
-        "update_image_step": report.work.formulas.update_flops(report.work),
+        "forward": cost.velocity_flops(report.work),
+        "update_image_step": cost.update_flops(report.work),
     }
     by_name = {}
     for estimate in accelerators:

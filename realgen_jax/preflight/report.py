@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from realgen_jax.models import cost
+from realgen_jax.models.guidance import is_guided
 from realgen_jax.models.loading import abstract_model
 from realgen_jax.models.model import Model
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
@@ -17,6 +18,7 @@ from realgen_jax.training.programs import (
     Recipe,
     abstract_state,
     check_mesh,
+    check_model,
     make_programs,
     make_recipe,
 )
@@ -69,7 +71,7 @@ def make_report(config: ConfigDict, devices: int) -> Report:
     mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
     check_mesh(recipe, mesh)
     model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
-    recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+    check_model(recipe, model)
 
     state = abstract_state(recipe, model)
     trained = device_bytes(state.trainable)
@@ -100,14 +102,17 @@ def make_work(recipe: Recipe, model: Model) -> cost.Work:
     train = recipe.config.train
     low, high = sample.sde_window_range
     mesh = model.mesh.shape
-    text_shapes = model.family.text_shapes(model.config, recipe.config.prompts.max_tokens)
+    max_tokens = recipe.config.prompts.max_tokens
+    dtype = jnp.dtype(recipe.config.prompts.dtype)
+    cond_shapes = model.family.cond_shapes(model.config, 1, max_tokens, dtype)
+    guided = is_guided(model.family, sample.guidance_scale)
     return cost.Work(
         formulas=model.family.cost,
         model=model.config,
         vae=model.vae,
         image_tokens=model.token_shape[0],
-        text_tokens=recipe.config.prompts.max_tokens,
-        text_elements=sum(int(np.prod(shape)) for shape in text_shapes.values()),
+        text_tokens=model.family.text_tokens(max_tokens),
+        text_bytes=cost.row_bytes(cond_shapes) * (1 + guided),
         rank=recipe.trainable.rank,
         images=recipe.layout.images,
         slots=recipe.layout.slots,
@@ -118,6 +123,8 @@ def make_work(recipe: Recipe, model: Model) -> cost.Work:
         inner_epochs=train.num_inner_epochs,
         reference=train.beta > 0,
         recompute=train.recompute_old,
+        guided=guided,
+        free_gradient=train.cfg_gradient == "both",
         weight_parts=mesh["fsdp"] * mesh["tensor"],
     )
 
@@ -126,7 +133,11 @@ def sample_arguments(recipe: Recipe, model: Model) -> tuple:
     """The arguments of programs.sample as ShapeDtypeStructs on the mesh."""
     config = recipe.config
     cond = model.abstract_cond(
-        recipe.layout.slots, config.prompts.max_tokens, jnp.dtype(config.prompts.dtype)
+        recipe.layout.slots,
+        config.prompts.max_tokens,
+        jnp.dtype(config.prompts.dtype),
+        config.sample.guidance_scale,
+        config.train.cfg_gradient,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(model.mesh))

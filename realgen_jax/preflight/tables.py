@@ -163,7 +163,7 @@ def flops_table(report: Report) -> Table:
 def flops_details(report: Report) -> dict[str, str]:
     """Return descriptions of the operations of each part."""
     work = report.work
-    forward = work.formulas.forward_flops(work)
+    forward = cost.velocity_flops(work)
     per_image = (sum(forward.values()) - forward["lora"]) / TERA
     decode = cost.decode_flops(work) / TERA
     branches = work.images // work.slots

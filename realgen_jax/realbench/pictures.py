@@ -70,7 +70,7 @@ def manifest(
         "lora": lora_digest(weights.lora),
         "seed": seed,
         "steps": sample.eval_num_steps,
-        "guidance": sample.guidance_scale,
+        "guidance": config.evaluate.sample.guidance_scale,
         "resolution": sample.resolution,
         "dtype": pretrained.dtype,
         "param_dtype": pretrained.param_dtype,
@@ -262,7 +262,7 @@ class PictureMaker:
         ids = np.array([copy * LINES + line for line, copy in slots], np.int32)
         prompts = [task.prompt_set.prompts[line] for line, _ in slots]
         cache = self.caches[task.weights.model]
-        cond = model.cond(cache, prompts, self.config.sample.guidance_scale)
+        cond = model.cond(cache, prompts, self.config.evaluate.sample.guidance_scale)
         return run(cond, self.key, put(ids, batch_sharding(model.mesh)))
 
     def _program(self, weights: Weights) -> tuple[Model, Callable]:

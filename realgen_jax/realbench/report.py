@@ -210,7 +210,7 @@ def _facts(config: ConfigDict, results: Results, seed: int) -> list[tuple[str, s
         sample = config.sample
         sampling = (
             f"{sample.resolution} px, {sample.eval_num_steps} steps, "
-            f"guidance {sample.guidance_scale:g}"
+            f"guidance {settings.sample.guidance_scale:g}"
         )
         facts += [
             ("Model", Path(config.pretrained.model).name),

@@ -54,7 +54,7 @@ def sample_epoch(
         # One prompt per slot.
         groups = layout.groups_of_slots(number)
         prompts = [run.prompts[rows[group]] for group in groups]
-        cond = run.cond(prompts)
+        cond = run.cond(prompts, run.config.sample.guidance_scale)
 
         # With same_latent, a group has one initial latent, even if it continues in the next call.
         call_key = jax.random.fold_in(epoch_key, number)

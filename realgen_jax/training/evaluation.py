@@ -92,7 +92,7 @@ def _sample_and_score(
         numbers = np.arange(start, start + batch_size, dtype=np.int32)
         texts = [prompts[number % len(prompts)] for number in numbers]
         ids = put(numbers, batch_sharding(run.model.mesh))
-        cond = run.cond(texts)
+        cond = run.cond(texts, run.config.evaluate.sample.guidance_scale)
         key = run.key(EVALUATION)
         images.append(programs.evaluate(run.model, trainable, cond, key, ids))
         batches.append(submit(run.scorer, images[-1], texts))

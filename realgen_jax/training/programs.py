@@ -16,6 +16,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from realgen_jax.data import Layout
+from realgen_jax.models.guidance import check_gradient
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.objectives import make_objective
@@ -87,6 +88,19 @@ def check_mesh(recipe: Recipe, mesh: Any, processes: int = 1) -> None:
         raise ValueError(
             f"the mesh's data x fsdp is {parts}, which {processes} processes cannot share evenly; "
             "each must hold pictures of its own: let config.mesh.tensor divide a host's devices"
+        )
+
+
+def check_model(recipe: Recipe, model: Model) -> None:
+    """Raise ValueError if the recipe's steps, guidance or prompts do not fit an abstract model."""
+    config = recipe.config
+    family = model.family
+    recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+    check_gradient(family, config.sample.guidance_scale, config.train.cfg_gradient)
+    if config.prompts.max_tokens > family.text_limit:
+        raise ValueError(
+            f"config.prompts.max_tokens is {config.prompts.max_tokens}; expected at most "
+            f"{family.text_limit}, as many as {family.published} reads"
         )
 
 

@@ -19,7 +19,7 @@ from realgen_jax.sharding import abstract_mesh, make_mesh
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.learning import LearningReward
 from realgen_jax.training.monitor import monitor_problems, monitored
-from realgen_jax.training.programs import Recipe, check_mesh, first_state, make_recipe
+from realgen_jax.training.programs import Recipe, check_mesh, check_model, first_state, make_recipe
 from realgen_jax.training.scoring import Scorer
 from realgen_jax.update import TrainState
 
@@ -63,9 +63,10 @@ class Run:
         """What judges the run: "reward", a held-out reward or a metric."""
         return monitored(self.config.reward, list(self.metrics))
 
-    def cond(self, prompts: Sequence[str]) -> Any:
+    def cond(self, prompts: Sequence[str], guidance: float) -> Any:
         """The conditioning of these prompts, one prompt per slot, on the mesh."""
-        return self.model.cond(self.cache, prompts, self.config.sample.guidance_scale)
+        gradient = self.config.train.cfg_gradient
+        return self.model.cond(self.cache, prompts, guidance, gradient)
 
     def key(self, stream: int) -> jax.Array:
         """The root key of a stream."""
@@ -154,7 +155,7 @@ def check_shapes(config: ConfigDict, devices: int) -> None:
     mesh = abstract_mesh(**config.mesh, devices=devices)
     check_mesh(recipe, mesh, process_count())
     model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
-    recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+    check_model(recipe, model)
     recipe.trainable.abstract(model)
     if config.pretrained.lora:
         recipe.trainable.check_modules(model, config.pretrained.lora)

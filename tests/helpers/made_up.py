@@ -28,11 +28,9 @@ from tests.helpers.goldens import PIPELINE
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cond:
-    """The prompt's words and those of the empty prompt [n, l, d], and the guidance scale [n]."""
+    """The prompt's words [n, l, d]."""
 
     words: Array
-    negative: Array
-    scale: Array
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Config:
 
 
 class Network(nnx.Module):
-    """Two residual layers on every token, with classifier-free guidance."""
+    """Two residual layers on every token."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         kw = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
@@ -59,12 +57,7 @@ class Network(nnx.Module):
     def __call__(
         self, x: Array, sigma: Array, cond: Cond, height: int, width: int, mesh: Any = None
     ) -> Array:
-        free = self._once(x, sigma, cond.negative)
-        bound = self._once(x, sigma, cond.words)
-        return free + cond.scale[:, None, None] * (bound - free)
-
-    def _once(self, x: Array, sigma: Array, words: Array) -> Array:
-        h = self.tokens_in(x) + self.words_in(words.mean(axis=1))[:, None]
+        h = self.tokens_in(x) + self.words_in(cond.words.mean(axis=1))[:, None]
         h = h * (1.0 + sigma[:, None, None])
         graph, weights = nnx.split(self.layers)
 
@@ -79,6 +72,10 @@ class Network(nnx.Module):
 class LinearSchedule:
     def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
         return np.linspace(1.0, 0.0, steps + 1).astype(np.float32)
+
+
+def cond_shapes(config: Config, n: int, max_tokens: int, dtype: Any) -> Cond:
+    return Cond(jax.ShapeDtypeStruct((n, max_tokens, config.words_dim), dtype))
 
 
 TABLE = Table(
@@ -98,15 +95,16 @@ MADE_UP = Family(
     Module=Network,
     Schedule=LinearSchedule,
     table=lambda config: TABLE,
-    lora_targets=("layers",),
+    lora_targets=lambda config: ("layers",),
     rules=(
         (r"layers\.kernel", P(None, "fsdp", "tensor")),
         (r"(tokens_in|words_in|out)\.kernel", P()),
         (r".*\.bias", P()),
     ),
     encoders=(Encoder("words", "t5_states", tokenizer="tokenizer_2", model="text_encoder_2"),),
-    text_shapes=lambda config, max_tokens: {"words": (max_tokens, config.words_dim)},
-    cond=lambda arrays, negative, guidance: Cond(arrays["words"], negative["words"], guidance),
+    text_tokens=lambda max_tokens: max_tokens,
+    cond=lambda arrays, guidance: Cond(arrays["words"]),
+    cond_shapes=cond_shapes,
     cost=SimpleNamespace(),
     negative_prompt="",
 )

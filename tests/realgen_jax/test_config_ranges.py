@@ -107,6 +107,8 @@ EDGES = {
     "sample.test_images_per_prompt": ([1], [0]),
     "sample.noise_level": ([0.1], [0, -0.5]),
     "sample.guidance_scale": ([0, 3.5], [-1]),
+    "evaluate.sample.guidance_scale": ([0, 3.5], [-1]),
+    "train.cfg_gradient": (["", "both", "bound"], ["none"]),
     "sample.sde_window_range": ([(0, 1), [2, 5]], [(1, 1), (3, 1), (-1, 2), (0,), (0, 1, 2)]),
     "train.lora_rank": ([1], [0]),
     "train.lora_alpha": ([0.5], [0.0]),

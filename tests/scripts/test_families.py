@@ -21,6 +21,7 @@ def get_config():
     config.pretrained.model = {model!r}
     config.num_epochs, config.save_freq, config.eval_freq = 2, 1, 2
     config.sample.guidance_scale = 2.0
+    config.train.cfg_gradient = "both"
     return config.lock()
 """
 LORA = "lora/pytorch_lora_weights.safetensors"

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -59,17 +61,18 @@ SCHEDULE_ENTRIES = {
 }
 
 
-def text_shapes(config: FluxConfig, max_tokens: int) -> dict[str, tuple[int, ...]]:
-    """The cached arrays of one prompt: T5's states and CLIP's pooled vector."""
-    return {
-        "t5": (max_tokens, config.joint_attention_dim),
-        "clip": (config.pooled_projection_dim,),
-    }
-
-
-def make_cond(arrays: Mapping[str, Any], negative: None, guidance: Array) -> Cond:
+def make_cond(arrays: Mapping[str, Any], guidance: Array) -> Cond:
     """Return the conditioning. FLUX.1-dev is guidance-distilled: the network embeds the scale."""
     return Cond(arrays["t5"], arrays["clip"], guidance)
+
+
+def cond_shapes(config: FluxConfig, n: int, max_tokens: int, dtype: Any) -> Cond:
+    """The conditioning of n prompts as jax.ShapeDtypeStructs."""
+    return Cond(
+        t5=jax.ShapeDtypeStruct((n, max_tokens, config.joint_attention_dim), dtype),
+        clip=jax.ShapeDtypeStruct((n, config.pooled_projection_dim), dtype),
+        guidance=jax.ShapeDtypeStruct((n,), jnp.float32),
+    )
 
 
 def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
@@ -118,14 +121,15 @@ FLUX = Family(
     Module=FluxTransformer,
     Schedule=FluxSchedule,
     table=lambda config: DIFFUSERS,
-    lora_targets=LORA_TARGETS,
+    lora_targets=lambda config: LORA_TARGETS,
     rules=RULES,
     encoders=(
         Encoder("t5", "t5_states", tokenizer="tokenizer_2", model="text_encoder_2"),
         Encoder("clip", "clip_pooled", tokenizer="tokenizer", model="text_encoder"),
     ),
-    text_shapes=text_shapes,
+    text_tokens=lambda max_tokens: max_tokens,
     cond=make_cond,
+    cond_shapes=cond_shapes,
     cost=cost,
     config_entries={"patch_size": 1},
     schedule_entries=SCHEDULE_ENTRIES,

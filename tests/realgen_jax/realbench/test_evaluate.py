@@ -74,8 +74,9 @@ def setting(tmp_path_factory):
     (root / "text").mkdir()
     cache = TextCache(root / "text", list(dict.fromkeys([*SHORT, *LONG])))
     arrays = {}
-    for name, shape in model.family.text_shapes(model.config, 16).items():
-        arrays[name] = rng.normal(size=(len(cache.prompts), *shape)).astype(np.float32)
+    cond = model.family.cond_shapes(model.config, len(cache.prompts), 16, np.float32)
+    for name in ("t5", "clip"):
+        arrays[name] = rng.normal(size=getattr(cond, name).shape).astype(np.float32)
     cache.write(0, arrays)
     for seed in range(2):
         own, adapters = fresh_adapters(model, LoraConfig(2, 4.0), jax.random.key(seed))
@@ -201,12 +202,12 @@ def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_
         r".*--config\.run_name.*--remake"
     )
     with pytest.raises(ValueError, match=expected):
-        run(setting, tmp_path, sample__guidance_scale=2.0)
+        run(setting, tmp_path, evaluate__sample__guidance_scale=2.0)
     assert pictures(tmp_path) == first
-    run(setting, tmp_path, sample__guidance_scale=2.0, remake=True)
+    run(setting, tmp_path, evaluate__sample__guidance_scale=2.0, remake=True)
     assert not set(pictures(tmp_path).values()) & set(first.values())
     with pytest.raises(ValueError, match=r"seed 0 then and 1 now"):
-        run(setting, tmp_path, sample__guidance_scale=2.0, seed=1)
+        run(setting, tmp_path, evaluate__sample__guidance_scale=2.0, seed=1)
 
 
 @pytest.mark.parametrize("content", [None, '{"seed": 0', "[]"])

@@ -307,7 +307,7 @@ def test_trajectories_of_an_epoch_are_the_rollouts(tmp_path):
     call = cost.rollout_bytes(report.work, report.parts)
     assert call["trajectory"] == (trajectory.latents.size + trajectory.mean.size) * 4 / 2
     assert call["pictures"] == images.size / 2
-    assert call["embeddings"] == (cond.t5.size + cond.clip.size) * 4 / 2
+    assert call["embeddings"] == cost.row_bytes(cond) / 2
 
     # Two calls, kept once as they are and once stacked for the steps.
     assert report.phases["update"]["trajectories"] == 2 * 2 * call["trajectory"]
