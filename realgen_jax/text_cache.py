@@ -44,8 +44,10 @@ def encoders_to_json(encoders: Sequence[Encoder]) -> str:
 def encoders_from_json(text: str) -> list[Encoder]:
     """Parse the output of `encoders_to_json`. Raises ValueError for anything else."""
     try:
-        return [Encoder(**fields) for fields in json.loads(text)]
-    except (ValueError, TypeError) as error:
+        return [
+            Encoder(**{**fields, "arrays": tuple(fields["arrays"])}) for fields in json.loads(text)
+        ]
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{text!r} does not name text encoders ({error})") from error
 
 
@@ -75,7 +77,8 @@ def cache_folder(
         subfolder = Path(model) / name
         if not subfolder.is_dir():
             raise FileNotFoundError(
-                f"{subfolder} is missing; expected a pipeline folder of diffusers with {name}/"
+                f"{subfolder} is missing; expected a pipeline folder of diffusers with {name}/; "
+                "download the whole folder"
             )
         for file in sorted(subfolder.iterdir()):
             if file.is_file():

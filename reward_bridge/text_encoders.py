@@ -27,12 +27,7 @@ def load_model(
     unused: matches the keys of tensors that do not belong to the encoder. Raises ValueError naming
     tensors that are missing, of another shape, quantized or unknown, OSError for missing files.
     """
-    # Without config.json, transformers would take the sizes of another model.
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder / 'config.json'} is missing; expected a text encoder of transformers"
-        )
-    config = read_folder(folder, kind.config_class.from_pretrained)
+    config = read_config(kind, folder)
     file = weights_file(folder)
     state = {}
     for key, tensor in read(file).items():
@@ -64,6 +59,16 @@ def load_model(
     return model.eval().to(device)
 
 
+def read_config(kind: type[PreTrainedModel], folder: Path) -> Any:
+    """The config of a text encoder. Raises FileNotFoundError, or ValueError for a damaged one."""
+    # Without config.json, transformers would take the sizes of another model.
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'config.json'} is missing; expected a text encoder of transformers"
+        )
+    return read_folder(folder, kind.config_class.from_pretrained)
+
+
 def weights_file(folder: Path) -> Path:
     """The weights in a folder of transformers, or the index of their shards."""
     files = files_named(folder, "model.safetensors", "pytorch_model.bin")
@@ -83,15 +88,28 @@ def is_quantized(key: str, tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(re.search(r"scale|absmax|quant|\bSCB", key))
 
 
-def load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """Load a tokenizer. Raises ValueError if it lacks the vocabulary, or has another model's."""
-    tokenizer = read_folder(folder, AutoTokenizer.from_pretrained)
+def load_tokenizer(
+    folder: Path, kind: type[PreTrainedModel], size: int, padding: str
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a text encoder.
+
+    size: the encoder's number of tokens. padding: the piece that it was trained to be padded with,
+    or "" for any. Raises ValueError if the tokenizer lacks the vocabulary, or is another model's.
+    """
+    tokenizer = read_folder(
+        folder, lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    )
     known = len(tokenizer)
-    size = model.config.vocab_size
     if not (1 - PADDED_VOCABULARY) * size <= known <= size:
         raise ValueError(
-            f"the tokenizer in {folder} has {known} tokens, and {type(model).__name__} has {size}; "
+            f"the tokenizer in {folder} has {known} tokens, and {kind.__name__} has {size}; "
             "expected its own tokenizer, with its vocabulary; download the folder again"
+        )
+    if not tokenizer.pad_token or tokenizer.pad_token != (padding or tokenizer.pad_token):
+        raise ValueError(
+            f"the tokenizer in {folder} pads with {tokenizer.pad_token!r}, but the text encoder "
+            f"was trained with {padding or 'a piece for padding'!r}; expected its own tokenizer; "
+            "download the folder again"
         )
     return tokenizer
 
@@ -104,8 +122,12 @@ def read_folder(folder: Path, load: Callable[[Path], Any]) -> Any:
     try:
         return load(folder)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise ValueError(
-            f"{folder} cannot be read ({type(error).__name__}: {reason}); is it complete? Download "
-            "it again"
+            f"{folder} cannot be read ({type(error).__name__}: {first_line(error)}); is it "
+            "complete? Download it again"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or ""."""
+    return next(iter(str(error).strip().splitlines()), "")

@@ -14,7 +14,7 @@ process.begin(__name__)  # before the imports that take seconds
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from realgen_jax.data import read_prompts
@@ -30,101 +30,59 @@ from realgen_jax.files import expand_home
 from realgen_jax.models import get_family
 from realgen_jax.models.family import Encoder
 from realgen_jax.models.loading import pipeline_class
+from realgen_jax.models.prompts import check_max_tokens
 from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
 from realgen_jax.training.progress import progress_bars
 from reward_bridge.devices import resolve
-from reward_bridge.text_encoders import load_model, load_tokenizer
+from reward_bridge.text_encoders import load_model, load_tokenizer, read_config, weights_file
+from reward_bridge.text_recipes import Recipe, Tokens, get_recipe
 from reward_bridge.weights import torch_dtype
 
 BATCH = 16  # prompts per forward pass
 
-# Tensors that files for another use of the same encoders hold too: T5's decoder, and the rest of a
-# whole CLIP.
-T5_UNUSED = r"decoder\..+|lm_head\.weight"
-CLIP_UNUSED = r"vision_model\..+|(visual|text)_projection\.weight|logit_scale"
-
-Encode = Callable[[list[str]], torch.Tensor]  # n prompts -> [n, ...]
-
 
 @dataclass(frozen=True)
-class Settings:
-    """How the encoders run. max_tokens: per prompt, for encoders without a fixed length."""
+class Prepared:
+    """A text encoder whose files have been checked, with the tokens of all prompts."""
 
-    max_tokens: int
-    dtype: torch.dtype
-    device: str
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A text encoder and its tokenizer. cut: whether prompts are cut at max_tokens."""
-
-    encode: Encode
+    encoder: Encoder
+    recipe: Recipe
+    folder: Path
     tokenizer: PreTrainedTokenizerBase
-    cut: bool
+    tokens: Tokens
 
 
-def t5_states(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
-    """The last states of T5's encoder, [n, max_tokens, d].
+def prepare(model: Path, encoder: Encoder, prompts: list[str], max_tokens: int) -> Prepared:
+    """Tokenize all prompts for an encoder of a pipeline folder, before its weights are read.
 
-    There is no attention mask, as in FLUX: T5 attends to its padding.
+    Raises ValueError or OSError for files that are missing or another model's.
     """
-    t5 = load_model(T5EncoderModel, model, T5_UNUSED, settings.dtype, settings.device)
-    tokenize = load_tokenizer(tokenizer, t5)
-
-    def encode(prompts: list[str]) -> torch.Tensor:
-        ids = token_ids(tokenize, prompts, settings.max_tokens)
-        return t5(ids.to(settings.device)).last_hidden_state
-
-    return Loaded(encode, tokenize, cut=True)
-
-
-def clip_pooled(tokenizer: Path, model: Path, settings: Settings) -> Loaded:
-    """CLIP's pooled vector without its projection, [n, d]. Prompts are cut at 77, as in FLUX."""
-    clip = load_model(CLIPTextModel, model, CLIP_UNUSED, settings.dtype, settings.device)
-    tokenize = load_tokenizer(tokenizer, clip)
-    length = clip.config.max_position_embeddings
-
-    def encode(prompts: list[str]) -> torch.Tensor:
-        ids = token_ids(tokenize, prompts, length)
-        return clip(ids.to(settings.device)).pooler_output
-
-    return Loaded(encode, tokenize, cut=False)
-
-
-# The encoders of a model family (realgen_jax/models) name their recipe here.
-RECIPES = {"t5_states": t5_states, "clip_pooled": clip_pooled}
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> torch.Tensor:
-    """Tokenize prompts to exactly `length` tokens, cut or padded: int64 [n, length]."""
-    tokens = tokenizer(
-        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    recipe = get_recipe(encoder.recipe)
+    folder = model / encoder.model
+    config = read_config(recipe.model, folder)
+    weights_file(folder)
+    tokenizer = load_tokenizer(
+        model / encoder.tokenizer, recipe.model, config.vocab_size, encoder.padding
     )
-    return tokens.input_ids
+    tokens = recipe.tokens(tokenizer, config, prompts, max_tokens)
+    return Prepared(encoder, recipe, folder, tokenizer, tokens)
 
 
-def load_encoders(
-    folder: Path, encoders: Sequence[Encoder], settings: Settings
-) -> dict[str, Loaded]:
-    """Load {array: its encoder} from a pipeline folder. Raises ValueError for unknown recipes."""
-    loaded = {}
-    for encoder in encoders:
-        if encoder.recipe not in RECIPES:
-            raise ValueError(
-                f"there is no text encoder {encoder.recipe!r}; choose one of {', '.join(RECIPES)}"
-            )
-        load = RECIPES[encoder.recipe]
-        loaded[encoder.array] = load(folder / encoder.tokenizer, folder / encoder.model, settings)
-    return loaded
+def load(prepared: Prepared, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Load a text encoder, without the parts that are not run."""
+    recipe = prepared.recipe
+    model = load_model(recipe.model, prepared.folder, recipe.unused, dtype, device)
+    recipe.trim(model)
+    return model
 
 
-def check_words(loaded: Sequence[Loaded], prompts: Sequence[str]) -> None:
+def check_words(tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Sequence[str]) -> None:
     """Raise ValueError for a prompt of which a tokenizer knows no word; it would mean nothing."""
     for prompt in prompts:
-        for encoder in loaded:
-            tokenizer = encoder.tokenizer
-            ids = set(tokenizer(prompt, verbose=False).input_ids) - set(tokenizer.all_special_ids)
+        for tokenizer in tokenizers:
+            # The padding is not among these: CLIP-G's is "!", a word.
+            special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+            ids = set(tokenizer(prompt, verbose=False).input_ids) - special
             words = [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(sorted(ids))]
             if prompt.strip() and not any(words):
                 raise ValueError(
@@ -133,28 +91,26 @@ def check_words(loaded: Sequence[Loaded], prompts: Sequence[str]) -> None:
                 )
 
 
-def cut_rows(loaded: Sequence[Loaded], prompts: list[str], max_tokens: int) -> list[int]:
-    """The prompts with more than `max_tokens` tokens, for the encoders that cut them there."""
-    rows = set()
-    for encoder in loaded:
-        if encoder.cut:
-            ids = encoder.tokenizer(prompts, verbose=False).input_ids
-            rows |= {row for row, tokens in enumerate(ids) if len(tokens) > max_tokens}
-    return sorted(rows)
-
-
 @torch.inference_mode()
-def encode_batch(loaded: Mapping[str, Loaded], prompts: list[str]) -> dict[str, np.ndarray]:
-    """Return {array: [n, ...]} of n prompts. Raises ValueError if an encoder gives NaN."""
+def encode_batch(
+    encoders: Sequence[tuple[Prepared, PreTrainedModel]], rows: slice, prompts: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return {array: [n, ...]} of n rows of the prompts.
+
+    Raises ValueError if an encoder gives NaN.
+    """
     arrays = {}
-    for name, encoder in loaded.items():
-        embeddings = encoder.encode(prompts)
-        if not embeddings.isfinite().all():
-            raise ValueError(
-                f"the text encoder of {name} gave NaN or infinity for one of the prompts from "
-                f"{prompts[0]!r} on; are its weights damaged?"
-            )
-        arrays[name] = to_numpy(embeddings)
+    for prepared, model in encoders:
+        ids = prepared.tokens.ids[rows].to(model.device)
+        lengths = prepared.tokens.lengths[rows].to(model.device)
+        results = prepared.recipe.arrays(model, ids, lengths)
+        for name, array in zip(prepared.encoder.arrays, results, strict=True):
+            if not array.isfinite().all():
+                raise ValueError(
+                    f"the text encoder of {name} gave NaN or infinity for one of the prompts from "
+                    f"{prompts[rows.start]!r} on; are its weights damaged?"
+                )
+            arrays[name] = to_numpy(array)
     return arrays
 
 
@@ -167,18 +123,25 @@ def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse
     if not missing:
         return
 
-    # Check everything before anything is stored.
-    settings = Settings(args.max_tokens, torch_dtype(args.dtype), resolve(args.device))
-    loaded = load_encoders(args.model, encoders, settings)
-    check_words(list(loaded.values()), cache.prompts)
-    cache.keep_cut(cut_rows(list(loaded.values()), cache.prompts, args.max_tokens))
+    # Check all files and prompts before weights are read.
+    everything = [
+        prepare(args.model, encoder, cache.prompts, args.max_tokens) for encoder in encoders
+    ]
+    check_words([prepared.tokenizer for prepared in everything], cache.prompts)
+
+    # Check all weights before anything is stored.
+    dtype = torch_dtype(args.dtype)
+    device = resolve(args.device)
+    loaded = [(prepared, load(prepared, dtype, device)) for prepared in everything]
+    cache.keep_cut(sorted({row for prepared in everything for row in prepared.tokens.cut}))
 
     starts = sorted({row // BATCH * BATCH for row in missing})
     # Without --folder, standard output is for the folder's name alone.
     with progress_bars(Console(stderr=not args.folder, highlight=False)) as bars:
         advance = bars("encoding", len(missing), "prompts")
         for start in starts:
-            cache.write(start, encode_batch(loaded, cache.prompts[start : start + BATCH]))
+            rows = slice(start, start + BATCH)
+            cache.write(start, encode_batch(loaded, rows, cache.prompts))
             advance(sum(start <= row < start + BATCH for row in missing))
 
 
@@ -203,7 +166,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--encoders", help="with --folder: the text encoders as JSON; default: the pipeline's own"
     )
-    parser.add_argument("--max_tokens", type=int, default=512, help="tokens of a prompt (T5)")
+    parser.add_argument("--max_tokens", type=int, default=512, help="tokens of a prompt (not CLIP)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument(
         "--device", default="auto", help="auto (the last GPU, or the CPU if none), cpu, cuda:N"
@@ -211,6 +174,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.folder is None and not args.prompts:
         parser.error("name the prompt files with --prompts")
+    if args.folder is None and args.encoders:
+        parser.error("--encoders goes with --folder")
     if args.folder is None and str(expand_home(args.cache)).startswith("~"):
         parser.error(
             f"--cache is {args.cache}, but this user has no home folder; set HOME or --cache"
@@ -220,12 +185,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def find_encoders(args: argparse.Namespace) -> Sequence[Encoder]:
-    """The encoders named by --encoders, or else those of the pipeline's family."""
+def find_cache(args: argparse.Namespace) -> tuple[TextCache, Sequence[Encoder]]:
+    """The cache that the options name, and its encoders.
+
+    The negative prompt of the pipeline's family is encoded beside those of --prompts, as train.py
+    and the others want it.
+    """
     if args.encoders:
-        return encoders_from_json(args.encoders)
-    pipeline = pipeline_class(args.model)
-    return get_family(pipeline).encoders
+        encoders = encoders_from_json(args.encoders)
+        return TextCache(args.folder, stored_prompts(args.folder)), encoders
+
+    family = get_family(pipeline_class(args.model))
+    check_max_tokens(family, args.max_tokens)
+    if args.folder:
+        return TextCache(args.folder, stored_prompts(args.folder)), family.encoders
+
+    prompts = [prompt for file in args.prompts for prompt in read_prompts(file)]
+    if family.negative_prompt is not None:
+        prompts.append(family.negative_prompt)
+    return open_cache(prompts, args.model, family.encoders, args), family.encoders
 
 
 def stored_prompts(folder: Path) -> list[str]:
@@ -242,12 +220,7 @@ def main() -> None:
     disable_progress_bar()
     set_verbosity_error()  # what it would warn of is an error here
     try:
-        encoders = find_encoders(args)
-        if args.folder:
-            cache = TextCache(args.folder, stored_prompts(args.folder))
-        else:
-            prompts = [prompt for file in args.prompts for prompt in read_prompts(file)]
-            cache = open_cache(prompts, args.model, encoders, args)
+        cache, encoders = find_cache(args)
 
         # Another process may be encoding the same prompts; if so, wait for it.
         with cache.lock():

@@ -12,16 +12,18 @@ from realgen_jax.sharding import Rules
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder, and the array that it writes to the embedding cache.
+    """A text encoder, and the arrays that it writes to the embedding cache.
 
-    array: the array's name. recipe: a function of scripts/encode_prompts.py. tokenizer, model:
-    subfolders of the pipeline.
+    arrays: their names, in the order in which the recipe returns them. recipe: a key of RECIPES in
+    reward_bridge/text_recipes.py. tokenizer, model: subfolders of the pipeline. padding: the piece
+    that the tokenizer must pad with, where the states of the padding are used; "" for any.
     """
 
-    array: str
+    arrays: tuple[str, ...]
     recipe: str
     tokenizer: str
     model: str
+    padding: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,9 +43,18 @@ def pipeline_class(folder: Path) -> str:
     if pipeline not in FAMILIES:
         raise ValueError(
             f'{index} has "_class_name" {pipeline!r}; expected a text-to-image pipeline, one of '
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(FAMILIES)}{_relative(pipeline)}"
         )
     return pipeline
+
+
+def _relative(pipeline: Any) -> str:
+    """Name the family whose name begins an unknown pipeline's, as Flux does FluxKontextPipeline."""
+    for known in FAMILIES:
+        if str(pipeline).startswith(known.removesuffix("Pipeline")):
+            published = get_family(known).published
+            return f". {pipeline} is another model, or takes more than text; take {published}"
+    return ""
 
 
 def model_folders(family: Family) -> list[str]:
@@ -67,7 +76,10 @@ def model_files(pretrained: Any) -> list[Path]:
     paths = [Path(pretrained.model) / name for name in names]
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; expected a pipeline folder of diffusers")
+            raise FileNotFoundError(
+                f"{path} is missing; expected a pipeline folder of diffusers; download the whole "
+                "folder"
+            )
     return paths
 
 
@@ -115,7 +127,7 @@ def load_model(
     family = find_family(pretrained)
     model = abstract_model(pretrained, resolution, mesh, trainable)
     folder = Path(pretrained.model)
-    source = Path(pretrained.transformer or folder / "transformer")
+    source = transformer_source(pretrained)
     overrides = _overrides(family, pretrained, model.height, model.width)
 
     _, params = load_transformer(
@@ -151,7 +163,7 @@ def abstract_model(
     # The transformer and the schedule.
     overrides = _overrides(family, pretrained, side, side)
     if on_disk:
-        source = Path(pretrained.transformer or folder / "transformer")
+        source = transformer_source(pretrained)
         config, table = transformer_config(family, source, folder / "transformer", **overrides)
         if has_weights(source):
             check_keys(Tensors(source), abstract(family.Module, config)[1], table)
@@ -173,6 +185,27 @@ def abstract_model(
         width=side,
         mesh=mesh,
     )
+
+
+def transformer_source(pretrained: Any) -> Path:
+    """Return the `transformer/` folder or single file that `config.pretrained` names.
+
+    Raises ValueError if it lies in another kind of pipeline than `config.pretrained.model`. That is
+    all that tells FLUX.1-Kontext from FLUX.1-dev: their transformers have the same sizes.
+    """
+    base = Path(pretrained.model)
+    if not pretrained.transformer:
+        return base / "transformer"
+
+    source = Path(pretrained.transformer)
+    if (source.parent / "model_index.json").exists():
+        pipeline = pipeline_class(source.parent)
+        if pipeline != pipeline_class(base):
+            raise ValueError(
+                f"config.pretrained.transformer is {str(source)!r}, which is part of a {pipeline}; "
+                f"expected one for the {pipeline_class(base)} in {base}"
+            )
+    return source
 
 
 def load_transformer(

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from realgen_jax.data import Layout
 from realgen_jax.models.guidance import check_gradient
 from realgen_jax.models.model import Model
+from realgen_jax.models.prompts import check_max_tokens
 from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.objectives import make_objective
 from realgen_jax.rollout import draw_latents
@@ -97,11 +98,7 @@ def check_model(recipe: Recipe, model: Model) -> None:
     family = model.family
     recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
     check_gradient(family, config.sample.guidance_scale, config.train.cfg_gradient)
-    if config.prompts.max_tokens > family.text_limit:
-        raise ValueError(
-            f"config.prompts.max_tokens is {config.prompts.max_tokens}; expected at most "
-            f"{family.text_limit}, as many as {family.published} reads"
-        )
+    check_max_tokens(family, config.prompts.max_tokens)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ MADE_UP = Family(
         (r"(tokens_in|words_in|out)\.kernel", P()),
         (r".*\.bias", P()),
     ),
-    encoders=(Encoder("words", "t5_states", tokenizer="tokenizer_2", model="text_encoder_2"),),
+    encoders=(Encoder(("words",), "t5_states", tokenizer="tokenizer_2", model="text_encoder_2"),),
     text_tokens=lambda max_tokens: max_tokens,
     cond=lambda arrays, guidance: Cond(arrays["words"]),
     cond_shapes=cond_shapes,

@@ -11,9 +11,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from realgen_jax.models import FAMILIES
+from realgen_jax.models.family import Encoder
 from realgen_jax.models.flux.family import FLUX
 from realgen_jax.models.prompts import embed_prompts
-from realgen_jax.text_cache import TextCache, cache_folder, ensure_encoded, open_cache
+from realgen_jax.text_cache import (
+    TextCache,
+    cache_folder,
+    encoders_from_json,
+    encoders_to_json,
+    ensure_encoded,
+    open_cache,
+)
 from tests.helpers.goldens import PIPELINE, ROOT, golden
 
 pytest.importorskip("transformers")
@@ -84,6 +93,25 @@ def test_the_program_encodes_once_and_prints_the_folder(tmp_path, monkeypatch, c
     before = written()
     encode_prompts.main()
     assert written() == before
+
+
+def test_the_negative_prompt_is_encoded_too(tmp_path, monkeypatch):
+    """So that the other programs find the cache complete."""
+    model = tmp_path / "model"
+    for name in ("tokenizer_2", "text_encoder_2"):
+        shutil.copytree(PIPELINE / name, model / name)
+    (model / "model_index.json").write_text('{"_class_name": "MadeUpPipeline"}')
+    monkeypatch.setitem(FAMILIES, "MadeUpPipeline", "tests.helpers.made_up:MADE_UP")
+    words = program_arguments(tmp_path, prompt_file(tmp_path, PROMPTS), model=model)
+    monkeypatch.setattr(sys, "argv", ["encode_prompts.py", *words])
+    encode_prompts.main()
+
+    pretrained = SimpleNamespace(model=model, transformer="")
+    settings = SimpleNamespace(cache=tmp_path, device="cpu", max_tokens=16, dtype="bfloat16")
+    no_program = [sys.executable, "-c", "raise SystemExit(1)"]
+    cache = embed_prompts(PROMPTS, pretrained, settings, no_program)
+    assert cache.prompts == [*PROMPTS, ""]
+    assert cache.read([""])["words"].shape[:2] == (1, 16)
 
 
 def test_prompts_that_are_cut_are_told_at_every_start(tmp_path, monkeypatch, capsys):
@@ -246,6 +274,11 @@ def test_rows_that_vanish_while_they_are_used_end_it(encoded, tmp_path):
         damage(folder)
         with pytest.raises(OSError, match=rf"^text embeddings in {folder} are missing or damaged"):
             cache.read(PROMPTS)
+
+
+def test_encoders_survive_a_command_line_argument():
+    two = Encoder(("states", "pooled"), "r", tokenizer="tokenizer", model="text_encoder")
+    assert encoders_from_json(encoders_to_json([*ENCODERS, two])) == [*ENCODERS, two]
 
 
 def test_rows_of_zeros_are_stored(tmp_path):

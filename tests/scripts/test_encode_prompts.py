@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from realgen_jax.models.flux.family import FLUX
+from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.text_cache import open_cache
 from realgen_scripts import encode_prompts
+from tests.helpers.text import settings
 
 T5 = "text_encoder_2/model.safetensors"
 CLIP = "text_encoder/model.safetensors"
@@ -45,13 +47,13 @@ def encode(model, root, monkeypatch, prompts=("a photo of a cat", "a red boat"))
     """Run the program in this process; return the embeddings."""
     file = root / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n")
-    settings = SimpleNamespace(cache=root / "cache", max_tokens=16, dtype="float32", device="cpu")
+    chosen = settings(root / "cache", 16)
     words = ["--model", model, "--prompts", file]
-    for name, value in vars(settings).items():
+    for name, value in vars(chosen).items():
         words += [f"--{name}", value]
     monkeypatch.setattr(sys, "argv", ["encode_prompts.py", *map(str, words)])
     encode_prompts.main()
-    return open_cache(prompts, model, FLUX.encoders, settings).read(prompts)
+    return open_cache(prompts, model, FLUX.encoders, chosen).read(prompts)
 
 
 def quantize(state):
@@ -201,6 +203,23 @@ def test_incomplete_folders_are_refused(model, tmp_path, monkeypatch, damage, me
     assert not list((tmp_path / "cache").rglob("*.zarr"))
 
 
+def test_more_tokens_than_the_model_reads_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n")
+    words = [f"--model={PIPELINE}", f"--prompts={file}", "--max_tokens=513"]
+    monkeypatch.setattr(sys, "argv", ["encode_prompts.py", *words])
+    message = (
+        r"^error: config\.prompts\.max_tokens is 513; expected at most 512, as many as FLUX\.1-"
+    )
+    with pytest.raises(SystemExit, match=message):
+        encode_prompts.main()
+
+    pretrained = SimpleNamespace(model=PIPELINE, transformer="")
+    chosen = SimpleNamespace(cache=tmp_path, device="cpu", max_tokens=513, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"max_tokens is 513; expected at most 512"):
+        embed_prompts(["a cat"], pretrained, chosen, [])
+
+
 def test_a_prompt_without_a_known_word_is_refused(model, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"tokenizer_2 knows no word of the prompt '猫'"):
         encode(model, tmp_path, monkeypatch, prompts=("a cat", "猫"))
@@ -214,6 +233,10 @@ def test_a_damaged_list_of_prompts_is_named(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: .*prompts\.json is damaged \(.*remove the fold"):
         encode_prompts.main()
 
-    monkeypatch.setattr(sys, "argv", [*words, '--encoders=[{"array": "t5"}]'])
+
+@pytest.mark.parametrize("text", ["[", '[{"arrays": ["t5"]}]', '[{"array": "t5"}]', "[1]", "3"])
+def test_encoders_that_are_none_are_refused(text, monkeypatch):
+    words = ["encode_prompts.py", f"--model={PIPELINE}", "--folder=x", f"--encoders={text}"]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match=r"error: .* does not name text encoders"):
         encode_prompts.main()

@@ -124,8 +124,8 @@ FLUX = Family(
     lora_targets=lambda config: LORA_TARGETS,
     rules=RULES,
     encoders=(
-        Encoder("t5", "t5_states", tokenizer="tokenizer_2", model="text_encoder_2"),
-        Encoder("clip", "clip_pooled", tokenizer="tokenizer", model="text_encoder"),
+        Encoder(("t5",), "t5_states", "tokenizer_2", "text_encoder_2", padding="<pad>"),
+        Encoder(("clip",), "clip_pooled", "tokenizer", "text_encoder"),
     ),
     text_tokens=lambda max_tokens: max_tokens,
     cond=make_cond,

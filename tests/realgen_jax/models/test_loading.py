@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from realgen_jax.models import FAMILIES
 from realgen_jax.models.flux.family import FLUX
-from realgen_jax.models.loading import abstract_model, load_transformer
+from realgen_jax.models.loading import abstract_model, load_transformer, pipeline_class
 from realgen_jax.nn.convert import leaves
 from realgen_jax.nn.vae_files import vae_config
 from tests.helpers.bfl_names import bfl_transformer
@@ -144,6 +145,47 @@ SCALE = {"double_blocks.0.img_mod.lin.scale_weight": np.ones(1, np.float32)}
 def test_another_models_files_are_refused_by_name(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_flux(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline", "Flux2Pipeline"],
+)
+def test_a_relatives_pipeline_is_refused_with_the_model_to_take(name, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    message = (
+        rf"model_index\.json has \"_class_name\" '{name}'; expected a text-to-image pipeline, one "
+        rf"of FluxPipeline.*\. {name} is another model, or takes more than text; take FLUX\.1-dev$"
+    )
+    with pytest.raises(ValueError, match=message):
+        pipeline_class(tmp_path)
+
+
+def test_a_transformer_out_of_another_pipeline_is_refused(tmp_path, monkeypatch):
+    """FLUX.1-Kontext's transformer has the sizes of FLUX.1-dev's."""
+    kontext = folder(tmp_path / "transformer")
+    index = tmp_path / "model_index.json"
+    chosen = pretrained(transformer=str(kontext))
+    abstract_model(chosen, 32, one_device())
+    index.write_text('{"_class_name": "FluxPipeline"}')
+    abstract_model(chosen, 32, one_device())
+
+    index.write_text('{"_class_name": "FluxKontextPipeline"}')
+    with pytest.raises(ValueError, match=r"model_index\.json has .* 'FluxKontextPipeline'; expect"):
+        abstract_model(chosen, 32, one_device())
+
+    index.write_text('{"_class_name": "MadeUpPipeline"}')
+    monkeypatch.setitem(FAMILIES, "MadeUpPipeline", "tests.helpers.made_up:MADE_UP")
+    message = r"transformer is .*, which is part of a MadeUpPipeline; expected one for the FluxPip"
+    with pytest.raises(ValueError, match=message):
+        abstract_model(chosen, 32, one_device())
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "Pipeline", "", None, 3])
+def test_any_other_pipeline_is_refused(name, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=r"expected a text-to-image pipeline, one of [\w, ]+$"):
+        pipeline_class(tmp_path)
 
 
 def test_diffusers_names_without_sizes_are_refused(tmp_path):
