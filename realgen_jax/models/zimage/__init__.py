@@ -1,0 +1,1 @@
+"""Z-Image: transformer, checkpoint conversion and LoRA targets."""

@@ -1,0 +1,106 @@
+"""Z-Image (base and Turbo) as a model family."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from realgen_jax.models.family import Encoder, Family
+from realgen_jax.models.zimage.tables import DIFFUSERS, LORA_TARGETS, RULES
+from realgen_jax.models.zimage.transformer import Cond, ZImageConfig, ZImageTransformer, padded
+
+
+@dataclass(frozen=True)
+class ZImageSchedule:
+    """Z-Image's `scheduler/scheduler_config.json`. The default is Turbo's; the base model has 6."""
+
+    shift: float = 3.0
+
+    def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
+        """Return float32 [steps + 1] from 1 to 0: a uniform grid shifted towards noise.
+
+        RealGen V2 and diffusers up to 0.36 use the grid of one step less: with sigma_min 0, the
+        last of their steps goes from 0 to 0. Their 9 and 40 steps are 8 and 39 here.
+        """
+        # Round the grid to float32, as diffusers does.
+        grid = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32).astype(np.float64)
+        shifted = self.shift * grid / (1.0 + (self.shift - 1.0) * grid)
+        return np.append(shifted, 0.0).astype(np.float32)
+
+
+# Entries of scheduler_config.json that would make another schedule or another sampler. Without
+# dynamic shifting, the four entries after it have no effect; these are diffusers' defaults.
+SCHEDULE_ENTRIES = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+
+# Entries of transformer/config.json that would make another network. The Omni model, which also
+# takes pictures, has a siglip_feat_dim.
+CONFIG_ENTRIES = {
+    "all_patch_size": [2],
+    "all_f_patch_size": [1],
+    "norm_eps": 1e-5,
+    "qk_norm": True,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+    "siglip_feat_dim": None,
+}
+
+
+def make_cond(arrays: Mapping[str, Any], guidance: Array) -> Cond:
+    """Return the conditioning. The network does not read the guidance scale."""
+    return Cond(arrays["caption"], arrays["length"].astype(np.int32))
+
+
+def cond_shapes(config: ZImageConfig, n: int, max_tokens: int, dtype: Any) -> Cond:
+    """The conditioning of n prompts as jax.ShapeDtypeStructs."""
+    return Cond(
+        caption=jax.ShapeDtypeStruct((n, padded(max_tokens), config.cap_feat_dim), dtype),
+        length=jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
+
+
+Z_IMAGE = Family(
+    pipeline="ZImagePipeline",
+    transformer="ZImageTransformer2DModel",
+    published="Z-Image",
+    Config=ZImageConfig,
+    Module=ZImageTransformer,
+    Schedule=ZImageSchedule,
+    table=lambda config: DIFFUSERS,
+    lora_targets=lambda config: LORA_TARGETS,
+    rules=RULES,
+    encoders=(
+        Encoder(("caption", "length"), "qwen3_chat", tokenizer="tokenizer", model="text_encoder"),
+    ),
+    text_tokens=padded,
+    cond=make_cond,
+    cond_shapes=cond_shapes,
+    cost=None,
+    negative_prompt="",
+    guidance_offset=1.0,
+    config_entries=CONFIG_ENTRIES,
+    schedule_entries=SCHEDULE_ENTRIES,
+    download=(
+        "Run\n"
+        "    hf download Tongyi-MAI/Z-Image-Turbo --local-dir models/Z-Image-Turbo\n"
+        "and name the folder with --config.pretrained.model=models/Z-Image-Turbo"
+    ),
+)
