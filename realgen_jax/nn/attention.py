@@ -27,12 +27,14 @@ def attention(
 ) -> Array:
     """softmax(q k^T / sqrt(d)) v, without a causal mask: [n, t, h, d] -> [n, t, h d].
 
+    k and v may have another number of tokens than q.
+
     The kernel depends on the platform, and only this function checks the platform:
 
     - CUDA with 16-bit inputs: cuDNN's flash kernel. Chosen during tracing, because it cannot be
       traced where cuDNN is not installed.
-    - TPU with sizes that fill its tiles: Pallas' splash kernel. Chosen during lowering, so that
-      programs for TPUs can be built on any machine.
+    - TPU with as many keys as queries and sizes that fill its tiles: Pallas' splash kernel. Chosen
+      during lowering, so that programs for TPUs can be built on any machine.
     - Otherwise: XLA.
     """
     q = constrain(q, mesh, BATCH_AXES, None, "tensor")
@@ -43,7 +45,7 @@ def attention(
         out = jax.nn.dot_product_attention(
             q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
         )
-    elif q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
+    elif q.shape == k.shape and q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
         on_tpu = partial(splash_attention, mesh=mesh)
         out = jax.lax.platform_dependent(q, k, v, lengths, tpu=on_tpu, default=plain_attention)
     else:
