@@ -5,13 +5,11 @@ D channels, h heads of d channels each.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
@@ -21,15 +19,14 @@ from realgen_jax.nn.layers import (
     MLP,
     TIME_CHANNELS,
     Linear,
-    QKNorm,
     apply_rope,
     modulated_norm,
     sinusoidal_embedding,
 )
+from realgen_jax.nn.mmdit import Heads, Modulation, Stream, gelu, modulations
 from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
 
 Rope = tuple[np.ndarray, np.ndarray]  # cosines and sines, each float32 [t, d/2]
-_gelu = partial(jax.nn.gelu, approximate=True)
 
 
 @jax.tree_util.register_dataclass
@@ -86,14 +83,6 @@ class FluxConfig:
         return self.attention_head_dim * self.num_attention_heads
 
 
-class Modulation(NamedTuple):
-    """AdaLN parameters of one residual branch, each [n, D]."""
-
-    shift: Array
-    scale: Array
-    gate: Array
-
-
 def rope_table(
     text_tokens: int, height: int, width: int, axes_dims: tuple[int, ...], theta: float = 10000.0
 ) -> Rope:
@@ -119,47 +108,12 @@ def rope_table(
     return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
 
 
-def _qkv(
-    x: Array, project: Linear, norm: QKNorm, head_dim: int, mesh: Mesh | None
-) -> tuple[Array, Array, Array]:
-    """x [n, t, D] -> normalised q and k, and v, each [n, t, h, d]."""
-    parts = jnp.split(project(x, mesh), 3, axis=2)
-    q, k, v = [rearrange(part, "n t 1 (h d) -> n t h d", d=head_dim) for part in parts]
-    q, k = norm(q, k)
-    return q, k, v
-
-
-class Stream(nnx.Module):
-    """The weights of one modality, image or text, in a double block."""
-
-    def __init__(self, config: FluxConfig, **kw: Any):
-        dim = config.hidden_dim
-        self.qkv = Linear(dim, (3, dim), **kw)
-        self.norm = QKNorm(
-            config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"]
-        )
-        self.proj = Linear(dim, dim, **kw)
-        self.mlp = MLP(dim, 4 * dim, dim, _gelu, **kw)
-
-    def __call__(
-        self, x: Array, attended: Array, gate: Array, mlp: Modulation, mesh: Mesh | None
-    ) -> Array:
-        """Add the outputs of attention and feed-forward, each times its gate, to x [n, tokens, D].
-
-        attended [n, tokens, D]: the heads' outputs for this stream's tokens. gate [n, D].
-        """
-        x = x + gate[:, None] * self.proj(attended)
-        x = pin_rows(x, mesh)
-        return x + mlp.gate[:, None] * self.mlp(modulated_norm(x, mlp.shift, mlp.scale))
-
-
 class DoubleBlock(nnx.Module):
     """Separate streams for text and image with a joint attention (MM-DiT, arXiv 2403.03206)."""
 
     def __init__(self, config: FluxConfig, **kw: Any):
-        self.head_dim = config.attention_head_dim
-        self.img = Stream(config, **kw)
-        self.txt = Stream(config, **kw)
+        self.img = Stream(config.hidden_dim, config.attention_head_dim, **kw)
+        self.txt = Stream(config.hidden_dim, config.attention_head_dim, **kw)
 
     @jax.named_scope("double")
     def __call__(
@@ -167,14 +121,14 @@ class DoubleBlock(nnx.Module):
     ) -> tuple[Array, Array]:
         """img [n, s, D], txt [n, l, D] -> the same; img_mod and txt_mod [n, 6D]."""
         # Each stream has two modulations: one for the attention and one for the feed-forward.
-        img_attn, img_mlp = _two_modulations(img_mod)
-        txt_attn, txt_mlp = _two_modulations(txt_mod)
+        img_attn, img_mlp = modulations(img_mod)
+        txt_attn, txt_mlp = modulations(txt_mod)
 
         # Normalise and modulate each stream, and project it to queries, keys and values.
         img_normed = modulated_norm(img, img_attn.shift, img_attn.scale)
-        img_q, img_k, img_v = _qkv(img_normed, self.img.qkv, self.img.norm, self.head_dim, mesh)
+        img_q, img_k, img_v = self.img.heads(img_normed, mesh)
         txt_normed = modulated_norm(txt, txt_attn.shift, txt_attn.scale)
-        txt_q, txt_k, txt_v = _qkv(txt_normed, self.txt.qkv, self.txt.norm, self.head_dim, mesh)
+        txt_q, txt_k, txt_v = self.txt.heads(txt_normed, mesh)
 
         # Join text and image into one sequence, [n, l + s, h, d].
         q = jnp.concatenate([txt_q, img_q], axis=1)
@@ -191,22 +145,12 @@ class DoubleBlock(nnx.Module):
         return img, txt
 
 
-def _two_modulations(mod: Array) -> tuple[Modulation, Modulation]:
-    """[n, 6D] -> the modulations of the attention and of the feed-forward."""
-    parts = jnp.split(mod, 6, axis=-1)
-    return Modulation(*parts[:3]), Modulation(*parts[3:])
-
-
-class SingleBlock(nnx.Module):
+class SingleBlock(Heads):
     """Attention and feed-forward in parallel, on one sequence [text, image] (arXiv 2302.05442)."""
 
     def __init__(self, config: FluxConfig, **kw: Any):
         dim = config.hidden_dim
-        self.head_dim = config.attention_head_dim
-        self.qkv = Linear(dim, (3, dim), **kw)
-        self.norm = QKNorm(
-            config.attention_head_dim, param_dtype=kw["param_dtype"], stack=kw["stack"]
-        )
+        super().__init__(dim, config.attention_head_dim, **kw)
         self.mlp = Linear(dim, (4, dim), **kw)
         self.proj = Linear((5, dim), dim, **kw)
 
@@ -218,12 +162,12 @@ class SingleBlock(nnx.Module):
         normed = modulated_norm(x, mod.shift, mod.scale)
 
         # Attention branch [n, t, 1, D].
-        q, k, v = _qkv(normed, self.qkv, self.norm, self.head_dim, mesh)
+        q, k, v = self.heads(normed, mesh)
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
         attended = attended[:, :, None]
 
         # Feed-forward branch [n, t, 4, D].
-        hidden = _gelu(self.mlp(normed, mesh))
+        hidden = gelu(self.mlp(normed, mesh))
 
         # One output projection for both branches, gated and added to the residual.
         both = jnp.concatenate([attended, hidden], axis=2)
