@@ -17,11 +17,13 @@ from jax import Array
 
 from realgen_jax.hosts import process_index, put
 from realgen_jax.nn.convert import abstract, leaves, save_folder
+from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.lora import LoraConfig, save_lora, with_lora
 from realgen_jax.nn.lora_files import LoraFile, check_modules, open_lora, read_lora
 from realgen_jax.sharding import replicated
 
-NOT_SIZES = ("dtype", "param_dtype", "remat")  # Config fields that are not in config.json
+# Fields of a family's Config that are not in config.json.
+NOT_SIZES = ("dtype", "param_dtype", "remat", "image_size")
 
 
 class Trainable(Protocol):
@@ -185,23 +187,27 @@ def _torch_names(model: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class AllWeights:
-    """All transformer weights, with float32 master copies sharded like the frozen weights."""
+    """All transformer weights, with float32 master copies sharded like the frozen weights.
+
+    Arrays of the model that are no weights (nn.layers.Fixed) are not among them.
+    """
 
     rank = 0
     entry = "model"
 
     def bind(self, model: Any, state: nnx.State) -> nnx.Module:
         graph, _ = abstract(model.family.Module, model.config)
-        return nnx.merge(graph, state)
+        return nnx.merge(graph, self._whole(model, state))
 
     def abstract(self, model: Any) -> nnx.State:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding),
-            model.params,
+            nnx.filter_state(model.params, nnx.Param),
         )
 
     def init(self, model: Any, key: Array) -> nnx.State:
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.params)
+        weights = nnx.filter_state(model.params, nnx.Param)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
 
     def load(self, model: Any, path: str | Path) -> nnx.State:
         raise ValueError(
@@ -218,7 +224,11 @@ class AllWeights:
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
         config = file_config(model.family, model.config)
         table = model.family.table(model.config)
-        save_folder(Path(folder) / "transformer", state, table, config)
+        save_folder(Path(folder) / "transformer", self._whole(model, state), table, config)
+
+    def _whole(self, model: Any, state: nnx.State) -> nnx.State:
+        """The weights, and what is no weight."""
+        return nnx.merge_state(state, nnx.filter_state(model.params, Fixed))
 
 
 def file_config(family: Any, config: Any) -> dict[str, Any]:

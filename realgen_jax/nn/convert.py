@@ -39,6 +39,18 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A tensor of which our array holds a part.
+
+    shape: the tensor's. cut(tensor) -> our array. restore(our array) -> a whole tensor.
+    """
+
+    shape: tuple[int, ...]
+    cut: Callable[[np.ndarray], np.ndarray]
+    restore: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
 class Table:
     """How a checkpoint's tensors fill our arrays.
 
@@ -49,6 +61,7 @@ class Table:
     bare: arrays that are stored as a tensor without a suffix, in torch's layout.
     windows: our modules that store a convolution as a matmul over patches -> (height, width); the
         kernel's input is then ordered (channel, row, column).
+    cuts: arrays that hold a part of a tensor without a suffix.
     """
 
     rows: Mapping[str, tuple[Part, ...]]
@@ -56,6 +69,7 @@ class Table:
     suffixes: Mapping[str, str] = field(default_factory=lambda: SUFFIXES)
     bare: frozenset[str] = frozenset()
     windows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
 
 
 def table_rows(
@@ -92,6 +106,7 @@ class _Source:
     fused: int | None
     bare: bool
     window: tuple[int, int] | None
+    cut: Cut | None = None
 
     @property
     def stacked(self) -> bool:
@@ -115,6 +130,8 @@ class _Source:
 def _source(leaf: str, table: Table) -> _Source:
     """The row of the table for one of our arrays."""
     fused = next((axis for end, axis in table.fused.items() if leaf.endswith(end)), None)
+    if leaf in table.cuts:
+        return _Source(table.rows[leaf], "", None, True, None, table.cuts[leaf])
     if leaf in table.bare:
         return _Source(table.rows[leaf], "", fused, True, None)
 
@@ -176,6 +193,8 @@ def _assemble(
     tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source
 ) -> np.ndarray:
     """One array on the host, filled tensor by tensor."""
+    if source.cut is not None:
+        return _cut(tensors, leaf, wanted, source)
     host = np.empty(wanted.shape, wanted.dtype)
     joined = source.joined(host)
     for layer, target in enumerate(joined if source.stacked else joined[None]):
@@ -204,6 +223,18 @@ def _assemble(
                 "needs more outputs"
             )
     return host
+
+
+def _cut(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source) -> np.ndarray:
+    """The array that is a part of one tensor."""
+    ((key, _),) = source.keys(0)
+    shape = tensors.shape(key)
+    if shape != source.cut.shape:
+        raise ValueError(
+            f"{key} in {tensors.path} has shape {shape}; {leaf} {wanted.shape} is a part of a "
+            f"tensor {source.cut.shape}"
+        )
+    return source.cut.cut(tensors.read(key, 0, shape[0])).astype(wanted.dtype)
 
 
 def _to_ours(weight: np.ndarray, ndim: int) -> np.ndarray:
@@ -239,6 +270,10 @@ def to_torch(state: nnx.State, table: Table) -> Iterator[tuple[str, np.ndarray]]
     for leaf, value in leaves(state).items():
         source = _source(leaf, table)
         host = source.joined(fetch(value))
+        if source.cut is not None:
+            ((key, _),) = source.keys(0)
+            yield key, source.cut.restore(host)
+            continue
         for layer, array in enumerate(host if source.stacked else host[None]):
             pieces = np.split(array, len(source.parts), axis=-1)
             for (key, _), piece in zip(source.keys(layer), pieces, strict=True):
