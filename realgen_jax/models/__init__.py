@@ -6,6 +6,7 @@ from typing import Any
 # A new family is one folder and one line here: pipeline class of diffusers -> "module:Family".
 FAMILIES = {
     "FluxPipeline": "realgen_jax.models.flux.family:FLUX",
+    "StableDiffusion3Pipeline": "realgen_jax.models.sd3.family:SD3",
     "ZImagePipeline": "realgen_jax.models.zimage.family:Z_IMAGE",
 }
 

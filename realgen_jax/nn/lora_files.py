@@ -54,6 +54,7 @@ OTHER_FORMATS = (
     (".processor.", "has the names of XLabs", MERGE),
     ("double_blocks.", "has BFL's names", MERGE_BFL),
     ("single_blocks.", "has BFL's names", MERGE_BFL),
+    ("joint_blocks.", "has Stability's names", MERGE_BFL),
 )
 
 # Entries of peft's config that change more than the product B A; they must be off.
