@@ -44,8 +44,8 @@ class Cond:
 class SD3Config:
     """Sizes under diffusers' names (`transformer/config.json`).
 
-    The defaults are SD3-Medium's: its file has neither dual_attention_layers nor qk_norm. image_size
-    is (height, width) of the pictures in tokens; it is in no file.
+    The defaults are SD3-Medium's, whose file has neither dual_attention_layers nor qk_norm.
+    image_size is (height, width) of the pictures in tokens; it is in no file.
 
     Raises ValueError for sizes that do not fit each other, for a model that takes more than noisy
     latents, and for an unknown qk_norm or remat.
