@@ -67,7 +67,9 @@ def _pretrained() -> ConfigDict:
     """The model that training starts from."""
     c = ConfigDict()
     c.model = ""  # a diffusers pipeline folder; its model_index.json determines the family
-    c.family = "FluxPipeline"  # pipeline class that preflight.py assumes if there is no such folder
+    # What preflight.py assumes if there is no such folder: a pipeline class, and after a colon a
+    # published model, "StableDiffusion3Pipeline:SD3.5-L". Without the colon: the first of them.
+    c.family = "FluxPipeline"
     c.transformer = ""  # replaces the transformer: a diffusers folder or a file (docs/files.md)
     c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
     c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer

@@ -26,13 +26,22 @@ class Encoder:
     padding: str = ""
 
 
+@dataclass(frozen=True)
+class Published:
+    """A published model: its name, and fields of Config and Schedule other than their defaults."""
+
+    name: str
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """Everything the programs need from a model family. Fields are values and plain functions.
 
     pipeline: the "_class_name" of its model_index.json; transformer: that of
         transformer/config.json.
-    published: name of the published model whose sizes are the defaults of Config.
+    published: the published models. The first is assumed where no model is on disk.
     Config: dataclass of the transformer's sizes under diffusers' names, with num_attention_heads,
         and dtype, param_dtype and remat.
     Module: Module(config, rngs) is the network, (x [n, s, c], sigma float32 [n], cond, height,
@@ -62,7 +71,7 @@ class Family:
 
     pipeline: str
     transformer: str
-    published: str
+    published: tuple[Published, ...]
     Config: type
     Module: type[nnx.Module]
     Schedule: type

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from realgen_jax.models import FAMILIES, get_family
-from realgen_jax.models.family import Family
+from realgen_jax.models.family import Family, Published
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Trainable
 from realgen_jax.nn.convert import Sharding, Table, abstract, check_keys, leaves, load
@@ -52,8 +52,10 @@ def _relative(pipeline: Any) -> str:
     """Name the family whose name begins an unknown pipeline's, as Flux does FluxKontextPipeline."""
     for known in FAMILIES:
         if str(pipeline).startswith(known.removesuffix("Pipeline")):
-            published = get_family(known).published
-            return f". {pipeline} is another model, or takes more than text; take {published}"
+            names = [published.name for published in get_family(known).published]
+            return (
+                f". {pipeline} is another model, or takes more than text; take {' or '.join(names)}"
+            )
     return ""
 
 
@@ -85,7 +87,7 @@ def model_files(pretrained: Any) -> list[Path]:
 
 def missing_model(pretrained: Any) -> str:
     """Say what to do about a missing model folder."""
-    family = default_family(pretrained)
+    family, _ = default_model(pretrained)
     if not pretrained.model:
         return f"config.pretrained.model is empty; expected a {family.pipeline} folder of diffusers"
     text = (
@@ -95,16 +97,24 @@ def missing_model(pretrained: Any) -> str:
     return f"{text}. {family.download}" if family.download else text
 
 
-def default_family(pretrained: Any) -> Family:
-    """Return the family that `config.pretrained.family` names, for a model that is not on disk.
+def default_model(pretrained: Any) -> tuple[Family, Published]:
+    """Return the family and the published model that `config.pretrained.family` names.
 
-    Raises ValueError for an unknown family.
+    They stand for a model that is not on disk. Raises ValueError for an unknown name.
     """
-    if pretrained.family not in FAMILIES:
+    pipeline, _, name = pretrained.family.partition(":")
+    if pipeline not in FAMILIES:
         raise ValueError(
             f"config.pretrained.family is {pretrained.family!r}; choose from {', '.join(FAMILIES)}"
         )
-    return get_family(pretrained.family)
+    family = get_family(pipeline)
+    for published in family.published:
+        if name in ("", published.name):
+            return family, published
+    names = [f"{pipeline}:{published.name}" for published in family.published]
+    raise ValueError(
+        f"config.pretrained.family is {pretrained.family!r}; choose from {', '.join(names)}"
+    )
 
 
 def sizes_on_disk(pretrained: Any) -> bool:
@@ -152,7 +162,7 @@ def abstract_model(
     there must have the transformer's names.
     """
     on_disk = sizes_on_disk(pretrained)
-    family = find_family(pretrained) if on_disk else default_family(pretrained)
+    family = find_family(pretrained) if on_disk else default_model(pretrained)[0]
     folder = Path(pretrained.model)
 
     # The autoencoder, which determines the number of image tokens.
@@ -169,8 +179,9 @@ def abstract_model(
             check_keys(Tensors(source), abstract(family.Module, config)[1], table)
         schedule = _schedule(family, folder)
     else:
-        config = family.Config(**overrides)
-        schedule = family.Schedule()
+        _, published = default_model(pretrained)
+        config = family.Config(**{**published.sizes, **overrides})
+        schedule = family.Schedule(**published.schedule)
 
     everywhere = replicated(mesh)
     return Model(

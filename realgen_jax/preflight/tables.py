@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from realgen_jax.models import cost
+from realgen_jax.models.loading import default_model
 from realgen_jax.preflight.advice import Tried, advice
 from realgen_jax.preflight.figures import (
     ACCELERATORS,
@@ -70,8 +71,9 @@ def show(
 def default_sizes(report: Report) -> Text:
     """Say that the sizes of the family's published model are used instead of the model's own."""
     model = report.recipe.config.pretrained.model
-    published = report.model.family.published
-    return Text.assemble((model, "yellow"), f": no such folder; using the sizes of {published}")
+    _, published = default_model(report.recipe.config.pretrained)
+    words = f": no such folder; using the sizes of {published.name}"
+    return Text.assemble((model, "yellow"), words)
 
 
 def summary(report: Report) -> Text:

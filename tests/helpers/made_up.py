@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from realgen_jax.models.family import Encoder, Family
+from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.trainable import file_config
 from realgen_jax.nn.convert import Table, abstract, save_folder, table_rows
 from realgen_jax.nn.layers import Linear
@@ -90,7 +90,7 @@ TABLE = Table(
 MADE_UP = Family(
     pipeline="MadeUpPipeline",
     transformer="MadeUpTransformer",
-    published="none",
+    published=(Published("made up"),),
     Config=Config,
     Module=Network,
     Schedule=LinearSchedule,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realgen_jax.models.family import Encoder, Family
+from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.flux import cost
 from realgen_jax.models.flux.tables import BFL, DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
@@ -116,7 +116,7 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
 FLUX = Family(
     pipeline="FluxPipeline",
     transformer="FluxTransformer2DModel",
-    published="FLUX.1-dev",
+    published=(Published("FLUX.1-dev"),),
     Config=FluxConfig,
     Module=FluxTransformer,
     Schedule=FluxSchedule,

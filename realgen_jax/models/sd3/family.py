@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realgen_jax.models.family import Encoder, Family
+from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.sd3.tables import (
     RULES,
     diffusers_table,
@@ -138,10 +138,27 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[SD3Config, Table]:
     return config, stability_table(config)
 
 
+# Sizes of the published models, where they differ from SD3-Medium's.
+MEDIUM = {
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+
 SD3 = Family(
     pipeline="StableDiffusion3Pipeline",
     transformer="SD3Transformer2DModel",
-    published="SD3-M",
+    published=(
+        Published("SD3.5-M", MEDIUM),
+        Published("SD3.5-L", LARGE),
+        Published("SD3-M"),
+    ),
     Config=SD3Config,
     Module=SD3Transformer,
     Schedule=SD3Schedule,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realgen_jax.models.family import Encoder, Family
+from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.zimage.tables import DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.zimage.transformer import Cond, ZImageConfig, ZImageTransformer, padded
 
@@ -80,7 +80,10 @@ def cond_shapes(config: ZImageConfig, n: int, max_tokens: int, dtype: Any) -> Co
 Z_IMAGE = Family(
     pipeline="ZImagePipeline",
     transformer="ZImageTransformer2DModel",
-    published="Z-Image",
+    published=(
+        Published("Z-Image", schedule={"shift": 6.0}),
+        Published("Z-Image-Turbo"),
+    ),
     Config=ZImageConfig,
     Module=ZImageTransformer,
     Schedule=ZImageSchedule,
