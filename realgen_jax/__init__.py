@@ -31,6 +31,7 @@ _MODULES = {
     # Training.
     "OBJECTIVES": "objectives",
     "make_objective": "objectives",
+    "ADVANTAGES": "advantages",
     "group_advantages": "advantages",
     "TrainState": "update",
     "Batch": "update",

@@ -131,6 +131,12 @@ def _train() -> ConfigDict:
     c.beta = 0.0  # weight of the KL term
     c.clip_range = 1e-4  # of the policy ratio, around 1
     c.adv_clip_max = 5.0  # largest absolute advantage
+    # per_reward, weighted_sum, dr_grpo, mixgrpo, gdpo, gdpo_unbiased, paco, pareto, gardo:
+    # how advantages are computed from the rewards of a group (docs/rewards.md).
+    c.advantages = "per_reward"
+    # paco: the logarithm is taken of rewards whose std / mean is above this: mean, median (of that
+    # of all rewards), or a number, such as "0.2".
+    c.tame_above = "mean"
     c.learning_rate = 1e-4
     c.adam_beta1 = 0.9
     c.adam_beta2 = 0.999
@@ -152,6 +158,8 @@ def _reward() -> ConfigDict:
     # with a negative weight is a penalty.
     c.fn = ConfigDict()
     c.held_out = ()  # rewards that are scored in evaluations but never trained on
+    # Rewards that are scored in every epoch, for metrics.jsonl, but never trained on: "diversity".
+    c.watched = ()
     c.metrics = ()  # metrics of a whole set of images in evaluations; lower is better
     c.options = ConfigDict()  # {reward: its constructor's options}
 

@@ -5,6 +5,7 @@ keys, on files or on the devices is checked where these are known.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,6 +61,10 @@ STEPS = Range(
 BETAS = Range(
     "two numbers from 0 to below 1",
     lambda value: is_tuple(value, fraction().holds) and len(value) == 2,
+)
+TAME_ABOVE = Range(
+    "mean, median, or a number as text, such as '0.2'",
+    lambda value: isinstance(value, str) and re.fullmatch(r"mean|median|\d*\.?\d+", value),
 )
 WEIGHT = Range(
     "a finite number other than 0 (below 0: a penalty); to score a reward without training on it, "
@@ -158,6 +163,8 @@ RANGES = {
     "train.beta": number(0),
     "train.clip_range": positive(),
     "train.adv_clip_max": positive(),
+    "train.advantages": text(),
+    "train.tame_above": TAME_ABOVE,
     "train.learning_rate": positive(),
     "train.adam_beta1": fraction(),
     "train.adam_beta2": fraction(),
@@ -171,6 +178,7 @@ RANGES = {
     "train.recompute_old": boolean(),
     "reward.fn.*": WEIGHT,
     "reward.held_out": names(),
+    "reward.watched": names(),
     "reward.metrics": names(),
     "reward.options.*": options(),
     "reward.device": device(),

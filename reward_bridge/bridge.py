@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from reward_bridge.lane import Answer, Batch, Lane, Shared
-from reward_bridge.reward import Reward, RewardError, Scores
+from reward_bridge.reward import GroupReward, Reward, RewardError, Scores
 
 
 class RewardBridge:
@@ -30,7 +30,7 @@ class RewardBridge:
 
     def __init__(
         self,
-        rewards: Mapping[str, Reward],
+        rewards: Mapping[str, Reward | GroupReward],
         devices: Mapping[str, str],
         *,
         deadline: float,
@@ -60,6 +60,7 @@ class RewardBridge:
         prompts: Sequence[str],
         only: Sequence[str] | None = None,
         observe: int | None = None,
+        group: int = 1,
     ) -> "PendingScores":
         """Queue uint8 images [n, 3, h, w] for scoring and return at once.
 
@@ -69,6 +70,8 @@ class RewardBridge:
         only: the rewards to run (default: all).
         observe: a seed. Rewards that learn then draw reference pictures with it, score them too
             (`Scores.references`), and keep the pairs for their next update.
+        group: consecutive pictures of one prompt. Rewards that compare them (GroupReward) are
+            handed whole groups, whatever `batch_size` is.
 
         Raises ValueError if the numbers of images and prompts differ, RuntimeError after `close`.
         """
@@ -90,9 +93,8 @@ class RewardBridge:
             lane_names = [name for name in lane.names if name in names]
             if lane_names:
                 answers[lane] = Answer(done)
-                lane.put(
-                    partial(lane.score, batch, list(prompts), lane_names, observe), answers[lane]
-                )
+                job = partial(lane.score, batch, list(prompts), lane_names, observe, group)
+                lane.put(job, answers[lane])
         return PendingScores(answers, done, names)
 
     def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> "PendingLearning":

@@ -73,7 +73,8 @@ def reward_digest(name: str, options: Mapping[str, Any], digest_of: DigestOf) ->
         elif option not in UNSCORED:
             values[option] = value
     shipped = ""
-    if name.startswith("embedded_") and CLASS not in options:
+    is_embedded = name.startswith("embedded_") or (name == "diversity" and not options.get("path"))
+    if is_embedded and CLASS not in options:
         shipped = _shipped(digest_of)
     facts = json.dumps([name, values, shipped], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from reward_bridge.reward import Reward, RewardError, Scores, TrainableReward
+from reward_bridge.groups import check_groups
+from reward_bridge.reward import GroupReward, Reward, RewardError, Scores, TrainableReward
 
 # Out-of-memory messages of the CPU allocator and of cuBLAS: torch has no exception class for them.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -22,7 +23,7 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_AL
 class Shared:
     """What all lanes of a bridge share. The dicts belong to the bridge and change during a run."""
 
-    rewards: dict[str, Reward]
+    rewards: dict[str, Reward | GroupReward]
     devices: dict[str, str]
     deadline: float  # seconds for one reward and one batch
     retries: int  # further attempts after a failure
@@ -155,15 +156,20 @@ class Lane:
     # -- The jobs
 
     def score(
-        self, batch: Batch, prompts: list[str], names: Sequence[str], seed: int | None
+        self,
+        batch: Batch,
+        prompts: list[str],
+        names: Sequence[str],
+        seed: int | None,
+        group: int = 1,
     ) -> Scores:
         """Score a batch with the named rewards.
 
-        With a `seed`, rewards that learn also draw reference pictures, score them and observe the
-        pairs.
+        group: consecutive pictures of one prompt, for rewards that compare them. With a `seed`,
+        rewards that learn also draw reference pictures, score them and observe the pairs.
         """
         batch.wait()  # so that deadlines start after the rollout
-        rewards = {name: self._score_reward(name, batch, prompts) for name in names}
+        rewards = {name: self._score_reward(name, batch, prompts, group) for name in names}
         references: dict[str, np.ndarray] = {}
         if seed is None:
             return Scores(rewards, references)
@@ -174,7 +180,7 @@ class Lane:
                 generated = batch.on(self._shared.devices[name])
                 height, width = generated.shape[2:]
                 real = reward.draw(prompts, seed, height, width)
-                references[name] = self._score_reward(name, Batch(real), prompts)
+                references[name] = self._score_reward(name, Batch(real), prompts, 1)
                 reward.observe(real, generated, prompts)
         return Scores(rewards, references)
 
@@ -201,9 +207,14 @@ class Lane:
 
     # -- One reward, one batch
 
-    def _score_reward(self, name: str, batch: Batch, prompts: list[str]) -> np.ndarray:
+    def _score_reward(self, name: str, batch: Batch, prompts: list[str], group: int) -> np.ndarray:
         """One reward's scores of a batch, float32 [n], with retries. Raises RewardError."""
         shared = self._shared
+        unit = 1  # pictures that are scored together
+        if isinstance(shared.rewards[name], GroupReward):
+            check_groups(name, prompts, group)
+            unit = group
+
         self._running = Running(
             name,
             time.monotonic() + shared.deadline,
@@ -212,7 +223,8 @@ class Lane:
         for attempt in range(1, shared.retries + 2):
             start = time.monotonic()
             try:
-                scores = self._score_in_chunks(name, batch.on(shared.devices[name]), prompts)
+                pixels = batch.on(shared.devices[name])
+                scores = self._score_in_chunks(name, pixels, prompts, unit)
                 break
             except RewardError:
                 raise
@@ -227,18 +239,22 @@ class Lane:
         _raise_if_not_finite(name, scores, prompts)
         return scores
 
-    def _score_in_chunks(self, name: str, pixels: torch.Tensor, prompts: list[str]) -> np.ndarray:
+    def _score_in_chunks(
+        self, name: str, pixels: torch.Tensor, prompts: list[str], unit: int
+    ) -> np.ndarray:
         """Score uint8 pixels [n, 3, h, w] in chunks of the reward's batch size: float32 [n].
 
-        If memory runs out, the remaining images are scored in chunks of half the size.
+        A chunk is a multiple of `unit` pictures, one unit or more. If memory runs out, the
+        remaining images are scored in chunks of half the size.
         """
         shared = self._shared
         scores = np.empty(len(prompts), np.float32)
         start = 0
         while start < len(prompts):
             size = shared.batch_sizes[name] or len(prompts)
+            size = max(unit, size - size % unit)
             rows = slice(start, start + size)
-            chunk = self._score_chunk(name, pixels[rows], prompts[rows])
+            chunk = self._score_chunk(name, pixels[rows], prompts[rows], unit)
             if chunk is None:
                 self._halve_batch_size(name, len(prompts[rows]))
                 continue
@@ -248,16 +264,20 @@ class Lane:
         return scores
 
     def _score_chunk(
-        self, name: str, pixels: torch.Tensor, prompts: list[str]
+        self, name: str, pixels: torch.Tensor, prompts: list[str], unit: int
     ) -> np.ndarray | None:
         """Scores of one call of the reward, float32 [n], or None if memory ran out."""
+        reward = self._shared.rewards[name]
         try:
             with torch.inference_mode():
-                scores = self._shared.rewards[name](pixels, prompts)
+                if isinstance(reward, GroupReward):
+                    scores = reward.score_groups(pixels, prompts, unit)
+                else:
+                    scores = reward(pixels, prompts)
             # GPU errors surface here, at the synchronising copy.
             scores = torch.as_tensor(scores).to("cpu", torch.float32).numpy()
         except Exception as error:
-            if not _is_out_of_memory(error) or len(prompts) == 1:
+            if not _is_out_of_memory(error) or len(prompts) == unit:
                 raise
             return None
 

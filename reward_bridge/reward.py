@@ -16,6 +16,17 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class GroupReward(Protocol):
+    """A reward that compares the pictures of a prompt with each other."""
+
+    def score_groups(self, images: torch.Tensor, prompts: Sequence[str], size: int) -> torch.Tensor:
+        """Score uint8 images [groups * size, 3, h, w] of whole groups: float32 [groups * size].
+
+        A group is `size` consecutive pictures with the same prompt. `prompts` has one per picture.
+        """
+
+
+@runtime_checkable
 class TrainableReward(Reward, Protocol):
     """A reward that learns from what it scores (reward_bridge/adversary.py)."""
 

@@ -3,6 +3,7 @@
 `reward` is config.reward throughout; realgen_jax/config.py explains its keys.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
 
     extra_names: rewards that the run needs besides those it trains on and holds out.
     """
-    names = [*reward.fn, *reward.held_out]
+    names = run_rewards(reward)
     problems = []
     twice = sorted(set(reward.fn) & set(reward.held_out))
     if twice:
@@ -74,6 +75,28 @@ def reward_problems(reward: ConfigDict, extra_names: Sequence[str] = ()) -> list
             f"{', '.join(sorted(METRICS))}"
         )
     return problems
+
+
+def run_rewards(reward: ConfigDict) -> list[str]:
+    """All rewards of a training run by name: trained on, watched and held out, each once."""
+    return list(dict.fromkeys([*reward.fn, *reward.watched, *reward.held_out]))
+
+
+def negative_problems(reward: ConfigDict) -> list[str]:
+    """A line if trained rewards, by their classes, can score far below 0 (no logarithm)."""
+    options = reward.options.to_dict()
+    named = []
+    for name in reward.fn:
+        with contextlib.suppress(ValueError):  # `missing_rewards` tells
+            made = find_class("reward", name, REWARDS, options.get(name, {}))
+            if getattr(made, "can_be_negative", False):
+                named.append(name)
+    if not named:
+        return []
+    return [
+        "config.train.advantages is 'paco', which needs scores above -1 with a positive mean, but "
+        f"those of {', '.join(named)} can be negative; expected other advantages or rewards"
+    ]
 
 
 def original(name: str, reward: ConfigDict) -> str | None:
@@ -196,7 +219,7 @@ def reward_devices(reward: ConfigDict, names: Sequence[str] | None = None) -> di
     where its original does. The default for a remote reward is the CPU. Raises ValueError for a
     device that does not exist, and for a name in `reward.devices` that is not among the rewards.
     """
-    run_names = [*reward.fn, *reward.held_out]
+    run_names = run_rewards(reward)
     if names is None:
         names = run_names
     unknown = sorted(set(reward.devices) - {*run_names, *names})
@@ -233,8 +256,8 @@ def open_rewards(
     JAX claims its share of the memory when it starts, so the rewards are loaded first, and JAX is
     kept off their GPUs.
 
-    names: the rewards to load, frozen. None: those of a training run, which are `reward.fn`,
-        `reward.held_out` and `reward.metrics`. The ones in `reward.adversarial` learn.
+    names: the rewards to load, frozen. None: those of a training run, which are `run_rewards`
+        and `reward.metrics`. The ones in `reward.adversarial` learn.
     prompts: the training prompts, for the reference pictures of rewards that learn.
     hide_from_jax: called with the GPUs that JAX may see ("0,1,2") if it may not see all of them.
         It sets jax_cuda_visible_devices.

@@ -51,6 +51,7 @@ from realgen_jax.training.scoring import ScoringError
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.devices import gpus_for_jax
 from reward_bridge.digests import score_keys, served_rewards
+from reward_bridge.groups import report_problems
 from reward_bridge.judges import make_judge
 from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
 from reward_bridge.terminal import show_messages
@@ -119,6 +120,7 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         if hasattr(judge, "check_connection"):
             judge.check_connection()
     missing = missing_rewards(config.reward, config.evaluate.scores)
+    missing += report_problems(config.reward, config.evaluate.scores)
     if missing:
         raise ValueError("\n".join(missing))
     served = served_rewards(config.reward, config.evaluate.scores)

@@ -32,6 +32,7 @@ from reward_bridge.batching import Limits
 from reward_bridge.bridge import RewardBridge
 from reward_bridge.devices import resolve
 from reward_bridge.digests import reward_digest
+from reward_bridge.groups import check_served
 from reward_bridge.rewards import make_reward
 from reward_bridge.server import TOKEN_ENV, bind, serve
 from reward_bridge.terminal import show_messages
@@ -116,6 +117,7 @@ def run(_: Sequence[str]) -> None:
         digests = {}
         for name, device in devices.items():
             rewards[name] = make_reward(name, device, options.get(name, {}))
+            check_served(name, rewards[name])
             digests[name] = reward_digest(name, options.get(name, {}), content_digest)
     except (ValueError, OSError) as error:
         # The rewards name the keys of a trainer's config.

@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from realgen_jax.advantages import group_advantages
+from realgen_jax.advantages import AdvantageError, advantages_of
 from realgen_jax.checkpoint import RestoreError, SaveError
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.data import overlaps, prompt_batches, read_prompts
@@ -83,12 +83,15 @@ from reward_bridge.adversary import join
 from reward_bridge.bridge import RewardBridge, RewardError
 from reward_bridge.devices import gpus_for_jax
 from reward_bridge.digests import run_digests, score_keys, served_rewards
+from reward_bridge.groups import group_problems, report_problems
 from reward_bridge.judges import make_judge
 from reward_bridge.setup import (
     Rewards,
+    negative_problems,
     open_rewards,
     reward_devices,
     reward_problems,
+    run_rewards,
 )
 from reward_bridge.terminal import show_messages
 
@@ -147,10 +150,10 @@ def train(
         with phase("reward_wait", seconds):
             # -- Score. Waits for the slowest reward: {reward: [groups, group]}.
             scores = scores_of_all([call.scores for call in calls], layout.images)
-            groups = scores.grouped(weights, layout.group)
+            groups = scores.grouped(scores.rewards, layout.group)
 
             # -- Advantages within the pictures of one prompt: [groups, group].
-            advantages = group_advantages(groups, weights, global_std=config.sample.global_std)
+            advantages = advantages_of(config, groups)
 
             # -- Learn: the rewards that are due by their schedule, in their own threads.
             learning = begin_learning(
@@ -169,7 +172,9 @@ def train(
         preemption.hold(saver.lost)
         for name, mean in scores.reference_means().items():
             details[f"reward/{name}/references"] = mean
-        for name in weights:
+        for name in config.reward.watched:
+            details[name] = float(groups[name].mean())
+        for name in groups:
             scoring = run.scorer.seconds[name] - scoring_before[name]
             details[f"seconds/scoring/{name}"] = scoring
         for name, refused in run.scorer.refused.items():
@@ -177,7 +182,8 @@ def train(
         if epoch == first:
             warn_of_deviation(log, steps, config.train.clip_range)
         columns = step_columns(steps, run.recipe.objective.largest_metrics)
-        log.train(epoch + 1, groups, weighted_mean(groups, weights), columns, seconds, details)
+        trained = {name: groups[name] for name in weights}
+        log.train(epoch + 1, trained, weighted_mean(groups, weights), columns, seconds, details)
 
         # -- Save.
         saver.save_if_due(epoch + 1, state)
@@ -246,6 +252,7 @@ def run_training(_: Sequence[str]) -> None:
         except (
             OSError,
             FloatingPointError,
+            AdvantageError,
             RewardError,
             ScoringError,
             SaveError,
@@ -310,16 +317,20 @@ def check_all(config: ConfigDict) -> dict[str, str]:
     Returns what the servers tell, {reward: digest}. Raises ValueError with one line per problem.
     """
     report_scores = list(config.evaluate.scores) if reports(config) else []
-    check(config, reward_problems(config.reward, report_scores))
+    problems = reward_problems(config.reward, report_scores)
+    problems += group_problems(config.reward, config.sample, process_count())
+    problems += report_problems(config.reward, report_scores)
+    if config.train.advantages == "paco":
+        problems += negative_problems(config.reward)
+    check(config, problems)
     check_shapes(config, device_count(config.reward))
-    names = [*config.reward.fn, *config.reward.held_out, *report_scores]
+    names = [*run_rewards(config.reward), *report_scores]
     return served_rewards(config.reward, names)
 
 
 def all_digests(config: ConfigDict, served: Mapping[str, str]) -> dict[str, str]:
     """The digests of everything that training reads, {key of the config: digest}."""
-    names = [*config.reward.fn, *config.reward.held_out]
-    rewards = run_digests(config.reward, names, served, content_digest)
+    rewards = run_digests(config.reward, run_rewards(config.reward), served, content_digest)
     return {**input_digests(config), **rewards}
 
 

@@ -1,4 +1,4 @@
-"""The code in docs/extending.md runs as it stands there."""
+"""The code in docs/extending.md runs as it stands there; docs/rewards.md lists what there is."""
 
 import importlib
 import re
@@ -83,3 +83,33 @@ def test_a_judge_of_ones_own(folder):
     verdicts = []
     judge.compare([question], answered=0, keep=lambda *verdict: verdicts.append(verdict), say=print)
     assert verdicts == [(question, "first", "2 and 1 bytes")]
+
+
+# -- docs/rewards.md
+
+REWARDS_PAGE = (ROOT / "docs" / "rewards.md").read_text()
+
+
+def test_the_page_has_every_way_to_compute_advantages():
+    from realgen_jax.advantages import ADVANTAGES
+
+    section = REWARDS_PAGE.partition("## Advantages\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == list(ADVANTAGES)
+
+
+def test_every_reward_is_on_the_page():
+    from reward_bridge.rewards import REWARDS
+
+    names = [name for name in REWARDS if not name.startswith("embedded_")]
+    assert [name for name in names if f"`{name}`" not in REWARDS_PAGE] == []
+
+
+def test_a_reward_of_ones_own_that_compares_pictures():
+    from tests.helpers.bridges import bridge, images
+
+    blocks = re.findall(r"```python\n(.*?)```", REWARDS_PAGE, re.DOTALL)
+    (block,) = [block for block in blocks if "class Rank" in block]
+    scope = {}
+    exec(block, scope)
+    pending = bridge(scope["Rank"]("cpu"), batch_size=1).submit(images(6), ["a"] * 6, group=3)
+    assert pending.result().rewards["odd"].tolist() == [0.0, 0.5, 1.0] * 2

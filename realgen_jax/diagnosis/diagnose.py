@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from realgen_jax.diagnosis import rewards, update
+from realgen_jax.diagnosis import diversity, rewards, update
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import UNKNOWN, Metrics, NotRecorded, Trend, read_run
 from realgen_jax.training.monitor import REWARD
@@ -24,7 +24,8 @@ CHECKS: tuple[Callable[[Metrics, dict], Finding | None], ...] = (
     update.one_sided_clipping,
     rewards.held_out,
     rewards.held_out_correlation,
-    rewards.diversity,
+    diversity.diversity,
+    diversity.group_diversity,
 )
 
 

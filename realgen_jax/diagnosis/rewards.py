@@ -1,9 +1,8 @@
 """Checks on rewards: the composition of the advantages, and how held-out metrics change."""
 
-import contextlib
-
 import numpy as np
 
+from realgen_jax.advantages import SCALE_FREE
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import Metrics, NotRecorded, span
 from realgen_jax.training.monitor import REWARD
@@ -43,9 +42,6 @@ OVER_BEST = 1.5
 # A correlation of 0.1 explains 1 % of the variance.
 UNRELATED = 0.1
 
-# Fraction of the first spread that is left. The same as in train.py.
-COLLAPSE = 0.25
-
 
 def zero_spread(metrics: Metrics, config: dict) -> Finding:
     """Find groups in which every picture gets the same reward."""
@@ -71,13 +67,26 @@ def zero_spread(metrics: Metrics, config: dict) -> Finding:
     return Finding("zero-spread groups", severity, figures, says, remedy)
 
 
+def advantages_of(config: dict) -> str:
+    """Return config.train.advantages, which older runs lack."""
+    return config["train"].get("advantages", "per_reward")
+
+
+def is_scale_free(config: dict) -> bool:
+    """Return whether each reward is normalised on its own before they are added."""
+    return advantages_of(config) in SCALE_FREE
+
+
 def shares(metrics: Metrics, config: dict) -> dict[str, float]:
     """Return each reward's share of the combined advantage; empty if no reward has any spread.
 
-    Each reward is normalised on its own. Its share is therefore proportional to its weight times
-    std / (std + eps) in the groups where it has some spread, and zero in the others. The scale of
-    its scores does not matter.
+    If each reward is normalised on its own, its share is proportional to its weight times
+    std / (std + eps) in the groups where it has some spread, and zero in the others: the scale of
+    its scores does not matter. If the rewards are added first, it is proportional to weight times
+    std. Empty for `pareto`, which adds nothing.
     """
+    if advantages_of(config) == "pareto":
+        return {}
     parts = {}
     for name, weight in config["reward"]["fn"].items():
         if not weight:
@@ -86,7 +95,8 @@ def shares(metrics: Metrics, config: dict) -> dict[str, float]:
         std = 0.0
         if with_spread > 0:
             std = metrics.recent(f"reward_std/{name}") / with_spread
-        parts[name] = abs(weight) * with_spread * std / (std + ADVANTAGE_EPS)
+        scale = std + ADVANTAGE_EPS if is_scale_free(config) else 1.0
+        parts[name] = abs(weight) * with_spread * std / scale
 
     total = sum(parts.values())
     if total <= 0:
@@ -118,7 +128,13 @@ def drowned_reward(metrics: Metrics, config: dict) -> Finding | None:
 
     # Either its weight or its spread is too small.
     says = f"{name} makes up {share:.2%} of the advantages; the other rewards decide alone."
-    if share > 0.5 * by_weight:
+    if not is_scale_free(config):
+        says += (
+            f" config.train.advantages={advantages_of(config)} adds the rewards as they are, and "
+            f"the spread of this one is small ({std:.2g})."
+        )
+        remedy = "Set --config.train.advantages=per_reward, or raise its weight."
+    elif share > 0.5 * by_weight:
         says += " Each reward is divided by its own spread, so the weights are the cause."
         largest = np.copysign(max(map(abs, weights.values())), weights[name])
         remedy = f"Set --config.reward.fn.{name}={largest:g}, the largest weight, or drop it."
@@ -274,46 +290,3 @@ def held_out_correlation(metrics: Metrics, config: dict) -> Finding | None:
         "remove the check if it is not meaningful."
     )
     return Finding("correlation", NOTE, figures, says, remedy)
-
-
-def diversity(metrics: Metrics, config: dict) -> Finding | None:
-    """Check that the pictures of a prompt still differ, as far as the reward can tell.
-
-    The spread of a reward that learns changes with it and is left out.
-    """
-    healthy = f">= {COLLAPSE:g}"
-    figures = []
-
-    # Evaluations record the spread of what judges the run, unless that is a metric, and none at all
-    # for one picture per prompt (in older runs, zero).
-    if metrics.goal and not metrics.lower_is_better:
-        with contextlib.suppress(NotRecorded):
-            evaluations, tests = metrics.series("prompt_std", "eval")
-            if tests[0] > 0:
-                share = float(tests[-1] / tests[0])
-                what = "test prompts' spread, last over first"
-                figures.append(Figure(what, share, healthy, span(evaluations)))
-
-    if metrics.goal == REWARD:
-        epochs, groups = metrics.series("reward_std")
-        first_groups = np.median(groups[: metrics.window])
-        if first_groups > 0:
-            share = float(metrics.recent("reward_std") / first_groups)
-            what = "groups' spread, recent over first"
-            figures.append(Figure(what, share, healthy, span(epochs)))
-    if not figures:
-        return None
-    if all(figure.value >= COLLAPSE for figure in figures):
-        return Finding("diversity", FINE, figures)
-
-    beta = max(10 * config["train"]["beta"], 1e-3)
-    says = (
-        "The scores of a prompt's pictures become more and more alike: either the reward is "
-        "exhausted, or the model always draws the same picture."
-    )
-    remedy = (
-        "Look at RUN/samples. If the pictures are alike, keep the model closer to the base: "
-        f"--config.train.beta={beta:g}. If the reward is at its maximum, stop here."
-    )
-    severity = NOTE if metrics.improves else PROBLEM
-    return Finding("diversity", severity, figures, says, remedy)

@@ -210,21 +210,27 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
     weights = config.reward.fn
     roles = [(name, "trained on") for name in sorted(weights, key=lambda name: -weights[name])]
     roles += [(name, "held out") for name in config.reward.held_out]
+    watched = [name for name in config.reward.watched if name not in weights]
+    roles += [(name, "watched") for name in watched if name not in config.reward.held_out]
     roles += [(name, "check, lower is better") for name in config.reward.metrics]
 
     figures = []
     for name, role in roles:
-        figure = _curve(metrics, name, colour(1 if role == "trained on" else 2))
+        training = name if name in watched else f"reward/{name}"
+        figure = _curve(metrics, name, training, colour(1 if role == "trained on" else 2))
         if figure is not None:
             figures.append({"name": short_name(name), "role": role, "figure": figure})
     return figures
 
 
-def _curve(metrics: Metrics, name: str, main_colour: str) -> Figure | None:
-    """One reward over the epochs: thin in training, thick on test prompts. None without rows."""
+def _curve(metrics: Metrics, name: str, training: str, main_colour: str) -> Figure | None:
+    """One reward over the epochs: thin in training, thick on test prompts. None without rows.
+
+    training: its key in the rows of training epochs.
+    """
     figure = _figure(HEIGHT, "x unified")
     series = (
-        (f"reward/{name}", "train", "while training"),
+        (training, "train", "while training"),
         (name, "eval", "test prompts"),
     )
     for key, kind, label in series:

@@ -69,8 +69,9 @@ def sample_epoch(
 
         # Every image has its slot's prompt.
         image_prompts = [prompt for prompt in prompts for _ in range(layout.branches)]
-        trained = list(run.config.reward.fn)
-        scores = submit(run.scorer, pictures, image_prompts, trained, seeds[number])
+        reward = run.config.reward
+        names = list(dict.fromkeys([*reward.fn, *reward.watched]))
+        scores = submit(run.scorer, pictures, image_prompts, names, seeds[number], layout.group)
         calls.append(Call(record, cond, scores, finite))
     return calls
 

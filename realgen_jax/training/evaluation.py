@@ -86,6 +86,9 @@ def _sample_and_score(
     The last call is padded with prompts from the start; the surplus pictures are dropped.
     """
     batch_size = run.config.sample.test_batch_size
+    copies = run.config.sample.test_images_per_prompt
+    reward = run.config.reward
+    names = list(dict.fromkeys([*reward.fn, *reward.held_out]))
     images = []
     batches = []
     for start in range(0, len(prompts), batch_size):
@@ -95,14 +98,16 @@ def _sample_and_score(
         cond = run.cond(texts, run.config.evaluate.sample.guidance_scale)
         key = run.key(EVALUATION)
         images.append(programs.evaluate(run.model, trainable, cond, key, ids))
-        batches.append(submit(run.scorer, images[-1], texts))
+        batches.append(submit(run.scorer, images[-1], texts, names, group=copies))
     pictures = [fetch(array) for array in images]
 
     # Score half of the last batch again in a different batch: a picture's reward should not depend
-    # on the rest of its batch.
+    # on the rest of its batch. If the batch is whole groups of a prompt, so is the half.
     rows = batches[-1].rows
-    rows = rows[: max(1, len(rows) // 2)]
-    half = run.scorer.submit(jnp.asarray(pictures[-1][rows]), [texts[row] for row in rows])
+    unit = copies if len(rows) % copies == 0 else 1
+    rows = rows[: max(1, len(rows) // (2 * unit)) * unit]
+    again = [texts[row] for row in rows]
+    half = run.scorer.submit(jnp.asarray(pictures[-1][rows]), again, names, group=copies)
     scores = scores_of_all(batches, batch_size).rewards
     again = scores_of_all([PendingBatch(half, rows)], batch_size).rewards
 

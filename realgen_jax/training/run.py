@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from realgen_jax.advantages import advantage_problems
 from realgen_jax.checkpoint import Checkpoints
 from realgen_jax.hosts import process_count, start_devices
 from realgen_jax.models.loading import abstract_model, load_model, missing_model, sizes_on_disk
@@ -180,6 +181,7 @@ def _wrong_values(config: ConfigDict) -> list[str]:
     if not config.reward.fn:
         problems.append("config.reward.fn is empty; expected {reward: weight}, to train on")
     problems += monitor_problems(config.reward)
+    problems += advantage_problems(config)
     if config.pretrained.lora:
         try:
             make_trainable(config.train).check_file(config.pretrained.lora)

@@ -46,11 +46,13 @@ class Scorer(Protocol):
         prompts: Sequence[str],
         only: Sequence[str] | None = None,
         observe: int | None = None,
+        group: int = 1,
     ) -> Pending:
         """Score uint8 [n, 3, h, w] in the background; the result is Scores.
 
         only: the rewards to run (default: all). observe: rewards that learn keep the batch and
-        references drawn with this seed, which they score too.
+        references drawn with this seed, which they score too. group: consecutive pictures of one
+        prompt, which some rewards compare with each other.
         """
 
     def learn(self, seeds: Mapping[str, int], deadlines: Mapping[str, float]) -> Pending:
@@ -98,14 +100,16 @@ def submit(
     prompts: Sequence[str],
     only: Sequence[str] | None = None,
     observe: int | None = None,
+    group: int = 1,
 ) -> PendingBatch:
     """Start scoring this process's rows of a batch.
 
-    images: uint8 [n, 3, h, w], sharded over the mesh; prompts: one for each of the n rows.
+    images: uint8 [n, 3, h, w], sharded over the mesh; prompts: one for each of the n rows. The rest
+    is as for `Scorer.submit`.
     """
     rows = local_rows(images)
     own_prompts = [prompts[row] for row in rows]
-    return PendingBatch(scorer.submit(images, own_prompts, only, observe), rows)
+    return PendingBatch(scorer.submit(images, own_prompts, only, observe, group), rows)
 
 
 def scores_of_all(batches: Sequence[PendingBatch], images: int) -> BatchScores:

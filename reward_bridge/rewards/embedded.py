@@ -88,6 +88,15 @@ class Classifier(nn.Module):
         """[n, 3, 64, 64] -> [n, 64]."""
         return self.body(x).mean((2, 3))
 
+    def layout(self, x: torch.Tensor) -> torch.Tensor:
+        """What is where, [n, 3, 64, 64] -> [n, 48 * 16 * 16].
+
+        The maps after the second pooling, each without its mean. `features` are nearly the same for
+        all pictures of a subject, while these tell them apart.
+        """
+        maps = self.body[:8](x)
+        return (maps - maps.mean((2, 3), keepdim=True)).flatten(1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 3, 64, 64] -> logits [n, classes]."""
         return self.head(self.features(x))

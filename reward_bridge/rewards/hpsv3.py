@@ -78,6 +78,8 @@ class Hpsv3:
     divide_by: 15 in RealGen's server, 1 in its evaluation.
     """
 
+    can_be_negative = True
+
     def __init__(
         self,
         device: str,

@@ -12,6 +12,8 @@ UNIT = 500_000  # bytes, as Flow-GRPO scales the size
 class JpegCompressibility:
     """The negative size of the picture as a JPEG of this quality, in units of 500 kB."""
 
+    can_be_negative = True
+
     def __init__(self, device: str, quality: int = 95):
         self.quality = quality
 

@@ -1,7 +1,19 @@
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from realgen_jax.advantages import group_advantages, zero_spread
+from realgen_jax.advantages import (
+    ADVANTAGES,
+    AdvantageError,
+    Settings,
+    advantage_problems,
+    advantages_of,
+    group_advantages,
+    not_dominated,
+    tamed_rewards,
+    zero_spread,
+)
+from realgen_jax.config import base
 from realgen_jax.training.scoring import weighted_mean
 from tests.helpers.goldens import golden
 
@@ -76,3 +88,154 @@ def test_scores_of_another_shape_are_named():
     """Flat scores would make one group of all pictures."""
     with pytest.raises(ValueError, match=r"scores of 'a' have shape \(6,\); expected \[groups"):
         group_advantages({"a": np.zeros(6)}, {"a": 1.0}, global_std=False)
+
+
+# -- The other entries of the table, against golden 14
+
+CASE = golden("14_objectives/advantages.npz")
+NAMES = ("realism", "ocr", "align")
+REWARDS = {name: CASE[f"reward/{name}"] for name in NAMES}
+WEIGHTS = dict(zip(NAMES, map(float, CASE["weights"]), strict=True))
+
+
+def computed(name, scores=None, weights=None, **settings):
+    return ADVANTAGES[name](scores or REWARDS, weights or WEIGHTS, Settings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "recorded"),
+    [
+        ("per_reward", {}, "project/per_reward"),
+        ("weighted_sum", {"global_std": True}, "nft/weighted_sum_global_std"),
+        ("mixgrpo", {}, "mixgrpo/advantage_aggr"),
+        ("gdpo", {}, "gdpo/flow_factory"),
+        ("gdpo_unbiased", {}, "gdpo/pref_grpo"),
+        *[
+            ("paco", {"tame_above": above, "global_std": std == "global"}, f"paco/{above}/{std}")
+            for above in ("mean", "median", "0.2")
+            for std in ("group", "global")
+        ],
+    ],
+)
+def test_the_table_matches_the_golden(name, settings, recorded):
+    if name == "paco":
+        recorded = recorded.replace("/g", "/advantages_g") + "_std"
+    got = computed(name, **settings)
+    np.testing.assert_allclose(got, CASE[recorded], rtol=1e-4, atol=1e-5)
+    assert got.dtype == np.float32
+
+
+@pytest.mark.parametrize("above", ["mean", "median", "0.2"])
+def test_paco_tames_the_rewards_of_the_golden(above):
+    np.testing.assert_array_equal(tamed_rewards(REWARDS, above), CASE[f"paco/{above}/tamed"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dr_grpo_matches_the_golden(name):
+    got = computed("dr_grpo", {name: REWARDS[name]}, {name: 1.0})
+    np.testing.assert_allclose(got, CASE[f"dr_grpo/{name}"], rtol=1e-4, atol=1e-5)
+
+
+def test_win_rates_become_pref_grpos_advantages():
+    case = golden("14_objectives/win_rates.npz")
+    got = computed("mixgrpo", {"judge": case["rate_rounded"]}, {"judge": 1.0})
+    np.testing.assert_allclose(got, case["advantages"], rtol=1e-5, atol=1e-6)
+
+
+def test_pareto_matches_the_golden():
+    """Of each reward alone, Parrot's coefficient; times the size, as a loss is a mean."""
+    case = golden("14_objectives/pareto.npz")
+    rewards = case["rewards"]
+    size = rewards.shape[1]
+    np.testing.assert_array_equal(not_dominated(rewards), case["keep"])
+    scores = {name: rewards[:, :, k] for k, name in enumerate(NAMES)}
+    got = computed("pareto", scores, WEIGHTS)
+    want = (case["coefficient"] * CASE["weights"]).sum(-1) * size / CASE["weights"].sum()
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_pareto_turns_a_penalty_around():
+    """The second picture is worse in the penalty, so the first dominates it."""
+    scores = {"good": np.float32([[1, 1, 2]]), "bad": np.float32([[0, 1, 1]])}
+    got = computed("pareto", scores, {"good": 1.0, "bad": -1.0})
+    np.testing.assert_allclose(got, [[0.75, 0, 0.75]], rtol=1e-6)
+
+
+def test_gardo_matches_the_golden():
+    """Its groups differ in size, so each is a call of its own."""
+    case = golden("14_objectives/gardo.npz")
+    for group in np.unique(case["group"]):
+        rows = case["group"] == group
+        scores = {"a": case["reward"][rows][None]}
+        got = computed("gardo", scores, {"a": 1.0}, diversity=case["diversity"][rows][None])
+        np.testing.assert_allclose(got[0], case["advantages"][rows], rtol=1e-4, atol=1e-5)
+
+
+def test_gardo_without_the_diversity_is_an_error():
+    with pytest.raises(AdvantageError, match="needs the diversity"):
+        computed("gardo")
+
+
+@pytest.mark.parametrize("lowest", [-1.0, -0.9])
+def test_paco_refuses_rewards_without_a_logarithm(lowest):
+    """Values of -1, and a mean that is not positive."""
+    scores = {"bad": np.float32([[lowest, 1.5 if lowest == -1 else 0.5]])}
+    with pytest.raises(AdvantageError, match=f"scores of 'bad' go down to {lowest:.3g}"):
+        computed("paco", scores, {"bad": 1.0})
+
+
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "pareto"])
+def test_a_group_that_differs_by_rounding_teaches_nothing(name):
+    scores = np.full((2, 6), 0.1, np.float32)
+    scores[0, 0] = np.nextafter(np.float32(0.1), np.float32(1))
+    scores[1] = np.arange(6)
+    got = computed(name, {"a": scores}, {"a": 1.0}, diversity=np.ones((2, 6), np.float32))
+    np.testing.assert_allclose(got[0], 0, atol=1e-6)
+    assert np.ptp(got[1]) > 0.5
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_every_entry_refuses_flat_scores(name):
+    scores = {"a": np.ones(6), "b": np.ones(6)}
+    with pytest.raises(ValueError, match=r"scores of 'a' have shape \(6,\)"):
+        computed(name, scores, {"a": 1.0, "b": 1.0}, diversity=np.ones(6))
+
+
+# -- The config
+
+
+def config(**changes):
+    c = base()
+    c.reward.fn = ConfigDict({"a": 1.0})
+    c.update_from_flattened_dict({key.replace("__", "."): new for key, new in changes.items()})
+    return c
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__advantages": "z"}, "is 'z'; choose one of per_reward, weighted_sum"),
+        ({"train__advantages": "pareto"}, "config.reward.fn has 1; expected 2 or more"),
+        ({"train__advantages": "gardo"}, "add 'diversity' to config.reward.watched"),
+        ({"train__advantages": "gdpo", "sample__global_std": True}, "global_std is True"),
+        ({"train__tame_above": "0.2"}, "only config.train.advantages='paco' reads"),
+    ],
+)
+def test_contradictory_keys_are_refused(changes, message):
+    (problem,) = advantage_problems(config(**changes))
+    assert message in problem
+
+
+def test_fitting_keys_are_not_refused():
+    assert not advantage_problems(config())
+    assert not advantage_problems(config(train__advantages="paco", train__tame_above="0.2"))
+    assert not advantage_problems(config(train__advantages="gardo", reward__watched=("diversity",)))
+
+
+def test_the_config_names_the_entry():
+    c = config(train__advantages="gardo", reward__watched=("diversity",))
+    scores = {"a": np.float32([[0, 1, 2, 5]]), "diversity": np.float32([[1, 1, 1, 5]])}
+    np.testing.assert_allclose(advantages_of(c, scores), [[-2, -1, 0, 7.5]])
+    c.train.advantages = "per_reward"
+    want = group_advantages({"a": scores["a"]}, {"a": 1.0}, global_std=False)
+    assert (advantages_of(c, scores) == want).all()

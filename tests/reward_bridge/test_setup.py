@@ -8,6 +8,7 @@ from reward_bridge.adversary import Adversary
 from reward_bridge.devices import Allotment
 from reward_bridge.setup import (
     missing_rewards,
+    negative_problems,
     open_rewards,
     reward_devices,
     reward_problems,
@@ -37,6 +38,7 @@ def reward_config(**changes):
     config = {
         "fn": {"embedded_detector": 1.0},
         "held_out": ("jpeg_compressibility",),
+        "watched": (),
         "metrics": (),
         "options": {},
         "device": "cpu",
@@ -65,6 +67,12 @@ def own_module(tmp_path, monkeypatch):
 
 
 # -- Checks
+
+
+def test_rewards_without_a_logarithm_are_told():
+    assert negative_problems(reward_config()) == []
+    (problem,) = negative_problems(reward_config(fn={"jpeg_compressibility": 1.0, "hpsv3": 1.0}))
+    assert "those of hpsv3, jpeg_compressibility can be negative" in problem
 
 
 def test_a_good_config_has_no_problems(tmp_path):

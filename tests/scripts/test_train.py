@@ -174,6 +174,38 @@ def test_an_exploding_run_stops_and_says_where(cache, tmp_path, calls, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_other_advantages_and_rewards_that_compare_pictures_run(cache, tmp_path):
+    """A bonus is scored in evaluations too; a watched reward is in the epochs' rows only."""
+    options = [
+        "--config.num_epochs=1",
+        "--config.train.advantages=gardo",
+        "--config.reward.fn={'embedded_detector': 1.0, 'diversity': 0.5}",
+        "--config.reward.batch_size=3",
+        "--config.reward.watched=('diversity','jpeg_compressibility')",
+    ]
+    where = [f"--config.run_root={tmp_path}", "--config.run_name=gardo"]
+    done = call("train.py", cache, *where, *options)
+    assert done.returncode == 0, done.stderr
+    evaluated, trained, _ = rows(tmp_path / "gardo")
+    assert trained["diversity"] == trained["reward/diversity"] > 0
+    assert trained["jpeg_compressibility"] < 0
+    assert "reward/jpeg_compressibility" not in trained
+    assert trained["grad_norm"] > 0
+    assert evaluated["diversity"] > 0
+
+    # What contradicts is told in one line each, before anything is loaded.
+    options += ["--config.train.advantages=pareto", "--config.sample.num_image_per_prompt=16"]
+    options += ["--config.sample.test_images_per_prompt=1", "--config.sample.global_std=True"]
+    refused = call("train.py", cache, *where[:1], *options)
+    lines = refused.stderr.strip().splitlines()
+    assert refused.returncode == 1
+    assert [line.startswith("error: ") for line in lines] == [True, False, False]
+    assert "are not whole groups of 16" in lines[0]
+    assert "config.sample.test_images_per_prompt is 1" in lines[1]
+    assert "config.train.advantages is 'pareto', which never divides" in lines[2]
+
+
 def test_a_mistake_is_told_in_one_line_and_leaves_nothing(cache, tmp_path):
     """tests/realgen_jax/training/test_run.py has the others; this is what a user sees."""
     words = ["--config.sample.sde_window_size=9", f"--config.run_root={tmp_path}"]

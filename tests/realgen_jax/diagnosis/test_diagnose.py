@@ -35,6 +35,8 @@ NAMES = [
     "correlation",
     "diversity",
 ]
+# Of runs that record more.
+MORE = ["pictures of a prompt"]
 
 
 def write(folder, run):
@@ -178,6 +180,18 @@ def alike(run, last):
     put(run, "eval", prompt_std=[0.05, last * 0.05])
 
 
+def copies(run, last):
+    """The pictures of a prompt grow alike; the scores keep their spread."""
+    option(run, "reward.watched", ["diversity"])
+    put(run, diversity=[0.08, last * 0.08])
+
+
+def added(run, std):
+    """One reward has a small scale, and the rewards are added as they are."""
+    option(run, "train.advantages", "dr_grpo")
+    put(run, reward_std__clip_score=std, reward_std__embedded_detector=0.05)
+
+
 def falling(run, slope):
     stuck(run)
     for row in run["rows"]:
@@ -210,6 +224,8 @@ FAULTS = [
     (frechet, 0.1, 0.08, "held-out checks", PROBLEM, "--config.train.beta=0.1"),
     (correlation, 0.05, 0.2, "correlation", NOTE, "other pictures"),
     (alike, 0.1, 0.5, "diversity", PROBLEM, "Look at RUN/samples"),
+    (copies, 0.05, 0.5, "pictures of a prompt", PROBLEM, "'diversity': 0.5}\""),
+    (added, 1e-3, 0.05, "one reward drowning the others", PROBLEM, "advantages=per_reward, or"),
     (falling, -0.01, 0.01, "no cause found", PROBLEM, "No check explains it"),
     (falling, 0.0, 0.01, "no cause found", NOTE, "could hide in the noise"),
 ]  # fmt: skip
@@ -252,6 +268,53 @@ def test_a_healthy_run_is_called_healthy(tmp_path, capsys, call):
     assert printed.startswith(start)
     assert "Healthy: no problems found." in printed
     assert "ratio deviation: largest |ratio - 1| before any step 0 (<= 1.0e-04)" in printed
+
+
+@pytest.mark.parametrize(("advantages", "is_told"), [("per_reward", True), ("gardo", False)])
+def test_a_bonus_for_pictures_that_differ_is_watched_too(tmp_path, advantages, is_told):
+    def rewarded(run, last):
+        option(run, "train.advantages", advantages)
+        run["config"]["reward"]["fn"]["diversity"] = 0.5
+        put(run, noise__diversity=0.0, kind="eval")
+        put(run, reward_std__diversity=0.05, zero_spread__diversity=0.0)
+        put(run, reward__diversity=[0.08, last * 0.08])
+
+    (problem,) = answer_of(tmp_path, rewarded, 0.05).of(PROBLEM)
+    assert problem.name == "pictures of a prompt"
+    assert ("config.train.advantages=gardo" in problem.remedy) == is_told
+    assert not answer_of(tmp_path, rewarded, 0.6).of(PROBLEM)
+
+
+# `diversity` in 20 epochs of the demo, and of the demo with reward.fn = {"diversity": -1.0},
+# train.beta = 0 and train.learning_rate = 0.003: trained towards copies.
+DEMO = (0.113, 0.190, 0.148, 0.085, 0.154, 0.069, 0.125, 0.130, 0.132, 0.158, 0.102, 0.138, 0.155,
+        0.133, 0.094, 0.086, 0.120, 0.128, 0.048, 0.112)  # fmt: skip
+COPIES = (0.113, 0.186, 0.132, 0.066, 0.100, 0.032, 0.065, 0.057, 0.043, 0.049, 0.031, 0.027, 0.036,
+          0.039, 0.024, 0.020, 0.030, 0.039, 0.020, 0.027)  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "severity"), [(DEMO, FINE), (COPIES, PROBLEM)])
+def test_a_run_trained_towards_copies_is_told(tmp_path, values, severity):
+    def recorded(run, _):
+        option(run, "reward.watched", ["diversity"])
+        evaluations = rows_of(run, "eval")
+        rows = rows_of(run, "train")
+        run["rows"] = evaluations
+        for epoch, value in enumerate(values, start=1):
+            row = rows[min(epoch, len(rows)) - 1]
+            run["rows"].append({**row, "epoch": epoch, "diversity": value})
+
+    answer = answer_of(tmp_path, recorded)
+    (found,) = [finding for finding in answer.findings if finding.name == MORE[0]]
+    assert found.severity == severity
+
+
+def test_pareto_fronts_have_no_shares(tmp_path):
+    def front(run, _):
+        option(run, "train.advantages", "pareto")
+        weight(run, 500.0)
+
+    assert "one reward drowning the others" not in names(answer_of(tmp_path, front).findings)
 
 
 def learns(run, held_out=("embedded_held_out",), metrics=("embedded_frechet",)):
@@ -333,7 +396,7 @@ def test_a_fault_is_found_and_nothing_else(tmp_path, fault, bad, good, name, sev
 
 
 def test_every_finding_has_a_test_and_every_remedy_names_real_keys(tmp_path):
-    assert {name for *_, name, _, _ in FAULTS} == {*NAMES, "no cause found"}
+    assert {name for *_, name, _, _ in FAULTS} == {*NAMES, *MORE, "no cause found"}
 
     keys = set()
     for fault, bad, *_ in FAULTS:

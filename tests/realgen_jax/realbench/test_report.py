@@ -16,6 +16,7 @@ from rich.console import Console
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.realbench.aggregate import leaderboard
 from realgen_jax.realbench.formatting import NOTHING
+from realgen_jax.realbench.plots import curves
 from realgen_jax.realbench.report import write_report
 from realgen_jax.realbench.results import (
     Entry,
@@ -324,6 +325,23 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_is_given(report):
     own = re.sub(r"<script>\s*/\*\*\s*\* plotly\.js.*?</script>", "", text, flags=re.DOTALL)
     assert len(own) < len(text) - 1_000_000
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)|url\(|@import|fetch\(""", own)
+
+
+def test_watched_rewards_have_curves(tmp_path):
+    """Under their own names in training; those that are held out too have test prompts as well."""
+    rows = [{"kind": "train", "epoch": i, "diversity": 0.1, "other": 0.2} for i in (1, 2)]
+    rows += [{"kind": "eval", "epoch": i, "other": 0.3} for i in (0, 1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings()
+    config.reward.fn = {"detector": 1.0}
+    config.reward.held_out, config.reward.watched = ("other",), ("diversity", "other", "detector")
+    config.reward.metrics = ()
+    found = curves(tmp_path, config)
+    assert [(curve["name"], curve["role"]) for curve in found] == [
+        ("other", "held out"),
+        ("diversity", "watched"),
+    ]
+    assert [len(curve["figure"]["data"]) for curve in found] == [2, 1]
 
 
 def test_without_arena_run_or_a_second_entry(report, tmp_path):

@@ -22,19 +22,22 @@ def numbered(model, trainable, cond, key, ids):
     return jnp.broadcast_to(ids[:, None, None, None], (4, 3, 2, 2)).astype("uint8")
 
 
+EVALUATE = {"sample": {"guidance_scale": 1.0}}
+
+
 def made_up_run(copies, prompts, rewards):
     """A run with these rewards, of which the first one is trained on."""
     sample = {"test_images_per_prompt": copies, "test_batch_size": 4}
     name, *held_out = rewards
     reward = {"fn": {name: 2.0}, "held_out": tuple(held_out)}
     return SimpleNamespace(
-        config=ConfigDict({"sample": sample, "reward": reward}),
+        config=ConfigDict({"sample": sample, "reward": reward, "evaluate": EVALUATE}),
         test_prompts=prompts,
         model=SimpleNamespace(mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1])),
         scorer=RewardBridge(rewards, dict.fromkeys(rewards, "cpu"), deadline=20, retries=0),
         metrics={"pictures": len},
         monitor="reward",
-        cond=lambda prompts: prompts,
+        cond=lambda prompts, guidance: prompts,
         key=lambda stream: None,
     )
 

@@ -69,6 +69,8 @@ def check_all(config):
         ({"train__lora_alpha": 0.0}, "lora_alpha is 0; expected a number above 0"),
         ({"train__lora_init": "ones"}, "lora_init is 'ones'; choose one of gaussian, kaiming"),
         ({"train__loss": "ppo"}, "loss is 'ppo'; choose one of grpo, guard"),
+        ({"train__advantages": "ppo"}, "advantages is 'ppo'; choose one of per_reward, weighted"),
+        ({"train__advantages": "pareto"}, "config.reward.fn has 1; expected 2 or more"),
         ({"pretrained__lora": "nowhere"}, "nowhere does not exist; expected a LoRA file or folder"),
         (
             {"train__ema_update_interval": 9},
