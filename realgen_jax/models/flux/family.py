@@ -13,6 +13,7 @@ from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.flux import cost
 from realgen_jax.models.flux.tables import BFL, DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
+from realgen_jax.models.schedule import SCHEDULE_ENTRIES
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.tensors import Tensors, config_from
 
@@ -45,20 +46,6 @@ class FluxSchedule:
         grid = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32).astype(np.float64)
         shifted = shift / (shift + 1.0 / grid - 1.0)
         return np.append(shifted, 0.0).astype(np.float32)
-
-
-# Entries of scheduler_config.json that would make another schedule or another sampler.
-SCHEDULE_ENTRIES = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "time_shift_type": "exponential",
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "stochastic_sampling": False,
-}
 
 
 def make_cond(arrays: Mapping[str, Any], guidance: Array) -> Cond:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from realgen_jax.models.family import Encoder, Family, Published
+from realgen_jax.models.schedule import STATIC_ENTRIES, shifted, static_sigmas
 from realgen_jax.models.sd3.tables import (
     RULES,
     diffusers_table,
@@ -30,37 +31,12 @@ class SD3Schedule:
     shift: float = 3.0
 
     def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
-        """Return float32 [steps + 1] from 1 to 0: a shifted uniform grid, then 0.
+        """Return float32 [steps + 1] from 1 to 0: a uniform grid shifted towards noise.
 
-        The grid ends at the shifted noise level of the last of 1000 training steps, and is shifted
-        again, as in diffusers' StableDiffusion3Pipeline.
+        As in diffusers, the grid ends at the level of the last of 1000 training steps, which is
+        shifted already; it is shifted again.
         """
-        smallest = self._shifted(np.float64(0.001))
-        grid = self._shifted(np.linspace(1.0, smallest, steps))
-        return np.append(grid, 0.0).astype(np.float32)
-
-    def _shifted(self, sigma: np.ndarray) -> np.ndarray:
-        return self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma)
-
-
-# Entries of scheduler_config.json that would make another schedule or another sampler. Without
-# dynamic shifting, the four entries after it have no effect; these are diffusers' defaults.
-SCHEDULE_ENTRIES = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": False,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "stochastic_sampling": False,
-}
+        return static_sigmas(steps, self.shift, last=shifted(0.001, self.shift))
 
 
 def make_cond(arrays: Mapping[str, Any], guidance: Array) -> Cond:
@@ -194,7 +170,7 @@ SD3 = Family(
     cost=None,
     negative_prompt="",
     config_entries={"patch_size": 2},
-    schedule_entries=SCHEDULE_ENTRIES,
+    schedule_entries=STATIC_ENTRIES,
     single_file=single_file,
     download=(
         "For SD3.5-M accept its licence on the Hugging Face hub, run\n"

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from realgen_jax.models.family import Encoder, Family, Published
+from realgen_jax.models.schedule import STATIC_ENTRIES, static_sigmas
 from realgen_jax.models.zimage.tables import DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.zimage.transformer import Cond, ZImageConfig, ZImageTransformer, padded
 
@@ -26,30 +27,8 @@ class ZImageSchedule:
         RealGen V2 and diffusers up to 0.36 use the grid of one step less: with sigma_min 0, the
         last of their steps goes from 0 to 0. Their 9 and 40 steps are 8 and 39 here.
         """
-        # Round the grid to float32, as diffusers does.
-        grid = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32).astype(np.float64)
-        shifted = self.shift * grid / (1.0 + (self.shift - 1.0) * grid)
-        return np.append(shifted, 0.0).astype(np.float32)
+        return static_sigmas(steps, self.shift, last=1.0 / steps)
 
-
-# Entries of scheduler_config.json that would make another schedule or another sampler. Without
-# dynamic shifting, the four entries after it have no effect; these are diffusers' defaults.
-SCHEDULE_ENTRIES = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": False,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "stochastic_sampling": False,
-}
 
 # Entries of transformer/config.json that would make another network. The Omni model, which also
 # takes pictures, has a siglip_feat_dim.
@@ -100,7 +79,7 @@ Z_IMAGE = Family(
     negative_prompt="",
     guidance_offset=1.0,
     config_entries=CONFIG_ENTRIES,
-    schedule_entries=SCHEDULE_ENTRIES,
+    schedule_entries=STATIC_ENTRIES,
     download=(
         "Run\n"
         "    hf download Tongyi-MAI/Z-Image-Turbo --local-dir models/Z-Image-Turbo\n"
