@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_peer
+from peers_sizes import REWARDS, SIZES
+from torch_families import TORCH_FAMILIES
 
-from realgen_configs import flux_grpo
 from realgen_jax.advantages import group_advantages
-from realgen_jax.models.flux.transformer import Cond
+from realgen_jax.models.guidance import Guided
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.model import Model
 from realgen_jax.nn.lora import lora_tensors
@@ -23,82 +24,17 @@ from realgen_jax.update import Batch
 from reward_bridge.bridge import RewardBridge
 from reward_bridge.rewards import make_reward
 
-REWARDS = {"tiny": "embedded_detector", "mid": "jpeg_compressibility"}
-
-
-def tiny(_: Path) -> Any:
-    """The demo's rollout call.
-
-    2.4 M parameters, 64 pictures of 16 + 16 tokens, 10 steps, a window of 3.
-    """
-    return flux_grpo.tiny()
-
-
-def mid(folder: Path) -> Any:
-    """A call of one prompt and 3 branches, as RealGen's.
-
-    61 M random parameters, 256 + 64 tokens, 4 steps, a window of 2.
-    """
-    # Write the model.
-    torch.manual_seed(0)
-    torch_peer.diffusers.FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=3,
-        num_single_layers=8,
-        attention_head_dim=64,
-        num_attention_heads=8,
-        joint_attention_dim=256,
-        pooled_projection_dim=128,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 28, 28),
-    ).save_pretrained(folder / "transformer")
-    torch_peer.diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 64, 128, 128),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    ).save_pretrained(folder / "vae")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
-    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-
-    config = flux_grpo.tiny()
-    config.pretrained.model = str(folder)
-    config.prompts.max_tokens = 64
-    config.sample.update(
-        resolution=256,
-        num_steps=4,
-        eval_num_steps=4,
-        train_batch_size=3,
-        num_image_per_prompt=3,
-        branches=3,
-        num_batches_per_epoch=1,
-        sde_window_size=2,
-        sde_window_range=(0, 4),
-        test_batch_size=3,
-    )
-    return config
-
-
-SIZES = {"tiny": tiny, "mid": mid}
-
 
 @dataclass(frozen=True)
 class Case:
-    """The inputs of one size, and what both sides need to work on them."""
+    """The inputs of one family and size, and what both sides need to work on them."""
 
     config: Any
     model: Model
     programs: Any
     plan: Any
     state: Any
-    cond: Cond  # a row for each slot
+    cond: Any  # a row for each slot
     keys: tuple
     latents: np.ndarray
     noise: np.ndarray
@@ -114,9 +50,9 @@ class Case:
         return lora_tensors(state, self.model.family.table(self.model.config))
 
 
-def make_case(name: str, folder: Path) -> Case:
-    """Make the inputs of one size; `folder` is for its model."""
-    config = SIZES[name](folder)
+def make_case(family: str, size: str, folder: Path) -> Case:
+    """Make the inputs of a family and size; `folder` is for its model."""
+    config = SIZES[family][size](folder)
     recipe = make_recipe(config)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model = load_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
@@ -135,16 +71,9 @@ def make_case(name: str, folder: Path) -> Case:
     latent_key, noise_key = keys
     latents = draw_latents(latent_key, layout.slots, layout.slots, model.token_shape)
     noise = recipe.objective.draw_noise(noise_key, plan, layout.images, model.token_shape)
-    rng = np.random.default_rng(0)
-    t5_shape = (layout.slots, config.prompts.max_tokens, model.config.joint_attention_dim)
-    clip_shape = (layout.slots, model.config.pooled_projection_dim)
-    cond = Cond(
-        jnp.float32(rng.standard_normal(t5_shape)),
-        jnp.float32(rng.standard_normal(clip_shape)),
-        jnp.full(layout.slots, config.sample.guidance_scale),
-    )
+    cond = random_cond(config, model, layout.slots)
 
-    reward = make_reward(REWARDS[name], "cpu", {})
+    reward = make_reward(REWARDS[size], "cpu", {})
     return Case(
         config=config,
         model=model,
@@ -158,6 +87,23 @@ def make_case(name: str, folder: Path) -> Case:
         reward=reward,
         bridge=RewardBridge({"reward": reward}, {"reward": "cpu"}, deadline=600, retries=0),
     )
+
+
+def random_cond(config: Any, model: Model, slots: int) -> Any:
+    """Conditioning with random embeddings and the guidance scale of the config."""
+    scale = config.sample.guidance_scale
+    shapes = model.abstract_cond(
+        slots, config.prompts.max_tokens, jnp.float32, scale, config.train.cfg_gradient
+    )
+    rng = np.random.default_rng(0)
+
+    # Embeddings are [n, ...]; the scale is [n].
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.ndim == 1:
+            return jnp.full(leaf.shape, scale, leaf.dtype)
+        return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
 
 
 class Ours:
@@ -181,7 +127,14 @@ class Ours:
         )
 
     def update(self, record: Any, advantages: np.ndarray) -> Any:
-        batch = Batch(record, self.case.cond, jnp.asarray(advantages))
+        return self._update(record, advantages, self.case.cond)
+
+    def update_bound(self, record: Any, advantages: np.ndarray) -> Any:
+        cond = replace(self.case.cond, gradient="bound")
+        return self._update(record, advantages, cond)
+
+    def _update(self, record: Any, advantages: np.ndarray, cond: Any) -> Any:
+        batch = Batch(record, cond, jnp.asarray(advantages))
         batch = jax.tree.map(lambda a: a[None], batch)
         self.state, metrics = self.case.programs.update(self.case.model, self.state, batch)
         return metrics
@@ -198,23 +151,23 @@ class Theirs:
     def __init__(self, case: Case, compiled: bool):
         self.case = case
         config = case.config
+        self.adapters = case.adapters(case.state.trainable)
         self.model = torch_peer.load(
+            TORCH_FAMILIES[case.model.family.pipeline],
             Path(config.pretrained.model),
-            case.adapters(case.state.trainable),
+            self.adapters,
             config.train.lora_rank,
             config.train.lora_alpha,
             case.model.height,
             compiled,
         )
-        self.optimizer = torch_peer.make_optimizer(self.model, config.train)
-        self.ema = [p.detach().clone() for p in torch_peer.trained(self.model)]
+        self.restart()
 
         # The same inputs.
         self.sigmas = torch.from_numpy(case.model.sigmas(config.sample.num_steps))
-        cond = (case.cond.t5, case.cond.clip, case.cond.guidance)
-        self.cond = tuple(torch.from_numpy(np.array(a)) for a in cond)
-        self.latents = torch.from_numpy(case.latents.copy())
-        self.noise = torch.from_numpy(case.noise.copy())
+        self.cond = torch_cond(case.cond)
+        self.latents = self.from_tokens(case.latents)
+        self.noise = self.from_tokens(case.noise)
         self.start = int(case.plan.start)
 
         # The noise that our sampler draws.
@@ -223,15 +176,24 @@ class Theirs:
             return jax.random.normal(key, case.model.token_shape)
 
         images = np.arange(config.sample.train_batch_size, dtype=np.int32)
-        self.sampling_latents = torch.from_numpy(np.array(jax.vmap(draw)(images)))
+        self.sampling_latents = self.from_tokens(jax.vmap(draw)(images))
+
+    def restart(self) -> None:
+        """Go back to the case's adapters, with a new optimizer."""
+        torch_peer.set_adapters(self.model, self.adapters)
+        self.optimizer = torch_peer.make_optimizer(self.model, self.case.config.train)
+        self.ema = [p.detach().clone() for p in torch_peer.trained(self.model)]
+
+    def from_tokens(self, tokens: Any) -> torch.Tensor:
+        """Our tokens in the form of diffusers' transformer."""
+        return torch_peer.from_tokens(self.model, torch.from_numpy(np.array(tokens)))
 
     def sampling(self) -> torch.Tensor:
         x = self.sampling_latents
-        cond = tuple(a.repeat_interleave(len(x) // len(a), dim=0) for a in self.cond)
+        cond = self.cond.repeat(len(x) // len(self.latents))
         return torch_peer.sample(self.model, x, self.sigmas, cond)
 
     def rollout(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        sample = self.case.config.sample
         return torch_peer.rollout(
             self.model,
             self.latents,
@@ -239,22 +201,28 @@ class Theirs:
             self.sigmas,
             self.cond,
             self.start,
-            sample.branches,
-            sample.noise_level,
+            self.case.config.sample,
         )
 
     def update(self, record: dict, advantages: np.ndarray) -> dict[str, float]:
+        return self._update(record, advantages, self.cond)
+
+    def update_bound(self, record: dict, advantages: np.ndarray) -> dict[str, float]:
+        return self._update(record, advantages, replace(self.cond, detached=True))
+
+    def _update(
+        self, record: dict, advantages: np.ndarray, cond: torch_peer.TorchCond
+    ) -> dict[str, float]:
         return torch_peer.update(
             self.model,
             self.optimizer,
             self.ema,
             record,
             self.sigmas,
-            self.cond,
+            cond,
             self.start,
-            self.case.config.sample.noise_level,
             torch.from_numpy(advantages),
-            self.case.config.train,
+            self.case.config,
         )
 
     def iteration(self) -> dict[str, float]:
@@ -263,7 +231,21 @@ class Theirs:
         return self.update(record, advantages_of(self.case, scores))
 
 
+def torch_cond(cond: Any) -> torch_peer.TorchCond:
+    """Our conditioning for PyTorch. The rows of the negative prompt come before the prompts'."""
+    if isinstance(cond, Guided):
+        rows = jax.tree.map(lambda *halves: np.concatenate(halves), cond.negative, cond.prompt)
+        scale = float(cond.scale[0])
+    else:
+        rows = cond
+        scale = None
+    leaves = tuple(torch.from_numpy(np.array(leaf)) for leaf in jax.tree.leaves(rows))
+    return torch_peer.TorchCond(leaves, scale)
+
+
 def advantages_of(case: Case, scores: np.ndarray) -> np.ndarray:
     """Advantages of scores [images], float [images]."""
     groups = {"reward": scores.reshape(-1, case.config.sample.num_image_per_prompt)}
-    return group_advantages(groups, {"reward": 1.0}, global_std=False).ravel()
+    return group_advantages(
+        groups, {"reward": 1.0}, global_std=case.config.sample.global_std
+    ).ravel()

@@ -20,8 +20,8 @@ from jax import Array
 from realgen_jax.models.family import Family
 
 # config.train.cfg_gradient of a guided run.
-# both: the gradient goes through both passes (Adv-GRPO, RealGen V2).
-# bound: the free pass is taken as constant (Flow-GRPO, RealGen V1).
+# both: the gradient goes through both passes (Adv-GRPO, Flow-GRPO, RealGen V2).
+# bound: the free pass is taken as constant (RealGen V1).
 GRADIENTS = ("both", "bound")
 
 

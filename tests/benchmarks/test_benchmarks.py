@@ -5,13 +5,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from realgen_configs import flux_grpo
-from tests.helpers.goldens import ROOT
+from realgen_jax.nn.tokens import unpack
+from tests.helpers.goldens import GOLDENS, ROOT, golden
+
+SD3_PIPELINE = GOLDENS / "12_sd3" / "pipeline"
 
 BENCHMARKS = ROOT / "benchmarks"
 # Packages that a GPU machine may lack. optax itself imports absl.
@@ -155,12 +161,83 @@ def test_flux_gpu_lowers_at_full_size(monkeypatch):
         assert program.flops == pytest.approx(flops, rel=0.03)
 
 
+def test_guidance_in_torch_is_the_recorded(monkeypatch):
+    """The PyTorch side of peers.py: a guided rollout with cps, and both forms of its gradient."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    torch = pytest.importorskip("torch")
+    import torch_peer
+    from torch_families import TORCH_FAMILIES
+
+    # The model, and the conditioning with the negative prompt's rows first.
+    family = TORCH_FAMILIES["StableDiffusion3Pipeline"]
+    adapted = {"transformer_blocks.0.attn.to_q.lora_A": np.zeros(())}
+    model = torch_peer.load(family, SD3_PIPELINE, adapted, 2, 4.0, 4, compiled=False)
+    arrays = {name: torch.from_numpy(a) for name, a in golden("12_sd3/rollout_cps.npz").items()}
+    n = len(arrays["init_latents"])
+    rows = []
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        negative = arrays[f"negative_{name}"].repeat_interleave(n, dim=0)
+        rows.append(torch.cat([negative, arrays[name]]))
+    cond = torch_peer.TorchCond(tuple(rows), 4.5)
+
+    # The rollout.
+    sample = SimpleNamespace(branches=1, sde_type="cps", noise_level=0.8)
+    sigmas = arrays["sigmas"]
+    inputs = (arrays["init_latents"], arrays["window_noise"], sigmas, cond)
+    _, record = torch_peer.rollout(model, *inputs, 0, sample)
+    latents = arrays["latents"].transpose(0, 1)
+    torch.testing.assert_close(record["x_next"], latents[1:], rtol=1e-4, atol=2e-4)
+    means = arrays["prev_sample_mean"].transpose(0, 1)
+    torch.testing.assert_close(record["mean"], means, rtol=1e-4, atol=2e-4)
+
+    # The gradients. The recorded log-probabilities leave out the variance.
+    weights = dict(model.transformer.base_model.model.named_parameters())
+    for form, detached in (("grad", False), ("grad_detached", True)):
+        total = 0.0
+        prefix = f"replay/{form}/"
+        names = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
+        trained = []
+        for name in names:
+            adapted_name = name.replace(".weight", ".base_layer.weight")
+            trained.append(weights[name if name in weights else adapted_name])
+            trained[-1].requires_grad_(True)
+        for j in range(2):
+            half = replace(cond, detached=detached)
+            v = torch_peer.velocity(model, latents[j], sigmas[j], half)
+            mean, _ = torch_peer.cps(v, latents[j], sigmas, j, 0.8)
+            logp = -((latents[j + 1] - mean) ** 2).flatten(1).mean(dim=1)
+            total = total + (arrays["cotangent"] * logp).sum() / 2
+        for name, gradient in zip(names, torch.autograd.grad(total, trained), strict=True):
+            expected = arrays[prefix + name]
+            largest = float(expected.abs().max())
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * largest)
+
+
+def test_both_forms_of_latents_are_inverse(monkeypatch):
+    """Tokens -> diffusers' latents -> tokens, in our own order of channels."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    torch = pytest.importorskip("torch")
+    import torch_peer
+    from torch_families import TORCH_FAMILIES
+
+    tokens = np.random.default_rng(0).standard_normal((2, 3, 16, 64)).astype(np.float32)
+    model = torch_peer.TorchModel(TORCH_FAMILIES["StableDiffusion3Pipeline"], None, None, 4)
+    latents = torch_peer.from_tokens(model, torch.from_numpy(tokens))
+    expected = np.moveaxis(unpack(tokens.reshape(6, 16, 64), 4, 4), -1, 1)
+    np.testing.assert_array_equal(latents.numpy().reshape(6, 16, 8, 8), expected)
+    np.testing.assert_array_equal(torch_peer.to_tokens(model, latents).numpy(), tokens)
+
+
 @pytest.mark.slow
-def test_peers_agree():
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_peers_agree(family):
     """peers.py compares pictures, trajectories, gradients and adapters before it times."""
-    options = ("--sizes", "tiny", "--peers", "eager", "--repeats", "1", "--no_save")
-    command = [sys.executable, BENCHMARKS / "peers.py", *options]
+    options = ("--families", family, "--sizes", "tiny", "--peers", "eager", "--repeats", "1")
+    command = [sys.executable, BENCHMARKS / "peers.py", *options, "--no_save"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = [line.split()[:2] for line in done.stdout.splitlines()[-4:]]
-    assert rows == [["tiny", part] for part in ("sampling", "rollout", "update", "iteration")]
+    parts = ["sampling", "rollout", "update", "iteration"]
+    if family == "sd3":
+        parts.append("update_bound")
+    rows = [line.split()[:3] for line in done.stdout.splitlines()[-len(parts) :]]
+    assert rows == [[family, "tiny", part] for part in parts]
