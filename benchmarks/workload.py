@@ -93,10 +93,11 @@ class Size:
             slots=slots,
             steps=self.steps,
             window=self.window,
+            trained=self.window,
             prefix=self.start,
             calls=1,
             inner_epochs=1,
-            reference=True,
+            reference=1,
             recompute=False,
             flash=jax.default_backend() != "cpu",
         )

@@ -107,13 +107,37 @@ def _sample() -> ConfigDict:
     c.branches = 1  # images that share the ODE prefix and branch where the SDE window starts
     c.same_latent = False  # True: the images of a group share the initial noise
     c.num_batches_per_epoch = 2  # rollout calls per epoch
-    c.sde_type = "sde"  # sde, cps
+    c.solver = "euler"  # euler, dpm2: of rollouts without noise (train.loss nft, awm)
+    c.sde_type = "sde"  # sde, cps, dance
     c.noise_level = 0.9
     c.sde_window_size = 3  # number of steps with noise; these are trained on
     c.sde_window_range = (0, 8)  # [first, end) of the steps among which the window is placed
+    c.sde_window = _sde_window()
     c.global_std = False  # True: advantages are divided by the epoch's std, not the group's
     c.test_batch_size = 8  # images per evaluation call
     c.test_images_per_prompt = 1
+    return c
+
+
+def _sde_window() -> ConfigDict:
+    """Where the window of steps with noise is placed. Defaults are MixGRPO's."""
+    c = ConfigDict()
+    # random: every rollout call draws its start. Or the start moves from epoch to epoch:
+    # progressive: after `epochs` epochs; decay: after `most` epochs at the first start, falling
+    #   linearly to `least`; exp_decay: after `epochs` epochs up to the start `threshold`, then
+    #   after ceil(epochs exp(-rate (start - threshold))).
+    c.strategy = "random"
+    c.epochs = 25
+    c.stride = 1  # steps by which it moves; 0: it stays where it is
+    c.rollback = True  # at the end, return to the first start; False: stay at the last one
+    c.most = 10
+    c.least = 1
+    c.threshold = 13
+    c.rate = 0.1
+    c.trained_steps = 0  # steps of the window to train on, drawn for each rollout call; 0: all
+    # 0: the schedule's own steps behind the window. Above: this share of their number, of second
+    # order (MixGRPO-Flash: 0.4 or 0.2).
+    c.after = 0.0
     return c
 
 
@@ -124,7 +148,7 @@ def _train() -> ConfigDict:
     c.lora_rank = 32
     c.lora_alpha = 64.0
     c.lora_init = "gaussian"  # gaussian, kaiming
-    c.loss = "guard"  # grpo, guard
+    c.loss = "guard"  # grpo, guard, dppo, nft, awm
     c.cfg_gradient = ""  # with classifier-free guidance: both, bound; else empty
     c.guard_bias = "sample"  # sample; batch: also averaged over the batch, as in RealGen's code
     c.kl = "velocity"  # velocity, mean, mean_reference
@@ -148,6 +172,67 @@ def _train() -> ConfigDict:
     c.ema_decay = 0.9
     c.ema_update_interval = 1  # optimizer steps between EMA updates
     c.recompute_old = False  # True: the update program first recomputes the sampled means
+
+    # What only one of the losses has.
+    c.dppo = _dppo()
+    c.nft = _nft()
+    c.awm = _awm()
+    return c
+
+
+def _dppo() -> ConfigDict:
+    """Flow-DPPO, config.train.loss dppo. It clips neither ratios nor advantages."""
+    c = ConfigDict()
+    # Pictures whose step has moved this far, where their advantage points to, are dropped. Mean
+    # over a picture's elements of (mean - mean_old)^2 / 2.
+    c.threshold = 1e-5
+    c.per_variance = True  # that over std^2, the KL of the two steps
+    return c
+
+
+def _nft() -> ConfigDict:
+    """DiffusionNFT, config.train.loss nft. beta is the weight of the KL, adv_clip_max its C."""
+    c = ConfigDict()
+    c.mix = 1.0  # b: how far the two implicit policies lie from the old one
+    c.advantages = "all"  # all, positive_only, negative_only, one_only, binary
+    c.update(_levels(sigmas=9, draw="permuted", fraction=1.0))
+    c.update(_old_policy(most=0.5))
+    return c
+
+
+def _awm() -> ConfigDict:
+    """Advantage-weighted matching, config.train.loss awm. beta: KL; adv_clip_max: advantages."""
+    c = ConfigDict()
+    c.weighting = "plain"  # plain, ghuber, huber, t, t2: of the matching error
+    c.advantage_max = 1.0  # advantages are clipped to +-adv_clip_max and scaled to +-advantage_max
+    c.clip_range = 1.0  # of the ratio, around 1
+    c.beta_ema = 1.0  # weight of the KL to the old policy
+    c.kl_weight = "uniform"  # uniform, elbo: weight of both KLs over sigma
+    c.off_policy = False  # True: the old policy samples, and ratios refer to it
+    c.update(_levels(sigmas=6, draw="strata", fraction=0.9))
+    c.update(_old_policy(most=0.3))
+    return c
+
+
+def _levels(sigmas: int, draw: str, fraction: float) -> ConfigDict:
+    """The noise levels that an objective without a window trains on, steps of the rollout."""
+    c = ConfigDict()
+    c.sigmas = sigmas  # number of noise levels for each picture
+    # permuted: the first of a permutation, drawn for each picture; strata: one of each of `sigmas`
+    # parts of the schedule, the same for a rollout call.
+    c.draw = draw
+    c.first_step = 0  # the first step that may be drawn
+    c.fraction = fraction  # the share of the steps, from the first one, that may be drawn
+    c.least_sigma = 0.0  # above 0: only steps before the last one with a sigma this high
+    return c
+
+
+def _old_policy(most: float) -> ConfigDict:
+    """After an epoch, old <- d old + (1 - d) trained, d = min(rate (steps - delay), most)."""
+    c = ConfigDict()
+    c.old_rate = 0.001  # per optimizer step
+    c.old_delay = 0  # optimizer steps; until then, d is 0
+    c.old_most = most
     return c
 
 

@@ -102,6 +102,18 @@ ADVERSARY = {
     "deadline": positive(),
 }
 
+# Of train.nft and train.awm in realgen_jax/config.py.
+DECOUPLED = {
+    "sigmas": integer(1),
+    "draw": choice("permuted", "strata"),
+    "first_step": integer(0),
+    "fraction": UP_TO_ONE,
+    "least_sigma": fraction(),
+    "old_rate": number(0),
+    "old_delay": integer(0),
+    "old_most": fraction(),
+}
+
 # Of base() in realgen_jax/config.py.
 RANGES = {
     "preset": folder_name(),
@@ -145,10 +157,23 @@ RANGES = {
     "sample.branches": integer(1),
     "sample.same_latent": boolean(),
     "sample.num_batches_per_epoch": integer(1),
-    "sample.sde_type": choice("sde", "cps"),
+    "sample.solver": choice("euler", "dpm2"),
+    "sample.sde_type": choice("sde", "cps", "dance"),
     "sample.noise_level": positive(),
     "sample.sde_window_size": integer(1),
     "sample.sde_window_range": STEPS,
+    "sample.sde_window.strategy": choice("random", "progressive", "decay", "exp_decay"),
+    "sample.sde_window.epochs": integer(1),
+    "sample.sde_window.stride": integer(0),
+    "sample.sde_window.rollback": boolean(),
+    "sample.sde_window.most": integer(1),
+    "sample.sde_window.least": integer(1),
+    "sample.sde_window.threshold": integer(0),
+    "sample.sde_window.rate": number(0),
+    "sample.sde_window.trained_steps": integer(0),
+    "sample.sde_window.after": Range(
+        "a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1
+    ),
     "sample.global_std": boolean(),
     "sample.test_batch_size": integer(1),
     "sample.test_images_per_prompt": integer(1),
@@ -176,6 +201,18 @@ RANGES = {
     "train.ema_decay": fraction(),
     "train.ema_update_interval": integer(1),
     "train.recompute_old": boolean(),
+    "train.dppo.threshold": positive(),
+    "train.dppo.per_variance": boolean(),
+    "train.nft.mix": positive(),
+    "train.nft.advantages": choice("all", "positive_only", "negative_only", "one_only", "binary"),
+    "train.awm.weighting": choice("plain", "ghuber", "t", "t2", "huber"),
+    "train.awm.advantage_max": positive(),
+    "train.awm.clip_range": positive(),
+    "train.awm.beta_ema": number(0),
+    "train.awm.kl_weight": choice("uniform", "elbo"),
+    "train.awm.off_policy": boolean(),
+    **{f"train.nft.{key}": allowed for key, allowed in DECOUPLED.items()},
+    **{f"train.awm.{key}": allowed for key, allowed in DECOUPLED.items()},
     "reward.fn.*": WEIGHT,
     "reward.held_out": names(),
     "reward.watched": names(),

@@ -15,15 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realgen_jax.sde import STOCHASTIC_STEPS, Steps, log_prob, ode_steps
+from realgen_jax.sde import (
+    STOCHASTIC_STEPS,
+    Steps,
+    TwoSteps,
+    dpm2_steps,
+    log_prob,
+    ode_steps,
+    shortened,
+)
+from realgen_jax.windows import DRAWN, Moves
 
 Velocity = Callable[..., Array]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["ode", "noisy", "start"],
-    meta_fields=["window", "bounds", "branches"],
+    data_fields=["ode", "noisy", "start", "trained", "after"],
+    meta_fields=["window", "bounds", "branches", "moves"],
 )
 @dataclass(frozen=True)
 class Plan:
@@ -31,20 +40,90 @@ class Plan:
 
     The window is [start, start + window). start, int32 [], is traced, so a new start does not
     trigger recompilation; it lies in [lo, hi - window] with bounds = (lo, hi). Each slot branches
-    into `branches` rows at the start of the window.
+    into `branches` rows at the start of the window. trained, int32 [k]: the steps of the window
+    that are trained on; None: all. after: the steps behind the window, if they are not the
+    schedule's.
     """
 
     ode: Steps
     noisy: Steps
     start: Array
+    trained: Array | None
+    after: "After | None"
     window: int
     bounds: tuple[int, int]
     branches: int
+    moves: Moves
 
-    def draw(self, key: Array) -> "Plan":
-        """Return the same plan with a start drawn uniformly, including both ends."""
+    @property
+    def mean_steps(self) -> float:
+        """Mean number of steps from noise to image, over all starts."""
+        if self.after is None:
+            return len(self.ode.sigma)
         low, high = self.bounds
-        return replace(self, start=jax.random.randint(key, (), low, high - self.window + 1))
+        return float(np.mean(np.arange(low + self.window, high + 1) + self.after.count))
+
+    def draw(self, key: Array, epoch: int = 0) -> "Plan":
+        """Return the plan of one call in an epoch, counted from 0.
+
+        With the strategy "random" the start is drawn uniformly, including both ends. Of k trained
+        steps each choice is equally likely.
+        """
+        low, high = self.bounds
+        last = high - self.window
+        if self.moves.strategy == "random":
+            start = jax.random.randint(key, (), low, last + 1)
+        else:
+            start = np.int32(low + self.moves.start(epoch, last - low))
+
+        trained = self.trained
+        if trained is not None:
+            order = jax.random.permutation(jax.random.fold_in(key, 1), self.window)
+            trained = jnp.sort(order[: len(trained)])
+        return replace(self, start=start, trained=trained)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class After:
+    """Fewer steps, of second order, behind the window (MixGRPO-Flash).
+
+    steps: for each start of the window, float32 [starts, most steps]. count: int32 [starts], the
+    number of these steps.
+    """
+
+    steps: TwoSteps
+    count: Array
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["steps", "levels", "key"], meta_fields=["solver"]
+)
+@dataclass(frozen=True)
+class NoiselessPlan:
+    """The plan of a rollout without noise. solver: a key of SOLVERS, which made the steps.
+
+    levels: float32 [c], the noise levels that the gradient draws from. key: uint32 [2], the call's
+    own random key, for what its gradient draws.
+    """
+
+    steps: Any
+    levels: Array
+    key: Array
+    solver: str
+
+    @property
+    def mean_steps(self) -> float:
+        """Number of steps from noise to image."""
+        return len(self.steps.sigma)
+
+    def draw(self, key: Array, epoch: int = 0) -> "NoiselessPlan":
+        """Return the plan of one call."""
+        return replace(self, key=jax.random.key_data(key))
+
+    def sample(self, velocity: Velocity, cond: Any, latents: Array) -> Array:
+        """From noise to data: latents float32 [n, s, c] -> [n, s, c]."""
+        return SOLVERS[self.solver].sample(velocity, cond, latents, self.steps)
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +133,14 @@ class Trajectory:
 
     latents: float32 [w + 1, n, s, c], before the first step and after each step. mean: float32
     [w, n, s, c] and logp: float32 [w, n], under the sampling policy. steps: the coefficients, each
-    float32 [w].
+    float32 [w]. trained: int32 [k], the steps that the update replays; None: all.
     """
 
     latents: Array
     mean: Array
     logp: Array
     steps: Steps
+    trained: Array | None = None
 
 
 def make_plan(
@@ -71,11 +151,18 @@ def make_plan(
     window: int,
     bounds: tuple[int, int],
     branches: int,
+    moves: Moves = DRAWN,
+    trained: int = 0,
+    after: float = 0.0,
 ) -> Plan:
     """Return a plan for noise levels, float32 [T + 1], with the window at the lower bound.
 
-    kind: a key of STOCHASTIC_STEPS. Raises ValueError if the window does not fit into the bounds or
-    the steps, or if there is no such noise.
+    kind: a key of STOCHASTIC_STEPS. trained: number of steps of the window to train on; 0: all.
+    after: the share of points of the schedule that are left behind the window, for steps of second
+    order; 0: the schedule's own steps, of first order.
+
+    Raises ValueError if the window does not fit into the bounds or the steps, if there is no such
+    noise, if more steps are to be trained on than the window has, or if too few points are left.
     """
     # The last step of cps has no noise, so nothing can be learnt from it.
     steps = len(sigmas) - 1
@@ -93,14 +180,38 @@ def make_plan(
             f"config.sample.noise_level is {noise_level}; a window needs noise to learn from, "
             "expected a value above 0, and up to 1 with sde_type cps"
         )
+    if trained > window:
+        raise ValueError(
+            f"config.sample.sde_window.trained_steps is {trained}; expected at most "
+            f"sde_window_size {window}, or 0 for all steps of the window"
+        )
     return Plan(
         ode=ode_steps(sigmas),
         noisy=STOCHASTIC_STEPS[kind](sigmas, noise_level),
         start=np.int32(low),  # numpy, so that making a plan does not initialise JAX
+        trained=np.arange(trained, dtype=np.int32) if 0 < trained < window else None,
+        after=_after(sigmas, range(low + window, high + 1), after) if after else None,
         window=window,
         bounds=bounds,
         branches=branches,
+        moves=moves,
     )
+
+
+def _after(sigmas: np.ndarray, ends: range, share: float) -> After:
+    """The steps behind windows that end before each of these steps."""
+    tables = []
+    for end in ends:
+        fewer = shortened(sigmas, end - 1, share)
+        steps = dpm2_steps(fewer, first=end)
+        tables.append(jax.tree.map(lambda leaf, end=end: leaf[end:], steps))
+
+    counts = [len(table.sigma) for table in tables]
+
+    def padded(*leaves: np.ndarray) -> np.ndarray:
+        return np.stack([np.pad(leaf, (0, max(counts) - len(leaf))) for leaf in leaves])
+
+    return After(jax.tree.map(padded, *tables), np.int32(counts))
 
 
 def draw_latents(key: Array, slots: int, distinct: int, shape: tuple[int, int]) -> Array:
@@ -136,6 +247,52 @@ def sample(velocity: Velocity, cond: Any, latents: Array, ode: Steps) -> Array:
     return _integrate(velocity, latents, cond, ode, 0, ode.sigma.shape[0])
 
 
+def sample_second_order(velocity: Velocity, cond: Any, latents: Array, steps: TwoSteps) -> Array:
+    """The same with steps of second order, which also use the last step's clean estimate."""
+    first = (latents, jnp.zeros_like(latents))
+    return _second_order(velocity, first, cond, steps, steps.sigma.shape[0])
+
+
+def _second_order(
+    velocity: Velocity, first: tuple[Array, Array], cond: Any, steps: TwoSteps, count: Any
+) -> Array:
+    """Take `count` steps, which may be traced. first: the latents and the last clean estimate."""
+
+    def body(i: Array, before: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, last = before
+        step = jax.tree.map(lambda coefficients: jnp.asarray(coefficients)[i], steps)
+        clean = x - step.sigma * velocity(x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
+        return step.after(x, clean, last), clean
+
+    x, _ = jax.lax.fori_loop(0, count, body, first)
+    return x
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver of the probability-flow ODE.
+
+    steps: (sigmas float32 [T + 1]) -> coefficients. sample: (velocity, cond, latents, coefficients)
+    -> final latents.
+    """
+
+    steps: Callable[[np.ndarray], Any]
+    sample: Callable[..., Array]
+
+
+# config.sample.solver
+SOLVERS = {
+    "euler": Solver(ode_steps, sample),
+    "dpm2": Solver(dpm2_steps, sample_second_order),
+}
+
+
+def make_noiseless_plan(sigmas: np.ndarray, solver: str, levels: np.ndarray) -> NoiselessPlan:
+    """Return the plan of a rollout without noise for a schedule, float32 [T + 1]."""
+    key = np.zeros(2, np.uint32)
+    return NoiselessPlan(SOLVERS[solver].steps(sigmas), np.float32(levels), key, solver)
+
+
 def rollout(
     velocity: Velocity, cond: Any, latents: Array, noise: Array, plan: Plan
 ) -> tuple[Array, Trajectory]:
@@ -156,18 +313,30 @@ def rollout(
         array = jnp.asarray(coefficients)
         return jax.lax.dynamic_slice_in_dim(array, plan.start, plan.window)
 
-    def body(x: Array, step_and_noise: tuple[Steps, Array]) -> tuple[Array, tuple[Array, ...]]:
+    def body(
+        before: tuple[Array, Array | None], step_and_noise: tuple[Steps, Array]
+    ) -> tuple[tuple[Array, Array | None], tuple[Array, ...]]:
+        x, clean = before
         step, z = step_and_noise
-        mean, _ = policy_step(velocity, x, step, cond)
+        mean, v = policy_step(velocity, x, step, cond)
         x_next = mean + step.std * z
-        return x_next, (x_next, mean, log_prob(x_next, mean, step.std))
+        if clean is not None:
+            clean = x - step.sigma * v
+        return (x_next, clean), (x_next, mean, log_prob(x_next, mean, step.std))
 
     steps = jax.tree.map(in_window, plan.noisy)
     with jax.named_scope("window"):
-        x, (after, mean, logp) = jax.lax.scan(body, x, (steps, noise))
-    trajectory = Trajectory(jnp.concatenate([first[None], after]), mean, logp, steps)
+        clean = None if plan.after is None else jnp.zeros_like(x)
+        (x, clean), (after, mean, logp) = jax.lax.scan(body, (x, clean), (steps, noise))
+    latents = jnp.concatenate([first[None], after])
+    trajectory = Trajectory(latents, mean, logp, steps, plan.trained)
 
     with jax.named_scope("suffix"):
-        stop = plan.ode.sigma.shape[0]
-        x = _integrate(velocity, x, cond, plan.ode, plan.start + plan.window, stop)
+        if plan.after is None:
+            stop = plan.ode.sigma.shape[0]
+            x = _integrate(velocity, x, cond, plan.ode, plan.start + plan.window, stop)
+        else:
+            row = plan.start - plan.bounds[0]
+            own = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], plan.after)
+            x = _second_order(velocity, (x, clean), cond, own.steps, own.count)
     return x, trajectory

@@ -1,11 +1,13 @@
 """Solver steps for a noise schedule. Pure numerics: no model, no state.
 
 Flow matching: x_sigma = (1 - sigma) x0 + sigma eps; the network gives v = eps - x0; sigma falls
-from 1 to 0. Every solver here draws x_next ~ N(mean, std^2) with a mean that is linear in x and v,
-so that a step is three numbers:
+from 1 to 0. The solvers of first order draw x_next ~ N(mean, std^2) with a mean that is linear in x
+and v, so that a step is three numbers:
 
     mean = step.x * x + step.v * v
     x_next = mean + step.std * z,  z ~ N(0, 1)
+
+Those of second order also use the previous step's estimate of the clean latents, x - sigma v.
 """
 
 from collections.abc import Callable
@@ -69,8 +71,23 @@ def sde_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
     """
     sigmas64 = sigmas.astype(np.float64)
     sigma = sigmas64[:-1]
-    dt = -np.diff(sigmas64)
     variance = noise_level**2 * sigma / (1.0 - np.where(sigma == 1.0, sigmas64[1], sigma))
+    return _flow_sde(sigmas, variance)
+
+
+def dance_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
+    """DanceGRPO's SDE (arXiv 2505.07818): flow-SDE with the constant s = a.
+
+    Unlike those of flow-SDE and CPS, its last step has as much noise as the others of its length.
+    """
+    return _flow_sde(sigmas, np.full(len(sigmas) - 1, noise_level**2))
+
+
+def _flow_sde(sigmas: np.ndarray, variance: np.ndarray) -> Steps:
+    """Steps of flow-SDE with the variance s^2, float64 [T], per unit of sigma."""
+    sigmas64 = sigmas.astype(np.float64)
+    sigma = sigmas64[:-1]
+    dt = -np.diff(sigmas64)
 
     x = 1.0 - variance * dt / (2.0 * sigma)
     v = -(1.0 + variance * (1.0 - sigma) / (2.0 * sigma)) * dt
@@ -101,7 +118,99 @@ def cps_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
 STOCHASTIC_STEPS: dict[str, Callable[[np.ndarray, float], Steps]] = {
     "sde": sde_steps,
     "cps": cps_steps,
+    "dance": dance_steps,
 }
+
+
+# -- Second order
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TwoSteps:
+    """The coefficients of T steps that use two clean estimates, each float32 [T].
+
+    x, clean and last are the weights of x, of this step's clean estimate and of the previous
+    step's. sigma is the noise level at the start of a step.
+    """
+
+    x: Array
+    clean: Array
+    last: Array
+    sigma: Array
+
+    def after(self, x: Array, clean: Array, last: Array) -> Array:
+        """Return the latents after one step; `clean` is x - sigma v."""
+        return self.x * x + self.clean * clean + self.last * last
+
+
+def dpm2_steps(
+    sigmas: np.ndarray, *, first: int = 0, history: bool = True, form: str = "midpoint"
+) -> TwoSteps:
+    """DPM-Solver++(2M) (arXiv 2211.01095) of the probability-flow ODE.
+
+    From s to s', with lambda = log((1 - s) / s) and h = lambda(s') - lambda(s):
+
+        x' = (s' / s) x + G m0 + c (h / h_last) (m0 - m1),  G = (1 - s') - (1 - s) s' / s
+
+    with the clean estimates m0 of this step and m1 of the last one, c = G / 2 ("midpoint") or
+    (1 - s') - G / h ("heun"). Without the last term it is the Euler step. That term is left out in
+    the last step, in the first two (lambda(1) is infinite), and before step `first`; without
+    `history` also in step `first` itself, which then does not use the step before it.
+
+    Sources: the solver of DiffusionNFT, and MixGRPO's, which starts after a window.
+    """
+    sigmas64 = sigmas.astype(np.float64)
+    s = sigmas64[:-1]
+    s_next = sigmas64[1:]
+    gain = (1.0 - s_next) - (1.0 - s) * s_next / s
+
+    # The steps of second order, of which lambda and h are finite.
+    second = np.arange(len(s)) >= (first if history else first + 1)
+    second &= (np.arange(len(s)) >= 1) & (s_next > 0.0)
+    second[1:] &= s[:-1] < 1.0
+
+    correction = np.zeros_like(s)
+    for i in np.flatnonzero(second):
+        start, middle, end = np.log((1.0 - sigmas64[i - 1 : i + 2]) / sigmas64[i - 1 : i + 2])
+        h = end - middle
+        weight = gain[i] / 2.0 if form == "midpoint" else (1.0 - s_next[i]) - gain[i] / h
+        correction[i] = weight * h / (middle - start)
+
+    return TwoSteps(
+        x=np.float32(s_next / s),
+        clean=np.float32(gain + correction),
+        last=np.float32(-correction),
+        sigma=np.float32(s),
+    )
+
+
+def shortened(sigmas: np.ndarray, last: int, ratio: float) -> np.ndarray:
+    """Replace the steps after step `last` of a schedule by fewer: float32 [steps + 1].
+
+    MixGRPO-Flash spaces int((T - last) ratio) points evenly on the schedule before its shift. For a
+    shifted schedule s = k u / (1 + (k - 1) u), u = 1 - i / T, k = s i / ((1 - s) (T - i)) follows
+    from each step; between steps, k is interpolated, for schedules where it is not constant.
+
+    Raises ValueError if fewer than 2 points are left: one would end above sigma = 0.
+    """
+    steps = len(sigmas) - 1
+    count = int((steps - last) * ratio)
+    if count < 2:
+        raise ValueError(
+            f"config.sample.sde_window.after is {ratio:g}, which leaves {count} of the "
+            f"{steps - last} points behind a window that ends with step {last} of {steps}; "
+            "expected 2 or more: raise it, or lower the end of sde_window_range"
+        )
+    inner = np.arange(1, steps)
+    s = sigmas.astype(np.float64)[1:-1]
+    shift_of_step = s * inner / ((1.0 - s) * (steps - inner))
+
+    positions = np.linspace(last + 1, steps, count)
+    u = 1.0 - positions / steps
+    k = np.interp(positions, inner, shift_of_step)
+    new = k * u / (1.0 + (k - 1.0) * u)
+    return np.concatenate([sigmas[: last + 1], new]).astype(np.float32)
 
 
 def log_prob(x_next: Array, mean: Array, std: Array) -> Array:

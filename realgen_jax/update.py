@@ -44,18 +44,40 @@ class Batch:
     advantages: Array
 
 
+@dataclass(frozen=True)
+class UpdateWork:
+    """What an objective costs, for preflight's formulas.
+
+    recorded: steps with noise that the rollout records. trained: steps, or noise levels, of a
+    picture that have a gradient. frozen: forward passes without gradient at each of these.
+    """
+
+    recorded: int
+    trained: int
+    frozen: int
+
+
 class Objective(Protocol):
     """The objective (realgen_jax/objectives). `velocity` is (trainable, x, sigma, cond) -> v.
 
     coupled: whether the gradient replays the sampled steps, which requires an exact rollout.
+    keeps_old: whether the state has an old policy, `state.old`, which starts as the trained one.
     largest_metrics: names of metrics that are reduced by maximum; all others are averaged.
     """
 
     coupled: bool
+    keeps_old: bool
     largest_metrics: tuple[str, ...]
+    work: UpdateWork
 
     def make_plan(self, sigmas: Any) -> Any:
-        """Return the rollout plan for sigmas, float32 [steps + 1]; calls use plan.draw(key)."""
+        """Return the rollout plan for sigmas, float32 [steps + 1].
+
+        A call of an epoch uses plan.draw(key, epoch).
+        """
+
+    def rollout_policy(self, state: TrainState) -> Any:
+        """Return the trained arrays that rollouts use: `state.trainable` or `state.old`."""
 
     def draw_noise(self, key: Array, plan: Any, images: int, token_shape: tuple[int, int]) -> Any:
         """Draw a call's noise other than the initial latents; leaves have images on axis 1."""

@@ -140,7 +140,7 @@ def train(
         refused_before = run.scorer.refused
         with phase("sample", seconds):
             seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
-            calls = sample_epoch(run, programs, state.trainable, epoch, next(data), seeds)
+            calls = sample_epoch(run, programs, state, epoch, next(data), seeds)
             interrupted = wait_for(calls, preemption)
         if interrupted:
             saver.leave(start, preemption)

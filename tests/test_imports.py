@@ -48,6 +48,7 @@ ARROWS = {
     "sharding": ("",),
     "nn": ("models", "rollout", "objectives", "training", "checkpoint", "data"),
     "rollout": ("nn", "models", "objectives", "training", "checkpoint", "data"),
+    "windows": ("",),
     "data": ("rollout", "objectives", "models", "training"),
     "models": ("objectives", "training", "checkpoint", "data"),
     "objectives": ("nn", "models", "training", "checkpoint", "data"),

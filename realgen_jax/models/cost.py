@@ -49,12 +49,13 @@ class Work:
     rank: int  # of the LoRA; 0: all weights train
     images: int  # of one call, over all devices
     slots: int  # of one call, over all devices; each becomes several images at the window's start
-    steps: int  # from noise to image
-    window: int  # steps that are trained on
+    steps: float  # from noise to image, on average
+    window: int  # steps with noise, which are recorded
+    trained: int  # steps, or noise levels, of an image that are trained on
     prefix: float  # mean number of steps before the window; these run on slots
     calls: int  # per epoch
     inner_epochs: int
-    reference: bool  # whether the update needs the reference model (beta > 0)
+    reference: int  # passes of an update through frozen weights: base model (beta > 0), old policy
     recompute: bool  # train.recompute_old
     guided: bool = False  # classifier-free guidance: a velocity takes two passes
     free_gradient: bool = False  # whether the gradient goes through the negative prompt's pass too
@@ -92,7 +93,7 @@ def update_flops(work: Work) -> dict[str, float]:
         "forward": forward_passes,
         "backward": backward_passes,
         "remat": backward_passes,
-        "reference": forward_passes,
+        "reference": forward_passes * work.reference,
     }
     return {purpose: passes[purpose] * flops[purpose] for purpose in passes}
 
@@ -161,10 +162,10 @@ def epoch_flops(work: Work) -> dict[str, float]:
     rollout = forward * work.calls * steps
     decode = images * decode_flops(work)
 
-    # An update replays every call at every step of the window.
-    replays = images * work.window * work.inner_epochs
+    # An update replays every call at every step, or noise level, that is trained on.
+    replays = images * work.trained * work.inner_epochs
     step = sum(update.values())
-    recompute = images * work.window * step if work.recompute else 0.0
+    recompute = images * work.trained * step if work.recompute else 0.0
 
     useful_step = step - update["remat"]
     if work.flash:

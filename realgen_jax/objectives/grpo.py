@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from realgen_jax.objectives.velocities import norm_ratio, per_sample
 from realgen_jax.rollout import Plan, Trajectory, Velocity, make_plan, policy_step, rollout
 from realgen_jax.sde import Steps
-from realgen_jax.update import Batch, Metrics, TrainState, reduce_metrics
+from realgen_jax.update import Batch, Metrics, TrainState, UpdateWork, reduce_metrics
+from realgen_jax.windows import DRAWN, Moves
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ def grpo_loss(
 
     Raises ValueError if the shapes do not match.
     """
-    _check_shapes(mean, mean_old, x_next, advantages)
-    log_ratio = _log_prob_difference(mean, mean_old, x_next, step.std)
+    check_shapes(mean, mean_old, x_next, advantages)
+    log_ratio = log_prob_difference(mean, mean_old, x_next, step.std)
     loss, metrics = _clipped(log_ratio, advantages, config)
     return loss, {**metrics, "approx_kl": 0.5 * jnp.mean(log_ratio**2)}
 
@@ -58,19 +60,19 @@ def guard_loss(
     which centres log r at zero and gives every step the same scale (arXiv 2510.22319). RealGen's
     code also averages the bias over the batch (`guard_bias` "batch"). Raises as `grpo_loss` does.
     """
-    _check_shapes(mean, mean_old, x_next, advantages)
+    check_shapes(mean, mean_old, x_next, advantages)
     shift = mean - mean_old
-    log_ratio = _per_sample((x_next - mean_old) / step.std * shift)
+    log_ratio = per_sample((x_next - mean_old) / step.std * shift)
     if config.guard_bias == "batch":
-        bias = _per_sample(shift**2 / (2.0 * step.std))
+        bias = per_sample(shift**2 / (2.0 * step.std))
         log_ratio = log_ratio + jnp.mean(bias) - bias
 
     loss, metrics = _clipped(log_ratio, advantages, config)
-    difference = _log_prob_difference(mean, mean_old, x_next, step.std)
+    difference = log_prob_difference(mean, mean_old, x_next, step.std)
     return loss / jnp.mean(step.dt), {**metrics, "approx_kl": 0.5 * jnp.mean(difference**2)}
 
 
-def _check_shapes(mean: Array, mean_old: Array, x_next: Array, advantages: Array) -> None:
+def check_shapes(mean: Array, mean_old: Array, x_next: Array, advantages: Array) -> None:
     """Raise ValueError for shapes that would broadcast silently."""
     if not mean.shape == mean_old.shape == x_next.shape:
         raise ValueError(
@@ -83,18 +85,13 @@ def _check_shapes(mean: Array, mean_old: Array, x_next: Array, advantages: Array
         )
 
 
-def _per_sample(x: Array) -> Array:
-    """Mean over a sample's elements: [n, ...] -> [n]."""
-    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
-
-
-def _log_prob_difference(mean: Array, mean_old: Array, x_next: Array, std: Array) -> Array:
+def log_prob_difference(mean: Array, mean_old: Array, x_next: Array, std: Array) -> Array:
     """log p_new(x_next) - log p_old(x_next), mean over elements: float32 [n].
 
     The two differ by far less than the rounding error of either, so the difference of squares is
     factored instead of subtracting two log-probs.
     """
-    return _per_sample((mean - mean_old) * (2.0 * x_next - mean - mean_old) / (2.0 * std**2))
+    return per_sample((mean - mean_old) * (2.0 * x_next - mean - mean_old) / (2.0 * std**2))
 
 
 def _clipped(log_ratio: Array, advantages: Array, config: LossConfig) -> tuple[Array, Metrics]:
@@ -143,19 +140,24 @@ KLS = {"velocity": velocity_kl, "mean": mean_kl, "mean_reference": mean_kl_refer
 class Grpo:
     """Records an SDE window during sampling; the update replays it to get the policy ratio.
 
-    loss: grpo_loss or guard_loss. kl: one of KLS. The window is that of `make_plan`.
+    loss: grpo_loss or guard_loss. config: what the loss takes; `beta` is the weight of the KL. kl:
+    one of KLS. The other fields are those of `make_plan`.
     """
 
     loss: Callable[..., tuple[Array, Metrics]]
     kl: Callable[..., Array]
-    config: LossConfig
+    config: Any
     sde_type: str
     noise_level: float
     window: int
     window_range: tuple[int, int]
     branches: int
+    moves: Moves = DRAWN
+    trained_steps: int = 0
+    after: float = 0.0
 
     coupled = True
+    keeps_old = False
     largest_metrics = ("ratio_deviation",)
 
     def make_plan(self, sigmas: np.ndarray) -> Plan:
@@ -166,7 +168,13 @@ class Grpo:
             window=self.window,
             bounds=self.window_range,
             branches=self.branches,
+            moves=self.moves,
+            trained=self.trained_steps,
+            after=self.after,
         )
+
+    def rollout_policy(self, state: TrainState) -> Any:
+        return state.trainable
 
     def draw_noise(
         self, key: Array, plan: Plan, images: int, token_shape: tuple[int, int]
@@ -192,6 +200,14 @@ class Grpo:
     def after_epoch(self, state: TrainState) -> TrainState:
         return state
 
+    @property
+    def work(self) -> UpdateWork:
+        return UpdateWork(
+            recorded=self.window,
+            trained=self.trained_steps or self.window,
+            frozen=int(self.config.beta > 0),
+        )
+
     @jax.named_scope("recompute")
     def recompute_means(self, velocity: Velocity, trainable: Any, batch: Batch) -> Batch:
         """Return the batch with means from the update program in place of the rollout's.
@@ -202,12 +218,17 @@ class Grpo:
         """
         grads, _, means = self._accumulate(velocity, trainable, batch)
         means, _ = jax.lax.optimization_barrier((means, grads))
-        return replace(batch, record=replace(batch.record, mean=means))
+        record = batch.record
+        if record.trained is not None:
+            means = jax.vmap(lambda all, rows, new: all.at[rows].set(new))(
+                record.mean, record.trained, means
+            )
+        return replace(batch, record=replace(record, mean=means))
 
     def _accumulate(
         self, velocity: Velocity, trainable: Any, batch: Batch
     ) -> tuple[Any, Metrics, Array]:
-        """Mean gradient over all calls and window steps, metrics, and means [calls, w, n, s, c].
+        """Mean gradient over all calls and trained steps, metrics, and means [calls, k, n, s, c].
 
         One microbatch is one rollout call at one window step. This is the same batch as in
         sampling, so the replayed forward pass is bit-identical to the sampled one. Activation
@@ -226,6 +247,8 @@ class Grpo:
             record = one_call.record
             cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.branches, axis=0), one_call.cond)
             steps = (record.latents[:-1], record.latents[1:], record.mean, record.steps)
+            if record.trained is not None:
+                steps = jax.tree.map(lambda leaf: leaf[record.trained], steps)
             body = partial(window_step, cond=cond, advantages=one_call.advantages)
             return jax.lax.scan(body, grads, steps)
 
@@ -259,21 +282,31 @@ class Grpo:
                 v_ref = velocity(None, x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
             v_ref = jax.lax.stop_gradient(v_ref)
             metrics["kl_loss"] = self.kl(v, v_ref, x, step)
+            metrics["velocity_norm"] = norm_ratio(v, v_ref)
             loss = loss + self.config.beta * metrics["kl_loss"]
 
         metrics = {**metrics, "loss": loss, "policy_loss": policy_loss}
         return loss, (metrics, mean)
 
 
-def make_grpo(loss: Callable[..., tuple[Array, Metrics]], train: Any, sample: Any) -> Grpo:
-    """Build the objective of `config.train` and `config.sample`."""
+def make_grpo(
+    loss: Callable[..., tuple[Array, Metrics]], train: Any, sample: Any, config: Any = None
+) -> Grpo:
+    """Build the objective of `config.train` and `config.sample`. config: the loss's own config."""
+    loss_config = LossConfig(train.beta, train.clip_range, train.adv_clip_max, train.guard_bias)
+    moves = sample.sde_window.to_dict()
+    trained_steps = moves.pop("trained_steps")
+    after = moves.pop("after")
     return Grpo(
         loss=loss,
         kl=KLS[train.kl],
-        config=LossConfig(train.beta, train.clip_range, train.adv_clip_max, train.guard_bias),
+        config=config or loss_config,
         sde_type=sample.sde_type,
         noise_level=sample.noise_level,
         window=sample.sde_window_size,
         window_range=tuple(sample.sde_window_range),
         branches=sample.branches,
+        moves=Moves(**moves),
+        trained_steps=trained_steps,
+        after=after,
     )

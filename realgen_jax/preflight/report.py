@@ -81,6 +81,7 @@ def make_report(config: ConfigDict, devices: int) -> Report:
         "trained": trained,
         "EMA": device_bytes(state.ema),
         "optimizer": device_bytes(state.opt_state),
+        **({"old policy": device_bytes(state.old)} if state.old is not None else {}),
     }
     work = make_work(recipe, model)
     parts = batch_devices(mesh)
@@ -101,6 +102,8 @@ def make_work(recipe: Recipe, model: Model) -> cost.Work:
     sample = recipe.config.sample
     train = recipe.config.train
     low, high = sample.sde_window_range
+    objective = recipe.objective
+    update = objective.work
     mesh = model.mesh.shape
     max_tokens = recipe.config.prompts.max_tokens
     dtype = jnp.dtype(recipe.config.prompts.dtype)
@@ -116,12 +119,13 @@ def make_work(recipe: Recipe, model: Model) -> cost.Work:
         rank=recipe.trainable.rank,
         images=recipe.layout.images,
         slots=recipe.layout.slots,
-        steps=sample.num_steps,
-        window=sample.sde_window_size,
-        prefix=(low + high - sample.sde_window_size) / 2,
+        steps=objective.make_plan(model.sigmas(sample.num_steps)).mean_steps,
+        window=update.recorded,
+        trained=update.trained,
+        prefix=(low + high - update.recorded) / 2 if objective.coupled else 0,
         calls=recipe.layout.calls,
         inner_epochs=train.num_inner_epochs,
-        reference=train.beta > 0,
+        reference=update.frozen,
         recompute=train.recompute_old,
         guided=guided,
         free_gradient=train.cfg_gradient == "both",
@@ -160,7 +164,12 @@ def update_arguments(recipe: Recipe, model: Model, programs: Programs) -> tuple:
         return jax.ShapeDtypeStruct((calls, *leaf.shape), leaf.dtype, sharding=sharding)
 
     def stack_record(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """Recorded arrays have images on the second axis, or are the same for all images."""
+        """Recorded arrays have images on the second axis, or are the same for all images.
+
+        Latents alone, [n, s, c], have them on the first.
+        """
+        if leaf.ndim == 3 and leaf.shape[0] == images:
+            return stack(leaf, 1)
         has_images = leaf.ndim > 1 and leaf.shape[1] == images
         return stack(leaf, 2 if has_images else None)
 

@@ -90,6 +90,16 @@ def summary(report: Report) -> Text:
     per_device = layout.images // report.parts
     train = recipe.config.train
     steps = layout.calls // train.gradient_accumulation_steps * train.num_inner_epochs
+    if work.window:
+        where = (
+            f"The window of {work.window} steps starts after {work.prefix:g} of {work.steps:g} "
+            "steps on average."
+        )
+    else:
+        where = (
+            f"An image takes {work.steps:g} steps without noise and is trained on at "
+            f"{work.trained} noise levels."
+        )
     return Text.assemble(
         (recipe.config.preset, "bold"),
         f"  {trained}, on {report.devices} training devices "
@@ -97,8 +107,7 @@ def summary(report: Report) -> Text:
         f"One iteration: {layout.calls * layout.images} images of {side} x {side} pixels "
         f"({layout.groups} prompts, {layout.group} images each) in {layout.calls} calls of "
         f"{layout.images} images ({per_device} per device), then {steps} optimizer steps. "
-        f"The window of {work.window} steps starts after {work.prefix:g} of {work.steps} steps on "
-        "average.\n",
+        f"{where}\n",
     )
 
 
@@ -143,6 +152,7 @@ def memory_labels(report: Report) -> dict[str, str]:
         "autoencoder": "autoencoder",
         "trained": f"{trained}, float32",
         "EMA": "moving average (EMA)",
+        "old policy": "old policy",
         "optimizer": "Adam's two moments",
         "trajectories": f"trajectories of {report.work.calls} calls, twice in the update",
         "embeddings": "text embeddings, twice in the update",
@@ -180,14 +190,16 @@ def flops_details(report: Report) -> dict[str, str]:
     if work.flash:
         recomputed["attention"] = "projections computed twice"
         recomputed["dots"] = "elementwise operations computed twice"
-    update = f"{work.window} steps, forward and backward, {recomputed[work.model.remat]}"
-    if work.reference:
+    places, shared = "noise levels", ""
+    if work.window:
+        places, shared = "steps", f", {work.prefix:g} of them for {branches} images at once"
+    update = f"{work.trained} {places}, forward and backward, {recomputed[work.model.remat]}"
+    if work.reference == 1 and work.window:
         update += ", and the reference"
+    elif work.reference:
+        update += f", and {work.reference} passes without gradient"
     return {
-        "rollout": (
-            f"{work.steps} steps, {work.prefix:g} of them for {branches} images at once; "
-            f"{per_image:.1f} TFLOP per step and image"
-        ),
+        "rollout": f"{work.steps:g} steps{shared}; {per_image:.1f} TFLOP per step and image",
         "decode": f"{decode:.1f} TFLOP per picture",
         "update": update,
         "total": "",

@@ -20,6 +20,7 @@ SCOPES = (
     "recompute",
     "update",
     "reference",
+    "old_policy",
     "policy",
     "backward",
     "optimizer",

@@ -37,7 +37,7 @@ class Call:
 def sample_epoch(
     run: Run,
     programs: Programs,
-    trainable: Any,
+    state: TrainState,
     epoch: int,
     rows: np.ndarray,
     seeds: Sequence[int],
@@ -48,6 +48,7 @@ def sample_epoch(
     that are scored alongside the call's pictures.
     """
     layout = run.recipe.layout
+    policy = run.recipe.objective.rollout_policy(state)
     epoch_key = jax.random.fold_in(run.key(TRAINING), epoch)
     calls = []
     for number in range(layout.calls):
@@ -62,9 +63,9 @@ def sample_epoch(
         if run.config.sample.same_latent:
             latent_key = jax.random.fold_in(epoch_key, layout.calls + int(groups[0]))
 
-        plan = run.plan.draw(start_key)
+        plan = run.plan.draw(start_key, epoch)
         pictures, record, finite = programs.sample(
-            run.model, trainable, cond, (latent_key, noise_key), plan
+            run.model, policy, cond, (latent_key, noise_key), plan
         )
 
         # Every image has its slot's prompt.

@@ -195,7 +195,8 @@ def abstract_state(recipe: Recipe, model: Model) -> TrainState:
         transform_non_params=like_scalar,
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    return TrainState(trainable, trainable, opt_state, step)
+    old = trainable if recipe.objective.keeps_old else None
+    return TrainState(trainable, trainable, opt_state, step, old)
 
 
 def first_state(recipe: Recipe, model: Model, key: Array) -> TrainState:
@@ -209,7 +210,9 @@ def first_state(recipe: Recipe, model: Model, key: Array) -> TrainState:
 
     def start(trainable: Any) -> TrainState:
         average = jax.tree.map(jnp.copy, trainable)
-        return TrainState(trainable, average, recipe.optimizer.init(trainable), jnp.int32(0))
+        old = jax.tree.map(jnp.copy, trainable) if recipe.objective.keeps_old else None
+        opt_state = recipe.optimizer.init(trainable)
+        return TrainState(trainable, average, opt_state, jnp.int32(0), old)
 
     return jax.jit(start, out_shardings=shardings)(trainable)
 

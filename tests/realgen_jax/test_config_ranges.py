@@ -11,8 +11,13 @@ from realgen_jax.config import adversary, base
 from realgen_jax.config_ranges import ADVERSARY, RANGES, SERVER_RANGES, wrong_values
 from realgen_jax.nn.lora import INITS
 from realgen_jax.nn.stack import REMAT_POLICIES
+from realgen_jax.objectives.awm import KL_WEIGHTS, WEIGHTINGS
+from realgen_jax.objectives.decoupled import DRAWS
 from realgen_jax.objectives.grpo import KLS
+from realgen_jax.objectives.nft import ADVANTAGES
+from realgen_jax.rollout import SOLVERS
 from realgen_jax.sde import STOCHASTIC_STEPS
+from realgen_jax.windows import STAYS
 
 
 def keys(config, prefix=""):
@@ -110,6 +115,18 @@ EDGES = {
     "evaluate.sample.guidance_scale": ([0, 3.5], [-1]),
     "train.cfg_gradient": (["", "both", "bound"], ["none"]),
     "sample.sde_window_range": ([(0, 1), [2, 5]], [(1, 1), (3, 1), (-1, 2), (0,), (0, 1, 2)]),
+    "sample.sde_window.stride": ([0, 1], [-1]),
+    "sample.sde_window.epochs": ([1], [0]),
+    "sample.sde_window.trained_steps": ([0, 3], [-1]),
+    "sample.sde_window.after": ([0, 0.4, 1], [-0.1, 1.1]),
+    "train.dppo.threshold": ([1e-7], [0.0]),
+    "train.nft.mix": ([0.1], [0.0, -1.0]),
+    "train.nft.sigmas": ([1], [0]),
+    "train.nft.fraction": ([0.5, 1], [0, 1.5]),
+    "train.nft.least_sigma": ([0, 0.3], [1, -0.1]),
+    "train.nft.old_most": ([0, 0.999], [1.0]),
+    "train.awm.beta_ema": ([0, 1.0], [-0.1]),
+    "train.awm.old_rate": ([0, 0.001], [-0.001]),
     "train.lora_rank": ([1], [0]),
     "train.lora_alpha": ([0.5], [0.0]),
     "train.learning_rate": ([1e-9], [0.0, -1e-4]),
@@ -158,6 +175,13 @@ def test_sections_and_missing_keys_are_named():
     ("key", "table"),
     [
         ("sample.sde_type", STOCHASTIC_STEPS),
+        ("sample.solver", SOLVERS),
+        ("sample.sde_window.strategy", ["random", *STAYS]),
+        ("train.nft.advantages", ADVANTAGES),
+        ("train.nft.draw", DRAWS),
+        ("train.awm.draw", DRAWS),
+        ("train.awm.weighting", WEIGHTINGS),
+        ("train.awm.kl_weight", KL_WEIGHTS),
         ("train.kl", KLS),
         ("train.lora_init", INITS),
         ("pretrained.remat", REMAT_POLICIES),

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,9 +12,17 @@ from realgen_jax.models.flux.transformer import Cond
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import unpack
 from realgen_jax.nn.vae import Autoencoder
-from realgen_jax.rollout import draw_latents, make_plan, rollout, sample
+from realgen_jax.rollout import (
+    draw_latents,
+    make_noiseless_plan,
+    make_plan,
+    rollout,
+    sample,
+)
 from realgen_jax.sde import ode_steps, sde_steps
+from realgen_jax.windows import Moves
 from tests.helpers.goldens import golden
+from tests.helpers.objective_goldens import case
 from tests.helpers.objectives import grpo
 
 SIGMAS = FluxSchedule().sigmas(8, 16)
@@ -127,6 +136,7 @@ def test_same_latent_shares_the_start_and_nothing_else():
         ({"bounds": (0, 9)}, r"hi <= 8 \(8 steps\)"),
         ({"kind": "cps"}, "the last of which has no noise"),
         ({"noise_level": 0.0}, "noise_level is 0.0"),
+        ({"trained": 4}, "trained_steps is 4; expected at most sde_window_size 3"),
         ({"kind": "cps", "noise_level": 1.5, "bounds": (0, 7)}, "up to 1 with sde_type cps"),
     ],
 )
@@ -134,3 +144,86 @@ def test_bad_windows_are_named(change, message):
     good = {"kind": "sde", "noise_level": 0.9, "window": 3, "bounds": (0, 8), "branches": 1}
     with pytest.raises(ValueError, match=message):
         make_plan(SIGMAS, **{**good, **change})
+
+
+@pytest.mark.parametrize("schedule", ["flux", "static"])
+def test_noiseless_rollouts_match_the_golden(schedule):
+    dpm2 = case("dpm2")
+    sigmas = dpm2[f"{schedule}/sigmas"]
+
+    def velocity(x, sigma, cond):
+        return x @ dpm2["A"].T + sigma[:, None, None] * dpm2["b"]
+
+    def final(solver):
+        plan = make_noiseless_plan(sigmas, solver, sigmas[:-1]).draw(jax.random.key(0))
+        return jax.jit(lambda plan, x: plan.sample(velocity, None, x))(plan, dpm2["latents"])
+
+    dpm2.check(f"{schedule}/euler_final", final("euler"))
+    entry = dpm2.entry
+    np.testing.assert_allclose(
+        final("dpm2"), dpm2[f"{schedule}/trajectory"][-1], rtol=entry["rtol"], atol=entry["atol"]
+    )
+
+
+def test_a_moving_window_is_a_function_of_the_epoch():
+    plan = make_plan(
+        SIGMAS,
+        kind="sde",
+        noise_level=0.9,
+        window=3,
+        bounds=(1, 7),
+        branches=1,
+        moves=Moves("progressive", epochs=2),
+    )
+    keys = [jax.random.key(i) for i in range(12)]
+    starts = [int(plan.draw(key, epoch).start) for epoch, key in enumerate(keys)]
+    assert starts == [1, 1, 2, 2, 3, 3, 4, 4, 1, 1, 2, 2]  # the window fits from 1 to 4
+
+
+def test_trained_steps_are_drawn_among_those_of_the_window():
+    make = partial(make_plan, SIGMAS, kind="sde", noise_level=0.9, window=4, bounds=(0, 8))
+    plan = make(branches=1, trained=2)
+    drawn = [tuple(plan.draw(jax.random.key(i)).trained.tolist()) for i in range(100)]
+    assert set(drawn) == {(a, b) for a in range(4) for b in range(4) if a < b}
+    assert plan.draw(jax.random.key(0)).start == make(branches=1).draw(jax.random.key(0)).start
+    assert make(branches=1, trained=4).trained is None
+
+
+AFTER = ("case0", "case1", "case2", "case5")  # of the midpoint form, with the window in the history
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_fewer_steps_after_the_window_match_the_golden(name):
+    mix = case("mix_dpm")
+    settings = mix.meta[name]
+    start, window = settings["window_start"], settings["window"]
+    plan = make_plan(
+        mix[f"{name}/sigmas_full"],
+        kind="sde",
+        noise_level=settings["eta"],
+        window=window,
+        bounds=(0, start + window),
+        branches=1,
+        after=settings["compress_ratio"],
+    )
+    plan = dataclasses.replace(plan, start=np.int32(start))
+
+    def velocity(x, sigma, cond):
+        return x @ mix["A"].T + sigma[:, None, None] * mix["b"]
+
+    run = jax.jit(partial(rollout, velocity))
+    final, trajectory = run(None, mix["latents"], mix[f"{name}/noise"], plan)
+    want = mix[f"{name}/trajectory"]
+    tolerance = {"rtol": mix.entry["rtol"], "atol": mix.entry["atol"]}
+    np.testing.assert_allclose(final, want[-1], **tolerance)
+    np.testing.assert_allclose(trajectory.latents, want[start : start + window + 1], **tolerance)
+    steps = start + window + plan.after.count[start]
+    assert steps == settings["forwards"] == len(want) - 1
+
+
+def test_a_window_with_too_few_points_behind_it_is_refused():
+    plan = partial(make_plan, SIGMAS, kind="sde", noise_level=0.9, window=3, branches=1, after=0.5)
+    assert plan(bounds=(0, 5)).after.count.tolist() == [2, 1, 1]
+    assert plan(bounds=(0, 5)).mean_steps == (5 + 5 + 6) / 3
+    with pytest.raises(ValueError, match="leaves 1 of the 3 points behind a window that ends"):
+        plan(bounds=(0, 6))

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from realgen_jax.models.flux.family import FluxSchedule
-from realgen_jax.sde import cps_steps, log_prob, ode_steps, sde_steps
+from realgen_jax.sde import (
+    cps_steps,
+    dance_steps,
+    dpm2_steps,
+    log_prob,
+    ode_steps,
+    sde_steps,
+    shortened,
+)
 from tests.helpers.goldens import golden
+from tests.helpers.objective_goldens import case
 
 
 @pytest.mark.parametrize("size", ["64x64", "512x512", "768x512", "1024x1024"])
@@ -101,3 +110,82 @@ def test_cps_keeps_the_coefficients():
     of_eps = steps.x * sigmas[:-1] + steps.v
     np.testing.assert_allclose(of_x0, 1 - sigmas[1:], atol=1e-6)
     np.testing.assert_allclose(of_eps**2 + steps.std**2, sigmas[1:] ** 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.7])
+@pytest.mark.parametrize("schedule", ["flux", "static"])
+def test_dance_steps_match_the_golden(schedule, eta):
+    dance = case("dance")
+    x, v, v_new, z, cotangent, sigmas = (
+        dance[f"{schedule}/{key}"] for key in ("x", "v", "v_new", "z", "cotangent", "sigmas")
+    )
+    steps = dance_steps(sigmas, eta)
+    name = f"{schedule}/eta{eta}"
+    dance.check(f"{name}/coef_x", steps.x)
+    dance.check(f"{name}/coef_v", steps.v)
+    dance.check(f"{name}/std", steps.std)
+
+    step = jax.tree.map(lambda a: a[:, None, None, None], steps)
+    mean = step.mean(x, v)
+    x_next = mean + step.std * z
+    dance.check(f"{name}/mean", mean)
+    dance.check(f"{name}/x_next", x_next)
+
+    def density(v):
+        return jax.vmap(log_prob)(x_next, step.mean(x, v), step.std[:, 0])
+
+    logp_new, pullback = jax.vjp(density, jnp.asarray(v_new))
+    dance.check(f"{name}/logp", density(v))
+    dance.check(f"{name}/logp_new", logp_new)
+    dance.check(f"{name}/grad_v_new", pullback(jnp.asarray(cotangent))[0])
+
+
+@pytest.mark.parametrize("schedule", ["flux", "static"])
+def test_second_order_coefficients_match_the_golden(schedule):
+    dpm2 = case("dpm2")
+    steps = dpm2_steps(dpm2[f"{schedule}/sigmas"])
+    dpm2.check(f"{schedule}/coefficients", np.stack([steps.x, steps.clean, steps.last], axis=1))
+    assert (steps.last[[0, 1, -1]] == 0).all()
+    assert np.isfinite(jax.tree.leaves(steps)).all()
+
+
+MIX = [key for key in case("mix_dpm").meta if key.startswith("case")]
+
+
+@pytest.mark.parametrize("name", MIX)
+def test_second_order_after_a_window_matches_the_golden(name):
+    mix = case("mix_dpm")
+    settings = mix.meta[name]
+    start, window = settings["window_start"], settings["window"]
+    last = start + window - 1
+    full = mix[f"{name}/sigmas_full"]
+    sigmas = shortened(full, last, settings["compress_ratio"])
+    mix.check(f"{name}/sigmas", sigmas)
+
+    euler, noisy = ode_steps(sigmas), sde_steps(full, settings["eta"])
+    second = dpm2_steps(
+        sigmas, first=last + 1, history=settings["history"], form=settings["solver"]
+    )
+    x = mix["latents"]
+    clean = np.zeros_like(x)
+    trajectory, estimates = [x], []
+    for i, sigma in enumerate(sigmas[:-1]):
+        v = x @ mix["A"].T + sigma * mix["b"]
+        before, clean = clean, x - sigma * v
+        step = jax.tree.map(lambda a, i=i: a[i], noisy if start <= i <= last else euler)
+        if i > last:
+            x = jax.tree.map(lambda a, i=i: a[i], second).after(x, clean, before)
+        else:
+            x = step.mean(x, v)
+        if start <= i <= last:
+            x = x + step.std * mix[f"{name}/noise"][i - start]
+        trajectory.append(x)
+        estimates.append(clean)
+    mix.check(f"{name}/trajectory", np.stack(trajectory))
+    mix.check(f"{name}/clean", np.stack(estimates))
+
+
+def test_a_schedule_that_would_end_above_zero_is_refused():
+    sigmas = case("mix_dpm")["case0/sigmas_full"]
+    with pytest.raises(ValueError, match="leaves 1 of the 4 points behind a window"):
+        shortened(sigmas, 21, 0.4)

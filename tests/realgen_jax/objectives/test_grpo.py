@@ -288,6 +288,43 @@ def test_replay_is_the_rollout_bit_for_bit(size, branches, dtype, remat):
     assert np.abs(changed.record.mean - batch.record.mean).max() > 1e-6  # the check can fail
 
 
+def test_only_the_trained_steps_of_a_window_are_replayed():
+    """Their gradient is the mean of those of each step alone; other means stay as sampled."""
+    objective = grpo(beta=0.1, clip=10.0, window=3, bounds=(0, 6))
+
+    def velocity(trainable, x, sigma, cond):
+        weights = 0.0 if trainable is None else trainable
+        return weights * x * sigma[:, None, None] + cond[:, None, None]
+
+    sigmas = np.linspace(1, 0, 9, dtype=np.float32)
+    plan = objective.make_plan(sigmas).draw(jax.random.key(0))
+    noise = objective.draw_noise(jax.random.key(1), plan, 2, (4, 8))
+    latents = draw_latents(jax.random.key(2), 2, 2, (4, 8))
+    weights, cond = jnp.float32(0.5), jnp.arange(2.0)
+    collect = jax.jit(partial(objective.collect, velocity))
+    _, record = collect(weights, cond, latents, noise, plan)
+    assert record.trained is None
+
+    moved = jnp.float32(0.6)
+    state = TrainState(moved, moved, None, jnp.int32(0))
+    gradient = jax.jit(partial(objective.gradient, velocity))
+
+    def batch_of(*trained):
+        part = dataclasses.replace(record, trained=jnp.array(trained, jnp.int32))
+        return jax.tree.map(lambda a: a[None], Batch(part, cond, jnp.array([-1.0, 1.0])))
+
+    alone = [gradient(state, batch_of(step))[0] for step in (0, 2)]
+    together, _ = gradient(state, batch_of(0, 2))
+    np.testing.assert_allclose(together, np.mean(alone), rtol=1e-5)
+    assert abs(alone[0] - alone[1]) > 1e-3
+
+    recompute = jax.jit(partial(objective.recompute_means, velocity))
+    means = recompute(moved, batch_of(0, 2)).record.mean[0]
+    np.testing.assert_array_equal(means[1], record.mean[1])
+    for step in (0, 2):
+        assert np.abs(means[step] - record.mean[step]).max() > 1e-3
+
+
 def test_the_state_is_donated(reference_run):
     """Its memory is used again for the next one: all of it, by the compiler's own account."""
     case, model, adapters = reference_run

@@ -68,9 +68,30 @@ def check_all(config):
         ({"train__lora_rank": 0}, "lora_rank is 0; expected 1 or more"),
         ({"train__lora_alpha": 0.0}, "lora_alpha is 0; expected a number above 0"),
         ({"train__lora_init": "ones"}, "lora_init is 'ones'; choose one of gaussian, kaiming"),
-        ({"train__loss": "ppo"}, "loss is 'ppo'; choose one of grpo, guard"),
         ({"train__advantages": "ppo"}, "advantages is 'ppo'; choose one of per_reward, weighted"),
         ({"train__advantages": "pareto"}, "config.reward.fn has 1; expected 2 or more"),
+        ({"train__loss": "ppo"}, "loss is 'ppo'; choose one of grpo, guard, dppo, nft, awm"),
+        (
+            {"sample__solver": "dpm2"},
+            "config.sample.solver is 'dpm2', but 'guard' replays the steps that were sampled",
+        ),
+        (
+            {"train__loss": "dppo", "train__gradient_accumulation_steps": 2},
+            "config.train.loss is 'dppo', but an epoch has one optimizer step",
+        ),
+        (
+            {"sample__sde_window__trained_steps": 3},
+            "config.sample.sde_window.trained_steps is 3; expected at most sde_window_size 2",
+        ),
+        (
+            {
+                "train__loss": "nft",
+                "sample__branches": 1,
+                "sample__sde_window_size": 3,
+                "sample__sde_window_range": (0, 8),
+            },
+            "config.train.nft.sigmas is 9, which is more than the 4 of 4 steps that",
+        ),
         ({"pretrained__lora": "nowhere"}, "nowhere does not exist; expected a LoRA file or folder"),
         (
             {"train__ema_update_interval": 9},
