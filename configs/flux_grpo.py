@@ -239,6 +239,54 @@ def flux_adv_8xh200() -> ConfigDict:
     return c
 
 
+def adv_grpo(c: ConfigDict) -> None:
+    """Set what all of Adv-GRPO's recipes share: the sampler, the calls of an epoch, the update."""
+    c.sample.resolution = 512
+    c.sample.num_steps = 10
+    c.sample.sde_type = "cps"
+    c.sample.noise_level = 0.8
+    c.sample.sde_window_size = 2
+    c.sample.sde_window_range = (0, 2)
+    c.sample.branches = 1
+    c.sample.num_batches_per_epoch = 12
+    c.sample.global_std = True
+
+    c.train.loss = "grpo"
+    c.train.beta = 0.0
+    c.train.clip_range = 1e-5
+    c.train.learning_rate = 3e-4
+    c.train.lora_rank = 32
+    c.train.lora_alpha = 64.0
+    c.train.gradient_accumulation_steps = 6
+
+
+def adv_grpo_learner() -> ConfigDict:
+    """How Adv-GRPO's rewards learn: one Adam step on all pairs of an epoch; the generator rests."""
+    c = adversary()
+    c.skip_generator = True
+    c.optimizer = "adam"
+    c.betas = (0.5, 0.999)
+    c.weight_decay = 0.0
+    c.batch_size = 0
+    c.history_batch_size = 0
+    c.history_size = 0
+    c.max_passes = 1
+    c.ema_decay = 0.0
+    return c
+
+
+def dino_discriminator(run: ConfigDict) -> ConfigDict:
+    """Adv-GRPO's schedule of its DINO discriminator: it learns in nine of ten epochs."""
+    c = adv_grpo_learner()
+    # Draws the head's initial weights and the patches; follows --config.seed.
+    c.options.seed = run.get_ref("seed")
+    c.schedule = "every"
+    c.learn_epochs = 9
+    c.cycle = 10
+    c.learning_rate = 1e-4
+    return c
+
+
 def flux_dino_adv() -> ConfigDict:
     """Adv-GRPO's DINO discriminator (arXiv 2511.20256), on FLUX.1-dev instead of SD3.5-medium.
 
@@ -259,49 +307,16 @@ def flux_dino_adv() -> ConfigDict:
     Time: 1.3 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = flux_dev_8xh200()
-    c.sample.resolution = 512
-    c.sample.num_steps = 10
-    c.sample.sde_type = "cps"
-    c.sample.noise_level = 0.8
-    c.sample.sde_window_size = 2
-    c.sample.sde_window_range = (0, 2)
-    c.sample.branches = 1
+    adv_grpo(c)
     c.sample.train_batch_size = 56  # 7 GPUs x 8: four prompts per call
     c.sample.num_image_per_prompt = 14
-    c.sample.num_batches_per_epoch = 12
-    c.sample.global_std = True
-
-    c.train.loss = "grpo"
-    c.train.beta = 0.0
-    c.train.clip_range = 1e-5
-    c.train.learning_rate = 3e-4
-    c.train.lora_rank = 32
-    c.train.lora_alpha = 64.0
-    c.train.gradient_accumulation_steps = 6
 
     c.reward.fn = ConfigDict({"dino_discriminator": 1.0})
     c.reward.held_out = ("longclip",)
     c.reward.options = ConfigDict()
     c.reward.options.dino_discriminator = ConfigDict({"path": "models/dinov2-base"})
     c.reward.options.longclip = ConfigDict({"path": "models/longclip", "dtype": "float16"})
-
-    discriminator = adversary()
-    # Draws the head's initial weights and the patches; follows --config.seed.
-    discriminator.options.seed = c.get_ref("seed")
-    discriminator.schedule = "every"
-    discriminator.learn_epochs = 9
-    discriminator.cycle = 10
-    discriminator.skip_generator = True
-    discriminator.optimizer = "adam"
-    discriminator.learning_rate = 1e-4
-    discriminator.betas = (0.5, 0.999)
-    discriminator.weight_decay = 0.0
-    discriminator.batch_size = 0
-    discriminator.history_batch_size = 0
-    discriminator.history_size = 0
-    discriminator.max_passes = 1
-    discriminator.ema_decay = 0.0
-    c.reward.adversarial.dino_discriminator = discriminator
+    c.reward.adversarial.dino_discriminator = dino_discriminator(c)
     c.reward.references.path = "dataset/references.json"
     c.reward.references.root = "dataset/references"
 

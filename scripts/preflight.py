@@ -74,7 +74,7 @@ def run(_: Sequence[str]) -> None:
             arguments,
             FLAGS.mfu or config.preflight.mfu,
             sizes_on_disk(config.pretrained),
-            lambda room: changes(report, room, make_report),
+            lambda report, room: changes(report, room, make_report),
         )
         if FLAGS.json:
             with writing(Path(FLAGS.json)):

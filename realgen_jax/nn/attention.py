@@ -21,6 +21,11 @@ LANES = 128  # width of a TPU's vector register
 SPLASH_BLOCKS = (512, 256, LANES)  # tile sizes of the TPU kernel; the first that divides t is used
 
 
+def fills_tiles(tokens: int, channels: int) -> bool:
+    """Return whether a sequence and the channels of a head fill the tiles of the TPU's kernel."""
+    return tokens % LANES == 0 and channels % LANES == 0
+
+
 @jax.named_scope("attention")
 def attention(
     q: Array, k: Array, v: Array, mesh: Mesh | None = None, lengths: Array | None = None
@@ -45,7 +50,7 @@ def attention(
         out = jax.nn.dot_product_attention(
             q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
         )
-    elif q.shape == k.shape and q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
+    elif q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3]):
         on_tpu = partial(splash_attention, mesh=mesh)
         out = jax.lax.platform_dependent(q, k, v, lengths, tpu=on_tpu, default=plain_attention)
     else:

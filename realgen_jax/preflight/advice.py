@@ -6,8 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from realgen_jax.preflight.figures import GIB, Accelerator, usable_bytes
-from realgen_jax.preflight.report import Report
+from realgen_jax.models.cost import F32
+from realgen_jax.nn.attention import LANES
+from realgen_jax.preflight.figures import GIB, Accelerator, report_on, usable_bytes
+from realgen_jax.preflight.report import Report, on_tpu, with_scores
 from realgen_jax.training.programs import Recipe
 
 # Pixels per side. A reward that learns stores pictures at no more than this size.
@@ -71,9 +73,10 @@ def changes(
 
     def try_change(change: Change) -> Report | None:
         try:
-            return make_report(changed(report.recipe.config, change), report.devices)
+            result = make_report(changed(report.recipe.config, change), report.devices)
         except ValueError:  # the sizes do not divide
             return None
+        return result if report.work.flash else with_scores(result)
 
     tried = []
     for change in candidates(report):
@@ -106,7 +109,7 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
 def advice(
     report: Report,
     accelerators: list[Accelerator],
-    find_changes: Callable[[float], tuple[Tried, Tried]],
+    find_changes: Callable[[Report, float], tuple[Tried, Tried]],
 ) -> list[str]:
     """Return lines that explain the tables and, if an accelerator is too small, what would fit."""
     lines = [
@@ -117,6 +120,7 @@ def advice(
         "fraction: the XLA_CLIENT_MEM_FRACTION to start with. Set it if it is above "
         f"{DEFAULT_FRACTION} (the share of a GPU that JAX takes by default) or if rewards share "
         "the GPU; they get the rest.",
+        *attention_on_tpu(report),
         *learners(report.recipe),
     ]
     for estimate in accelerators:
@@ -125,15 +129,32 @@ def advice(
     return lines
 
 
+def attention_on_tpu(report: Report) -> list[str]:
+    """Say if the TPU's attention kernel does not take the model's sizes."""
+    work = report.work
+    if on_tpu(report).work.flash:
+        return []
+
+    rows = work.images / report.parts * (1 + (work.guided and work.free_gradient))
+    scores = rows * work.model.num_attention_heads * work.tokens**2 * F32
+    return [
+        f"On a TPU, attention is XLA's: the kernel takes multiples of {LANES} tokens and of "
+        f"{LANES} channels per head, here {work.tokens} and {work.model.attention_head_dim}. XLA "
+        f"writes the scores to memory in float32, {scores / GIB:.1f} GiB for one block; the "
+        "figures for TPUs include that."
+    ]
+
+
 def too_small(
-    report: Report, name: str, find_changes: Callable[[float], tuple[Tried, Tried]]
+    report: Report, name: str, find_changes: Callable[[Report, float], tuple[Tried, Tried]]
 ) -> list[str]:
     """Return lines for an accelerator that is too small: memory needed, and changes that fit."""
+    report = report_on(report, name)
     room = usable_bytes(name)
     needed = f"needs {report.peak / GIB:.1f} GiB, but {room / GIB:.1f} GiB are usable"
     lines = [f"\n{name}: {needed}"]
 
-    fitting, tried = find_changes(room)
+    fitting, tried = find_changes(report, room)
     for change, changed_report in fitting[:3]:
         lines.append(f"  fits with {describe(report, change, changed_report)}")
     if not fitting:
@@ -161,11 +182,13 @@ def learners(recipe: Recipe) -> list[str]:
             f"{settings.history_batch_size} pairs each, over all processes. Its history takes up "
             f"to {history:.2g} GiB per process, in host memory and in every checkpoint."
         )
-        if settings.skip_generator:
+        if settings.skip_generator and settings.schedule == "every":
             line += (
                 f" The generator rests in {settings.learn_epochs} of {settings.cycle} epochs, "
                 f"while {name} learns."
             )
+        elif settings.skip_generator:
+            line += f" The generator rests in the epochs in which {name} learns."
         lines.append(line)
     return lines
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from realgen_jax.models import cost
-from realgen_jax.preflight.report import Report
+from realgen_jax.preflight.report import Report, on_tpu
 
 GIB = 2**30
 TERA = 1e12
@@ -34,12 +34,14 @@ class Accelerator:
     seconds: float  # of an iteration
     sample_seconds: float  # of its sampling
     fits: bool
-    share: float  # of the accelerator's memory that the run needs
+    peak: float  # bytes of its memory that the run needs
+    share: float  # the same as a fraction
     fraction: float | None  # XLA_CLIENT_MEM_FRACTION to start with; None on a TPU
 
 
 def accelerator(report: Report, name: str, mfu: float) -> Accelerator:
     """Estimate a run on a kind of accelerator; `mfu` is the fraction of peak FLOP/s it reaches."""
+    report = report_on(report, name)
     tflops, gib = ACCELERATORS[name]
     flops_per_second = report.devices * tflops * TERA * mfu
     sample_flops = report.flops["rollout"] + report.flops["decode"]
@@ -49,9 +51,15 @@ def accelerator(report: Report, name: str, mfu: float) -> Accelerator:
         seconds=report.flops["total"] / flops_per_second,
         sample_seconds=sample_flops / flops_per_second,
         fits=share <= USABLE,
+        peak=report.peak,
         share=share,
         fraction=None if name.startswith("TPU") else memory_fraction(share),
     )
+
+
+def report_on(report: Report, name: str) -> Report:
+    """Return the report of the run on a kind of accelerator."""
+    return on_tpu(report) if name.startswith("TPU") else report
 
 
 def memory_fraction(share: float) -> float:
@@ -95,6 +103,8 @@ def figures(
         "images": layout.calls * layout.images,
         "prompts": layout.groups,
         "mean_prefix": report.work.prefix,
+        "passes": 1 + report.work.guided,
+        "cfg_gradient": report.recipe.config.train.cfg_gradient,
         "bytes": sizes,
         "flops": flops,
         "mfu": mfu,

@@ -1,6 +1,6 @@
 """The estimate of a run: program arguments as ShapeDtypeStructs on the target mesh, and costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from realgen_jax.models import cost
 from realgen_jax.models.guidance import is_guided
 from realgen_jax.models.loading import abstract_model
 from realgen_jax.models.model import Model
+from realgen_jax.nn.attention import fills_tiles
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from realgen_jax.training.programs import (
     Programs,
@@ -51,6 +52,25 @@ class Report:
         """Bytes of the phase that needs the most."""
         largest = max(sum(phase.values()) for phase in self.phases.values())
         return sum(self.held.values()) + largest
+
+
+def with_scores(report: Report) -> Report:
+    """Return the report of a device without a flash kernel: attention's scores go to memory."""
+    work = replace(report.work, flash=False)
+    return replace(
+        report,
+        work=work,
+        phases=cost.phase_bytes(work, report.parts, report.held["trained"]),
+        flops=cost.epoch_flops(work),
+    )
+
+
+def on_tpu(report: Report) -> Report:
+    """Return the report of a TPU, whose kernel takes only some sizes (nn/attention.py)."""
+    work = report.work
+    if fills_tiles(work.tokens, work.model.attention_head_dim):
+        return report
+    return with_scores(report)
 
 
 def device_bytes(tree: Any) -> int:

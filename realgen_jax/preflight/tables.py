@@ -29,7 +29,7 @@ def show(
     arguments: dict[str, int],
     mfu: float,
     described: bool,
-    changes: Callable[[float], tuple[Tried, Tried]],
+    changes: Callable[[Report, float], tuple[Tried, Tried]],
 ) -> dict[str, Any]:
     """Print the tables and return their figures.
 
@@ -38,8 +38,8 @@ def show(
         arguments: The programs' argument bytes according to XLA; empty if they were not compiled.
         mfu: The fraction of peak FLOP/s that is reached.
         described: Whether the model's own config files were found.
-        changes: Returns the changes that make the run fit into a number of bytes per device, and
-            all changes that were tried.
+        changes: Returns the changes that make a report's run fit into a number of bytes per device,
+            and all changes that were tried.
     """
     console = plain_console()
 
@@ -107,7 +107,18 @@ def summary(report: Report) -> Text:
         f"One iteration: {layout.calls * layout.images} images of {side} x {side} pixels "
         f"({layout.groups} prompts, {layout.group} images each) in {layout.calls} calls of "
         f"{layout.images} images ({per_device} per device), then {steps} optimizer steps. "
-        f"{where}\n",
+        f"{where}{guidance(report)}\n",
+    )
+
+
+def guidance(report: Report) -> str:
+    """Say what classifier-free guidance costs; "" without it."""
+    if not report.work.guided:
+        return ""
+    gradient = "both" if report.work.free_gradient else "the one with the prompt alone"
+    return (
+        f" Guidance of {report.recipe.config.sample.guidance_scale:g}: each velocity takes two "
+        f"passes of the transformer, and the gradient goes through {gradient}."
     )
 
 
@@ -226,7 +237,7 @@ def time_table(report: Report, accelerators: list[Accelerator], mfu: float) -> T
             clock(estimate.sample_seconds),
             clock(estimate.seconds - estimate.sample_seconds),
             clock(estimate.seconds),
-            f"{report.peak / GIB:.1f} of {gib:.0f}",
+            f"{estimate.peak / GIB:.1f} of {gib:.0f}",
             Text("yes", "green") if estimate.fits else Text("no", "red"),
             fraction,
         )

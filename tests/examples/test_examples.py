@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
-from realgen_configs import flux_grpo, serve_rewards
+from realgen_configs import flux_grpo, sd3_grpo, serve_rewards, zimage_grpo
 from tests.helpers.goldens import ROOT
 
 TEXTS = [
@@ -37,16 +37,16 @@ def keys_in(text: str) -> set[str]:
 
 def presets_in(text: str) -> set[str]:
     """The presets that follow a colon (flux_grpo.py:PRESET) or begin a row of a table."""
-    named = re.findall(r"flux_grpo(?:\.py)?:([a-z0-9_]+)", text)
-    in_tables = re.findall(r"^\| `(flux_dev_\w+)`", text, re.MULTILINE)
+    named = re.findall(r"(?:flux|sd3|zimage)_grpo(?:\.py)?:([a-z0-9_]+)", text)
+    in_tables = re.findall(r"^\| `(\w+_\d+x\w+)`", text, re.MULTILINE)
     return {*named, *in_tables}
 
 
 def test_keys_and_presets_are_found():
     text = "--config flux_grpo.py:a1 --config.train.beta=1, `config.seed`, `config.json`\n"
-    text += "| `flux_dev_2` | 2 GPUs |"
+    text += "sd3_grpo:b2\n| `flux_dev_2xh100` | 2 GPUs |"
     assert keys_in(text) == {"train.beta", "seed"}
-    assert presets_in(text) == {"a1", "flux_dev_2"}
+    assert presets_in(text) == {"a1", "b2", "flux_dev_2xh100"}
 
 
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
@@ -55,7 +55,8 @@ def test_every_key_and_preset_exists(file):
     configs = (flux_grpo.get_config(), serve_rewards.get_config())
     for key in keys_in(text):
         assert any(has_key(config, key) for config in configs), key
-    assert presets_in(text) <= set(flux_grpo.PRESETS)
+    presets = {*flux_grpo.PRESETS, *sd3_grpo.PRESETS, *zimage_grpo.PRESETS}
+    assert presets_in(text) <= presets
 
 
 def test_the_job_scripts_know_the_flags_of_train():

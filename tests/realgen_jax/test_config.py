@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from realgen_configs import flux_grpo, serve_rewards
+from realgen_configs import flux_grpo, sd3_grpo, serve_rewards, zimage_grpo
 from realgen_jax.config import adversary, base
 from realgen_jax.config_files import load_config, missing_keys
 from realgen_jax.training.run import check
@@ -53,27 +53,37 @@ def test_base_is_refused_with_a_line_for_each_gap():
 # -- Experiments
 
 
-@pytest.mark.parametrize("name", list(flux_grpo.PRESETS))
-def test_an_experiment_is_complete_and_names_its_command(name):
-    config = flux_grpo.get_config(name)
+# The configs that train, and each of their experiments.
+TRAINING = (flux_grpo, sd3_grpo, zimage_grpo)
+EXPERIMENTS = [
+    pytest.param(module, name, id=name) for module in TRAINING for name in module.PRESETS
+]
+LARGE = [experiment for experiment in EXPERIMENTS if "tiny" not in experiment.id]
+
+
+@pytest.mark.parametrize(("module", "name"), EXPERIMENTS)
+def test_an_experiment_is_complete_and_names_its_command(module, name):
+    config = module.get_config(name)
     assert config.preset == name
     assert config.is_locked
     assert not missing_keys(config, base())
 
-    description = flux_grpo.PRESETS[name].__doc__
+    description = module.PRESETS[name].__doc__
     for part in ("Command:", "Machine:", "Time:"):
         assert part in description
-    argument = "configs/flux_grpo.py" if name == "tiny" else f"configs/flux_grpo.py:{name}"
+    # The file alone is its default.
+    file = re.escape(f"configs/{module.__name__.rpartition('.')[2]}.py")
+    suffix = rf"(:{name})?[\s,]" if name == module.get_config().preset else rf":{name}\b"
     example = (ROOT / "examples" / "slurm.sh").read_text()
-    assert re.search(rf"{argument}\b", description + example)
+    assert re.search(file + suffix, description + example)
 
 
-@pytest.mark.parametrize("name", [name for name in flux_grpo.PRESETS if name.startswith("flux")])
-def test_an_epoch_has_the_sizes_of_the_docstring(name):
-    description = " ".join(flux_grpo.PRESETS[name].__doc__.split())
+@pytest.mark.parametrize(("module", "name"), LARGE)
+def test_an_epoch_has_the_sizes_of_the_docstring(module, name):
+    description = " ".join(module.PRESETS[name].__doc__.split())
     sizes = re.search(r"(\d+) images of (\d+) prompts and (\d+) optimizer steps", description)
 
-    config = flux_grpo.get_config(name)
+    config = module.get_config(name)
     images = config.sample.train_batch_size * config.sample.num_batches_per_epoch
     prompts = images / config.sample.num_image_per_prompt
     steps = config.sample.num_batches_per_epoch / config.train.gradient_accumulation_steps
@@ -95,8 +105,11 @@ def test_the_embedded_files_are_there():
         assert Path(file).exists()
 
 
-def test_the_discriminator_follows_the_seed():
-    config = flux_grpo.get_config("flux_dino_adv")
+@pytest.mark.parametrize(
+    ("module", "name"), [(flux_grpo, "flux_dino_adv"), (sd3_grpo, "adv_dino_8xh200")]
+)
+def test_the_discriminator_follows_the_seed(module, name):
+    config = module.get_config(name)
     config.seed = 7
     assert config.reward.adversarial.dino_discriminator.options.seed == 7
 
@@ -128,12 +141,13 @@ def test_a_file_wins_over_a_name(monkeypatch, tmp_path, name):
     assert load_config(name).preset == "own"
 
 
-@pytest.mark.parametrize("module", [flux_grpo, serve_rewards], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [*TRAINING, serve_rewards], ids=lambda module: module.__name__)
 def test_a_copy_works_in_any_folder(monkeypatch, tmp_path, module):
     monkeypatch.chdir(tmp_path)
     shutil.copy(module.__file__, "own.py")
     assert load_config("own.py").to_dict() == module.get_config().to_dict()
-    assert load_config("own.py:tiny").to_dict() == module.get_config("tiny").to_dict()
+    last = list(module.PRESETS)[-1]
+    assert load_config(f"own.py:{last}").to_dict() == module.get_config(last).to_dict()
 
 
 def test_a_file_imports_its_neighbours(monkeypatch, tmp_path):
@@ -175,7 +189,8 @@ def test_a_broken_file_is_an_error_of_one_line(monkeypatch, tmp_path, text, mess
 
 def test_unknown_names_and_presets_list_the_known_ones(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="shipped are embedded, flux_grpo, serve_rewards"):
+    shipped = "shipped are embedded, flux_grpo, sd3_grpo, serve_rewards, zimage_grpo"
+    with pytest.raises(FileNotFoundError, match=shipped):
         load_config("flux_grop")
     with pytest.raises(ValueError, match=r"flux_grpo\.py has no preset 'flux'; choose from tiny,"):
         load_config("flux_grpo:flux")

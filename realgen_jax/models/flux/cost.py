@@ -13,7 +13,7 @@ the formulas ignore how that axis splits the activations.
 
 import jax.numpy as jnp
 
-from realgen_jax.models.cost import F32, Work
+from realgen_jax.models.cost import F32, Work, replay_flops
 from realgen_jax.nn.layers import TIME_CHANNELS
 
 
@@ -58,46 +58,12 @@ def _ends_flops(work: Work) -> float:
 
 
 def update_flops(work: Work) -> dict[str, float]:
-    """Operations of one image at one step of the window, by purpose.
-
-    forward: the policy. backward: its gradient. remat: everything that is recomputed.
-    reference: the forward pass of the base model, if beta > 0.
-    """
+    """Operations of one image at one step of the window, by purpose."""
+    # The products that end a block: fc2 in a double block, proj in a single one.
     model = work.model
-    tokens = work.tokens
-    dim = model.hidden_dim
-    flops = forward_flops(work)
-    full = work.rank == 0
-    scores_written = not work.flash
-
-    # Gradients of activations: as much as the forward products, twice the attention (dV, dP, dQ,
-    # dK; a flash kernel computes Q K' once more) and twice the adapters. Frozen weights need no
-    # gradient; trained ones take as much again as their forward products.
-    backward = (
-        flops["matmul"] * (1 + full)
-        + flops["attention"] * (2.0 if scores_written else 2.5)
-        + 2 * flops["lora"]
-        + 2 * flops["modulation"] * full
-    )
-
-    # Rematerialisation repeats the blocks' products. The product that ends a block (double: fc2,
-    # single: proj) is repeated only where weights train: otherwise nothing reads its output again.
-    last = 2.0 * dim * dim * tokens * (4 * model.num_layers + 5 * model.num_single_layers)
-    products = flops["matmul"] - _ends_flops(work) - last * (not full) + flops["lora"]
-    remat = {
-        "full": products + flops["attention"],
-        "attention": products + flops["attention"] * scores_written,
-        "dots": flops["attention"] * scores_written + flops["lora"],
-        "none": 0.0,
-    }[model.remat]
-
-    forward = sum(flops.values())
-    return {
-        "forward": forward,
-        "backward": backward,
-        "remat": remat,
-        "reference": forward - flops["lora"] if work.reference else 0.0,
-    }
+    last = 4 * model.num_layers + 5 * model.num_single_layers
+    last *= 2.0 * model.hidden_dim**2 * work.tokens
+    return replay_flops(work, forward_flops(work), _ends_flops(work), last)
 
 
 def _block_sizes(work: Work, images: float) -> tuple[float, float, float]:

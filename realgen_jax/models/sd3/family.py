@@ -11,6 +11,7 @@ from jax import Array
 
 from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.schedule import STATIC_ENTRIES, shifted, static_sigmas
+from realgen_jax.models.sd3 import cost
 from realgen_jax.models.sd3.tables import (
     RULES,
     diffusers_table,
@@ -167,7 +168,7 @@ SD3 = Family(
     text_tokens=text_tokens,
     cond=make_cond,
     cond_shapes=cond_shapes,
-    cost=None,
+    cost=cost,
     negative_prompt="",
     config_entries={"patch_size": 2},
     schedule_entries=STATIC_ENTRIES,

@@ -11,6 +11,7 @@ from jax import Array
 
 from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.schedule import STATIC_ENTRIES, static_sigmas
+from realgen_jax.models.zimage import cost
 from realgen_jax.models.zimage.tables import DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.zimage.transformer import Cond, ZImageConfig, ZImageTransformer, padded
 
@@ -75,7 +76,7 @@ Z_IMAGE = Family(
     text_tokens=padded,
     cond=make_cond,
     cond_shapes=cond_shapes,
-    cost=None,
+    cost=cost,
     negative_prompt="",
     guidance_offset=1.0,
     config_entries=CONFIG_ENTRIES,

@@ -53,7 +53,7 @@ def test_flux_dev_by_hand(capsys, monkeypatch):
     config = get_config("flux_dev_8xh200")
     config.pretrained.model = "models/none"
     report = make_report(config, 7)
-    figures = show(report, {}, 0.4, False, lambda room: ([], []))
+    figures = show(report, {}, 0.4, False, lambda report, room: ([], []))
     printed = capsys.readouterr().out
     assert "models/none: no such folder; using the sizes of FLUX.1-dev" in printed
     assert "7 devices cannot split the weights' width of 3072 (mesh.fsdp); 6 or 8 can." in printed

@@ -1,13 +1,10 @@
 """The formulas of cost.py against XLA's own figures, on small float32 models of many shapes."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -27,6 +24,7 @@ from realgen_jax.preflight.report import (
 )
 from realgen_jax.sharding import make_mesh
 from realgen_jax.training.programs import make_programs, make_recipe
+from tests.helpers.costs import assert_near, compile_programs, report_of, write_model
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def write_model(folder, case):
-    """What abstract_model reads of a model: the config.json files, no weights."""
+def case_report(folder, case, **options):
+    """The report of a run of `case`, as in tests/helpers/costs.py."""
     transformer = {
         "_class_name": "FluxTransformer2DModel",
         "in_channels": 64,
@@ -71,62 +69,8 @@ def write_model(folder, case):
         "pooled_projection_dim": 32,
         "axes_dims_rope": [8, 28, 28],
     }
-    vae = {
-        "_class_name": "AutoencoderKL",
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "block_out_channels": case.vae,
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "scaling_factor": 1.0,
-        "shift_factor": 0.0,
-    }
-    files = {
-        "transformer/config.json": transformer,
-        "vae/config.json": vae,
-        "scheduler/scheduler_config.json": asdict(FluxSchedule()),
-        "model_index.json": {"_class_name": "FluxPipeline"},
-    }
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-
-
-def report_of(
-    folder, case, *, remat="full", lora=True, beta=0.0, calls=1, mesh=(1, 1, 1), branches=1
-):
-    """The report of a run of `case`, with attention as on a CPU."""
-    write_model(folder, case)
-    config = get_config().unlock()
-    config.pretrained.model = str(folder)
-    config.pretrained.remat = remat
-    config.prompts.max_tokens = case.text
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
-    config.sample.update(
-        resolution=case.pixels,
-        num_steps=4,
-        sde_window_size=calls,
-        sde_window_range=(0, 3),
-        train_batch_size=case.images,
-        num_image_per_prompt=case.images,
-        num_batches_per_epoch=calls,
-        branches=branches,
-    )
-    config.train.update(
-        lora=lora, beta=beta, lora_rank=case.rank, gradient_accumulation_steps=calls
-    )
-    report = make_report(config, int(np.prod(mesh)))
-    return replace(report, work=replace(report.work, flash=False))
-
-
-def compile_programs(report):
-    """XLA's figures of the two large programs."""
-    programs = make_programs(report.recipe, report.model)
-    sample = programs.sample.lower(*sample_arguments(report.recipe, report.model))
-    update = programs.update.lower(*update_arguments(report.recipe, report.model, programs))
-    return SimpleNamespace(
-        report=report, sample=sample.compile(QUICK), update=update.compile(QUICK)
-    )
+    write_model(folder, "FluxPipeline", transformer, asdict(FluxSchedule()), case.vae)
+    return report_of(folder, case, **options)
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +80,9 @@ def compiled(tmp_path_factory):
     @cache
     def build(name, **options):
         folder = tmp_path_factory.mktemp("model")
-        return compile_programs(report_of(folder, CASES[name], **options))
+        return compile_programs(case_report(folder, CASES[name], **options))
 
     return build
-
-
-def assert_near(formula, xla, tolerance):
-    message = f"formula {formula:.4g}, XLA {xla:.4g}: {formula / xla - 1:+.1%}"
-    print(message)  # pytest -s shows how near
-    assert formula == pytest.approx(xla, rel=tolerance), message
 
 
 def test_flux_dev_by_hand():
@@ -238,7 +176,7 @@ def test_peak_activations_where_weights_are_split(tmp_path, case, images, option
     "deep".
     """
     case = replace(CASES[case], images=images)
-    programs = compile_programs(report_of(tmp_path, case, mesh=(1, 4, 1), calls=2, **options))
+    programs = compile_programs(case_report(tmp_path, case, mesh=(1, 4, 1), calls=2, **options))
     phases = cost.phase_bytes(programs.report.work, 4, programs.report.held["trained"])
 
     update = phases["update"]["activations"] + phases["update"]["gradients"]
@@ -270,7 +208,7 @@ def test_the_decoder_is_xlas(widths, layers, side, n):
 def test_argument_bytes_are_xlas(tmp_path, mesh, lora):
     """On eight devices, to the byte. XLA drops what a program does not read: logp, the encoder."""
     case = replace(CASES["small"], images=8)
-    programs = compile_programs(report_of(tmp_path, case, mesh=mesh, lora=lora, beta=0.1))
+    programs = compile_programs(case_report(tmp_path, case, mesh=mesh, lora=lora, beta=0.1))
     report = programs.report
     held = report.held
 
@@ -297,7 +235,7 @@ def test_argument_bytes_are_xlas(tmp_path, mesh, lora):
 
 def test_trajectories_of_an_epoch_are_the_rollouts(tmp_path):
     case = replace(CASES["small"], images=4)
-    report = report_of(tmp_path, case, mesh=(2, 1, 1), calls=2, branches=2)
+    report = case_report(tmp_path, case, mesh=(2, 1, 1), calls=2, branches=2)
     programs = make_programs(report.recipe, report.model)
     arguments = sample_arguments(report.recipe, report.model)
     images, trajectory, _ = jax.eval_shape(programs.sample, *arguments)

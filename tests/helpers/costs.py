@@ -1,0 +1,101 @@
+"""Compiled programs of small models, to compare the formulas of cost.py with XLA's own figures."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from realgen_configs.flux_grpo import get_config
+from realgen_jax.preflight.report import QUICK, make_report, sample_arguments, update_arguments
+from realgen_jax.training.programs import make_programs
+
+
+def write_model(folder, pipeline, transformer, schedule, vae_widths):
+    """What abstract_model reads of a model: the config.json files, no weights."""
+    vae = {
+        "_class_name": "AutoencoderKL",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "block_out_channels": vae_widths,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    }
+    files = {
+        "transformer/config.json": transformer,
+        "vae/config.json": vae,
+        "scheduler/scheduler_config.json": schedule,
+        "model_index.json": {"_class_name": pipeline},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+
+
+def report_of(
+    folder,
+    case,
+    *,
+    remat="full",
+    lora=True,
+    beta=0.0,
+    calls=1,
+    mesh=(1, 1, 1),
+    branches=1,
+    guidance=1.0,
+    gradient="",
+):
+    """The report of a run with the model in `folder`, with attention as on a CPU.
+
+    case: has text (tokens), pixels (a side), images (of a call) and rank. guidance, gradient: of
+    classifier-free guidance.
+    """
+    config = get_config().unlock()
+    config.pretrained.model = str(folder)
+    config.pretrained.remat = remat
+    config.prompts.max_tokens = case.text
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+    config.sample.update(
+        resolution=case.pixels,
+        num_steps=4,
+        sde_window_size=calls,
+        sde_window_range=(0, 3),
+        train_batch_size=case.images,
+        num_image_per_prompt=case.images,
+        num_batches_per_epoch=calls,
+        branches=branches,
+        guidance_scale=guidance,
+    )
+    config.train.update(
+        lora=lora,
+        beta=beta,
+        lora_rank=case.rank,
+        gradient_accumulation_steps=calls,
+        cfg_gradient=gradient,
+    )
+    report = make_report(config, int(np.prod(mesh)))
+    return replace(report, work=replace(report.work, flash=False))
+
+
+def compile_programs(report):
+    """XLA's figures of the two large programs."""
+    programs = make_programs(report.recipe, report.model)
+    sample = programs.sample.lower(*sample_arguments(report.recipe, report.model))
+    update = programs.update.lower(*update_arguments(report.recipe, report.model, programs))
+    return SimpleNamespace(
+        report=report, sample=sample.compile(QUICK), update=update.compile(QUICK)
+    )
+
+
+def temporaries(program):
+    """Bytes of a compiled program's temporary arrays."""
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def assert_near(formula, xla, tolerance):
+    message = f"formula {formula:.4g}, XLA {xla:.4g}: {formula / xla - 1:+.1%}"
+    print(message)  # pytest -s shows how near
+    assert formula == pytest.approx(xla, rel=tolerance), message
