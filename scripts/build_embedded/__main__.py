@@ -6,13 +6,16 @@ The photographs ship in the scikit-image and scikit-learn wheels. Takes about tw
 Every stage resumes from its last checkpoint. With the same versions and number of threads, a stage
 writes the same files for the same inputs; only the order of equally frequent pairs in CLIP's
 vocabulary is left open by the tokenizers library. The results are realgen_jax/embedded/ (a
-FluxPipeline folder and prompts) and reward_bridge/embedded/ (rewards).
+FluxPipeline folder, a StableDiffusion3Pipeline folder and prompts) and reward_bridge/embedded/
+(rewards).
 """
 
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
+
+PARTS = ("flux", "references", "sd3", "dino")
 
 # Packages of the extra `build`, by the module they install.
 REQUIRED = {"diffusers": "diffusers", "skimage": "scikit-image", "sklearn": "scikit-learn"}
@@ -35,9 +38,9 @@ def main() -> None:
         help="PyTorch's number of threads; the results depend on it in the last bits (default: 2)",
     )
     parser.add_argument(
-        "--references",
-        action="store_true",
-        help="build only the reference pictures, with the embedded model that is already there",
+        "--only",
+        choices=PARTS,
+        help="build only this part, with the others that are already there",
     )
     args = parser.parse_args()
 
@@ -52,7 +55,7 @@ def main() -> None:
     # works without the extra.
     import stages
 
-    stages.build(args.work, args.threads, args.references)
+    stages.build(args.work, args.threads, args.only)
 
 
 if __name__ == "__main__":

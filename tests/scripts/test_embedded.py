@@ -13,6 +13,7 @@ from tests.helpers.goldens import ROOT, golden
 
 torch = pytest.importorskip("torch")
 
+from reward_bridge.learners import make_learner  # noqa: E402
 from reward_bridge.metrics import EmbeddedFrechet, frechet_distance, make_metric  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 
@@ -70,6 +71,15 @@ def test_the_package_stays_small():
         / 2
     )
     assert 2e6 < parameters < 3e6
+
+
+@pytest.mark.parametrize(
+    ("folder", "most"),
+    [(EMBEDDED / "sd3_tiny", 6e6), (ROOT / "reward_bridge" / "embedded" / "dino", 1e6)],
+)
+def test_the_folders_of_sd3_and_of_its_reward_stay_small(folder, most):
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    assert most / 2 < sum(f.stat().st_size for f in files) < most
 
 
 def test_photographs_are_told_from_the_models_pictures(photographs, generated):
@@ -131,6 +141,43 @@ def test_diffusers_loads_the_pipeline(generated):
     ).images[0]
     ours = generated[0][0].permute(1, 2, 0).numpy() / 255
     assert np.abs(theirs - ours).max() <= 1.01 / 255
+
+
+@pytest.fixture(scope="module")
+def guided():
+    """A picture of each test prompt by diffusers' SD3 pipeline: uint8 [32, 3, 64, 64], prompts."""
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(EMBEDDED / "sd3_tiny")
+    pipe.set_progress_bar_config(disable=True)
+    texts = (EMBEDDED / "prompts_test.txt").read_text().splitlines()
+    options = {"num_inference_steps": 10, "guidance_scale": 3.0, "max_sequence_length": 16}
+    noise = torch.randn(32, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = pipe(texts, height=64, width=64, latents=noise, output_type="pt", **options).images
+    return (255 * images).round().byte(), texts
+
+
+def test_diffusers_draws_every_prompt_with_sd3(guided):
+    accuracy = make_reward("embedded_prompt_accuracy", "cpu", {})
+    assert accuracy(*guided).mean() > 0.95
+
+
+def test_the_discriminator_on_the_embedded_dino_tells_photographs_from_pictures(
+    photographs, guided
+):
+    """It starts without any preference, and thirty steps are enough to tell most apart."""
+    path = str(ROOT / "reward_bridge" / "embedded" / "dino")
+    learner = make_learner("dino_discriminator", "cpu", {"path": path, "size": 64})
+    real, generated = photographs[:32], guided[0]
+    optimizer = torch.optim.Adam(learner.model.head.parameters(), lr=1e-3)
+    for _ in range(30):
+        loss, metrics = learner.loss(learner.model, real, generated, [""] * 32)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert metrics["accuracy"] > 0.9
+    with torch.no_grad():
+        fresh = learner.score(learner.model, photographs[32:], [""] * 32)
+        assert fresh.mean() > learner.score(learner.model, generated, [""] * 32).mean() + 0.5
 
 
 def demo(tmp_path, *words, preset="tiny"):
