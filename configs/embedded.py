@@ -142,9 +142,9 @@ def tiny_sd3() -> ConfigDict:
 
     Command: python scripts/train.py --config configs/sd3_grpo.py
     Machine: 2 CPU cores, 2 GB.
-    Time: 6 minutes.
-    Expected: the Fréchet distance to the photographs falls. With the discriminator frozen
-    (--config.reward.adversarial={}) it ends above its start (docs/rewards_that_learn.md).
+    Time: 6 minutes, estimated from 16 seconds of CPU time an epoch.
+    Expected: the Fréchet distance to the photographs falls and the prompt accuracy stays at 1
+    (docs/rewards_that_learn.md).
     """
     c = tiny()
     c.num_epochs = 40
@@ -154,8 +154,8 @@ def tiny_sd3() -> ConfigDict:
     c.pretrained.model = str(EMBEDDED / "sd3_tiny")
     c.pretrained.family = "StableDiffusion3Pipeline"
 
-    c.sample.guidance_scale = 3.0
-    c.evaluate.sample.guidance_scale = 3.0
+    c.sample.guidance_scale = 2.0  # nearest to the photographs; higher scales are too contrasty
+    c.evaluate.sample.guidance_scale = 2.0
     c.sample.sde_type = "cps"
     c.sample.noise_level = 0.8
     c.sample.sde_window_size = 2
@@ -168,7 +168,7 @@ def tiny_sd3() -> ConfigDict:
 
     c.reward.fn = ConfigDict({"dino_discriminator": 1.0})
     c.reward.held_out = ("embedded_held_out", "embedded_prompt_accuracy", "clip_score")
-    c.reward.metrics = ("embedded_frechet",)
+    c.reward.metrics = ("embedded_frechet", "embedded_frechet_held_out")
     c.reward.options.dino_discriminator = ConfigDict({"path": str(REWARDS / "dino"), "size": 64})
 
     discriminator = adversary()
@@ -176,12 +176,12 @@ def tiny_sd3() -> ConfigDict:
     discriminator.options.seed = c.get_ref("seed")
     discriminator.schedule = "every"
     discriminator.optimizer = "adam"
-    discriminator.learning_rate = 1e-3
+    discriminator.learning_rate = 5e-3
     discriminator.betas = (0.5, 0.999)
     discriminator.weight_decay = 0.0
     discriminator.batch_size = 32
     discriminator.history_batch_size = 32
-    discriminator.max_passes = 8
+    discriminator.max_passes = 16
     discriminator.target_accuracy = 0.95
     discriminator.ema_decay = 0.9
     c.reward.adversarial.dino_discriminator = discriminator

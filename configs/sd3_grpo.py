@@ -10,6 +10,7 @@ prompt, and the two are combined. `train.cfg_gradient` says whether the second o
 
 from ml_collections import ConfigDict
 
+from realgen_configs.embedded import tiny_sd3
 from realgen_configs.flux_grpo import (
     adv_grpo,
     adv_grpo_learner,
@@ -257,6 +258,7 @@ def realgen_sd3_large_8xh200() -> ConfigDict:
 
 
 EXPERIMENTS = (
+    tiny_sd3,
     adv_dino_8xh200,
     adv_pickscore_8xh200,
     adv_dino_1xh200,
@@ -266,7 +268,7 @@ EXPERIMENTS = (
 PRESETS = {experiment.__name__: experiment for experiment in EXPERIMENTS}
 
 
-def get_config(preset: str = "adv_dino_1xh200") -> ConfigDict:
+def get_config(preset: str = "tiny_sd3") -> ConfigDict:
     """The config of the experiment that is named after the colon in --config."""
     config = make_preset(PRESETS, preset, __file__)
     config.preset = preset

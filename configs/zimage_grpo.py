@@ -78,6 +78,7 @@ def realgen_v2_turbo_8xh200() -> ConfigDict:
     Time: 4 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
     c = realgen_v2_base_8xh200()
+    c.pretrained.family = "ZImagePipeline:Z-Image-Turbo"
     c.pretrained.model = "models/Z-Image-Turbo"
     c.sample.num_steps = 8
     c.sample.eval_num_steps = 8

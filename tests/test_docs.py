@@ -45,6 +45,7 @@ def test_a_reward_of_ones_own(folder):
     np.testing.assert_allclose(reward(pictures, ["a", "b"]), [0.0, 2.0])
 
 
+@pytest.mark.slow
 def test_an_objective_of_ones_own_trains(folder, cache):
     """On the golden model instead of the demo's."""
     text = (folder / "reinforce_config.py").read_text()

@@ -16,7 +16,7 @@ def check_max_tokens(family: Family, max_tokens: int) -> None:
     if max_tokens > family.text_limit:
         raise ValueError(
             f"config.prompts.max_tokens is {max_tokens}; expected at most {family.text_limit}, as "
-            f"many as a model of {family.pipeline} reads"
+            f"many as {family.published[0].name} reads"
         )
 
 

@@ -26,7 +26,10 @@ SCOPES = (
     "optimizer",
     "modulation",
     "double",
+    "joint",
+    "last",
     "single",
+    "block",
     "attention",
 )
 

@@ -145,6 +145,7 @@ def test_sizes_are_the_recipes(monkeypatch):
     assert jnp.dtype(config.pretrained.dtype) == size.model.dtype
 
 
+@pytest.mark.slow
 def test_flux_gpu_lowers_at_full_size(monkeypatch):
     """The programs lower for CUDA without any array; attention is XLA's, as cuDNN is missing."""
     monkeypatch.syspath_prepend(BENCHMARKS)

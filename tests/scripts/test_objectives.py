@@ -70,6 +70,7 @@ def columns_of(folder):
     return [row for row in rows(folder) if row["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_run_of_nft(cache, tmp_path):
     words = (*WORDS["nft"], "--config.num_epochs=2")
     first, second = columns_of(train(cache, tmp_path, *words))

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from realgen_configs import sd3_grpo, zimage_grpo
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.preflight.advice import changes, learners
 from realgen_jax.preflight.report import make_report
@@ -28,9 +29,9 @@ TEXT_TOKENS = 512
 LATENTS = 3 * IMAGE_TOKENS * 64 * 4  # bytes, of the three images of a device
 
 
-def preflight(*options, preset="flux_dev_8xh200"):
+def preflight(*options, preset="flux_dev_8xh200", file="flux_grpo"):
     """Run the program."""
-    config = f"{ROOT}/configs/flux_grpo.py:{preset}"
+    config = f"{ROOT}/configs/{file}.py:{preset}"
     command = [sys.executable, ROOT / "scripts" / "preflight.py", "--config", config, *options]
     env = os.environ | {"COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
@@ -84,6 +85,50 @@ def test_flux_dev_by_hand(capsys, monkeypatch):
     h200 = figures["accelerators"]["H200 SXM"]
     assert h200["seconds"] == pytest.approx(figures["flops"]["total"] / (7 * 989e12 * 0.4))
     assert h200["fits"]
+
+
+def test_guidance_and_attention_on_tpus_are_reported(capsys, monkeypatch):
+    """SD3's heads have 64 channels, half of what the TPU's kernel takes."""
+    monkeypatch.setenv("COLUMNS", "400")
+    report = make_report(sd3_grpo.get_config("adv_dino_8xh200"), 8)
+    figures = show(report, {}, 0.4, False, lambda report, room: ([], []))
+    printed = capsys.readouterr().out
+    assert "models/SD3.5-M: no such folder; using the sizes of SD3.5-M" in printed
+    assert "Guidance of 4.5: each velocity takes two passes of the transformer" in printed
+    assert "the gradient goes through both." in printed
+    assert (figures["passes"], figures["cfg_gradient"]) == (2, "both")
+
+    # 16 rows of 24 heads on a device: 77 + 128 tokens of text and 32 x 32 of the image.
+    scores = 16 * 24 * (77 + 128 + 32 * 32) ** 2 * 4
+    assert "here 1229 and 64" in printed
+    assert f"{scores / GIB:.1f} GiB for one block" in printed
+    on_gpu = figures["accelerators"]["H200 SXM"]["peak"]
+    assert on_gpu == figures["bytes"]["peak"]
+    assert figures["accelerators"]["TPU v5p"]["peak"] > on_gpu + scores
+
+
+def test_nothing_is_said_of_guidance_and_kernels_without_need(capsys):
+    """Z-Image-Turbo has one pass, and heads of 128 channels."""
+    report = make_report(zimage_grpo.get_config("realgen_v2_turbo_8xh200"), 8)
+    figures = show(report, {}, 0.4, False, lambda report, room: ([], []))
+    printed = capsys.readouterr().out
+    assert "Guidance" not in printed
+    assert "On a TPU" not in printed
+    assert (figures["passes"], figures["cfg_gradient"]) == (1, "")
+    peaks = {figures["accelerators"][name]["peak"] for name in ("H200 SXM", "TPU v5p")}
+    assert peaks == {figures["bytes"]["peak"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "preset"),
+    [("sd3_grpo", name) for name in sd3_grpo.PRESETS if "tiny" not in name]
+    + [("zimage_grpo", name) for name in zimage_grpo.PRESETS],
+)
+def test_other_families_compile_on_paper(file, preset):
+    done = preflight("--config.pretrained.model=models/none", preset=preset, file=file)
+    assert done.returncode == 0, done.stderr
+    assert "Both programs compile for this mesh." in done.stdout
 
 
 @pytest.mark.slow
@@ -195,3 +240,6 @@ def test_epochs_in_which_the_generator_rests_are_counted():
     (line,) = learners(make_recipe(get_config("flux_dino_adv")))
     assert "up to 1 steps per epoch, on 672 + 0 pairs each" in line
     assert "The generator rests in 9 of 10 epochs" in line
+
+    (line,) = learners(make_recipe(sd3_grpo.get_config("adv_pickscore_8xh200")))
+    assert "The generator rests in the epochs in which pickscore learns." in line

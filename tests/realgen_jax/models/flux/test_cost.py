@@ -133,7 +133,7 @@ def test_operations_are_xlas(compiled, case, options):
     ("case", "options"),
     [
         ("long", {}),
-        ("text", {"lora": False, "calls": 2}),
+        slow("text", {"lora": False, "calls": 2}),
         slow("broad", {"remat": "dots"}),
         slow("text", {"beta": 0.1}),
         slow("scores", {}),
@@ -204,7 +204,7 @@ def test_the_decoder_is_xlas(widths, layers, side, n):
     assert_near(cost.decode_bytes(work, n), memory, 0.15)
 
 
-@pytest.mark.parametrize(("mesh", "lora"), [((2, 2, 2), True), slow((1, 4, 2), False)])
+@pytest.mark.parametrize(("mesh", "lora"), [slow((2, 2, 2), True), slow((1, 4, 2), False)])
 def test_argument_bytes_are_xlas(tmp_path, mesh, lora):
     """On eight devices, to the byte. XLA drops what a program does not read: logp, the encoder."""
     case = replace(CASES["small"], images=8)
