@@ -63,6 +63,16 @@ class Work:
     weight_parts: int = 1  # devices that share each weight, fsdp x tensor
 
     @property
+    def passes(self) -> int:
+        """Passes of the transformer that a velocity takes."""
+        return 1 + self.guided
+
+    @property
+    def backward_passes(self) -> int:
+        """Those of them that have a backward pass."""
+        return 1 + (self.guided and self.free_gradient)
+
+    @property
     def tokens(self) -> int:
         """T, the length of the joint sequence."""
         return self.image_tokens + self.text_tokens
@@ -117,20 +127,18 @@ def row_bytes(cond: Any) -> int:
 
 def velocity_flops(work: Work) -> dict[str, float]:
     """Operations of one velocity for one image, by kind; guidance takes two passes."""
-    passes = 1 + work.guided
-    return {kind: passes * flops for kind, flops in work.formulas.forward_flops(work).items()}
+    flops = work.formulas.forward_flops(work)
+    return {kind: work.passes * number for kind, number in flops.items()}
 
 
 def update_flops(work: Work) -> dict[str, float]:
     """Operations of one image at one step of the window, by purpose, as in `Formulas`."""
     flops = work.formulas.update_flops(work)
-    forward_passes = 1 + work.guided
-    backward_passes = 1 + (work.guided and work.free_gradient)
     passes = {
-        "forward": forward_passes,
-        "backward": backward_passes,
-        "remat": backward_passes,
-        "reference": forward_passes * work.reference,
+        "forward": work.passes,
+        "backward": work.backward_passes,
+        "remat": work.backward_passes,
+        "reference": work.passes * work.reference,
     }
     return {purpose: passes[purpose] * flops[purpose] for purpose in passes}
 
@@ -143,12 +151,12 @@ def forward_bytes(work: Work, images: float) -> float:
     """
     if work.guided and not work.free_gradient:
         return 1.25 * work.formulas.forward_bytes(work, images)
-    return work.formulas.forward_bytes(work, images * (1 + work.guided))
+    return work.formulas.forward_bytes(work, images * work.passes)
 
 
 def update_bytes(work: Work, images: float) -> float:
     """Peak bytes of activations of an update."""
-    rows = images * (1 + (work.guided and work.free_gradient))
+    rows = images * work.backward_passes
     return max(work.formulas.update_bytes(work, rows), forward_bytes(work, images))
 
 
@@ -208,8 +216,7 @@ def epoch_flops(work: Work) -> dict[str, float]:
 
     useful_step = step - update["remat"]
     if work.flash:
-        backward_passes = 1 + (work.guided and work.free_gradient)
-        useful_step -= backward_passes * work.formulas.forward_flops(work)["attention"] / 2
+        useful_step -= work.backward_passes * work.formulas.forward_flops(work)["attention"] / 2
 
     return {
         "rollout": rollout,

@@ -135,7 +135,7 @@ def attention_on_tpu(report: Report) -> list[str]:
     if on_tpu(report).work.flash:
         return []
 
-    rows = work.images / report.parts * (1 + (work.guided and work.free_gradient))
+    rows = work.images / report.parts * work.backward_passes
     scores = rows * work.model.num_attention_heads * work.tokens**2 * F32
     return [
         f"On a TPU, attention is XLA's: the kernel takes multiples of {LANES} tokens and of "

@@ -103,7 +103,7 @@ def figures(
         "images": layout.calls * layout.images,
         "prompts": layout.groups,
         "mean_prefix": report.work.prefix,
-        "passes": 1 + report.work.guided,
+        "passes": report.work.passes,
         "cfg_gradient": report.recipe.config.train.cfg_gradient,
         "bytes": sizes,
         "flops": flops,
