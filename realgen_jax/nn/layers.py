@@ -20,13 +20,11 @@ from jax.sharding import Mesh
 EPS = 1e-6  # default of all norms
 TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of noise level and guidance
 PROJECTION = "projection"  # checkpoint name for the outputs of the large matmuls
+_lecun = nnx.initializers.lecun_normal()
 
 
 class Fixed(nnx.Variable):
     """An array of a checkpoint that is no weight: it is never trained."""
-
-
-_lecun = nnx.initializers.lecun_normal()
 
 
 class Linear(nnx.Module):

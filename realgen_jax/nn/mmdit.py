@@ -1,4 +1,4 @@
-"""Parts of a transformer with separate streams for image and text (MM-DiT, arXiv 2403.03206).
+"""Parts of transformer blocks, with one stream of tokens or several (MM-DiT, arXiv 2403.03206).
 
 Shapes: n images, t tokens, D channels, h heads of d channels each.
 """
@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from realgen_jax.nn.layers import MLP, Linear, QKNorm, modulated_norm
+from realgen_jax.nn.layers import EPS, MLP, Linear, QKNorm, modulated_norm
 from realgen_jax.nn.stack import pin_rows
 
 gelu = partial(jax.nn.gelu, approximate=True)
@@ -36,10 +36,10 @@ def modulations(mod: Array, branches: int = 2) -> list[Modulation]:
 class Heads(nnx.Module):
     """The projections of tokens to queries, keys and values, and the norm of queries and keys."""
 
-    def __init__(self, dim: int, head_dim: int, qk_norm: bool = True, **kw: Any):
+    def __init__(self, dim: int, head_dim: int, qk_norm: bool = True, eps: float = EPS, **kw: Any):
         self.head_dim = head_dim
         self.qkv = Linear(dim, (3, dim), **kw)
-        norm = {"param_dtype": kw["param_dtype"], "stack": kw["stack"]}
+        norm = {"param_dtype": kw["param_dtype"], "stack": kw["stack"], "eps": eps}
         self.norm = QKNorm(head_dim, **norm) if qk_norm else None
 
     def heads(self, x: Array, mesh: Mesh | None) -> tuple[Array, Array, Array]:

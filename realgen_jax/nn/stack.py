@@ -37,6 +37,12 @@ REMAT_POLICIES = {
 }
 
 
+def check_remat(remat: str) -> None:
+    """Raise ValueError for an unknown policy."""
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+
+
 def pin_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Shard activations [n, ...] by rows over data and fsdp; tokens and channels are not split.
 

@@ -24,7 +24,7 @@ from realgen_jax.nn.layers import (
     sinusoidal_embedding,
 )
 from realgen_jax.nn.mmdit import Heads, Modulation, Stream, gelu, modulations
-from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
+from realgen_jax.nn.stack import check_remat, modulation_of_layers, pin_rows, scan_blocks
 
 Rope = tuple[np.ndarray, np.ndarray]  # cosines and sines, each float32 [t, d/2]
 
@@ -74,8 +74,7 @@ class FluxConfig:
                 "does not make pictures from text alone: FLUX.1-Fill (384 and 64) also takes a "
                 "picture and a mask, FLUX.1-Canny and FLUX.1-Depth (128 and 64) a control picture"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+        check_remat(self.remat)
 
     @property
     def hidden_dim(self) -> int:

@@ -25,7 +25,7 @@ from realgen_jax.nn.layers import (
     sinusoidal_embedding,
 )
 from realgen_jax.nn.mmdit import Heads, Stream, modulations
-from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
+from realgen_jax.nn.stack import check_remat, modulation_of_layers, pin_rows, scan_blocks
 from realgen_jax.nn.tokens import PATCH
 
 CHANNELS = 16  # of a latent pixel
@@ -98,8 +98,7 @@ class SD3Config:
                 f"pictures of {self.image_size[0]} x {self.image_size[1]} tokens are larger than "
                 f"the model's table of positions, pos_embed_max_size {self.pos_embed_max_size}"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+        check_remat(self.remat)
 
     @property
     def hidden_dim(self) -> int:

@@ -21,13 +21,13 @@ from realgen_jax.nn.layers import (
     MLP,
     TIME_CHANNELS,
     Linear,
-    QKNorm,
     apply_rope,
     modulated_norm,
     rms_norm,
     sinusoidal_embedding,
 )
-from realgen_jax.nn.stack import REMAT_POLICIES, modulation_of_layers, pin_rows, scan_blocks
+from realgen_jax.nn.mmdit import Heads
+from realgen_jax.nn.stack import check_remat, modulation_of_layers, pin_rows, scan_blocks
 from realgen_jax.nn.tokens import PATCH
 
 EPS = 1e-5  # of the RMS norms
@@ -85,8 +85,7 @@ class ZImageConfig:
                 f"axes_dims {self.axes_dims} add up to {rope_channels}, but must add up to the "
                 f"channels of a head, dim {self.dim} / n_heads {self.n_heads}"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+        check_remat(self.remat)
 
     @property
     def num_attention_heads(self) -> int:
@@ -180,15 +179,13 @@ class GatedMLP(nnx.Module):
         return self.fc2(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
 
 
-class Block(nnx.Module):
+class Block(Heads):
     """Attention, then a gated feed-forward, each with an RMS norm before and after it."""
 
     def __init__(self, config: ZImageConfig, **kw: Any):
         dim = config.dim
         norms = {"param_dtype": kw["param_dtype"], "stack": kw["stack"]}
-        self.head_dim = config.attention_head_dim
-        self.qkv = Linear(dim, (3, dim), bias=False, **kw)
-        self.norm = QKNorm(config.attention_head_dim, eps=EPS, **norms)
+        super().__init__(dim, config.attention_head_dim, eps=EPS, bias=False, **kw)
         self.proj = Linear(dim, dim, bias=False, **kw)
         self.mlp = GatedMLP(dim, config.mlp_dim, **kw)
 
@@ -210,9 +207,7 @@ class Block(nnx.Module):
 
         # Attention, with rotary positions on queries and keys.
         y = rms_norm(x, self.norm1[...], EPS) * scale_attention
-        parts = jnp.split(self.qkv(y, mesh), 3, axis=2)
-        q, k, v = [rearrange(part, "n t 1 (h d) -> n t h d", d=self.head_dim) for part in parts]
-        q, k = self.norm(q, k)
+        q, k, v = self.heads(y, mesh)
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh, lengths)
         x = x + gate_attention * rms_norm(self.proj(attended), self.norm2[...], EPS)
         x = pin_rows(x, mesh)
