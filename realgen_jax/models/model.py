@@ -113,13 +113,15 @@ class Model:
         scale = np.full(len(slots), guidance, np.float32)
         own = self.family.cond(cache.read([prompts[slot] for slot in slots]), scale)
         if is_guided(self.family, guidance):
-            arrays = cache.read([self.family.negative_prompt] * len(slots))
-            negative = self.family.cond(arrays, scale)
+            # One row, which stands for all slots.
+            arrays = cache.read([self.family.negative_prompt])
+            negative = jax.tree.map(
+                lambda leaf: np.broadcast_to(leaf, (len(slots), *leaf.shape[1:])),
+                self.family.cond(arrays, scale[:1]),
+            )
             own = Guided(own, negative, scale + np.float32(self.family.guidance_offset), gradient)
 
-        def place(leaf: Any) -> Array:
-            leaf = np.asarray(leaf)
-
+        def place(leaf: np.ndarray) -> Array:
             def rows(index: tuple[slice, ...]) -> np.ndarray:
                 return leaf[np.searchsorted(slots, np.arange(n)[index[0]])]
 

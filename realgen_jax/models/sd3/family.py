@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -45,12 +44,12 @@ def make_cond(arrays: Mapping[str, Any], guidance: Array) -> Cond:
 
     The channels of the two CLIPs stand side by side and are filled up with zeros to T5's.
     """
-    side = jnp.concatenate([arrays["clip_l"], arrays["clip_g"]], axis=-1)
+    side = np.concatenate([arrays["clip_l"], arrays["clip_g"]], axis=-1)
     missing = arrays["t5"].shape[-1] - side.shape[-1]
-    side = jnp.pad(side, ((0, 0), (0, 0), (0, missing)))
+    side = np.pad(side, ((0, 0), (0, 0), (0, missing)))
     return Cond(
-        text=jnp.concatenate([side, arrays["t5"]], axis=1),
-        pooled=jnp.concatenate([arrays["pooled_l"], arrays["pooled_g"]], axis=-1),
+        text=np.concatenate([side, arrays["t5"]], axis=1),
+        pooled=np.concatenate([arrays["pooled_l"], arrays["pooled_g"]], axis=-1),
     )
 
 
