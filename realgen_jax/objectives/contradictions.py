@@ -58,8 +58,9 @@ def check_keys(coupled: bool, train: Any, sample: Any) -> None:
             "pictures of a prompt would be the same"
         )
     config = {"train": train, "sample": sample}
+    defaults = base()
     for key, reason in reasons.items():
-        problems += _unexpected(key, _value(config, key), _value(base(), key), reason)
+        problems += _unexpected(key, _value(config, key), _value(defaults, key), reason)
     if problems:
         raise ValueError("\n".join(problems))
 
