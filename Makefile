@@ -2,6 +2,7 @@
 # make install        set up only: .venv, with the versions that constraints.txt pins
 # make test           set up, lint and run the tests
 # make test-slow      set up and run the slow tests
+# make test-gpu       set up and run the tests that need an NVIDIA GPU (EXTRAS=torch,test,cuda)
 # make test-install   set up, then install the wheel elsewhere and train with it (a minute)
 #
 # On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build, name PyTorch's CPU index:
@@ -15,7 +16,7 @@ EXTRAS ?= torch,test
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo install test test-slow test-install lint
+.PHONY: demo install test test-slow test-gpu test-install lint
 demo: install
 	$(BIN)/python scripts/train.py --config configs/flux_grpo.py
 
@@ -34,6 +35,9 @@ test: lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
+
+test-gpu: install
+	JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest -m gpu -q
 
 test-install: install
 	$(BIN)/python -m pytest -m slow -q tests/test_install.py

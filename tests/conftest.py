@@ -23,15 +23,15 @@ from tests.helpers.models import golden_model
 from tests.helpers.running import call
 
 jax.config.update("jax_num_cpu_devices", 8)
+SLOW_KINDS = {"slow", "gpu"}
 
 
 def pytest_collection_modifyitems(config, items):
-    """`slow` tests run only when asked for (`-m slow`)."""
+    """`slow` and `gpu` tests run only when asked for (`-m slow`, `-m gpu`)."""
     if not config.getoption("-m"):
-        skip = pytest.mark.skip(reason="slow: run by `make test-slow`")
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+            for kind in SLOW_KINDS & set(item.keywords):
+                item.add_marker(pytest.mark.skip(reason=f"{kind}: run by `make test-{kind}`"))
 
 
 @pytest.fixture(scope="session")

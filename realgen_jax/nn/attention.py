@@ -47,8 +47,15 @@ def attention(
     v = constrain(v, mesh, BATCH_AXES, None, "tensor")
 
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        out = jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+        # cuDNN's kernels with and without softmax statistics may differ in the last bit. The update
+        # needs the statistics, so that the rollout asks for them, too.
+        out, _ = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+            return_residual=True,
         )
     elif q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3]):
         on_tpu = partial(splash_attention, mesh=mesh)

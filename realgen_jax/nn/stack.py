@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from realgen_jax.nn.layers import PROJECTION, Linear
+from realgen_jax.nn.layers import PROJECTION, Linear, modulated_norm
 from realgen_jax.sharding import BATCH_AXES, constrain
 
 
@@ -72,9 +72,25 @@ def scan_blocks(
         carry = apply(block, pin_rows(carry, mesh), modulation)
         return pin_rows(carry, mesh), None
 
-    body = jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+    # XLA replaces a loop of one iteration by its body. The recomputed values would then be merged
+    # with the first ones, which compiles the forward pass differently in rollout and update.
+    layers = len(jax.tree.leaves(weights)[0])
+    body = jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=layers == 1)
     carry, _ = jax.lax.scan(body, carry, (weights, modulation))
     return carry
+
+
+def output_layer(project: Callable[[Array], Array], x: Array, shift: Array, scale: Array) -> Array:
+    """The last AdaLN and projection: x [n, s, D], shift and scale [n, D] -> [n, s, channels].
+
+    The norm is recomputed in the backward pass. If its statistics were kept, the update would
+    compile it differently than the rollout, and the last bit could differ.
+    """
+
+    def apply(x: Array, shift: Array, scale: Array) -> Array:
+        return project(modulated_norm(x, shift, scale))
+
+    return jax.checkpoint(apply)(x, shift, scale)
 
 
 @jax.named_scope("modulation")

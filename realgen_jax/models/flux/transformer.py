@@ -24,7 +24,13 @@ from realgen_jax.nn.layers import (
     sinusoidal_embedding,
 )
 from realgen_jax.nn.mmdit import Heads, Modulation, Stream, gelu, modulations
-from realgen_jax.nn.stack import check_remat, modulation_of_layers, pin_rows, scan_blocks
+from realgen_jax.nn.stack import (
+    check_remat,
+    modulation_of_layers,
+    output_layer,
+    pin_rows,
+    scan_blocks,
+)
 
 Rope = tuple[np.ndarray, np.ndarray]  # cosines and sines, each float32 [t, d/2]
 
@@ -254,7 +260,7 @@ class FluxTransformer(nnx.Module):
         # Project the image tokens back to latent channels. In the final modulation, scale comes
         # first.
         scale, shift = jnp.split(pin_rows(self.final_mod(vector), mesh), 2, axis=-1)
-        out = self.proj_out(modulated_norm(joint[:, text_tokens:], shift, scale))
+        out = output_layer(self.proj_out, joint[:, text_tokens:], shift, scale)
         return pin_rows(out.astype(jnp.float32), mesh)
 
     def _vector(self, sigma: Array, cond: Cond, mesh: Mesh | None) -> Array:

@@ -25,7 +25,13 @@ from realgen_jax.nn.layers import (
     sinusoidal_embedding,
 )
 from realgen_jax.nn.mmdit import Heads, Stream, modulations
-from realgen_jax.nn.stack import check_remat, modulation_of_layers, pin_rows, scan_blocks
+from realgen_jax.nn.stack import (
+    check_remat,
+    modulation_of_layers,
+    output_layer,
+    pin_rows,
+    scan_blocks,
+)
 from realgen_jax.nn.tokens import PATCH
 
 CHANNELS = 16  # of a latent pixel
@@ -309,7 +315,7 @@ class SD3Transformer(nnx.Module):
         # Project the image tokens back to latent channels. In the final modulation, scale comes
         # first. The output's channels are in another order than the input's.
         scale, shift = jnp.split(pin_rows(self.final_mod(vector), mesh), 2, axis=-1)
-        out = self.proj_out(modulated_norm(img, shift, scale))
+        out = output_layer(self.proj_out, img, shift, scale)
         out = rearrange(out, "n s (dy dx c) -> n s (c dy dx)", dy=PATCH, dx=PATCH)
         return pin_rows(out.astype(jnp.float32), mesh)
 

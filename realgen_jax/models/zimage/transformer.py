@@ -22,12 +22,17 @@ from realgen_jax.nn.layers import (
     TIME_CHANNELS,
     Linear,
     apply_rope,
-    modulated_norm,
     rms_norm,
     sinusoidal_embedding,
 )
 from realgen_jax.nn.mmdit import Heads
-from realgen_jax.nn.stack import check_remat, modulation_of_layers, pin_rows, scan_blocks
+from realgen_jax.nn.stack import (
+    check_remat,
+    modulation_of_layers,
+    output_layer,
+    pin_rows,
+    scan_blocks,
+)
 from realgen_jax.nn.tokens import PATCH
 
 EPS = 1e-5  # of the RMS norms
@@ -318,7 +323,7 @@ class ZImageTransformer(nnx.Module):
         # Project the image tokens back to latent channels. The network predicts -v.
         scale = pin_rows(self.final_mod(jax.nn.silu(level)), mesh)
         img = joint[:, : height * width]
-        out = -self.proj_out(modulated_norm(img, jnp.zeros_like(scale), scale))
+        out = -output_layer(self.proj_out, img, jnp.zeros_like(scale), scale)
         out = rearrange(out, "n s (dy dx c) -> n s (c dy dx)", dy=PATCH, dx=PATCH)
         return pin_rows(out.astype(jnp.float32), mesh)
 

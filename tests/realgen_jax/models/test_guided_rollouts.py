@@ -1,10 +1,8 @@
 """Guided rollouts of SD3 and Z-Image: the recorded numbers, and replay to the bit."""
 
 import re
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +13,20 @@ from flax import nnx
 
 from realgen_jax.models.guidance import GRADIENTS, Guided
 from realgen_jax.models.loading import load_model
-from realgen_jax.models.model import Model
 from realgen_jax.models.sd3 import transformer as sd3
 from realgen_jax.models.sd3.family import SD3
-from realgen_jax.models.trainable import AllWeights
 from realgen_jax.models.zimage import transformer as zimage
 from realgen_jax.models.zimage.family import Z_IMAGE
 from realgen_jax.nn.convert import abstract, to_torch
-from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.tokens import pack, unpack
-from realgen_jax.nn.vae import Autoencoder, VaeConfig
+from realgen_jax.nn.vae import Autoencoder
 from realgen_jax.rollout import make_plan, rollout, sample
 from realgen_jax.sde import log_prob, ode_steps
-from realgen_jax.sharding import batch_sharding, make_mesh, param_sharding
-from realgen_jax.update import Batch, EmaConfig, TrainState, make_optimizer, update
+from realgen_jax.sharding import batch_sharding, make_mesh
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import GOLDENS, golden
-from tests.helpers.models import fresh_adapters, one_device, pretrained
-from tests.helpers.objectives import grpo
+from tests.helpers.models import one_device, pretrained
+from tests.helpers.replays import Replay, random_cond, random_model
 
 slow = pytest.mark.slow
 FOLDERS = {"sd3": "12_sd3", "zimage": "13_zimage"}
@@ -198,120 +192,6 @@ def test_gradients_of_the_replay_are_the_recorded_ones(name, kind, gradient):
 # -- Replay to the bit, on random weights
 
 
-@dataclass(frozen=True)
-class Size:
-    """A transformer and its inputs: side of the pictures and text tokens."""
-
-    config: Any
-    side: int
-    text: int
-
-
-# With fewer than 64 channels and 8 rows, XLA's CPU compiler makes another kind of loop of a product
-# in each of the two programs, and the last bit differs.
-SIZES = {
-    ("sd3", "tiny"): Size(
-        sd3.SD3Config(
-            num_layers=4,
-            dual_attention_layers=(0, 1),
-            attention_head_dim=16,
-            num_attention_heads=4,
-            joint_attention_dim=48,
-            caption_projection_dim=64,
-            pooled_projection_dim=40,
-            pos_embed_max_size=8,
-            image_size=(4, 4),
-        ),
-        side=4,
-        text=21,
-    ),
-    ("sd3", "mid"): Size(
-        sd3.SD3Config(
-            num_layers=5,
-            dual_attention_layers=(0, 1),
-            attention_head_dim=64,
-            num_attention_heads=8,
-            joint_attention_dim=128,
-            caption_projection_dim=512,
-            pooled_projection_dim=64,
-            pos_embed_max_size=24,
-            image_size=(16, 16),
-        ),
-        side=16,
-        text=45,
-    ),
-    ("zimage", "tiny"): Size(
-        zimage.ZImageConfig(
-            dim=96, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=24,
-            axes_dims=(8, 8, 8),
-        ),
-        side=4,
-        text=64,
-    ),
-    ("zimage", "mid"): Size(
-        zimage.ZImageConfig(
-            dim=384, n_layers=4, n_refiner_layers=1, n_heads=6, n_kv_heads=6, cap_feat_dim=96,
-            axes_dims=(16, 24, 24),
-        ),
-        side=16,
-        text=64,
-    ),
-}  # fmt: skip
-
-
-def random_model(name, size, dtype, mesh):
-    """A model with random weights and adapters that are not zero."""
-    chosen = SIZES[name, size]
-    family = FAMILIES[name]
-    config = replace(chosen.config, dtype=dtype, param_dtype=dtype)
-    params = nnx.state(family.Module(config, nnx.Rngs(0)))
-    sharding = param_sharding(mesh, family.rules)
-    placed = []
-    for path, variable in nnx.to_flat_state(params):
-        where = sharding(".".join(map(str, path)), variable.shape)
-        placed.append((path, variable.replace(jax.device_put(variable.get_value(), where))))
-    base = Model(
-        params=nnx.from_flat_state(placed),
-        vae_params=None,
-        family=family,
-        config=config,
-        vae=VaeConfig(),
-        schedule=family.Schedule(),
-        trainable=AllWeights(),
-        height=chosen.side,
-        width=chosen.side,
-        mesh=mesh,
-    )
-    model, adapters = fresh_adapters(base, LoraConfig(rank=4, alpha=8.0), jax.random.key(1))
-
-    def moved(a):
-        return a + 0.02 * jax.random.normal(jax.random.key(a.size), a.shape)
-
-    return model, jax.jit(lambda tree: jax.tree.map(moved, tree))(adapters)
-
-
-def random_cond(name, model, size, slots, gradient):
-    """Random embeddings; the negative prompt's are the same in every row."""
-    text = SIZES[name, size].text
-    max_tokens = text - 77 if name == "sd3" else text
-    shapes = model.family.cond_shapes(model.config, slots, max_tokens, model.config.dtype)
-    if name == "sd3":
-        width = model.config.joint_attention_dim
-        shapes = replace(shapes, text=jax.ShapeDtypeStruct((slots, text, width), shapes.text.dtype))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf, rows):
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return np.broadcast_to(rng.integers(5, text, (rows, *leaf.shape[1:])), leaf.shape)
-        values = rng.normal(size=(rows, *leaf.shape[1:]))
-        return np.broadcast_to(values, leaf.shape)
-
-    def tree(rows):
-        return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf, rows), leaf.dtype), shapes)
-
-    return Guided(tree(slots), tree(1), jnp.full(slots, 4.5), gradient)
-
-
 F32, BF16 = jnp.float32, jnp.bfloat16
 ONE, MESH = (1, 1, 1), (2, 2, 2)
 
@@ -365,37 +245,6 @@ def test_an_update_sees_a_ratio_of_exactly_one(name, gradient):
     _, metrics = Replay(name, "tiny", BF16, gradient, make_mesh(*ONE, jax.devices())).update()
     assert metrics["ratio_deviation"] == 0.0
     assert metrics["kl_loss"] > 0
-
-
-class Replay:
-    """One call of 8 images that was sampled on a mesh, and the programs that replay it."""
-
-    def __init__(self, name, size, dtype, gradient, mesh):
-        self.model, self.adapters = random_model(name, size, dtype, mesh)
-        rows = batch_sharding(mesh)
-        n = 8
-        cond = jax.device_put(random_cond(name, self.model, size, n, gradient), rows)
-        self.objective = grpo(beta=0.1, window=2, bounds=(0, 4), sde_type="cps", noise_level=0.8)
-        keys = jax.random.split(jax.random.key(2), 3)
-        plan = self.objective.make_plan(self.model.sigmas(6)).draw(keys[0])
-        shape = self.model.token_shape
-        latents = jax.device_put(jax.random.normal(keys[1], (n, *shape)), rows)
-        noise = self.objective.draw_noise(keys[2], plan, n, shape)
-        noise = jax.device_put(noise, batch_sharding(mesh, axis=1))
-        collect = jax.jit(partial(self.objective.collect, self.model.velocity))
-        self.latents, record = collect(self.adapters, cond, latents, noise, plan)
-        advantages = jax.device_put(jnp.linspace(-1, 1, n), rows)
-        self.batch = jax.tree.map(lambda a: a[None], Batch(record, cond, advantages))
-        self.recompute = jax.jit(partial(self.objective.recompute_means, self.model.velocity))
-
-    def update(self):
-        """(state, metrics) after one update; its first moment is the gradient times 0.1."""
-        optimizer = make_optimizer(1e-3, 0.9, 0.999, 1e-8, 1e-4, 1e9)
-        opt_state = optimizer.init(self.adapters)
-        state = TrainState(self.adapters, self.adapters, opt_state, jnp.int32(0))
-        ema = EmaConfig(0.9, 1)
-        step = jax.jit(partial(update, self.objective, optimizer, ema, self.model.velocity))
-        return step(state, self.batch)
 
 
 @cache
