@@ -2,6 +2,7 @@
 
     python benchmarks/flux_gpu.py                           all parts, 8 minutes
     python benchmarks/flux_gpu.py --only sampling           one part
+    python benchmarks/flux_gpu.py --only "update dots 3"    one program of a part
     python benchmarks/flux_gpu.py --size tiny --out /tmp    a toy on a laptop, half a minute
 
 Prints a table and writes benchmarks/results/flux_gpu_<machine>.json. The weights are random, at
@@ -210,11 +211,21 @@ def update_needs(suite: Suite, label: str) -> float:
 
 
 def measure_part(
-    suite: Suite, part: str, weights: Callable[[], Model], keep: Callable[[str, dict], None]
+    suite: Suite,
+    part: str,
+    only: set[str],
+    weights: Callable[[], Model],
+    keep: Callable[[str, dict], None],
 ) -> None:
-    """Measure the programs of a part one by one, and pass the results of each to `keep`."""
+    """Measure the programs of a part one by one, and pass the results of each to `keep`.
+
+    only: labels of programs; all of them if it is empty.
+    """
     limit = device_memory("bytes_limit")
     for label, (make, again) in programs(suite)[part].items():
+        if only and label not in only:
+            continue
+
         # Do not even compile an update that needs far more than the memory.
         if part == "update" and limit:
             needs = update_needs(suite, label)
@@ -278,24 +289,35 @@ def iteration(suite: Suite, results: dict[str, Any]) -> dict[str, Any]:
     return {"remat": fastest, "parts": parts, "seconds": seconds, **rates(flops, seconds)}
 
 
+def chosen(suite: Suite, only: str, refuse: Callable[[str], None]) -> dict[str, set[str]]:
+    """Return {part: labels of its programs, or none for all} from `--only`."""
+    labels = programs(suite)
+    parts: dict[str, set[str]] = {}
+    for name in only.split(","):
+        part, _, label = name.strip().partition(" ")
+        if part not in PARTS:
+            refuse(f"--only has {name!r}; expected some of {', '.join(PARTS)}")
+        if label and label not in labels.get(part, {}):
+            known = ", ".join(labels.get(part, ())) or "no programs to choose from"
+            refuse(f"--only has {name!r}; {part} has {known}")
+        parts.setdefault(part, set()).update([label] if label else [])
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=list(SUITES), default="full")
     parser.add_argument(
-        "--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, comma-separated"
+        "--only",
+        default=",".join(PARTS),
+        help=f"some of {', '.join(PARTS)}, comma-separated; or programs, such as 'update dots 3'",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args()
-    parts = args.only.split(",")
-    unknown = set(parts) - set(PARTS)
-    if unknown:
-        parser.error(
-            f"--only has {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}"
-        )
-
     suite = SUITES[args.size]
+    parts = chosen(suite, args.only, parser.error)
     results: dict[str, Any] = {"size": args.size}
 
     # The weights are made once, when a program first needs them.
@@ -314,7 +336,7 @@ def main() -> None:
             results["product"] = attempt("product", partial(product, suite))
         for part in PROGRAM_PARTS:
             if part in parts:
-                measure_part(suite, part, weights, partial(keep, part))
+                measure_part(suite, part, parts[part], weights, partial(keep, part))
     if set(PROGRAM_PARTS) <= set(parts):
         results["iteration"] = attempt("iteration", partial(iteration, suite, results))
     show(suite, results)

@@ -47,16 +47,7 @@ def attention(
     v = constrain(v, mesh, BATCH_AXES, None, "tensor")
 
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        # cuDNN's kernels with and without softmax statistics may differ in the last bit. The update
-        # needs the statistics, so that the rollout asks for them, too.
-        out, _ = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            key_value_seq_lengths=lengths,
-            implementation="cudnn",
-            return_residual=True,
-        )
+        out = cudnn_attention(q, k, v, lengths)
     elif q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3]):
         on_tpu = partial(splash_attention, mesh=mesh)
         out = jax.lax.platform_dependent(q, k, v, lengths, tpu=on_tpu, default=plain_attention)
@@ -89,6 +80,25 @@ def plain_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) 
     )
     out = out / weights.sum(axis=-1, keepdims=True)
     return jnp.swapaxes(out.astype(v.dtype), 1, 2)
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
+    """Attention by cuDNN's flash kernel: [n, t, h, d] -> [n, t, h, d], in bfloat16 or float16.
+
+    jax has no gradient of it for an odd number of tokens (it takes a missing bias for one), so such
+    a sequence gets one more token, to which no query attends.
+    """
+    tokens, keys = q.shape[1], k.shape[1]
+    if keys % 2 and lengths is None:
+        lengths = jnp.full(len(k), keys, jnp.int32)
+    q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
+
+    # The kernels with and without softmax statistics may differ in the last bit. The update needs
+    # the statistics, so the rollout asks for them too.
+    out, _ = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn", return_residual=True
+    )
+    return out[:, :tokens]
 
 
 def splash_attention(

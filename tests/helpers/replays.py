@@ -18,6 +18,7 @@ from realgen_jax.models.sd3.family import SD3
 from realgen_jax.models.trainable import AllWeights
 from realgen_jax.models.zimage import transformer as zimage
 from realgen_jax.models.zimage.family import Z_IMAGE
+from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import VaeConfig
 from realgen_jax.sharding import batch_sharding, param_sharding
@@ -112,14 +113,19 @@ def random_model(name, size, dtype, mesh, remat="full"):
     chosen = SIZES[name, size]
     family = FAMILIES[name]
     config = replace(chosen.config, dtype=dtype, param_dtype=dtype, remat=remat)
-    params = nnx.state(family.Module(config, nnx.Rngs(0)))
+    # One program draws all weights, each where it belongs.
     sharding = param_sharding(mesh, family.rules)
-    placed = []
-    for path, variable in nnx.to_flat_state(params):
-        where = sharding(".".join(map(str, path)), variable.shape)
-        placed.append((path, variable.replace(jax.device_put(variable.get_value(), where))))
+    state = nnx.to_flat_state(nnx.state(abstract(family.Module, config)[1]))
+    where = [
+        (path, leaf.replace(sharding(".".join(map(str, path)), leaf.shape))) for path, leaf in state
+    ]
+    draw = jax.jit(
+        lambda key: nnx.state(family.Module(config, nnx.Rngs(key))),
+        out_shardings=nnx.from_flat_state(where),
+    )
+    params = draw(jax.random.key(0))
     base = Model(
-        params=nnx.from_flat_state(placed),
+        params=params,
         vae_params=None,
         family=family,
         config=config,

@@ -88,7 +88,7 @@ def test_cudnn_is_asked_for_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(
         attention_module.jax.nn,
         "dot_product_attention",
-        lambda q, k, v, implementation, **_: asked.append(implementation) or q,
+        lambda q, k, v, implementation, **_: asked.append(implementation) or (q, None),
     )
     monkeypatch.setattr(
         attention_module, "plain_attention", lambda q, k, v, lengths: asked.append("xla") or q

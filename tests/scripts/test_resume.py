@@ -84,7 +84,7 @@ def wait_for_epoch(folder, process, output):
 @pytest.mark.parametrize(
     ("kills", "epochs", "config"),
     [
-        (1, 8, ADVERSARIAL),
+        (1, 5, ADVERSARIAL),
         pytest.param(20, 60, GOLDEN, marks=pytest.mark.slow),
         pytest.param(
             5, 12, f"{ROOT}/configs/flux_grpo.py:tiny_adversarial", marks=pytest.mark.slow

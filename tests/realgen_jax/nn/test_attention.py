@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from realgen_jax.nn import attention as attention_module
 from realgen_jax.nn.attention import LANES, attention, plain_attention, splash_attention
@@ -88,12 +89,59 @@ def test_cudnn_is_given_the_lengths(monkeypatch, operands, lengths):
 
     def dot_product_attention(q, k, v, **options):
         calls.append(options)
-        return q
+        return q, None
 
     monkeypatch.setattr(attention_module.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention_module.jax.nn, "dot_product_attention", dot_product_attention)
     attention(*(a.astype(jnp.bfloat16) for a in operands), lengths=lengths)
-    assert calls == [{"key_value_seq_lengths": lengths, "implementation": "cudnn"}]
+    options = {"implementation": "cudnn", "return_residual": True}
+    assert calls == [{"key_value_seq_lengths": lengths, **options}]
+
+
+ODD = 37
+
+
+@pytest.mark.parametrize("lengths", [None, np.array([ODD, 12], np.int32)])
+def test_an_odd_number_of_tokens_changes_nothing(monkeypatch, operands, lengths):
+    """cuDNN's path with XLA's attention in its place: outputs and gradients."""
+    inputs = tuple(a[:, :ODD] for a in operands)
+    standard = jax.nn.dot_product_attention
+
+    def on_xla(*args, implementation, **options):
+        return standard(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+
+    def run(attend):
+        weight = jnp.cos(jnp.arange(inputs[0].size)).reshape(inputs[0].shape)
+        return jax.value_and_grad(
+            lambda qkv: jnp.sum(weight * attend(*qkv, lengths=lengths)), has_aux=False
+        )(inputs)
+
+    assert attention_module.cudnn_attention(*inputs, lengths=lengths).shape == inputs[0].shape
+    for ours, plain in zip(
+        jax.tree.leaves(run(attention_module.cudnn_attention)),
+        jax.tree.leaves(run(plain_attention)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_odd_number_of_tokens_has_a_gradient_for_cuda(monkeypatch):
+    """jax refuses it at first: SD3 at 512 pixels has 1357 tokens."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    shape = jax.ShapeDtypeStruct((2, 1357, 24, 64), jnp.bfloat16)
+
+    def lower(attend):
+        gradient = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), (0, 1, 2))
+        traced = jax.jit(gradient).trace(shape, shape, shape)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    with pytest.raises(NotImplementedError, match="sequence length Q 1357"):
+        lower(partial(jax.nn.dot_product_attention, implementation="cudnn"))
+    text = lower(attention_module.cudnn_attention)
+    assert "fmhaSoftmaxBackward" in text
+    assert "1358" in text
 
 
 def test_jax_masks_the_same_keys(operands, expected):
