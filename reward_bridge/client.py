@@ -230,7 +230,7 @@ class RemoteReward:
     ) -> torch.Tensor:
         """Send one request and check the answer: float32 [n]."""
         source = self._source(server)
-        late = _Retryable(f"{source}: no answer for {seconds / 2:.3g} s")
+        late = _Retryable(f"{source}: no answer for {seconds / 2:.1f} s")
         alarm = asyncio.get_running_loop().call_later(seconds / 2, self._note_failure, server, late)
         request = uuid.uuid4().hex
         try:
