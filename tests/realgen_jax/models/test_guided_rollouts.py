@@ -196,27 +196,12 @@ F32, BF16 = jnp.float32, jnp.bfloat16
 ONE, MESH = (1, 1, 1), (2, 2, 2)
 
 
-def marks(name, size, dtype, layout, gradient):
-    """All of these are slow, and one is known to fail."""
-    if (name, size, dtype, layout, gradient) != ("sd3", "mid", BF16, ONE, "both"):
-        return slow
-    reason = "with 16 rows on one CPU device, the means differ by up to 3e-3; the cause is open"
-    return (slow, pytest.mark.xfail(strict=True, reason=reason))
-
-
 @pytest.mark.parametrize(
     ("name", "size", "dtype", "gradient", "layout"),
     [
         ("sd3", "tiny", BF16, "both", ONE),
         *(
-            pytest.param(
-                name,
-                size,
-                dtype,
-                gradient,
-                layout,
-                marks=marks(name, size, dtype, layout, gradient),
-            )
+            pytest.param(name, size, dtype, gradient, layout, marks=slow)
             for name in FAMILIES
             for size in ("tiny", "mid")
             for dtype in (F32, BF16)
