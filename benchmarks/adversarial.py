@@ -90,7 +90,8 @@ def main() -> None:
 
     measure.print_table(("", *CHECKS), rows)
     recorded = {"preset": args.preset, "evaluations": results}
-    print(f"written to {measure.save('adversarial', recorded)}")
+    path = measure.save(f"adversarial_{args.preset}", recorded)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
