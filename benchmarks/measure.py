@@ -12,10 +12,6 @@ from typing import Any
 
 import jax
 
-from realgen_jax import process
-
-process.set_xla_flags()  # as in the programs of scripts/
-
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "peft")
 

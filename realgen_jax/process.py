@@ -7,7 +7,6 @@ it waits for the main thread, which may be in a library, and JAX's callbacks swa
 
 import contextlib
 import errno
-import importlib.metadata
 import io
 import os
 import re
@@ -21,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
-LAST_JAXLIB = (0, 12)  # the newest series that was seen to know the flag
 COMMAND = "realgen-"  # the beginning of the installed commands' names
 SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 
@@ -35,22 +32,6 @@ _sender: socket.socket | None = None  # the wake-up descriptor must stay open
 _message: Callable[[], str] | None = None  # what `stop` prints, instead of "stopped"
 
 
-def set_xla_flags() -> None:
-    """Make products of bfloat16 exact on CPUs; call it before JAX starts.
-
-    XLA's library for CPUs, YNNPACK, computes a product and its neighbours at once and then skips
-    roundings to bfloat16 between them. Rollout and update have other neighbours, so their means
-    would differ by up to a bfloat16's last bit. With this flag it computes products alone. A choice
-    of the user's own stays, and so does that of a jaxlib which may not know the flag: XLA ends the
-    process for an unknown one.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    series = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
-    if YNN_FUSIONS not in flags and series <= LAST_JAXLIB:
-        alone = f"--{YNN_FUSIONS}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-        os.environ["XLA_FLAGS"] = f"{flags} {alone}".strip()
-
-
 def begin(module: str) -> None:
     """Prepare the process of a program; `module` is its __name__.
 
@@ -60,7 +41,6 @@ def begin(module: str) -> None:
     """
     if module != "__main__" and not Path(sys.argv[0]).name.startswith(COMMAND):
         return
-    set_xla_flags()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         on_signal(number, stop)
     sys.stdout = _guarded(sys.stdout)

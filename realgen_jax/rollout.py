@@ -5,6 +5,7 @@ x [n, s, c], sigma float32 [n], cond a pytree whose leaves have n rows, and v fl
 policy's velocity also takes its trained state first, velocity(trainable, x, sigma, cond).
 """
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from realgen_jax.sde import (
     STOCHASTIC_STEPS,
@@ -25,6 +27,8 @@ from realgen_jax.sde import (
     shortened,
 )
 from realgen_jax.windows import DRAWN, Moves
+
+LAST_JAXLIB = (0, 12)  # the newest series that was seen to know the option of YNNPACK
 
 Velocity = Callable[..., Array]
 
@@ -229,6 +233,23 @@ def policy_step(velocity: Velocity, x: Array, step: Steps, cond: Any) -> tuple[A
     v = velocity(x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
     x, v = jax.lax.optimization_barrier((x, v))
     return jax.lax.optimization_barrier(step.mean(x, v)), v
+
+
+def compiler_options(dtype: Any, mesh: Mesh) -> dict[str, str]:
+    """Return the `compiler_options` of jax.jit for every program that calls `policy_step`.
+
+    XLA's library for CPUs, YNNPACK, computes a product together with its neighbours and then skips
+    roundings to bfloat16 between them. Rollout and update have other neighbours, so their means
+    would differ in the last bits of a bfloat16. With this option it computes each product alone. A
+    jaxlib that may not know the option keeps its default.
+
+    dtype: what the model computes in.
+    """
+    series = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if not on_cpu or jnp.dtype(dtype) != jnp.bfloat16 or series > LAST_JAXLIB:
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def _integrate(velocity: Velocity, x: Array, cond: Any, ode: Steps, first: Any, stop: Any) -> Array:

@@ -18,12 +18,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from realgen_jax import process
 from realgen_jax.files import file_lock
 from tests.helpers.models import golden_model
 from tests.helpers.running import call
 
-process.set_xla_flags()
 jax.config.update("jax_num_cpu_devices", 8)
 SLOW_KINDS = {"slow", "gpu"}
 

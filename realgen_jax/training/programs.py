@@ -21,7 +21,7 @@ from realgen_jax.models.model import Model
 from realgen_jax.models.prompts import check_max_tokens
 from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.objectives import make_objective
-from realgen_jax.rollout import draw_latents
+from realgen_jax.rollout import compiler_options, draw_latents
 from realgen_jax.sharding import batch_devices, batch_sharding, replicated
 from realgen_jax.update import Batch, EmaConfig, Objective, TrainState, make_optimizer, update
 
@@ -131,12 +131,13 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
         return recipe.objective.recompute_means(model.velocity, trainable, batch)
 
     same_latent = recipe.config.sample.same_latent
+    jit = partial(jax.jit, compiler_options=compiler_options(model.config.dtype, model.mesh))
     return Programs(
-        sample=jax.jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
-        update=jax.jit(
+        sample=jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
+        update=jit(
             update_call, donate_argnums=1, out_shardings=(shardings, replicated(model.mesh))
         ),
-        recompute=jax.jit(recompute_call),
+        recompute=jit(recompute_call),
         evaluate=model.sampler(recipe.config.sample.eval_num_steps),
     )
 

@@ -21,6 +21,7 @@ from realgen_jax.models.zimage.family import Z_IMAGE
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import VaeConfig
+from realgen_jax.rollout import compiler_options
 from realgen_jax.sharding import batch_sharding, param_sharding
 from realgen_jax.update import Batch, EmaConfig, TrainState, make_optimizer, update
 from tests.helpers.models import fresh_adapters
@@ -182,11 +183,12 @@ class Replay:
         latents = jax.device_put(jax.random.normal(keys[1], (n, *shape)), rows)
         noise = self.objective.draw_noise(keys[2], plan, n, shape)
         noise = jax.device_put(noise, batch_sharding(mesh, axis=1))
-        collect = jax.jit(partial(self.objective.collect, self.model.velocity))
+        self.jit = partial(jax.jit, compiler_options=compiler_options(dtype, mesh))
+        collect = self.jit(partial(self.objective.collect, self.model.velocity))
         self.latents, record = collect(self.adapters, cond, latents, noise, plan)
         advantages = jax.device_put(jnp.linspace(-1, 1, n), rows)
         self.batch = jax.tree.map(lambda a: a[None], Batch(record, cond, advantages))
-        self.recompute = jax.jit(partial(self.objective.recompute_means, self.model.velocity))
+        self.recompute = self.jit(partial(self.objective.recompute_means, self.model.velocity))
 
     def update(self):
         """(state, metrics) after one update; its first moment is the gradient times 0.1."""
@@ -198,4 +200,4 @@ class Replay:
 
     def updater(self):
         ema = EmaConfig(0.9, 1)
-        return jax.jit(partial(update, self.objective, OPTIMIZER, ema, self.model.velocity))
+        return self.jit(partial(update, self.objective, OPTIMIZER, ema, self.model.velocity))

@@ -289,7 +289,7 @@ TRAFFIC = {
         ): 10,  # the others, but for the modulations': XLA takes them out of the loops
         # the modulations' kernels stay where they are: the rows of vec go there, and the 3 outputs
         # come back, each as a piece from every one of 8 devices
-        ("microbatch", "all-gather"): 1,
+        ("microbatch", "all-gather"): 2,  # proj_out's kernel, once more for the backward pass
         ("microbatch", "all-to-all"): 24,
     },
     ("lora", "tensor 2"): {
@@ -313,7 +313,7 @@ TRAFFIC = {
         # all rows at hand
         ("microbatch", "all-reduce"): 23,
         ("step", "all-gather"): 10,
-        ("microbatch", "all-gather"): 1,
+        ("microbatch", "all-gather"): 2,
         ("microbatch", "all-to-all"): 48,  # outputs, and their gradients
     },
 }

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from realgen_jax.process import YNN_FUSIONS, set_xla_flags
 from tests.helpers.faults import closed_pipe, send_signal
 from tests.helpers.goldens import ROOT
 from tests.helpers.running import begin, until
@@ -155,20 +154,3 @@ def test_every_program_begins_like_that(script):
     _, imported, call, *_ = ast.parse((ROOT / "scripts" / script).read_text()).body
     assert ast.unparse(imported) == "from realgen_jax import process"
     assert ast.unparse(call) == "process.begin(__name__)"
-
-
-@pytest.mark.parametrize(
-    ("flags", "jaxlib", "expected"),
-    [
-        ("", "0.10.2", f"--{YNN_FUSIONS}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),
-        ("--a=1", "0.12.0.1", f"--a=1 --{YNN_FUSIONS}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),
-        (f"--{YNN_FUSIONS}=", "0.10.2", f"--{YNN_FUSIONS}="),
-        ("--a=1", "0.13.0", "--a=1"),
-    ],
-)
-def test_products_stay_alone_on_a_cpu(monkeypatch, flags, jaxlib, expected):
-    """But for a choice of the user's own, and a jaxlib that may not know the flag."""
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.setattr("importlib.metadata.version", lambda package: jaxlib)
-    set_xla_flags()
-    assert os.environ["XLA_FLAGS"] == expected

@@ -13,6 +13,7 @@ from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import unpack
 from realgen_jax.nn.vae import Autoencoder
 from realgen_jax.rollout import (
+    compiler_options,
     draw_latents,
     make_noiseless_plan,
     make_plan,
@@ -22,6 +23,7 @@ from realgen_jax.rollout import (
 from realgen_jax.sde import ode_steps, sde_steps
 from realgen_jax.windows import Moves
 from tests.helpers.goldens import golden
+from tests.helpers.models import one_device
 from tests.helpers.objective_goldens import case
 from tests.helpers.objectives import grpo
 
@@ -227,3 +229,16 @@ def test_a_window_with_too_few_points_behind_it_is_refused():
     assert plan(bounds=(0, 5)).mean_steps == (5 + 5 + 6) / 3
     with pytest.raises(ValueError, match="leaves 1 of the 3 points behind a window that ends"):
         plan(bounds=(0, 6))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "jaxlib", "alone"),
+    [(jnp.bfloat16, "0.10.2", True), (jnp.float32, "0.10.2", False), (jnp.bfloat16, "0.13", False)],
+)
+def test_products_in_bfloat16_are_computed_alone_on_cpus(monkeypatch, dtype, jaxlib, alone):
+    """The compiler takes the option. A jaxlib that may not know it keeps its default."""
+    monkeypatch.setattr("importlib.metadata.version", lambda package: jaxlib)
+    options = compiler_options(dtype, one_device())
+    assert bool(options) == alone
+    x = jnp.ones((2, 2), dtype)
+    assert jax.jit(lambda a: a @ a, compiler_options=options)(x)[0, 0] == 2
