@@ -319,7 +319,10 @@ TRAFFIC = {
 }
 
 
-@pytest.mark.parametrize(("kind", "layout"), TRAFFIC)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [pytest.param(*case, marks=[slow] if case[0] == "full" else []) for case in TRAFFIC],
+)
 def test_nothing_moves_between_devices_but_what_must(kind, layout):
     """The CPU's XLA has no pass that makes a reduce-scatter of an all-reduce of which each device
     keeps a part.

@@ -119,6 +119,7 @@ def test_four_devices_do_what_one_does(whole, cache, tmp_path, mesh):
     assert [row["first_ratio_deviation"] for row in four if row["kind"] == "train"] == [0.0]
 
 
+@pytest.mark.slow
 def test_other_losses_and_full_fine_tuning_run(cache, tmp_path):
     options = [
         "--config.num_epochs=1",
