@@ -1,6 +1,6 @@
 """Measure sampling, rollout and update of RealGen's recipe for FLUX.1-dev on one GPU.
 
-    python benchmarks/flux_gpu.py                           all parts, 8 minutes
+    python benchmarks/flux_gpu.py                           all parts, over 10 minutes
     python benchmarks/flux_gpu.py --only sampling           one part
     python benchmarks/flux_gpu.py --only "update dots 3"    one program of a part
     python benchmarks/flux_gpu.py --size tiny --out /tmp    a toy on a laptop, half a minute
@@ -219,11 +219,11 @@ def measure_part(
 ) -> None:
     """Measure the programs of a part one by one, and pass the results of each to `keep`.
 
-    only: labels of programs; all of them if it is empty.
+    only: labels of programs.
     """
     limit = device_memory("bytes_limit")
     for label, (make, again) in programs(suite)[part].items():
-        if only and label not in only:
+        if label not in only:
             continue
 
         # Do not even compile an update that needs far more than the memory.
@@ -290,7 +290,7 @@ def iteration(suite: Suite, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(suite: Suite, only: str, refuse: Callable[[str], None]) -> dict[str, set[str]]:
-    """Return {part: labels of its programs, or none for all} from `--only`."""
+    """Return {part: labels of its programs} from `--only`; `refuse` takes what is wrong with it."""
     labels = programs(suite)
     parts: dict[str, set[str]] = {}
     for name in only.split(","):
@@ -300,7 +300,7 @@ def chosen(suite: Suite, only: str, refuse: Callable[[str], None]) -> dict[str, 
         if label and label not in labels.get(part, {}):
             known = ", ".join(labels.get(part, ())) or "no programs to choose from"
             refuse(f"--only has {name!r}; {part} has {known}")
-        parts.setdefault(part, set()).update([label] if label else [])
+        parts.setdefault(part, set()).update([label] if label else labels.get(part, ()))
     return parts
 
 
@@ -337,7 +337,7 @@ def main() -> None:
         for part in PROGRAM_PARTS:
             if part in parts:
                 measure_part(suite, part, parts[part], weights, partial(keep, part))
-    if set(PROGRAM_PARTS) <= set(parts):
+    if "decode" in results.get("sampling", {}) and {"rollout", "update"} <= set(results):
         results["iteration"] = attempt("iteration", partial(iteration, suite, results))
     show(suite, results)
     print(f"written to {save('flux_gpu', results, args.out)}")
