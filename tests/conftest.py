@@ -23,14 +23,14 @@ from tests.helpers.models import golden_model
 from tests.helpers.running import call
 
 jax.config.update("jax_num_cpu_devices", 8)
-SLOW_KINDS = {"slow", "gpu"}
+ON_REQUEST = {"slow", "gpu"}
 
 
 def pytest_collection_modifyitems(config, items):
     """`slow` and `gpu` tests run only when asked for (`-m slow`, `-m gpu`)."""
     if not config.getoption("-m"):
         for item in items:
-            for kind in SLOW_KINDS & set(item.keywords):
+            for kind in ON_REQUEST & set(item.keywords):
                 item.add_marker(pytest.mark.skip(reason=f"{kind}: run by `make test-{kind}`"))
 
 

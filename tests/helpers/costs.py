@@ -1,15 +1,34 @@
 """Compiled programs of small models, to compare the formulas of cost.py with XLA's own figures."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from realgen_configs.flux_grpo import get_config
+from realgen_jax.models import cost
 from realgen_jax.preflight.report import QUICK, make_report, sample_arguments, update_arguments
 from realgen_jax.training.programs import make_programs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a batch; heads have 64 channels."""
+
+    blocks: tuple[int, int]  # of two kinds, which each family's test names
+    heads: int
+    text: int  # tokens
+    pixels: int  # a side
+    images: int
+    vae: tuple[int, ...]  # widths
+    rank: int
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def write_model(folder, pipeline, transformer, schedule, vae_widths):
@@ -88,6 +107,31 @@ def compile_programs(report):
     return SimpleNamespace(
         report=report, sample=sample.compile(QUICK), update=update.compile(QUICK)
     )
+
+
+def compiled_cases(case_report, cases):
+    """A fixture, compiled(case, ...): the compiled programs of a case, shared by a test file."""
+
+    @pytest.fixture(scope="module")
+    def compiled(tmp_path_factory):
+        @cache
+        def build(name, **options):
+            folder = tmp_path_factory.mktemp("model")
+            return compile_programs(case_report(folder, cases[name], **options))
+
+        return build
+
+    return compiled
+
+
+def assert_peaks_are_xlas(programs, devices=1, sampling=True):
+    """Bytes of activations: of the update with its gradients, and of sampling."""
+    report = programs.report
+    phases = cost.phase_bytes(report.work, devices, report.held["trained"])
+    update = phases["update"]["activations"] + phases["update"]["gradients"]
+    assert_near(update, temporaries(programs.update), 0.15)
+    if sampling:
+        assert_near(phases["sample"]["activations"], temporaries(programs.sample), 0.15)
 
 
 def temporaries(program):

@@ -14,9 +14,7 @@ from flax import nnx
 from realgen_jax.models.guidance import GRADIENTS, Guided
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.sd3 import transformer as sd3
-from realgen_jax.models.sd3.family import SD3
 from realgen_jax.models.zimage import transformer as zimage
-from realgen_jax.models.zimage.family import Z_IMAGE
 from realgen_jax.nn.convert import abstract, to_torch
 from realgen_jax.nn.tokens import pack, unpack
 from realgen_jax.nn.vae import Autoencoder
@@ -26,11 +24,10 @@ from realgen_jax.sharding import batch_sharding, make_mesh
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import GOLDENS, golden
 from tests.helpers.models import one_device, pretrained
-from tests.helpers.replays import Replay, random_cond, random_model
+from tests.helpers.replays import FAMILIES, Replay, random_cond, random_model
 
 slow = pytest.mark.slow
 FOLDERS = {"sd3": "12_sd3", "zimage": "13_zimage"}
-FAMILIES = {"sd3": SD3, "zimage": Z_IMAGE}
 SIDE = 4  # tokens on a side of the golden pictures
 
 
@@ -202,7 +199,7 @@ ONE, MESH = (1, 1, 1), (2, 2, 2)
         ("sd3", "tiny", BF16, "both", ONE),
         *(
             pytest.param(name, size, dtype, gradient, layout, marks=slow)
-            for name in FAMILIES
+            for name in FOLDERS
             for size in ("tiny", "mid")
             for dtype in (F32, BF16)
             for gradient in GRADIENTS
@@ -223,7 +220,7 @@ def test_replay_is_the_guided_rollout_bit_for_bit(name, size, dtype, gradient, l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_an_update_sees_a_ratio_of_exactly_one(name, gradient):
     """And a KL to the base model, which is guided too, without the adapters."""
@@ -241,7 +238,7 @@ def on_mesh(name, layout):
     return np.asarray(run.latents), jax.tree.leaves(gradient), float(metrics["loss"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -264,7 +261,7 @@ def test_rollout_and_update_are_the_same_on_every_mesh(name, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_guidance_moves_nothing_between_devices(name, gradient):
     """The rows of an image stay on its device: with split rows there is no collective."""

@@ -1,7 +1,6 @@
 """The formulas of cost.py against XLA's own figures, on small float32 models of many shapes."""
 
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +23,18 @@ from realgen_jax.preflight.report import (
 )
 from realgen_jax.sharding import make_mesh
 from realgen_jax.training.programs import make_programs, make_recipe
-from tests.helpers.costs import assert_near, compile_programs, report_of, write_model
+from tests.helpers.costs import (
+    Case,
+    assert_near,
+    assert_peaks_are_xlas,
+    compile_programs,
+    compiled_cases,
+    report_of,
+    slow,
+    write_model,
+)
 
-
-@dataclass(frozen=True)
-class Case:
-    """A model and a batch; heads have 64 channels."""
-
-    blocks: tuple[int, int]  # double, single
-    heads: int
-    text: int  # tokens
-    pixels: int  # a side
-    images: int
-    vae: tuple[int, ...]  # widths
-    rank: int
-
-
+# Double and single blocks.
 CASES = {
     "small": Case((2, 2), 4, 32, 64, 2, (8, 16), 8),
     "wide": Case((2, 2), 8, 96, 32, 4, (32, 64), 32),
@@ -50,10 +45,6 @@ CASES = {
     "mid": Case((3, 8), 8, 64, 256, 3, (32, 64, 128, 128), 16),
     "deep": Case((2, 30), 4, 32, 64, 8, (8, 16), 4),
 }
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def case_report(folder, case, **options):
@@ -73,16 +64,7 @@ def case_report(folder, case, **options):
     return report_of(folder, case, **options)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """compiled(case, ...): the compiled programs of a case, shared by the tests of this file."""
-
-    @cache
-    def build(name, **options):
-        folder = tmp_path_factory.mktemp("model")
-        return compile_programs(case_report(folder, CASES[name], **options))
-
-    return build
+compiled = compiled_cases(case_report, CASES)
 
 
 def test_flux_dev_by_hand():
@@ -177,12 +159,7 @@ def test_peak_activations_where_weights_are_split(tmp_path, case, images, option
     """
     case = replace(CASES[case], images=images)
     programs = compile_programs(case_report(tmp_path, case, mesh=(1, 4, 1), calls=2, **options))
-    phases = cost.phase_bytes(programs.report.work, 4, programs.report.held["trained"])
-
-    update = phases["update"]["activations"] + phases["update"]["gradients"]
-    assert_near(update, programs.update.memory_analysis().temp_size_in_bytes, 0.15)
-    sample = phases["sample"]["activations"]
-    assert_near(sample, programs.sample.memory_analysis().temp_size_in_bytes, 0.15)
+    assert_peaks_are_xlas(programs, devices=4)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The formulas of SD3's cost.py, against counts by hand and XLA's own figures on small models."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import pytest
 
@@ -11,37 +10,35 @@ from realgen_jax.models.sd3 import cost as sd3_cost
 from realgen_jax.models.sd3.family import LARGE, MEDIUM
 from realgen_jax.models.sd3.transformer import SD3Config
 from realgen_jax.preflight.report import make_report
-from tests.helpers.costs import assert_near, compile_programs, report_of, temporaries, write_model
+from tests.helpers.costs import (
+    Case,
+    assert_near,
+    assert_peaks_are_xlas,
+    compile_programs,
+    compiled_cases,
+    report_of,
+    slow,
+    write_model,
+)
 
 
 @dataclass(frozen=True)
-class Case:
-    """A model and a batch; heads have 64 channels. text: T5 tokens, besides 77 of the CLIPs."""
+class Sd3Case(Case):
+    """text: T5 tokens, besides 77 of the CLIPs. blocks: all, those with a second attention."""
 
-    blocks: tuple[int, int]  # all, those with a second attention
-    heads: int
-    text: int  # tokens
-    pixels: int  # a side
-    images: int
-    vae: tuple[int, ...]  # widths
-    rank: int
     qk_norm: str | None = "rms_norm"
 
 
 CASES = {
-    "medium": Case((5, 2), 4, 16, 32, 8, (8, 16), 8),
-    "large": Case((5, 0), 4, 40, 64, 8, (8, 16), 8),
-    "first": Case((6, 0), 4, 16, 32, 16, (8, 16), 4, None),
-    "wide": Case((7, 3), 8, 16, 32, 4, (8, 16), 4),
-    "text": Case((6, 2), 4, 200, 32, 8, (8, 16), 8),
-    "deep": Case((12, 5), 4, 30, 64, 8, (8, 16), 4),
+    "medium": Sd3Case((5, 2), 4, 16, 32, 8, (8, 16), 8),
+    "large": Sd3Case((5, 0), 4, 40, 64, 8, (8, 16), 8),
+    "first": Sd3Case((6, 0), 4, 16, 32, 16, (8, 16), 4, None),
+    "wide": Sd3Case((7, 3), 8, 16, 32, 4, (8, 16), 4),
+    "text": Sd3Case((6, 2), 4, 200, 32, 8, (8, 16), 8),
+    "deep": Sd3Case((12, 5), 4, 30, 64, 8, (8, 16), 4),
 }
 BOTH = {"guidance": 4.5, "gradient": "both"}
 BOUND = {"guidance": 4.5, "gradient": "bound"}
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def case_report(folder, case, **options):
@@ -67,16 +64,7 @@ def case_report(folder, case, **options):
     return report_of(folder, case, **options)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """compiled(case, ...): the compiled programs of a case, shared by the tests of this file."""
-
-    @cache
-    def build(name, **options):
-        folder = tmp_path_factory.mktemp("model")
-        return compile_programs(case_report(folder, CASES[name], **options))
-
-    return build
+compiled = compiled_cases(case_report, CASES)
 
 
 @pytest.mark.parametrize(
@@ -176,20 +164,13 @@ def test_operations_are_xlas(compiled, case, options):
     ],
 )
 def test_peak_activations_are_xlas(compiled, case, options):
-    programs = compiled(case, **options)
-    phases = cost.phase_bytes(programs.report.work, 1, programs.report.held["trained"])
-    update = phases["update"]["activations"] + phases["update"]["gradients"]
-    assert_near(update, temporaries(programs.update), 0.15)
-    assert_near(phases["sample"]["activations"], temporaries(programs.sample), 0.15)
+    assert_peaks_are_xlas(compiled(case, **options))
 
 
 @pytest.mark.slow
 def test_peak_activations_of_long_texts_are_xlas(compiled):
     """Of the update. When sampling, XLA writes no scores on a CPU, and the formula counts them."""
-    report = compiled("text").report
-    phases = cost.phase_bytes(report.work, 1, report.held["trained"])
-    update = phases["update"]["activations"] + phases["update"]["gradients"]
-    assert_near(update, temporaries(compiled("text").update), 0.15)
+    assert_peaks_are_xlas(compiled("text"), sampling=False)
 
 
 @pytest.mark.slow
@@ -200,9 +181,7 @@ def test_peak_activations_where_weights_are_split(tmp_path, case, options):
     """Over four devices."""
     case = replace(CASES[case], images=16)
     programs = compile_programs(case_report(tmp_path, case, mesh=(1, 4, 1), calls=2, **options))
-    phases = cost.phase_bytes(programs.report.work, 4, programs.report.held["trained"])
-    update = phases["update"]["activations"] + phases["update"]["gradients"]
-    assert_near(update, temporaries(programs.update), 0.15)
+    assert_peaks_are_xlas(programs, devices=4, sampling=False)
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if "tiny" not in name])

@@ -1,7 +1,6 @@
 """The formulas of Z-Image's cost.py, by hand and against XLA's own figures on small models."""
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 
 import pytest
 
@@ -9,22 +8,18 @@ from realgen_configs.zimage_grpo import PRESETS, get_config
 from realgen_jax.models import cost
 from realgen_jax.models.zimage import cost as zimage_cost
 from realgen_jax.preflight.report import make_report
-from tests.helpers.costs import assert_near, compile_programs, report_of, temporaries, write_model
+from tests.helpers.costs import (
+    Case,
+    assert_near,
+    assert_peaks_are_xlas,
+    compile_programs,
+    compiled_cases,
+    report_of,
+    slow,
+    write_model,
+)
 
-
-@dataclass(frozen=True)
-class Case:
-    """A model and a batch; heads have 64 channels."""
-
-    blocks: tuple[int, int]  # of a refiner, on the joint sequence
-    heads: int
-    text: int  # tokens
-    pixels: int  # a side
-    images: int
-    vae: tuple[int, ...]  # widths
-    rank: int
-
-
+# Blocks of a refiner, and on the joint sequence.
 CASES = {
     "small": Case((2, 4), 4, 32, 32, 16, (8, 16), 4),
     "long": Case((2, 4), 4, 64, 64, 8, (8, 16), 4),
@@ -34,10 +29,6 @@ CASES = {
 }
 BOTH = {"guidance": 4.0, "gradient": "both"}
 BOUND = {"guidance": 4.0, "gradient": "bound"}
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def case_report(folder, case, **options):
@@ -59,16 +50,7 @@ def case_report(folder, case, **options):
     return report_of(folder, case, **{"guidance": 0.0, **options})
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """compiled(case, ...): the compiled programs of a case, shared by the tests of this file."""
-
-    @cache
-    def build(name, **options):
-        folder = tmp_path_factory.mktemp("model")
-        return compile_programs(case_report(folder, CASES[name], **options))
-
-    return build
+compiled = compiled_cases(case_report, CASES)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +122,7 @@ def test_operations_are_xlas(compiled, case, options):
     ],
 )
 def test_peak_activations_are_xlas(compiled, case, options):
-    programs = compiled(case, **options)
-    phases = cost.phase_bytes(programs.report.work, 1, programs.report.held["trained"])
-    update = phases["update"]["activations"] + phases["update"]["gradients"]
-    assert_near(update, temporaries(programs.update), 0.15)
-    assert_near(phases["sample"]["activations"], temporaries(programs.sample), 0.15)
+    assert_peaks_are_xlas(compiled(case, **options))
 
 
 @pytest.mark.slow
@@ -153,9 +131,7 @@ def test_peak_activations_where_weights_are_split(tmp_path, case, options):
     """Over four devices."""
     case = replace(CASES[case], images=16)
     programs = compile_programs(case_report(tmp_path, case, mesh=(1, 4, 1), calls=2, **options))
-    phases = cost.phase_bytes(programs.report.work, 4, programs.report.held["trained"])
-    update = phases["update"]["activations"] + phases["update"]["gradients"]
-    assert_near(update, temporaries(programs.update), 0.15)
+    assert_peaks_are_xlas(programs, devices=4, sampling=False)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
