@@ -165,7 +165,7 @@ def sampler() -> Callable[[jax.Array], jax.Array]:
         "remat": "full",
     }
     pretrained = Settings(model=str(folder), transformer="", **settings)
-    model = load_model(pretrained, 64, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    model = load_model(pretrained, (64, 64), make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     plan = make_plan(
         model.sigmas(10), kind="sde", noise_level=0.9, window=3, bounds=(0, 8), branches=1
     )

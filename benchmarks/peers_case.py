@@ -14,7 +14,7 @@ from torch_families import TORCH_FAMILIES
 
 from realgen_jax.advantages import group_advantages
 from realgen_jax.models.guidance import Guided
-from realgen_jax.models.loading import load_model
+from realgen_jax.models.loading import load_model, size_of
 from realgen_jax.models.model import Model
 from realgen_jax.nn.lora import lora_tensors
 from realgen_jax.rollout import draw_latents
@@ -55,7 +55,7 @@ def make_case(family: str, size: str, folder: Path) -> Case:
     config = SIZES[family][size](folder)
     recipe = make_recipe(config)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    model = load_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
+    model = load_model(config.pretrained, size_of(config.sample), mesh, recipe.trainable)
     layout = recipe.layout
     plan = recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
     plan = plan.draw(jax.random.key(2))

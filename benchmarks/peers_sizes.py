@@ -10,9 +10,9 @@ from realgen_configs import flux_grpo
 
 # Settings of a call of the larger models: one prompt, 3 pictures of 256 x 256, 4 steps.
 MID = {
-    "resolution": 256,
+    "width": 256,
+    "height": 256,
     "num_steps": 4,
-    "eval_num_steps": 4,
     "train_batch_size": 3,
     "num_image_per_prompt": 3,
     "num_batches_per_epoch": 1,
@@ -52,6 +52,7 @@ def flux_mid(folder: Path) -> Any:
     config.pretrained.model = str(folder)
     config.prompts.max_tokens = 64
     config.sample.update(MID, branches=3, sde_window_range=(0, 4))
+    config.evaluate.sample.num_steps = MID["num_steps"]
     return config
 
 
@@ -103,6 +104,7 @@ def sd3_mid(folder: Path) -> Any:
     config = flux_grpo.tiny()
     config.prompts.max_tokens = 64
     config.sample.update(MID)
+    config.evaluate.sample.num_steps = MID["num_steps"]
     return adv_grpo(config, folder)
 
 

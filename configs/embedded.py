@@ -39,7 +39,8 @@ def tiny() -> ConfigDict:
     c.prompts.test = str(EMBEDDED / "prompts_test.txt")
     c.prompts.max_tokens = 16
 
-    c.sample.resolution = 64
+    c.sample.width = 64
+    c.sample.height = 64
     c.sample.train_batch_size = 64
     c.sample.num_image_per_prompt = 16
     c.sample.test_batch_size = 64

@@ -48,9 +48,10 @@ def flux_dev_8xh200() -> ConfigDict:
     c.prompts.test = "dataset/realgen/test.txt"
     c.prompts.dtype = "bfloat16"
 
-    c.sample.resolution = 1024
+    c.sample.width = 1024
+    c.sample.height = 1024
     c.sample.num_steps = 28
-    c.sample.eval_num_steps = 28
+    c.evaluate.sample.num_steps = 28
     c.sample.guidance_scale = 3.5
     c.sample.train_batch_size = 21  # 7 GPUs x 3 branches: one prompt per call
     c.sample.num_image_per_prompt = 21
@@ -241,7 +242,8 @@ def flux_adv_8xh200() -> ConfigDict:
 
 def adv_grpo(c: ConfigDict) -> None:
     """Set what all of Adv-GRPO's recipes share: the sampler, the calls of an epoch, the update."""
-    c.sample.resolution = 512
+    c.sample.width = 512
+    c.sample.height = 512
     c.sample.num_steps = 10
     c.sample.sde_type = "cps"
     c.sample.noise_level = 0.8

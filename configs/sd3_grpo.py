@@ -42,9 +42,10 @@ def sd35_medium() -> ConfigDict:
     c.prompts.max_tokens = 128
     c.prompts.dtype = "bfloat16"
 
-    c.sample.resolution = 512
+    c.sample.width = 512
+    c.sample.height = 512
     c.sample.num_steps = 10
-    c.sample.eval_num_steps = 40
+    c.evaluate.sample.num_steps = 40
     c.sample.guidance_scale = 4.5
     c.sample.global_std = True
     c.sample.test_batch_size = 128

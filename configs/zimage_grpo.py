@@ -44,7 +44,7 @@ def realgen_v2_base_8xh200() -> ConfigDict:
     c.pretrained.remat = "full"
 
     c.sample.num_steps = 39
-    c.sample.eval_num_steps = 39
+    c.evaluate.sample.num_steps = 39
     c.sample.guidance_scale = 4.0
     c.sample.train_batch_size = 24  # 8 GPUs x 3: one prompt per call
     c.sample.num_image_per_prompt = 24
@@ -81,7 +81,7 @@ def realgen_v2_turbo_8xh200() -> ConfigDict:
     c.pretrained.family = "ZImagePipeline:Z-Image-Turbo"
     c.pretrained.model = "models/Z-Image-Turbo"
     c.sample.num_steps = 8
-    c.sample.eval_num_steps = 8
+    c.evaluate.sample.num_steps = 8
     c.sample.guidance_scale = 0.0
     c.sample.sde_window_range = (0, 4)
     c.train.cfg_gradient = ""

@@ -5,7 +5,7 @@ The usual entry points are the programs in scripts/. From Python:
     from realgen_jax import load_model, make_mesh
 
     mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.devices())
-    model = load_model(config.pretrained, resolution=1024, mesh=mesh)
+    model = load_model(config.pretrained, size=(1024, 1024), mesh=mesh)
 
 Names are imported on first use, so programs that do not need JAX do not load it. The package
 imports neither torch nor reward_bridge: callers pass in the rewards and judges.

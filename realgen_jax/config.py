@@ -54,7 +54,7 @@ def base() -> ConfigDict:
     c.sample = _sample()
     c.train = _train()
     c.reward = _reward()
-    c.evaluate = _evaluate()
+    c.evaluate = _evaluate(c.sample)
 
     c.lock()
     for mapping in (c.reward.fn, c.reward.options, c.reward.devices, c.reward.adversarial):
@@ -96,12 +96,12 @@ def _prompts() -> ConfigDict:
 
 
 def _sample() -> ConfigDict:
-    """Rollouts and evaluation images."""
+    """Rollouts. How evaluations sample is in config.evaluate.sample."""
     c = ConfigDict()
-    c.resolution = 512  # pixels per side
-    c.num_steps = 10  # denoising steps of a rollout
-    c.eval_num_steps = 10  # denoising steps of an evaluation
-    c.guidance_scale = 3.5  # of the rollouts; evaluations have their own
+    c.width = 512  # pixels
+    c.height = 512
+    c.num_steps = 10  # denoising steps
+    c.guidance_scale = 3.5
     c.train_batch_size = 8  # images per rollout call, over all devices
     c.num_image_per_prompt = 8  # group size: images per prompt
     c.branches = 1  # images that share the ODE prefix and branch where the SDE window starts
@@ -276,15 +276,14 @@ def _reward() -> ConfigDict:
     return c
 
 
-def _evaluate() -> ConfigDict:
+def _evaluate(rollouts: ConfigDict) -> ConfigDict:
     """RealBench, as run by scripts/evaluate.py and for the report at the end of a run."""
     c = ConfigDict()
 
     # {set: file}, .txt or .jsonl ("prompt", "category"). Line i of all sets describes one scene.
     c.prompts = ConfigDict()
     c.images_per_prompt = 1  # RealBench: 1
-    # How pictures are sampled: here, in the evaluations of a run, and by scripts/sample.py.
-    c.sample = ConfigDict({"guidance_scale": 3.5})
+    c.sample = _evaluation_sample(rollouts)
     c.batch_size = 8  # images that are generated and scored in one call
     c.scores = ()  # rewards
     c.detectors = ()  # scores that are P(real); the share above 0.5 is reported as well
@@ -293,6 +292,17 @@ def _evaluate() -> ConfigDict:
     c.report_prompts = 100  # prompts whose images are in the report; its tables cover all prompts
     c.after_training = False  # True: train.py ends with the report
     c.arena = _arena()
+    return c
+
+
+def _evaluation_sample(rollouts: ConfigDict) -> ConfigDict:
+    """How pictures are sampled in RealBench, in the evaluations of a run, and by sample.py."""
+    c = ConfigDict()
+    c.width = rollouts.get_oneway_ref("width")  # pixels; the rollouts', unless it is set
+    c.height = rollouts.get_oneway_ref("height")
+    c.num_steps = 10  # denoising steps
+    c.solver = "euler"  # euler, dpm2
+    c.guidance_scale = 3.5
     return c
 
 

@@ -4,10 +4,9 @@
     python scripts/sample.py --prompts prompts.txt --lora runs/NAME/lora \\
         --config configs/flux_grpo.py:flux_dev_8xh200
 
-Model, size, steps and guidance are those of the config (config.pretrained,
-config.sample.resolution, config.sample.eval_num_steps, config.evaluate.sample.guidance_scale) and
-can be set on the command line, --config.sample.resolution=512. Picture i depends only on --seed and
-i.
+The model is the config's (config.pretrained), and so are size, steps, solver and guidance
+(config.evaluate.sample). They can be set on the command line,
+--config.evaluate.sample.num_steps=40. Picture i depends only on --seed and i.
 """
 
 from realgen_jax import process
@@ -29,7 +28,7 @@ from realgen_jax.data import read_prompts
 from realgen_jax.files import write_image
 from realgen_jax.hosts import start_devices
 from realgen_jax.input_files import check_text
-from realgen_jax.models.loading import load_model
+from realgen_jax.models.loading import EVALUATIONS, load_model, size_of
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import with_lora_file
 from realgen_jax.nn.lora_files import open_lora
@@ -67,7 +66,8 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
 
     # The model, with the LoRA's adapters if there is one.
     mesh = make_mesh(**config.mesh, devices=start_devices())
-    model = load_model(config.pretrained, config.sample.resolution, mesh)
+    settings = config.evaluate.sample
+    model = load_model(config.pretrained, size_of(settings), mesh, key=EVALUATIONS)
     adapters = None
     if lora:
         model, adapters = with_lora_file(model, lora)
@@ -75,7 +75,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     # All calls have the same size: the last one is padded, and its extra images are dropped.
     devices = batch_devices(mesh)
     batch = -(-FLAGS.batch // devices) * devices
-    sample = model.sampler(config.sample.eval_num_steps)
+    sample = model.sampler(settings.num_steps, settings.solver)
     key = jax.random.key(FLAGS.seed)
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
         for start in range(0, len(texts), batch):
             numbers = np.arange(start, start + batch, dtype=np.int32)
             call_texts = [texts[number % len(texts)] for number in numbers]
-            cond = model.cond(cache, call_texts, config.evaluate.sample.guidance_scale)
+            cond = model.cond(cache, call_texts, settings.guidance_scale)
             ids = jax.device_put(numbers, batch_sharding(mesh))
             images = np.asarray(sample(model, adapters, cond, key, ids))
             for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):

@@ -227,6 +227,12 @@ def epoch_flops(work: Work) -> dict[str, float]:
     }
 
 
+def sampling_flops(work: Work) -> float:
+    """Operations of sampling and decoding the images of one call, over all devices."""
+    steps = work.steps * sum(velocity_flops(work).values())
+    return work.images * (steps + decode_flops(work))
+
+
 def decode_bytes(work: Work, images: float) -> float:
     """Bytes of activations at the peak of decoding `images` that are decoded together."""
     vae = work.vae
@@ -262,6 +268,16 @@ def rollout_bytes(work: Work, parts: int) -> dict[str, float]:
         "embeddings": slots * work.text_bytes,
         # RGB, one byte each.
         "pictures": images * work.pixels * 3,
+    }
+
+
+def evaluation_bytes(work: Work, parts: int) -> dict[str, float]:
+    """Bytes of one call of an evaluation on one device besides weights and optimizer state."""
+    images = work.images / parts
+    return {
+        "embeddings": images * work.text_bytes,
+        "pictures": images * work.pixels * 3,
+        "activations": max(forward_bytes(work, images), decode_bytes(work, images)),
     }
 
 

@@ -13,12 +13,17 @@ from realgen_jax.models import FAMILIES, get_family
 from realgen_jax.models.family import Family, Published
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import Sharding, Table, abstract, check_keys, leaves, load
+from realgen_jax.nn.convert import Sharding, Table, abstract, check_keys, fill, leaves, load
+from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_config, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 from realgen_jax.nn.vae_files import load_vae, vae_config
 from realgen_jax.sharding import param_sharding, replicated
+
+# Sections of the config with the size of pictures.
+ROLLOUTS = "config.sample"
+EVALUATIONS = "config.evaluate.sample"
 
 
 def find_family(pretrained: Any) -> Family:
@@ -123,19 +128,26 @@ def sizes_on_disk(pretrained: Any) -> bool:
     return bool(pretrained.model) and (folder / "model_index.json").exists()
 
 
+def size_of(sample: Any) -> tuple[int, int]:
+    """Return the (width, height) of config.sample or config.evaluate.sample, in pixels."""
+    return sample.width, sample.height
+
+
 def load_model(
     pretrained: Any,
-    resolution: int,
+    size: tuple[int, int],
     mesh: Mesh,
     trainable: Trainable | None = None,
+    key: str = ROLLOUTS,
 ) -> Model:
-    """Load the model that `config.pretrained` names, for square pictures of `resolution` pixels.
+    """Load the model that `config.pretrained` names, for pictures of size (width, height).
 
-    Raises FileNotFoundError for missing files and ValueError for files that do not fit. Where
-    shapes are enough to tell, this happens before any weight is read.
+    size: in pixels. key: the section of the config that it comes from, for errors. Raises
+    FileNotFoundError for missing files and ValueError for files that do not fit. Where shapes are
+    enough to tell, this happens before any weight is read.
     """
     family = find_family(pretrained)
-    model = abstract_model(pretrained, resolution, mesh, trainable)
+    model = abstract_model(pretrained, size, mesh, trainable, key)
     folder = Path(pretrained.model)
     source = transformer_source(pretrained)
     overrides = _overrides(family, pretrained, model.height, model.width)
@@ -150,9 +162,10 @@ def load_model(
 
 def abstract_model(
     pretrained: Any,
-    resolution: int,
+    size: tuple[int, int],
     mesh: Any,
     trainable: Trainable | None = None,
+    key: str = ROLLOUTS,
 ) -> Model:
     """Return the model without weights; its leaves are jax.ShapeDtypeStructs with shardings.
 
@@ -168,10 +181,10 @@ def abstract_model(
     # The autoencoder, which determines the number of image tokens.
     vae_dtype = jnp.dtype(pretrained.vae_dtype)
     vae = vae_config(folder / "vae", dtype=vae_dtype) if on_disk else VaeConfig(dtype=vae_dtype)
-    side = _tokens_per_side(vae, resolution)
+    width, height = _size_in_tokens(vae, size, key)
 
     # The transformer and the schedule.
-    overrides = _overrides(family, pretrained, side, side)
+    overrides = _overrides(family, pretrained, height, width)
     if on_disk:
         source = transformer_source(pretrained)
         config, table = transformer_config(family, source, folder / "transformer", **overrides)
@@ -192,10 +205,30 @@ def abstract_model(
         vae=vae,
         schedule=schedule,
         trainable=trainable or AllWeights(),
-        height=side,
-        width=side,
+        height=height,
+        width=width,
         mesh=mesh,
     )
+
+
+def with_size(model: Model, pretrained: Any, size: tuple[int, int], key: str) -> Model:
+    """Return a loaded model for pictures of another size, with the same weights in memory.
+
+    Arrays that are no weights (nn.layers.Fixed) may depend on the size; they are read again. size,
+    key: as for `load_model`, whose errors are raised.
+    """
+    other = abstract_model(pretrained, size, model.mesh, model.trainable, key)
+    params = model.params
+    fixed = nnx.filter_state(other.params, Fixed)
+    if jax.tree.leaves(fixed):
+        source = transformer_source(pretrained)
+        overrides = _overrides(model.family, pretrained, other.height, other.width)
+        base = Path(pretrained.model) / "transformer"
+        _, table = transformer_config(model.family, source, base, **overrides)
+        sharding = param_sharding(model.mesh, model.family.rules)
+        own = fill(Tensors(source), fixed, table, sharding)
+        params = nnx.merge_state(nnx.filter_state(params, nnx.Param), own)
+    return replace(other, params=params, vae_params=model.vae_params)
 
 
 def transformer_source(pretrained: Any) -> Path:
@@ -295,11 +328,12 @@ def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
     return nnx.from_flat_state(placed)
 
 
-def _tokens_per_side(vae: VaeConfig, resolution: int) -> int:
-    """Return the tokens on a side of a picture. Raises ValueError for a size that does not fit."""
+def _size_in_tokens(vae: VaeConfig, size: tuple[int, int], key: str) -> list[int]:
+    """Return (width, height) in tokens. Raises ValueError for pixels that are no whole tokens."""
     side = PATCH * 2 ** (len(vae.block_out_channels) - 1)
-    if resolution < side or resolution % side:
-        raise ValueError(
-            f"config.sample.resolution is {resolution}; expected a multiple of {side} pixels"
-        )
-    return resolution // side
+    tokens = []
+    for name, pixels in zip(("width", "height"), size, strict=True):
+        if pixels < side or pixels % side:
+            raise ValueError(f"{key}.{name} is {pixels}; expected a multiple of {side} pixels")
+        tokens.append(pixels // side)
+    return tokens

@@ -21,8 +21,7 @@ from realgen_jax.models.trainable import Trainable
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.rollout import sample
-from realgen_jax.sde import ode_steps
+from realgen_jax.rollout import SOLVERS
 from realgen_jax.sharding import batch_sharding
 
 
@@ -145,12 +144,12 @@ class Model:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), cond
         )
 
-    def sampler(self, steps: int) -> Callable[..., Array]:
+    def sampler(self, steps: int, solver: str = "euler") -> Callable[..., Array]:
         """Return a jitted (model, trainable, cond, key, ids int32 [n]) -> uint8 [n, 3, H, W].
 
-        The noise of a picture depends only on its id and the key, not on its batch.
+        The noise of a picture depends only on its id and the key, not on its batch. solver: a key
+        of SOLVERS (rollout.py).
         """
-        ode = ode_steps(self.sigmas(steps))
 
         @jax.jit
         @jax.named_scope("evaluate")
@@ -160,7 +159,9 @@ class Model:
 
             rows = batch_sharding(model.mesh)
             latents = jax.lax.with_sharding_constraint(jax.vmap(noise)(ids), rows)
-            tokens = sample(partial(model.velocity, trainable), cond, latents, ode)
+            coefficients = SOLVERS[solver].steps(model.sigmas(steps))
+            velocity = partial(model.velocity, trainable)
+            tokens = SOLVERS[solver].sample(velocity, cond, latents, coefficients)
             return jax.lax.with_sharding_constraint(model.decode(tokens), rows)
 
         return pictures

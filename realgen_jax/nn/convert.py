@@ -160,6 +160,16 @@ def load(
     Raises ValueError naming the first keys that are missing, unused or of another shape.
     """
     check_keys(tensors, state, table)
+    return fill(tensors, state, table, sharding)
+
+
+def fill(
+    tensors: Tensors,
+    state: nnx.State,
+    table: Table,
+    sharding: Sharding = lambda leaf, shape: None,
+) -> nnx.State:
+    """Fill an abstract state, which may be a part of the model's, as `load` does."""
     wanted = leaves(state)
     placed = []
     for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):

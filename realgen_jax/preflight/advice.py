@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from realgen_jax.models.cost import F32
+from realgen_jax.models.loading import size_of
 from realgen_jax.nn.attention import LANES
 from realgen_jax.preflight.figures import GIB, Accelerator, report_on, usable_bytes
 from realgen_jax.preflight.report import Report, on_tpu, with_scores
@@ -46,6 +47,10 @@ def candidates(report: Report) -> Iterator[Change]:
     for parts in range(2, layout.images // report.parts + 1):
         if layout.images % parts == 0:
             yield from smaller_calls(report, parts)
+
+    # Evaluate in smaller calls.
+    if config.sample.test_batch_size > report.parts:
+        yield {"sample.test_batch_size": report.parts}
 
 
 def smaller_calls(report: Report, parts: int) -> Iterator[Change]:
@@ -113,8 +118,8 @@ def advice(
 ) -> list[str]:
     """Return lines that explain the tables and, if an accelerator is too small, what would fit."""
     lines = [
-        "Not included: rewards (they run while the next call samples), evaluations, checkpoints "
-        "and communication. Activations are an estimate: within 15 % of XLA's figure on CPU "
+        "Not included: rewards (they run while the next call samples), checkpoints and "
+        "communication. Activations are an estimate: within 15 % of XLA's figure on CPU "
         "devices, also with fsdp; with a tensor split they need less. Not yet compared with a GPU "
         "or TPU.",
         "fraction: the XLA_CLIENT_MEM_FRACTION to start with. Set it if it is above "
@@ -169,14 +174,15 @@ def learners(recipe: Recipe) -> list[str]:
     """Return a line for each reward that learns: steps per epoch and the size of its history."""
     lines = []
     pairs = recipe.layout.calls * recipe.layout.images
-    side = min(recipe.config.sample.resolution, KEPT_SIDE)
+    width, height = size_of(recipe.config.sample)
+    pixels = min(width, KEPT_SIDE) * min(height, KEPT_SIDE)
     for name, settings in recipe.config.reward.adversarial.items():
         batch = settings.batch_size or pairs
         batches = -(-pairs // batch)
         steps = settings.max_passes * batches
 
         # A pair is two RGB pictures of one byte per channel.
-        history = 2 * 3 * side**2 * settings.history_size / GIB
+        history = 2 * 3 * pixels * settings.history_size / GIB
         line = (
             f"{name} learns: up to {steps:,} steps per epoch, on {batch} + "
             f"{settings.history_batch_size} pairs each, over all processes. Its history takes up "

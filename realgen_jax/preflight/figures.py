@@ -33,6 +33,7 @@ class Accelerator:
     name: str
     seconds: float  # of an iteration
     sample_seconds: float  # of its sampling
+    evaluation_seconds: float  # of one call of an evaluation
     fits: bool
     peak: float  # bytes of its memory that the run needs
     share: float  # the same as a fraction
@@ -50,6 +51,7 @@ def accelerator(report: Report, name: str, mfu: float) -> Accelerator:
         name=name,
         seconds=report.flops["total"] / flops_per_second,
         sample_seconds=sample_flops / flops_per_second,
+        evaluation_seconds=report.flops["evaluation"] / flops_per_second,
         fits=share <= USABLE,
         peak=report.peak,
         share=share,

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.models import cost
 from realgen_jax.models.guidance import is_guided
-from realgen_jax.models.loading import abstract_model
+from realgen_jax.models.loading import EVALUATIONS, abstract_model, size_of
 from realgen_jax.models.model import Model
 from realgen_jax.nn.attention import fills_tiles
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
@@ -33,14 +33,17 @@ QUICK = {"xla_backend_optimization_level": 0}
 class Report:
     """The estimate of a run; bytes are per device.
 
-    parts: number of parts the batch is split into. held: {name: bytes} that stay in memory
-    (weights, trained arrays, optimizer state). phases: {phase: {name: bytes}}. flops: operations
-    of an iteration, over all devices.
+    work, evaluation: the sizes of the run, and of one call of its evaluations. parts: number of
+    parts the batch is split into. held: {name: bytes} that stay in memory
+    (weights, trained arrays, optimizer state). phases: {phase: {name: bytes}}. flops:
+    operations of an iteration, over all devices, and of one call of an evaluation, which is not in
+    the total.
     """
 
     recipe: Recipe
     model: Model
     work: cost.Work
+    evaluation: cost.Work
     parts: int
     devices: int
     held: dict[str, int]
@@ -56,21 +59,43 @@ class Report:
 
 def with_scores(report: Report) -> Report:
     """Return the report of a device without a flash kernel: attention's scores go to memory."""
-    work = replace(report.work, flash=False)
-    return replace(
-        report,
-        work=work,
-        phases=cost.phase_bytes(work, report.parts, report.held["trained"]),
-        flops=cost.epoch_flops(work),
+    return _with_works(
+        report, replace(report.work, flash=False), replace(report.evaluation, flash=False)
     )
 
 
 def on_tpu(report: Report) -> Report:
     """Return the report of a TPU, whose kernel takes only some sizes (nn/attention.py)."""
-    work = report.work
-    if fills_tiles(work.tokens, work.model.attention_head_dim):
-        return report
-    return with_scores(report)
+
+    def with_its_kernel(work: cost.Work) -> cost.Work:
+        fits = fills_tiles(work.tokens, work.model.attention_head_dim)
+        return replace(work, flash=work.flash and fits)
+
+    return _with_works(report, with_its_kernel(report.work), with_its_kernel(report.evaluation))
+
+
+def _with_works(report: Report, work: cost.Work, evaluation: cost.Work) -> Report:
+    """The report of other sizes."""
+    return replace(
+        report,
+        work=work,
+        evaluation=evaluation,
+        phases=_phases(work, evaluation, report.parts, report.held["trained"]),
+        flops=_flops(work, evaluation),
+    )
+
+
+def _phases(
+    work: cost.Work, evaluation: cost.Work, parts: int, trained: float
+) -> dict[str, dict[str, float]]:
+    """Bytes of each phase besides what stays in memory, on one device."""
+    phases = cost.phase_bytes(work, parts, trained)
+    return {**phases, "evaluation": cost.evaluation_bytes(evaluation, parts)}
+
+
+def _flops(work: cost.Work, evaluation: cost.Work) -> dict[str, float]:
+    """Operations of an iteration, and of one call of an evaluation, over all devices."""
+    return {**cost.epoch_flops(work), "evaluation": cost.sampling_flops(evaluation)}
 
 
 def device_bytes(tree: Any) -> int:
@@ -90,7 +115,7 @@ def make_report(config: ConfigDict, devices: int) -> Report:
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
     check_mesh(recipe, mesh)
-    model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
+    model = abstract_model(config.pretrained, size_of(config.sample), mesh, recipe.trainable)
     check_model(recipe, model)
 
     state = abstract_state(recipe, model)
@@ -104,16 +129,20 @@ def make_report(config: ConfigDict, devices: int) -> Report:
         **({"old policy": device_bytes(state.old)} if state.old is not None else {}),
     }
     work = make_work(recipe, model)
+    size = size_of(config.evaluate.sample)
+    evaluated = abstract_model(config.pretrained, size, mesh, recipe.trainable, EVALUATIONS)
+    evaluation = evaluation_work(recipe, work, evaluated)
     parts = batch_devices(mesh)
     return Report(
         recipe=recipe,
         model=model,
         work=work,
+        evaluation=evaluation,
         parts=parts,
         devices=mesh.size,
         held=held,
-        phases=cost.phase_bytes(work, parts, trained),
-        flops=cost.epoch_flops(work),
+        phases=_phases(work, evaluation, parts, trained),
+        flops=_flops(work, evaluation),
     )
 
 
@@ -150,6 +179,23 @@ def make_work(recipe: Recipe, model: Model) -> cost.Work:
         guided=guided,
         free_gradient=train.cfg_gradient == "both",
         weight_parts=mesh["fsdp"] * mesh["tensor"],
+    )
+
+
+def evaluation_work(recipe: Recipe, work: cost.Work, model: Model) -> cost.Work:
+    """The sizes of one call of an evaluation. model: that of its pictures."""
+    sample = recipe.config.evaluate.sample
+    images = recipe.config.sample.test_batch_size
+    guided = is_guided(model.family, sample.guidance_scale)
+    return replace(
+        work,
+        model=model.config,
+        image_tokens=model.token_shape[0],
+        text_bytes=work.text_bytes // work.passes * (1 + guided),
+        images=images,
+        slots=images,
+        steps=sample.num_steps,
+        guided=guided,
     )
 
 

@@ -1,5 +1,6 @@
 """Print a preflight report as tables."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from realgen_jax.models import cost
-from realgen_jax.models.loading import default_model
+from realgen_jax.models.loading import default_model, size_of
 from realgen_jax.preflight.advice import Tried, advice
 from realgen_jax.preflight.figures import (
     ACCELERATORS,
@@ -63,6 +64,7 @@ def show(
     # Time, and whether it fits.
     accelerators = [accelerator(report, name, mfu) for name in ACCELERATORS]
     console.print(time_table(report, accelerators, mfu))
+    console.print(evaluation_times(accelerators))
     for line in advice(report, accelerators, changes):
         console.print(line)
     return figures(report, arguments, mfu, accelerators)
@@ -86,7 +88,7 @@ def summary(report: Report) -> Text:
     if recipe.trainable.rank:
         trained = f"LoRA of rank {recipe.trainable.rank}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.model.mesh.shape.items())
-    side = recipe.config.sample.resolution
+    width, height = size_of(recipe.config.sample)
     per_device = layout.images // report.parts
     train = recipe.config.train
     steps = layout.calls // train.gradient_accumulation_steps * train.num_inner_epochs
@@ -104,7 +106,7 @@ def summary(report: Report) -> Text:
         (recipe.config.preset, "bold"),
         f"  {trained}, on {report.devices} training devices "
         f"({mesh})\n"
-        f"One iteration: {layout.calls * layout.images} images of {side} x {side} pixels "
+        f"One iteration: {layout.calls * layout.images} images of {width} x {height} pixels "
         f"({layout.groups} prompts, {layout.group} images each) in {layout.calls} calls of "
         f"{layout.images} images ({per_device} per device), then {steps} optimizer steps. "
         f"{where}{guidance(report)}\n",
@@ -133,18 +135,18 @@ def new_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Tabl
 
 
 def bytes_table(report: Report) -> Table:
-    """The memory of one device while sampling and while updating."""
-    table = new_table("Memory of one device, GiB", ("",), ("sampling", "update"))
+    """The memory of one device in each phase."""
+    table = new_table("Memory of one device, GiB", ("",), ("sampling", "update", "evaluation"))
     labels = memory_labels(report)
 
     # Arrays that stay in memory all the time.
     for name, size in report.held.items():
         gib = f"{size / GIB:.2f}"
-        table.add_row(labels[name], gib, gib)
+        table.add_row(labels[name], *[gib] * len(report.phases))
 
-    # Arrays of one of the two phases.
-    phases = [report.phases["sample"], report.phases["update"]]
-    for name in dict.fromkeys([*phases[0], *phases[1]]):
+    # Arrays of some of the phases.
+    phases = [report.phases[name] for name in ("sample", "update", "evaluation")]
+    for name in dict.fromkeys(itertools.chain(*phases)):
         cells = [f"{phase[name] / GIB:.2f}" if name in phase else "-" for phase in phases]
         table.add_row(labels[name], *cells)
 
@@ -215,7 +217,18 @@ def flops_details(report: Report) -> dict[str, str]:
         "update": update,
         "total": "",
         "useful": "without recomputation",
+        "evaluation": evaluation_call(report),
     }
+
+
+def evaluation_call(report: Report) -> str:
+    """Describe one call of an evaluation."""
+    sample = report.recipe.config.evaluate.sample
+    images = report.evaluation.images
+    return (
+        f"one call of {images} images of {sample.width} x {sample.height} pixels, "
+        f"{sample.num_steps} {sample.solver} steps; not in the total"
+    )
 
 
 def time_table(report: Report, accelerators: list[Accelerator], mfu: float) -> Table:
@@ -242,6 +255,12 @@ def time_table(report: Report, accelerators: list[Accelerator], mfu: float) -> T
             fraction,
         )
     return table
+
+
+def evaluation_times(accelerators: list[Accelerator]) -> str:
+    """The time of one call of an evaluation on each kind of accelerator."""
+    times = [f"{each.name} {clock(each.evaluation_seconds)}" for each in accelerators]
+    return f"One call of an evaluation: {', '.join(times)}.\n"
 
 
 def clock(seconds: float) -> str:

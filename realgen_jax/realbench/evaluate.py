@@ -18,6 +18,7 @@ from realgen_jax.hosts import (
     start_devices,
     sum_over_processes,
 )
+from realgen_jax.models.loading import size_of
 from realgen_jax.realbench.interfaces import Scorer
 from realgen_jax.realbench.picture_files import Picture, read_batches
 from realgen_jax.realbench.pictures import PictureMaker, manifest, prepare_folder
@@ -83,8 +84,8 @@ def evaluate_entries(
                 deque(batches, maxlen=0)  # only takes part in the sampling
                 continue
             store = ScoreStore(task.folder / "scores.jsonl", score_keys)
-            side = config.sample.resolution
-            task_scorer = PictureScorer(task.entry.name, task.prompt_set, store, scorer, side)
+            expected = size_of(config.evaluate.sample)
+            task_scorer = PictureScorer(task.entry.name, task.prompt_set, store, scorer, expected)
             label = f"{task.entry.name}, {task.prompt_set.name}"
             task_scorer.score(batches, bars(label, task.count, "pictures"))
             pictures += task_scorer.scored

@@ -16,7 +16,13 @@ from ml_collections import ConfigDict
 
 from realgen_jax.files import expand_home, sampled_digest, write_whole
 from realgen_jax.hosts import fetch, process_index, put
-from realgen_jax.models.loading import find_family, load_model, model_folders
+from realgen_jax.models.loading import (
+    EVALUATIONS,
+    find_family,
+    load_model,
+    model_folders,
+    size_of,
+)
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import Trainable, with_lora_file
 from realgen_jax.nn.lora_files import PEFT_CONFIG, open_lora
@@ -62,16 +68,18 @@ def manifest(
         for file in _files(path):
             digest.update(sampled_digest(file))
 
-    sample = config.sample
+    sample = config.evaluate.sample
     pretrained = config.pretrained
     return {
         **asdict(weights),
         "weights": digest.hexdigest(),
         "lora": lora_digest(weights.lora),
         "seed": seed,
-        "steps": sample.eval_num_steps,
-        "guidance": config.evaluate.sample.guidance_scale,
-        "resolution": sample.resolution,
+        "width": sample.width,
+        "height": sample.height,
+        "steps": sample.num_steps,
+        "solver": sample.solver,
+        "guidance": sample.guidance_scale,
         "dtype": pretrained.dtype,
         "param_dtype": pretrained.param_dtype,
         "vae_dtype": pretrained.vae_dtype,
@@ -150,8 +158,16 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError, ValueError):
         content = json.loads(file.read_bytes())
         if isinstance(content, dict):
-            return content
+            return _today(content)
     return {}
+
+
+def _today(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with today's keys: older ones are of square pictures and Euler steps."""
+    if "resolution" not in content:
+        return content
+    side = content.pop("resolution")
+    return {"width": side, "height": side, "solver": "euler", **content}
 
 
 # --- Generating pictures
@@ -165,9 +181,9 @@ class Sampler:
     ):
         """loras: all LoRAs that will be used with this model; they are read now, to fail early."""
         self.weights = weights
-        self.steps = config.sample.eval_num_steps
+        self.sample = config.evaluate.sample
         pretrained = _pretrained(weights, config)
-        self.model = load_model(pretrained, config.sample.resolution, mesh)
+        self.model = load_model(pretrained, size_of(self.sample), mesh, key=EVALUATIONS)
 
         self._programs: dict[Trainable | None, Callable] = {}
         self._no_lora: tuple[Model, Any] = (self.model, None)
@@ -192,7 +208,7 @@ class Sampler:
             everywhere = replicated(model.mesh)
             adapters = jax.tree.map(lambda a: put(np.asarray(a), everywhere), adapters)
         if trainable not in self._programs:
-            self._programs[trainable] = model.sampler(self.steps)
+            self._programs[trainable] = model.sampler(self.sample.num_steps, self.sample.solver)
 
         pictures = self._programs[trainable]
         return model, lambda cond, key, ids: pictures(model, adapters, cond, key, ids)

@@ -207,10 +207,10 @@ def _facts(config: ConfigDict, results: Results, seed: int) -> list[tuple[str, s
         ("Pictures", f"{len(results.pictures):,}"),
     ]
     if any(entry.is_generated for entry in results.entries):
-        sample = config.sample
+        sample = settings.sample
         sampling = (
-            f"{sample.resolution} px, {sample.eval_num_steps} steps, "
-            f"guidance {settings.sample.guidance_scale:g}"
+            f"{sample.width} x {sample.height} px, {sample.num_steps} steps ({sample.solver}), "
+            f"guidance {sample.guidance_scale:g}"
         )
         facts += [
             ("Model", Path(config.pretrained.model).name),

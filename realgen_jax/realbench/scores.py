@@ -92,14 +92,19 @@ class PictureScorer:
     """
 
     def __init__(
-        self, entry: str, prompt_set: PromptSet, store: ScoreStore, scorer: Scorer, side: int
+        self,
+        entry: str,
+        prompt_set: PromptSet,
+        store: ScoreStore,
+        scorer: Scorer,
+        size: tuple[int, int],
     ):
-        """side: the height and width that pictures should have, in pixels."""
+        """size: (width, height) that pictures should have, in pixels."""
         self.entry = entry
         self.prompt_set = prompt_set
         self.store = store
         self.scorer = scorer
-        self.side = side
+        self.size = size
         self.scored: list[ScoredPicture] = []
         self.problems: list[Problem] = []
 
@@ -128,8 +133,9 @@ class PictureScorer:
                 continue
             readable.append(picture)
             height, width = picture.pixels.shape[1:]
-            if (height, width) != (self.side, self.side):
-                detail = f"{width} x {height} pixels; expected {self.side} x {self.side}"
+            if (width, height) != self.size:
+                expected = " x ".join(map(str, self.size))
+                detail = f"{width} x {height} pixels; expected {expected}"
                 self._note(picture, "other size", detail)
         return readable
 

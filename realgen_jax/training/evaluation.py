@@ -94,10 +94,10 @@ def _sample_and_score(
     for start in range(0, len(prompts), batch_size):
         numbers = np.arange(start, start + batch_size, dtype=np.int32)
         texts = [prompts[number % len(prompts)] for number in numbers]
-        ids = put(numbers, batch_sharding(run.model.mesh))
+        ids = put(numbers, batch_sharding(run.evaluated.mesh))
         cond = run.cond(texts, run.config.evaluate.sample.guidance_scale)
         key = run.key(EVALUATION)
-        images.append(programs.evaluate(run.model, trainable, cond, key, ids))
+        images.append(programs.evaluate(run.evaluated, trainable, cond, key, ids))
         batches.append(submit(run.scorer, images[-1], texts, names, group=copies))
     pictures = [fetch(array) for array in images]
 

@@ -103,7 +103,7 @@ def check_model(recipe: Recipe, model: Model) -> None:
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted calls of a run, each traced once.
+    """The jitted calls of a run, each traced once for a size of pictures.
 
     sample(model, trainable, cond, keys, plan) -> pictures uint8 [n, 3, H, W], record, finite []
     update(model, state, batch) -> state, metrics; the state is donated
@@ -120,7 +120,8 @@ class Programs:
 def make_programs(recipe: Recipe, model: Model) -> Programs:
     """Return the programs of a recipe. Nothing is compiled before the first call.
 
-    The model, which may be abstract, determines how the state is sharded.
+    The model, which may be abstract, determines how the state is sharded. Calls take models
+    of other sizes too; each size is traced once.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model))
 
@@ -131,6 +132,7 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
         return recipe.objective.recompute_means(model.velocity, trainable, batch)
 
     same_latent = recipe.config.sample.same_latent
+    evaluation = recipe.config.evaluate.sample
     jit = partial(jax.jit, compiler_options=compiler_options(model.config.dtype, model.mesh))
     return Programs(
         sample=jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
@@ -138,7 +140,7 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
             update_call, donate_argnums=1, out_shardings=(shardings, replicated(model.mesh))
         ),
         recompute=jit(recompute_call),
-        evaluate=model.sampler(recipe.config.sample.eval_num_steps),
+        evaluate=model.sampler(evaluation.num_steps, evaluation.solver),
     )
 
 

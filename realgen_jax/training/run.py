@@ -13,7 +13,15 @@ from ml_collections import ConfigDict
 from realgen_jax.advantages import advantage_problems
 from realgen_jax.checkpoint import Checkpoints
 from realgen_jax.hosts import process_count, start_devices
-from realgen_jax.models.loading import abstract_model, load_model, missing_model, sizes_on_disk
+from realgen_jax.models.loading import (
+    EVALUATIONS,
+    abstract_model,
+    load_model,
+    missing_model,
+    size_of,
+    sizes_on_disk,
+    with_size,
+)
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import make_trainable
 from realgen_jax.sharding import abstract_mesh, make_mesh
@@ -42,7 +50,8 @@ class Run:
     """Everything that stays the same from the first epoch to the last.
 
     digests: {key of the config: digest of what it names}. plan: the objective's rollout plan.
-    learning: the rewards that learn. metrics: those for which an evaluation has enough pictures.
+    evaluated: the model for the pictures of evaluations, with the weights of `model`. learning: the
+    rewards that learn. metrics: those for which an evaluation has enough pictures.
     """
 
     config: ConfigDict
@@ -51,6 +60,7 @@ class Run:
     recipe: Recipe
     model: Model
     plan: Any
+    evaluated: Model
     cache: TextCache
     prompts: Sequence[str]
     test_prompts: Sequence[str]
@@ -95,7 +105,7 @@ def set_up(
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=start_devices())
     check_mesh(recipe, mesh, process_count())
-    model = load_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
+    model = load_model(config.pretrained, size_of(config.sample), mesh, recipe.trainable)
 
     run = Run(
         config=config,
@@ -104,6 +114,7 @@ def set_up(
         recipe=recipe,
         model=model,
         plan=recipe.objective.make_plan(model.sigmas(config.sample.num_steps)),
+        evaluated=_evaluated_model(config, model),
         cache=cache,
         prompts=prompts,
         test_prompts=test_prompts,
@@ -113,6 +124,14 @@ def set_up(
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
     )
     return run, first_state(recipe, model, run.key(FIRST_WEIGHTS))
+
+
+def _evaluated_model(config: ConfigDict, model: Model) -> Model:
+    """The model for the pictures of evaluations, with the same weights in memory."""
+    size = size_of(config.evaluate.sample)
+    if size == size_of(config.sample):
+        return model
+    return with_size(model, config.pretrained, size, EVALUATIONS)
 
 
 def defined_metrics(
@@ -149,14 +168,15 @@ def check(config: ConfigDict, reward_problems: Sequence[str] = ()) -> None:
 def check_shapes(config: ConfigDict, devices: int) -> None:
     """Raise ValueError for sizes that do not divide evenly or fit together on `devices` devices.
 
-    Group and call sizes, mesh, resolution, LoRA and SDE window are checked by shape: no weight is
-    read and no device is started.
+    Group and call sizes, mesh, sizes of pictures, LoRA and SDE window are checked by shape: no
+    weight is read and no device is started.
     """
     recipe = make_recipe(config)
     mesh = abstract_mesh(**config.mesh, devices=devices)
     check_mesh(recipe, mesh, process_count())
-    model = abstract_model(config.pretrained, config.sample.resolution, mesh, recipe.trainable)
+    model = abstract_model(config.pretrained, size_of(config.sample), mesh, recipe.trainable)
     check_model(recipe, model)
+    abstract_model(config.pretrained, size_of(config.evaluate.sample), mesh, key=EVALUATIONS)
     recipe.trainable.abstract(model)
     if config.pretrained.lora:
         recipe.trainable.check_modules(model, config.pretrained.lora)

@@ -32,7 +32,16 @@ FREE_KEYS = (
     "compilation_cache",
     "profile.*",
     "mesh.*",
-    "evaluate.*",
+    "evaluate.prompts.*",
+    "evaluate.images_per_prompt",
+    "evaluate.batch_size",
+    "evaluate.scores",
+    "evaluate.detectors",
+    "evaluate.confidence",
+    "evaluate.resamples",
+    "evaluate.report_prompts",
+    "evaluate.after_training",
+    "evaluate.arena.*",
     "prompts.cache",
     "prompts.device",
     "reward.deadline",
@@ -168,6 +177,7 @@ def resume_from(
     for line in warnings:
         print(f"warning: {line}")
 
+    before = with_todays_keys(before)
     free, others = changed_keys(before, config.to_dict(), digests_before or {}, digests)
     if others and not allow_change:
         message = (
@@ -179,6 +189,25 @@ def resume_from(
     heading = f"resumed from {start}" + (", with another config:" if changes else "")
     print("\n".join([heading, *changes]))
     return epoch
+
+
+def with_todays_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's config with today's keys of how pictures are sampled.
+
+    In older runs, rollouts and evaluations had one size, sample.resolution, and evaluations took
+    sample.eval_num_steps steps of first order.
+    """
+    sample = dict(config["sample"])
+    if "resolution" not in sample:
+        return dict(config)
+    side = sample.pop("resolution")
+    steps = sample.pop("eval_num_steps")
+    size = {"width": side, "height": side}
+
+    evaluate = dict(config["evaluate"])
+    own = {**size, "num_steps": steps, "solver": "euler"}
+    evaluate["sample"] = {**evaluate.get("sample", {}), **own}
+    return {**config, "sample": {**sample, **size}, "evaluate": evaluate}
 
 
 def _read_start(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:

@@ -123,7 +123,7 @@ def generated_pictures(
     exact = dict.fromkeys(("dtype", "param_dtype", "vae_dtype"), "float32")
     names = {"model": str(pipeline), "family": "FluxPipeline", "transformer": ""}
     pretrained = ConfigDict({**names, "remat": "full", **exact})
-    model = load_model(pretrained, SIZE, mesh)
+    model = load_model(pretrained, (SIZE, SIZE), mesh)
     versions = [None]
     if lora is not None:
         model, adapters = with_lora_file(model, lora)

@@ -133,7 +133,7 @@ def test_sizes_are_the_recipes(monkeypatch):
     size = flux_gpu.SUITES["full"].size
     config = flux_grpo.flux_dev_8xh200()
     sample = config.sample
-    assert 16 * size.side == sample.resolution
+    assert 16 * size.side == sample.width == sample.height
     assert size.text == config.prompts.max_tokens
     assert size.steps == sample.num_steps
     assert size.window == sample.sde_window_size

@@ -78,7 +78,8 @@ def report_of(
     config.prompts.max_tokens = case.text
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
     config.sample.update(
-        resolution=case.pixels,
+        width=case.pixels,
+        height=case.pixels,
         num_steps=4,
         sde_window_size=calls,
         sde_window_range=(0, 3),

@@ -21,7 +21,7 @@ def get_config(family: str = "flux") -> ConfigDict:
     c.prompts.test = str(TESTS / "data" / "test.jsonl")
 
     c.sample.num_steps = 4
-    c.sample.eval_num_steps = 4
+    c.evaluate.sample.num_steps = 4
     c.sample.sde_window_size = 2
     c.sample.sde_window_range = (0, 4)
     c.sample.train_batch_size = 8

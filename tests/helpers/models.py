@@ -34,9 +34,9 @@ def pretrained(model: Path = PIPELINE, **changes: Any) -> ConfigDict:
     return ConfigDict({**values, **changes})
 
 
-def golden_model(resolution: int = 64, trainable: Trainable | None = None) -> Model:
+def golden_model(side: int = 64, trainable: Trainable | None = None) -> Model:
     """The golden pipeline: 1 double and 2 single blocks, 64x64 pictures, float32."""
-    return load_model(pretrained(), resolution, one_device(), trainable)
+    return load_model(pretrained(), (side, side), one_device(), trainable)
 
 
 def flux_model(

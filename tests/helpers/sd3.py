@@ -19,7 +19,7 @@ SD3_PIPELINE = GOLDENS / "12_sd3" / "pipeline"
 def sd3_model(trainable: Trainable | None = None) -> Model:
     """The golden pipeline for 64x64 pictures, float32."""
     chosen = pretrained(SD3_PIPELINE, family="StableDiffusion3Pipeline")
-    return load_model(chosen, 64, one_device(), trainable)
+    return load_model(chosen, (64, 64), one_device(), trainable)
 
 
 def load_sd3(path: Path, height: int, width: int, **overrides: Any) -> tuple[Any, nnx.State]:

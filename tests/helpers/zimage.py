@@ -22,7 +22,9 @@ ZIMAGE = GOLDENS / "13_zimage" / "pipeline"
 
 def zimage_model(trainable: Trainable | None = None) -> Model:
     """The golden pipeline for 64x64 pictures, float32."""
-    return load_model(pretrained(ZIMAGE, family="ZImagePipeline"), 64, one_device(), trainable)
+    return load_model(
+        pretrained(ZIMAGE, family="ZImagePipeline"), (64, 64), one_device(), trainable
+    )
 
 
 def load_zimage(path: Path = ZIMAGE / "transformer", **overrides: Any) -> tuple[Any, nnx.State]:

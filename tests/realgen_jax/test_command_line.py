@@ -82,6 +82,16 @@ def test_config_and_preset(parse):
     assert refusal(parse, "--config.seed=1", default=None).startswith("error: no config; name one")
 
 
+def test_the_size_of_evaluations_follows_that_of_rollouts(parse):
+    config = parse("--config.sample.width=128").config
+    assert (config.evaluate.sample.width, config.evaluate.sample.height) == (128, 64)
+    own = ("--config.evaluate.sample.width=256", "--config.sample.width=128")
+    config = parse(*own).config
+    assert (config.sample.width, config.evaluate.sample.width) == (128, 256)
+    refused = refusal(parse, "--config.evaluate.sample.width=x")
+    assert refused == "error: config.evaluate.sample.width is 'x'; expected an integer, 1 or more"
+
+
 def test_words_that_are_no_flags(parse):
     assert parse("a", "--config.seed=1", "b c", words=True).words == ["a", "b c"]
     refused = "; this program takes only flags"

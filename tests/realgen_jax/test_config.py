@@ -1,5 +1,6 @@
 """Configs: all keys in one place, experiments as their docstrings say, mistakes in one line."""
 
+import json
 import re
 import shutil
 import sys
@@ -36,6 +37,20 @@ def test_mappings_of_rewards_and_prompt_sets_take_new_names():
     c.reward.devices.omniaid = "cuda:1"
     c.reward.adversarial.omniaid = adversary()
     c.evaluate.prompts.short = "short.txt"
+
+
+def test_evaluations_have_the_size_of_the_rollouts_unless_they_have_one_of_their_own():
+    c = base()
+    c.sample.width = 768
+    assert (c.evaluate.sample.width, c.evaluate.sample.height) == (768, 512)
+    c.evaluate.sample.width = 1024
+    c.sample.update(width=256, height=384)
+    assert (c.sample.width, c.evaluate.sample.width, c.evaluate.sample.height) == (256, 1024, 384)
+
+    # A saved config has numbers, and a config made of it follows nothing.
+    saved = ConfigDict(json.loads(json.dumps(c.to_dict())))
+    saved.sample.height = 64
+    assert (saved.evaluate.sample.width, saved.evaluate.sample.height) == (1024, 384)
 
 
 def test_base_is_refused_with_a_line_for_each_gap():

@@ -114,6 +114,8 @@ EDGES = {
     "sample.noise_level": ([0.1], [0, -0.5]),
     "sample.guidance_scale": ([0, 3.5], [-1]),
     "evaluate.sample.guidance_scale": ([0, 3.5], [-1]),
+    "evaluate.sample.width": ([1024], [0, 512.0]),
+    "evaluate.sample.num_steps": ([1], [0]),
     "train.cfg_gradient": (["", "both", "bound"], ["none"]),
     "sample.sde_window_range": ([(0, 1), [2, 5]], [(1, 1), (3, 1), (-1, 2), (0,), (0, 1, 2)]),
     "sample.sde_window.stride": ([0, 1], [-1]),
@@ -177,6 +179,7 @@ def test_sections_and_missing_keys_are_named():
     [
         ("sample.sde_type", STOCHASTIC_STEPS),
         ("sample.solver", SOLVERS),
+        ("evaluate.sample.solver", SOLVERS),
         ("sample.sde_window.strategy", ["random", *STAYS]),
         ("train.nft.advantages", ADVANTAGES),
         ("train.nft.draw", DRAWS),

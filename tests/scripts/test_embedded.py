@@ -170,7 +170,7 @@ def test_diffusers_draws_sd3s_pictures(guided):
         guided[1][:1],
         height=64,
         width=64,
-        num_inference_steps=config.sample.eval_num_steps,
+        num_inference_steps=config.evaluate.sample.num_steps,
         guidance_scale=config.evaluate.sample.guidance_scale,
         max_sequence_length=config.prompts.max_tokens,
         latents=torch.from_numpy(np.array(unpack(noise[None], 4, 4)).transpose(0, 3, 1, 2)),

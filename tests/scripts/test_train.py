@@ -366,10 +366,8 @@ def test_sampling_with_and_without_a_lora(whole, cache, tmp_path):
     done = call("sample.py", cache, "--out", tmp_path / "none")
     assert done.returncode == 1
     assert "nothing to sample" in done.stderr
-    typo = call(
-        "sample.py", cache, "snow", "--config.sample.resolutoin=64", "--out", tmp_path / "none"
-    )
-    assert typo.stderr.startswith("error: the config has no key sample.resolutoin; did you")
+    typo = call("sample.py", cache, "snow", "--config.sample.widht=64", "--out", tmp_path / "none")
+    assert typo.stderr.startswith("error: the config has no key sample.widht; did you")
 
 
 @pytest.mark.slow

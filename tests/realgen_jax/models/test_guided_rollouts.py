@@ -35,7 +35,7 @@ SIDE = 4  # tokens on a side of the golden pictures
 def golden_pipeline(name):
     """The family's golden pipeline, all weights trainable."""
     folder = GOLDENS / FOLDERS[name] / "pipeline"
-    return load_model(pretrained(folder), 64, one_device())
+    return load_model(pretrained(folder), (64, 64), one_device())
 
 
 def tokens(latents):

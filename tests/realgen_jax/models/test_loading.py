@@ -166,19 +166,19 @@ def test_a_transformer_out_of_another_pipeline_is_refused(tmp_path, monkeypatch)
     kontext = folder(tmp_path / "transformer")
     index = tmp_path / "model_index.json"
     chosen = pretrained(transformer=str(kontext))
-    abstract_model(chosen, 32, one_device())
+    abstract_model(chosen, (32, 32), one_device())
     index.write_text('{"_class_name": "FluxPipeline"}')
-    abstract_model(chosen, 32, one_device())
+    abstract_model(chosen, (32, 32), one_device())
 
     index.write_text('{"_class_name": "FluxKontextPipeline"}')
     with pytest.raises(ValueError, match=r"model_index\.json has .* 'FluxKontextPipeline'; expect"):
-        abstract_model(chosen, 32, one_device())
+        abstract_model(chosen, (32, 32), one_device())
 
     index.write_text('{"_class_name": "MadeUpPipeline"}')
     monkeypatch.setitem(FAMILIES, "MadeUpPipeline", "tests.helpers.made_up:MADE_UP")
     message = r"transformer is .*, which is part of a MadeUpPipeline; expected one for the FluxPip"
     with pytest.raises(ValueError, match=message):
-        abstract_model(chosen, 32, one_device())
+        abstract_model(chosen, (32, 32), one_device())
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "Pipeline", "", None, 3])
@@ -215,7 +215,7 @@ def test_other_schedules_are_refused_by_name(entries, message, tmp_path):
     file = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
     with pytest.raises(ValueError, match=message):
-        abstract_model(pretrained(tmp_path / "pipeline"), 64, one_device())
+        abstract_model(pretrained(tmp_path / "pipeline"), (64, 64), one_device())
 
 
 def test_the_table_of_schedule_entries_is_diffusers_own():

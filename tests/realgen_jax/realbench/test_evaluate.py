@@ -69,7 +69,7 @@ def setting(tmp_path_factory):
     config.evaluate.prompts = ConfigDict({name: str(file) for name, file in files.items()})
     config.evaluate.images_per_prompt, config.evaluate.batch_size = 2, 4
     config.evaluate.scores = ("embedded_detector", "jpeg_compressibility")
-    config.sample.eval_num_steps, config.mesh.data = 2, 1
+    config.evaluate.sample.num_steps, config.mesh.data = 2, 1
     model, rng = golden_model(), np.random.default_rng(0)
     (root / "text").mkdir()
     cache = TextCache(root / "text", list(dict.fromkeys([*SHORT, *LONG])))
@@ -208,6 +208,15 @@ def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_
     assert not set(pictures(tmp_path).values()) & set(first.values())
     with pytest.raises(ValueError, match=r"seed 0 then and 1 now"):
         run(setting, tmp_path, evaluate__sample__guidance_scale=2.0, seed=1)
+
+
+def test_older_pictures_are_square_and_of_first_order(tmp_path):
+    (tmp_path / "00000.png").touch()
+    (tmp_path / "manifest.json").write_text(json.dumps({"seed": 0, "resolution": 64, "steps": 2}))
+    now = {"seed": 0, "width": 64, "height": 64, "steps": 2, "solver": "euler"}
+    prepare_folder(tmp_path, now, remake=False)
+    with pytest.raises(ValueError, match=r"other settings: solver 'euler' then and 'dpm2' now;"):
+        prepare_folder(tmp_path, {**now, "solver": "dpm2"}, remake=False)
 
 
 @pytest.mark.parametrize("content", [None, '{"seed": 0', "[]"])

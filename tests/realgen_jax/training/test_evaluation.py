@@ -33,7 +33,7 @@ def made_up_run(copies, prompts, rewards):
     return SimpleNamespace(
         config=ConfigDict({"sample": sample, "reward": reward, "evaluate": EVALUATE}),
         test_prompts=prompts,
-        model=SimpleNamespace(mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1])),
+        evaluated=SimpleNamespace(mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1])),
         scorer=RewardBridge(rewards, dict.fromkeys(rewards, "cpu"), deadline=20, retries=0),
         metrics={"pictures": len},
         monitor="reward",

@@ -61,10 +61,14 @@ def check_all(config):
             "must be a multiple of gradient_accumulation_steps 3",
         ),
         (
-            {"sample__resolution": 72},
-            "config.sample.resolution is 72; expected a multiple of 16 pixels",
+            {"sample__width": 72},
+            "config.sample.width is 72; expected a multiple of 16 pixels",
         ),
-        ({"sample__resolution": 0}, "config.sample.resolution is 0"),
+        ({"sample__height": 0}, "config.sample.height is 0"),
+        (
+            {"evaluate__sample__height": 40},
+            "config.evaluate.sample.height is 40; expected a multiple of 16 pixels",
+        ),
         ({"train__lora_rank": 0}, "lora_rank is 0; expected 1 or more"),
         ({"train__lora_alpha": 0.0}, "lora_alpha is 0; expected a number above 0"),
         ({"train__lora_init": "ones"}, "lora_init is 'ones'; choose one of gaussian, kaiming"),

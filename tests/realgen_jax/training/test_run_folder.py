@@ -20,6 +20,7 @@ from realgen_jax.training.run_folder import (
     resume_from,
     run_folder,
     run_lock,
+    with_todays_keys,
     write_digests,
 )
 from tests.helpers import golden_config
@@ -119,6 +120,30 @@ def test_a_changed_config_is_named_key_by_key():
         "  config.new: was None, is now 1",
         "  config.train.lr: was 0.1, is now 0.2",
         "  config.train.range: was [0, 7], is now None",
+    ]
+
+
+def test_an_older_run_has_one_size_and_evaluations_of_first_order():
+    """It goes on unless a size, the steps or the solver of evaluations differ."""
+    old = {
+        "sample": {"resolution": 64, "eval_num_steps": 28, "num_steps": 10},
+        "evaluate": {"sample": {"guidance_scale": 3.5}, "resamples": 10},
+    }
+    own = {"width": 64, "height": 64, "num_steps": 28, "solver": "euler", "guidance_scale": 3.5}
+    now = {
+        "sample": {"width": 64, "height": 64, "num_steps": 10},
+        "evaluate": {"sample": own, "resamples": 20},
+    }
+    free, others = changed_keys(with_todays_keys(old), now, {}, {})
+    assert (len(free), others) == (1, [])
+    assert with_todays_keys(now) == now
+
+    now["evaluate"] = {"sample": {**own, "solver": "dpm2", "width": 128}, "resamples": 10}
+    free, others = changed_keys(with_todays_keys(old), now, {}, {})
+    assert free == []
+    assert others == [
+        "  config.evaluate.sample.solver: was 'euler', is now 'dpm2'",
+        "  config.evaluate.sample.width: was 64, is now 128",
     ]
 
 

@@ -232,8 +232,8 @@ def test_the_abstract_model_is_the_loaded_one():
     """Shape, dtype and sharding of every array, and what the files say: schedule, sizes."""
     config = get_config()
     mesh = make_mesh(2, 2, 2, jax.devices())
-    loaded = load_model(config.pretrained, 64, mesh)
-    abstract_one = abstract_model(config.pretrained, 64, mesh)
+    loaded = load_model(config.pretrained, (64, 64), mesh)
+    abstract_one = abstract_model(config.pretrained, (64, 64), mesh)
 
     for name in ("params", "vae_params"):
         arrays = getattr(loaded, name)

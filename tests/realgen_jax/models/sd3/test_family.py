@@ -133,7 +133,7 @@ def test_the_sizes_are_those_of_the_published_models(config, parameters, modules
     rows = diffusers_table(config).rows
     targets = lora_targets(config)
     assert sum(len(rows[path]) * shapes[f"{path}.kernel"].shape[0] for path in targets) == modules
-    model = abstract_model(pretrained("", family=SD3.pipeline), 1024, one_device())
+    model = abstract_model(pretrained("", family=SD3.pipeline), (1024, 1024), one_device())
     state = Lora(LoraConfig(1, 1.0)).abstract(replace(model, config=config))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == adapters
 
@@ -321,7 +321,7 @@ def test_other_models_are_refused_by_name(tmp_path, file, entry, message):
     changed = tmp_path / file
     changed.write_text(json.dumps(json.loads(changed.read_text()) | entry))
     with pytest.raises(ValueError, match=message) as error:
-        abstract_model(pretrained(tmp_path), 64, one_device())
+        abstract_model(pretrained(tmp_path), (64, 64), one_device())
     assert "\n" not in str(error.value)
 
 

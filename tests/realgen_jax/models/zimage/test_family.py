@@ -69,7 +69,7 @@ def test_the_schedule_is_diffusers_and_realgens_with_one_step_less():
 
 def test_the_sizes_are_those_of_the_published_model():
     assert sum(prod(leaf.shape) for leaf in SHAPES.values()) == 6_154_908_736
-    model = abstract_model(pretrained("", family="ZImagePipeline"), 1024, one_device())
+    model = abstract_model(pretrained("", family="ZImagePipeline"), (1024, 1024), one_device())
     adapters = Lora(LoraConfig(1, 1.0)).abstract(model)
     assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == 2_480_640
     table = Z_IMAGE.table(model.config)
@@ -247,5 +247,5 @@ def test_other_models_are_refused_by_name(tmp_path, file, entry, message):
     changed = tmp_path / file
     changed.write_text(json.dumps(json.loads(changed.read_text()) | entry))
     with pytest.raises(ValueError, match=message) as error:
-        abstract_model(pretrained(tmp_path), 64, one_device())
+        abstract_model(pretrained(tmp_path), (64, 64), one_device())
     assert "\n" not in str(error.value)
