@@ -302,6 +302,9 @@ def _evaluation_sample(rollouts: ConfigDict) -> ConfigDict:
     c.height = rollouts.get_oneway_ref("height")
     c.num_steps = 10  # denoising steps
     c.solver = "euler"  # euler, dpm2
+    # The tuned weights take the first share of the steps, the base model the others. A LoRA's base
+    # is the model without it.
+    c.tuned_share = 1.0
     c.guidance_scale = 3.5
     return c
 

@@ -236,6 +236,7 @@ RANGES = {
     "evaluate.sample.height": integer(1),
     "evaluate.sample.num_steps": integer(1),
     "evaluate.sample.solver": choice("euler", "dpm2"),
+    "evaluate.sample.tuned_share": UP_TO_ONE,
     "evaluate.sample.guidance_scale": number(0),
     "evaluate.batch_size": integer(1),
     "evaluate.scores": names(),

@@ -289,6 +289,23 @@ def _second_order(
     return x
 
 
+def hybrid(tuned: Velocity, base: Velocity, sigmas: np.ndarray, steps: int) -> Velocity:
+    """Return the velocity of hybrid inference: `tuned` in the first steps, then `base`.
+
+    sigmas: the schedule, float32 [T + 1]. steps: number of tuned steps, 1 to T. Source: MixGRPO's
+    sample_flux.py.
+    """
+    if steps == len(sigmas) - 1:
+        return tuned
+    # Between the noise levels of the last tuned step and of the next one.
+    limit = (sigmas[steps - 1] + sigmas[steps]) / 2
+
+    def velocity(x: Array, sigma: Array, cond: Any) -> Array:
+        return jax.lax.cond(sigma[0] > limit, tuned, base, x, sigma, cond)
+
+    return velocity
+
+
 @dataclass(frozen=True)
 class Solver:
     """A solver of the probability-flow ODE.

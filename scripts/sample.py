@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 from PIL import Image
 
 from realgen_jax.command_line import define_config, parse_flags
@@ -28,7 +29,8 @@ from realgen_jax.data import read_prompts
 from realgen_jax.files import write_image
 from realgen_jax.hosts import start_devices
 from realgen_jax.input_files import check_text
-from realgen_jax.models.loading import EVALUATIONS, load_model, size_of
+from realgen_jax.models.loading import EVALUATIONS, load_model, load_tuned, size_of
+from realgen_jax.models.model import tuned_steps
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import with_lora_file
 from realgen_jax.nn.lora_files import open_lora
@@ -57,6 +59,8 @@ flags.DEFINE_integer(
 def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     """Write `out/00000.png`, ... for every prompt, `per_prompt` of each, and return the files."""
     config = FLAGS.config
+    settings = config.evaluate.sample
+    tuned_steps(settings)
     lora = FLAGS.lora or config.pretrained.lora
     if lora:
         open_lora(lora)  # a file that cannot be read is refused at once
@@ -64,18 +68,25 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     # Embed the prompts before JAX claims the memory of its devices.
     cache = embed_prompts(prompts, config.pretrained, config.prompts, ENCODE)
 
-    # The model, with the LoRA's adapters if there is one.
+    # The model and its tuned part: a LoRA's adapters or, if only the first steps take it, a whole
+    # transformer.
     mesh = make_mesh(**config.mesh, devices=start_devices())
-    settings = config.evaluate.sample
-    model = load_model(config.pretrained, size_of(settings), mesh, key=EVALUATIONS)
-    adapters = None
+    pretrained = config.pretrained
+    is_hybrid = settings.tuned_share < 1
+    if is_hybrid and pretrained.transformer and not lora:
+        base = ConfigDict({**pretrained.to_dict(), "transformer": ""})
+        model = load_model(base, size_of(settings), mesh, key=EVALUATIONS)
+        tuned = load_tuned(model, pretrained)
+    else:
+        model = load_model(pretrained, size_of(settings), mesh, key=EVALUATIONS)
+        tuned = None
     if lora:
-        model, adapters = with_lora_file(model, lora)
+        model, tuned = with_lora_file(model, lora)
 
     # All calls have the same size: the last one is padded, and its extra images are dropped.
     devices = batch_devices(mesh)
     batch = -(-FLAGS.batch // devices) * devices
-    sample = model.sampler(settings.num_steps, settings.solver)
+    sample = model.sampler(settings)
     key = jax.random.key(FLAGS.seed)
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +98,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
             call_texts = [texts[number % len(texts)] for number in numbers]
             cond = model.cond(cache, call_texts, settings.guidance_scale)
             ids = jax.device_put(numbers, batch_sharding(mesh))
-            images = np.asarray(sample(model, adapters, cond, key, ids))
+            images = np.asarray(sample(model, tuned, cond, key, ids))
             for number, pixels in zip(numbers[: len(texts) - start], images, strict=False):
                 files.append(out / f"{number:05}.png")
                 write_image(files[-1], Image.fromarray(pixels.transpose(1, 2, 0)))

@@ -231,6 +231,25 @@ def with_size(model: Model, pretrained: Any, size: tuple[int, int], key: str) ->
     return replace(other, params=params, vae_params=model.vae_params)
 
 
+def load_tuned(model: Model, pretrained: Any) -> nnx.State:
+    """Return the weights of `pretrained.transformer` as the trained state of a loaded model.
+
+    Sampling can then take them in some steps and the model's own in others. Raises the errors of
+    `load_transformer`, and ValueError for a transformer of other sizes.
+    """
+    overrides = _overrides(model.family, pretrained, model.height, model.width)
+    sharding = param_sharding(model.mesh, model.family.rules)
+    source = transformer_source(pretrained)
+    base = Path(pretrained.model) / "transformer"
+    config, params = load_transformer(model.family, source, base, sharding, **overrides)
+    if config != model.config:
+        raise ValueError(
+            f"{source} has other sizes than the base model, which takes the last steps "
+            "(config.evaluate.sample.tuned_share)"
+        )
+    return nnx.filter_state(params, nnx.Param)
+
+
 def transformer_source(pretrained: Any) -> Path:
     """Return the `transformer/` folder or single file that `config.pretrained` names.
 

@@ -21,8 +21,23 @@ from realgen_jax.models.trainable import Trainable
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.rollout import SOLVERS
+from realgen_jax.rollout import SOLVERS, hybrid
 from realgen_jax.sharding import batch_sharding
+
+
+def tuned_steps(settings: Any) -> int:
+    """Return the number of steps that take the tuned weights, of config.evaluate.sample.
+
+    Raises ValueError if it is 0.
+    """
+    share = settings.tuned_share
+    steps = round(share * settings.num_steps)
+    if steps == 0:
+        raise ValueError(
+            f"config.evaluate.sample.tuned_share is {share}, which is none of num_steps "
+            f"{settings.num_steps} steps; expected a number above {0.5 / settings.num_steps:g}"
+        )
+    return steps
 
 
 @partial(
@@ -144,12 +159,15 @@ class Model:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), cond
         )
 
-    def sampler(self, steps: int, solver: str = "euler") -> Callable[..., Array]:
+    def sampler(self, settings: Any) -> Callable[..., Array]:
         """Return a jitted (model, trainable, cond, key, ids int32 [n]) -> uint8 [n, 3, H, W].
 
-        The noise of a picture depends only on its id and the key, not on its batch. solver: a key
-        of SOLVERS (rollout.py).
+        The noise of a picture depends only on its id and the key, not on its batch. settings:
+        config.evaluate.sample.
         """
+        solver = SOLVERS[settings.solver]
+        steps = settings.num_steps
+        tuned = tuned_steps(settings)
 
         @jax.jit
         @jax.named_scope("evaluate")
@@ -159,9 +177,11 @@ class Model:
 
             rows = batch_sharding(model.mesh)
             latents = jax.lax.with_sharding_constraint(jax.vmap(noise)(ids), rows)
-            coefficients = SOLVERS[solver].steps(model.sigmas(steps))
+            sigmas = model.sigmas(steps)
             velocity = partial(model.velocity, trainable)
-            tokens = SOLVERS[solver].sample(velocity, cond, latents, coefficients)
+            if trainable is not None:
+                velocity = hybrid(velocity, partial(model.velocity, None), sigmas, tuned)
+            tokens = solver.sample(velocity, cond, latents, solver.steps(sigmas))
             return jax.lax.with_sharding_constraint(model.decode(tokens), rows)
 
         return pictures

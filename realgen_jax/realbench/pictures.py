@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from realgen_jax.models.loading import (
     EVALUATIONS,
     find_family,
     load_model,
+    load_tuned,
     model_folders,
     size_of,
 )
-from realgen_jax.models.model import Model
+from realgen_jax.models.model import Model, tuned_steps
 from realgen_jax.models.trainable import Trainable, with_lora_file
 from realgen_jax.nn.lora_files import PEFT_CONFIG, open_lora
 from realgen_jax.realbench.entries import Weights
@@ -60,15 +61,16 @@ def manifest(
     # -- The model's files.
     model = expand_home(weights.model)
     family = find_family(_pretrained(weights, config))
-    transformer = model / "transformer"
-    if weights.transformer:
-        transformer = expand_home(weights.transformer)
+    sample = config.evaluate.sample
+    transformers = [weights.transformer]
+    if is_hybrid(weights, config):
+        transformers.append(config.pretrained.transformer)
+    transformers = [expand_home(path) if path else model / "transformer" for path in transformers]
     digest = hashlib.sha256()
-    for path in (transformer, *(model / name for name in model_folders(family))):
+    for path in (*transformers, *(model / name for name in model_folders(family))):
         for file in _files(path):
             digest.update(sampled_digest(file))
 
-    sample = config.evaluate.sample
     pretrained = config.pretrained
     return {
         **asdict(weights),
@@ -79,6 +81,7 @@ def manifest(
         "height": sample.height,
         "steps": sample.num_steps,
         "solver": sample.solver,
+        "tuned_steps": tuned_steps(sample),
         "guidance": sample.guidance_scale,
         "dtype": pretrained.dtype,
         "param_dtype": pretrained.param_dtype,
@@ -87,6 +90,12 @@ def manifest(
         "text_dtype": config.prompts.dtype,
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
     }
+
+
+def is_hybrid(weights: Weights, config: ConfigDict) -> bool:
+    """Return whether these weights are a tuned transformer that takes only the first steps."""
+    tuned = weights.transformer not in ("", config.pretrained.transformer)
+    return tuned and config.evaluate.sample.tuned_share < 1
 
 
 def _pretrained(weights: Weights, config: ConfigDict) -> ConfigDict:
@@ -167,7 +176,13 @@ def _today(content: dict[str, Any]) -> dict[str, Any]:
     if "resolution" not in content:
         return content
     side = content.pop("resolution")
-    return {"width": side, "height": side, "solver": "euler", **content}
+    return {
+        "width": side,
+        "height": side,
+        "solver": "euler",
+        "tuned_steps": content["steps"],
+        **content,
+    }
 
 
 # --- Generating pictures
@@ -182,15 +197,20 @@ class Sampler:
         """loras: all LoRAs that will be used with this model; they are read now, to fail early."""
         self.weights = weights
         self.sample = config.evaluate.sample
-        pretrained = _pretrained(weights, config)
-        self.model = load_model(pretrained, size_of(self.sample), mesh, key=EVALUATIONS)
+        tuned = _pretrained(weights, config)
+        base = tuned
+        if is_hybrid(weights, config):
+            base = _pretrained(replace(weights, transformer=config.pretrained.transformer), config)
+        self.model = load_model(base, size_of(self.sample), mesh, key=EVALUATIONS)
 
         self._programs: dict[Trainable | None, Callable] = {}
-        self._no_lora: tuple[Model, Any] = (self.model, None)
+        state = None if base is tuned else load_tuned(self.model, tuned)
+        self._no_lora: tuple[Model, Any] = (self.model, state)
+        everywhere = replicated(mesh)
         paths = [path for path in loras if path]
         for path in reversed(paths):
             model, adapters = self._load_lora(path)
-            zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), adapters)
+            zeros = jax.tree.map(lambda a: put(np.zeros(a.shape, np.float32), everywhere), adapters)
             self._no_lora = (model, zeros)
 
     def program(self, lora: str) -> tuple[Model, Callable]:
@@ -205,10 +225,8 @@ class Sampler:
             model, adapters = self._load_lora(lora)
         if adapters is not None:
             trainable = model.trainable
-            everywhere = replicated(model.mesh)
-            adapters = jax.tree.map(lambda a: put(np.asarray(a), everywhere), adapters)
         if trainable not in self._programs:
-            self._programs[trainable] = model.sampler(self.sample.num_steps, self.sample.solver)
+            self._programs[trainable] = model.sampler(self.sample)
 
         pictures = self._programs[trainable]
         return model, lambda cond, key, ids: pictures(model, adapters, cond, key, ids)

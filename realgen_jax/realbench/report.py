@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from plotly.offline import get_plotlyjs
 
 from realgen_jax.files import write_whole
+from realgen_jax.models.model import tuned_steps
 from realgen_jax.realbench import plots
 from realgen_jax.realbench.aggregate import ALL, MEAN, SHARE, Row
 from realgen_jax.realbench.formatting import number, percent, points, signed
@@ -212,6 +213,8 @@ def _facts(config: ConfigDict, results: Results, seed: int) -> list[tuple[str, s
             f"{sample.width} x {sample.height} px, {sample.num_steps} steps ({sample.solver}), "
             f"guidance {sample.guidance_scale:g}"
         )
+        if sample.tuned_share < 1:
+            sampling += f"; tuned weights in the first {tuned_steps(sample)} steps"
         facts += [
             ("Model", Path(config.pretrained.model).name),
             ("Sampling", sampling),

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.data import Layout
 from realgen_jax.models.guidance import check_gradient
-from realgen_jax.models.model import Model
+from realgen_jax.models.model import Model, tuned_steps
 from realgen_jax.models.prompts import check_max_tokens
 from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.objectives import make_objective
@@ -97,6 +97,7 @@ def check_model(recipe: Recipe, model: Model) -> None:
     config = recipe.config
     family = model.family
     recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+    tuned_steps(config.evaluate.sample)
     check_gradient(family, config.sample.guidance_scale, config.train.cfg_gradient)
     check_max_tokens(family, config.prompts.max_tokens)
 
@@ -132,7 +133,6 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
         return recipe.objective.recompute_means(model.velocity, trainable, batch)
 
     same_latent = recipe.config.sample.same_latent
-    evaluation = recipe.config.evaluate.sample
     jit = partial(jax.jit, compiler_options=compiler_options(model.config.dtype, model.mesh))
     return Programs(
         sample=jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
@@ -140,7 +140,7 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
             update_call, donate_argnums=1, out_shardings=(shardings, replicated(model.mesh))
         ),
         recompute=jit(recompute_call),
-        evaluate=model.sampler(evaluation.num_steps, evaluation.solver),
+        evaluate=model.sampler(recipe.config.evaluate.sample),
     )
 
 

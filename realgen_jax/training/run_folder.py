@@ -205,7 +205,7 @@ def with_todays_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     size = {"width": side, "height": side}
 
     evaluate = dict(config["evaluate"])
-    own = {**size, "num_steps": steps, "solver": "euler"}
+    own = {**size, "num_steps": steps, "solver": "euler", "tuned_share": 1.0}
     evaluate["sample"] = {**evaluate.get("sample", {}), **own}
     return {**config, "sample": {**sample, **size}, "evaluate": evaluate}
 

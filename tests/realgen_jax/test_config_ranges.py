@@ -116,6 +116,7 @@ EDGES = {
     "evaluate.sample.guidance_scale": ([0, 3.5], [-1]),
     "evaluate.sample.width": ([1024], [0, 512.0]),
     "evaluate.sample.num_steps": ([1], [0]),
+    "evaluate.sample.tuned_share": ([0.5, 1], [0, 1.1]),
     "train.cfg_gradient": (["", "both", "bound"], ["none"]),
     "sample.sde_window_range": ([(0, 1), [2, 5]], [(1, 1), (3, 1), (-1, 2), (0,), (0, 1, 2)]),
     "sample.sde_window.stride": ([0, 1], [-1]),

@@ -13,8 +13,10 @@ from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import unpack
 from realgen_jax.nn.vae import Autoencoder
 from realgen_jax.rollout import (
+    SOLVERS,
     compiler_options,
     draw_latents,
+    hybrid,
     make_noiseless_plan,
     make_plan,
     rollout,
@@ -165,6 +167,36 @@ def test_noiseless_rollouts_match_the_golden(schedule):
     np.testing.assert_allclose(
         final("dpm2"), dpm2[f"{schedule}/trajectory"][-1], rtol=entry["rtol"], atol=entry["atol"]
     )
+
+
+def test_hybrid_inference_matches_the_golden():
+    """The tuned model takes the first steps, the base model the others, with any solver."""
+    own = case("hybrid")
+    sigmas = own["sigmas"]
+
+    def of(name):
+        return lambda x, sigma, cond: (
+            x @ own[f"A_{name}"].T + sigma[:, None, None] * own[f"b_{name}"]
+        )
+
+    def final(velocity, solver):
+        kind = SOLVERS[solver]
+        return jax.jit(lambda x: kind.sample(velocity, None, x, kind.steps(sigmas)))(own["latents"])
+
+    finals = [name for name in own.arrays if name.endswith("/final")]
+    for name in finals:
+        steps = int(name.removeprefix("first").partition("/")[0])
+        if steps:
+            velocity = hybrid(of("tuned"), of("base"), sigmas, steps)
+            own.check(name, final(velocity, "euler"))
+    assert len(finals) > 2
+
+    # The second-order solver's history goes on across the change.
+    steps = len(sigmas) - 2
+    mixed = final(hybrid(of("tuned"), of("base"), sigmas, steps), "dpm2")
+    assert not np.allclose(mixed, final(of("tuned"), "dpm2"))
+    assert not np.allclose(mixed, final(of("base"), "dpm2"))
+    assert hybrid(of, None, sigmas, len(sigmas) - 1) is of
 
 
 def test_a_moving_window_is_a_function_of_the_epoch():

@@ -213,10 +213,32 @@ def test_pictures_that_were_made_with_something_else_are_not_taken(setting, tmp_
 def test_older_pictures_are_square_and_of_first_order(tmp_path):
     (tmp_path / "00000.png").touch()
     (tmp_path / "manifest.json").write_text(json.dumps({"seed": 0, "resolution": 64, "steps": 2}))
-    now = {"seed": 0, "width": 64, "height": 64, "steps": 2, "solver": "euler"}
+    now = {"seed": 0, "width": 64, "height": 64, "steps": 2, "tuned_steps": 2, "solver": "euler"}
     prepare_folder(tmp_path, now, remake=False)
     with pytest.raises(ValueError, match=r"other settings: solver 'euler' then and 'dpm2' now;"):
         prepare_folder(tmp_path, {**now, "solver": "dpm2"}, remake=False)
+
+
+def test_a_tuned_transformer_may_take_the_first_steps_alone(whole, setting, tmp_path):
+    """The base model takes the second of two steps. It and an unchanged copy make its pictures."""
+    model = golden_model()
+    weights = model.trainable.init(model, jax.random.key(0))
+    for name, factor in (("copy", 1.0), ("tuned", 1.1)):
+        own = jax.tree.map(lambda leaf, factor=factor: factor * leaf, weights)
+        model.trainable.save(model, setting.root / name, own)
+    models = [str(setting.root / name) for name in ("copy", "tuned")]
+    entries = {"models": models, "base": False}
+
+    half = {"evaluate__sample__tuned_share": 0.5}
+    run(setting, tmp_path / "half", entries=entries, **half)
+    run(setting, tmp_path / "all", entries=entries)
+    base = pixels(whole[0])
+    assert apart(pixels(tmp_path / "half", "copy"), base)[0] <= 1
+    hybrid = pixels(tmp_path / "half", "tuned")
+    assert apart(hybrid, base)[0] > 1
+    assert apart(hybrid, pixels(tmp_path / "all", "tuned"))[0] > 1
+    with pytest.raises(ValueError, match="tuned_steps 2 then and 1 now"):
+        run(setting, tmp_path / "all", entries=entries, **half)
 
 
 @pytest.mark.parametrize("content", [None, '{"seed": 0', "[]"])

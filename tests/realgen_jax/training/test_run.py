@@ -69,6 +69,11 @@ def check_all(config):
             {"evaluate__sample__height": 40},
             "config.evaluate.sample.height is 40; expected a multiple of 16 pixels",
         ),
+        (
+            {"evaluate__sample__tuned_share": 0.1},
+            "config.evaluate.sample.tuned_share is 0.1, which is none of num_steps 4 steps; "
+            "expected a number above 0.125",
+        ),
         ({"train__lora_rank": 0}, "lora_rank is 0; expected 1 or more"),
         ({"train__lora_alpha": 0.0}, "lora_alpha is 0; expected a number above 0"),
         ({"train__lora_init": "ones"}, "lora_init is 'ones'; choose one of gaussian, kaiming"),
