@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
-from realgen_configs import flux_grpo, sd3_grpo, serve_rewards, zimage_grpo
+from realgen_configs import flux_grpo, flux_objectives, sd3_grpo, serve_rewards, zimage_grpo
 from tests.helpers.goldens import ROOT
 
 TEXTS = [
@@ -55,7 +55,8 @@ def test_every_key_and_preset_exists(file):
     configs = (flux_grpo.get_config(), serve_rewards.get_config())
     for key in keys_in(text):
         assert any(has_key(config, key) for config in configs), key
-    presets = {*flux_grpo.PRESETS, *sd3_grpo.PRESETS, *zimage_grpo.PRESETS}
+    files = (flux_grpo, flux_objectives, sd3_grpo, zimage_grpo)
+    presets = {name for file in files for name in file.PRESETS}
     assert presets_in(text) <= presets
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from realgen_configs import flux_grpo, sd3_grpo, serve_rewards, zimage_grpo
+from realgen_configs import flux_grpo, flux_objectives, sd3_grpo, serve_rewards, zimage_grpo
 from realgen_jax.config import adversary, base
 from realgen_jax.config_files import load_config, missing_keys
 from realgen_jax.training.run import check
@@ -69,7 +69,7 @@ def test_base_is_refused_with_a_line_for_each_gap():
 
 
 # The configs that train, and each of their experiments.
-TRAINING = (flux_grpo, sd3_grpo, zimage_grpo)
+TRAINING = (flux_grpo, flux_objectives, sd3_grpo, zimage_grpo)
 EXPERIMENTS = [
     pytest.param(module, name, id=name) for module in TRAINING for name in module.PRESETS
 ]
@@ -204,7 +204,7 @@ def test_a_broken_file_is_an_error_of_one_line(monkeypatch, tmp_path, text, mess
 
 def test_unknown_names_and_presets_list_the_known_ones(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    shipped = "shipped are embedded, flux_grpo, sd3_grpo, serve_rewards, zimage_grpo"
+    shipped = "shipped are embedded, flux_grpo, flux_objectives, sd3_grpo, serve_rewards, zimage"
     with pytest.raises(FileNotFoundError, match=shipped):
         load_config("flux_grop")
     with pytest.raises(ValueError, match=r"flux_grpo\.py has no preset 'flux'; choose from tiny,"):

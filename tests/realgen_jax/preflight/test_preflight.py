@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from realgen_configs import sd3_grpo, zimage_grpo
+from realgen_configs import flux_objectives, sd3_grpo, zimage_grpo
 from realgen_configs.flux_grpo import get_config
+from realgen_jax.models.cost import decode_flops, velocity_flops
 from realgen_jax.preflight.advice import changes, learners
 from realgen_jax.preflight.report import make_report
 from realgen_jax.preflight.tables import show
@@ -119,13 +120,39 @@ def test_nothing_is_said_of_guidance_and_kernels_without_need(capsys):
     assert peaks == {figures["bytes"]["peak"]}
 
 
+def test_evaluations_have_costs_of_their_own():
+    """At 1024 pixels and 28 steps, while rollouts have 512 pixels and 10 steps."""
+    config = flux_objectives.get_config("flux_nft_8xh200")
+    report = make_report(config, 7)
+    assert (report.evaluation.image_tokens, report.work.image_tokens) == (64**2, 32**2)
+    flops = velocity_flops(report.evaluation)
+    forward = sum(flops.values())
+    assert forward - flops["lora"] == pytest.approx(74.4e12, rel=2e-3)
+    sampled = 56 * (28 * forward + decode_flops(report.evaluation))
+    assert report.flops["evaluation"] == pytest.approx(sampled)
+    iteration = report.flops["rollout"] + report.flops["decode"] + report.flops["update"]
+    assert report.flops["total"] == pytest.approx(iteration)
+
+    # 8 pictures on a device, of which 3 bytes a pixel wait for scores.
+    phase = report.phases["evaluation"]
+    assert phase["pictures"] == 8 * 3 * 1024**2
+    with config.unlocked():
+        config.sample.test_batch_size = 560
+    more = make_report(config, 7)
+    assert more.phases["evaluation"]["pictures"] == 10 * phase["pictures"]
+    assert more.peak == sum(more.held.values()) + max(
+        sum(phase.values()) for phase in more.phases.values()
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "preset"),
     [("sd3_grpo", name) for name in sd3_grpo.PRESETS if "tiny" not in name]
-    + [("zimage_grpo", name) for name in zimage_grpo.PRESETS],
+    + [("zimage_grpo", name) for name in zimage_grpo.PRESETS]
+    + [("flux_objectives", name) for name in flux_objectives.PRESETS],
 )
-def test_other_families_compile_on_paper(file, preset):
+def test_other_families_and_objectives_compile_on_paper(file, preset):
     done = preflight("--config.pretrained.model=models/none", preset=preset, file=file)
     assert done.returncode == 0, done.stderr
     assert "Both programs compile for this mesh." in done.stdout
