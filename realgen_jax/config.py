@@ -100,6 +100,8 @@ def _sample() -> ConfigDict:
     c = ConfigDict()
     c.width = 512  # pixels
     c.height = 512
+    # Several sizes (width, height) instead, in turn: epoch e, counted from 0, has size e mod n.
+    c.buckets = ()
     c.num_steps = 10  # denoising steps
     c.guidance_scale = 3.5
     c.train_batch_size = 8  # images per rollout call, over all devices

@@ -58,6 +58,13 @@ STEPS = Range(
     "two integers (first, end) with 0 <= first < end",
     lambda value: is_tuple(value, is_integer) and len(value) == 2 and 0 <= value[0] < value[1],
 )
+SIZES = Range(
+    "pairs (width, height) in pixels, such as ((512, 512), (768, 512))",
+    lambda value: is_tuple(
+        value,
+        lambda size: is_tuple(size, lambda side: is_integer(side) and side >= 1) and len(size) == 2,
+    ),
+)
 BETAS = Range(
     "two numbers from 0 to below 1",
     lambda value: is_tuple(value, fraction().holds) and len(value) == 2,
@@ -150,6 +157,7 @@ RANGES = {
     "prompts.device": device(),
     "sample.width": integer(1),
     "sample.height": integer(1),
+    "sample.buckets": SIZES,
     "sample.num_steps": integer(1),
     "sample.guidance_scale": number(0),
     "sample.train_batch_size": integer(1),

@@ -133,6 +133,13 @@ def size_of(sample: Any) -> tuple[int, int]:
     return sample.width, sample.height
 
 
+def rollout_sizes(sample: Any) -> dict[str, tuple[int, int]]:
+    """Return the sizes of config.sample by their keys, those of rollouts in the order of epochs."""
+    if not sample.buckets:
+        return {ROLLOUTS: size_of(sample)}
+    return {f"{ROLLOUTS}.buckets[{i}]": tuple(size) for i, size in enumerate(sample.buckets)}
+
+
 def load_model(
     pretrained: Any,
     size: tuple[int, int],

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from realgen_jax.models.cost import F32
-from realgen_jax.models.loading import size_of
+from realgen_jax.models.loading import rollout_sizes
 from realgen_jax.nn.attention import LANES
 from realgen_jax.preflight.figures import GIB, Accelerator, report_on, usable_bytes
 from realgen_jax.preflight.report import Report, on_tpu, with_scores
@@ -174,8 +174,8 @@ def learners(recipe: Recipe) -> list[str]:
     """Return a line for each reward that learns: steps per epoch and the size of its history."""
     lines = []
     pairs = recipe.layout.calls * recipe.layout.images
-    width, height = size_of(recipe.config.sample)
-    pixels = min(width, KEPT_SIDE) * min(height, KEPT_SIDE)
+    sizes = rollout_sizes(recipe.config.sample).values()
+    pixels = max(min(width, KEPT_SIDE) * min(height, KEPT_SIDE) for width, height in sizes)
     for name, settings in recipe.config.reward.adversarial.items():
         batch = settings.batch_size or pairs
         batches = -(-pairs // batch)

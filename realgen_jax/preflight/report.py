@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.models import cost
 from realgen_jax.models.guidance import is_guided
-from realgen_jax.models.loading import EVALUATIONS, abstract_model, size_of
+from realgen_jax.models.loading import EVALUATIONS, abstract_model, rollout_sizes, size_of
 from realgen_jax.models.model import Model
 from realgen_jax.nn.attention import fills_tiles
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
@@ -33,11 +33,11 @@ QUICK = {"xla_backend_optimization_level": 0}
 class Report:
     """The estimate of a run; bytes are per device.
 
-    work, evaluation: the sizes of the run, and of one call of its evaluations. parts: number of
-    parts the batch is split into. held: {name: bytes} that stay in memory
-    (weights, trained arrays, optimizer state). phases: {phase: {name: bytes}}. flops:
-    operations of an iteration, over all devices, and of one call of an evaluation, which is not in
-    the total.
+    model: that of the rollouts' largest pictures. work, evaluation: the sizes of the run, and of
+    one call of its evaluations. parts: number of parts the batch is split into. held: {name: bytes}
+    that stay in memory (weights, trained arrays, optimizer state). phases: {phase: {name: bytes}}.
+    flops: operations of an iteration, over all devices, and of one call of an evaluation, which is
+    not in the total.
     """
 
     recipe: Recipe
@@ -115,8 +115,11 @@ def make_report(config: ConfigDict, devices: int) -> Report:
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
     check_mesh(recipe, mesh)
-    model = abstract_model(config.pretrained, size_of(config.sample), mesh, recipe.trainable)
-    check_model(recipe, model)
+    models = []
+    for key, size in rollout_sizes(config.sample).items():
+        models.append(abstract_model(config.pretrained, size, mesh, recipe.trainable, key))
+        check_model(recipe, models[-1])
+    model = max(models, key=lambda model: model.token_shape[0])
 
     state = abstract_state(recipe, model)
     trained = device_bytes(state.trainable)

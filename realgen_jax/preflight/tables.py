@@ -1,6 +1,7 @@
 """Print a preflight report as tables."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from realgen_jax.models import cost
-from realgen_jax.models.loading import default_model, size_of
+from realgen_jax.models.loading import default_model, rollout_sizes
 from realgen_jax.preflight.advice import Tried, advice
 from realgen_jax.preflight.figures import (
     ACCELERATORS,
@@ -88,7 +89,8 @@ def summary(report: Report) -> Text:
     if recipe.trainable.rank:
         trained = f"LoRA of rank {recipe.trainable.rank}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.model.mesh.shape.items())
-    width, height = size_of(recipe.config.sample)
+    width, height = max(rollout_sizes(recipe.config.sample).values(), key=math.prod)
+    others = ", its largest size" if recipe.config.sample.buckets else ""
     per_device = layout.images // report.parts
     train = recipe.config.train
     steps = layout.calls // train.gradient_accumulation_steps * train.num_inner_epochs
@@ -106,8 +108,8 @@ def summary(report: Report) -> Text:
         (recipe.config.preset, "bold"),
         f"  {trained}, on {report.devices} training devices "
         f"({mesh})\n"
-        f"One iteration: {layout.calls * layout.images} images of {width} x {height} pixels "
-        f"({layout.groups} prompts, {layout.group} images each) in {layout.calls} calls of "
+        f"One iteration: {layout.calls * layout.images} images of {width} x {height} pixels{others}"
+        f" ({layout.groups} prompts, {layout.group} images each) in {layout.calls} calls of "
         f"{layout.images} images ({per_device} per device), then {steps} optimizer steps. "
         f"{where}{guidance(report)}\n",
     )

@@ -49,6 +49,7 @@ def sample_epoch(
     """
     layout = run.recipe.layout
     policy = run.recipe.objective.rollout_policy(state)
+    model, plan = run.rollout_of(epoch)
     epoch_key = jax.random.fold_in(run.key(TRAINING), epoch)
     calls = []
     for number in range(layout.calls):
@@ -63,9 +64,8 @@ def sample_epoch(
         if run.config.sample.same_latent:
             latent_key = jax.random.fold_in(epoch_key, layout.calls + int(groups[0]))
 
-        plan = run.plan.draw(start_key, epoch)
         pictures, record, finite = programs.sample(
-            run.model, policy, cond, (latent_key, noise_key), plan
+            model, policy, cond, (latent_key, noise_key), plan.draw(start_key, epoch)
         )
 
         # Every image has its slot's prompt.
@@ -118,6 +118,7 @@ def update_epoch(
     train = run.config.train
     advantages = advantages.reshape(len(calls), -1)
     advantages = put(advantages, batch_sharding(run.model.mesh, axis=1))
+    model, _ = run.rollout_of(epoch)
 
     # The calls of one optimizer step, stacked.
     batches = []
@@ -130,12 +131,12 @@ def update_epoch(
 
     # For hardware that uses different kernels in rollout and update.
     if train.recompute_old:
-        batches = [programs.recompute(run.model, state.trainable, batch) for batch in batches]
+        batches = [programs.recompute(model, state.trainable, batch) for batch in batches]
 
     metrics = []
     for _ in range(train.num_inner_epochs):
         for batch in batches:
-            state, step_metrics = programs.update(run.model, state, batch)
+            state, step_metrics = programs.update(model, state, batch)
             metrics.append(step_metrics)
     metrics = jax.device_get(metrics)
     for step_metrics in metrics:

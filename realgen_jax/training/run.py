@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from realgen_jax.advantages import advantage_problems
@@ -18,12 +19,13 @@ from realgen_jax.models.loading import (
     abstract_model,
     load_model,
     missing_model,
+    rollout_sizes,
     size_of,
     sizes_on_disk,
     with_size,
 )
 from realgen_jax.models.model import Model
-from realgen_jax.models.trainable import make_trainable
+from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.sharding import abstract_mesh, make_mesh
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.learning import LearningReward
@@ -49,17 +51,18 @@ class Metric(Protocol):
 class Run:
     """Everything that stays the same from the first epoch to the last.
 
-    digests: {key of the config: digest of what it names}. plan: the objective's rollout plan.
-    evaluated: the model for the pictures of evaluations, with the weights of `model`. learning: the
-    rewards that learn. metrics: those for which an evaluation has enough pictures.
+    digests: {key of the config: digest of what it names}. models, plans: for each size of the
+    rollouts' pictures, the model and the objective's rollout plan. evaluated: the model for the
+    pictures of evaluations. All models have the same weights in memory. learning: the rewards that
+    learn. metrics: those for which an evaluation has enough pictures.
     """
 
     config: ConfigDict
     digests: Mapping[str, str]
     folder: Path
     recipe: Recipe
-    model: Model
-    plan: Any
+    models: Sequence[Model]
+    plans: Sequence[Any]
     evaluated: Model
     cache: TextCache
     prompts: Sequence[str]
@@ -68,6 +71,16 @@ class Run:
     learning: Mapping[str, LearningReward]
     metrics: Mapping[str, Metric]
     checkpoints: Checkpoints
+
+    @property
+    def model(self) -> Model:
+        """The model, where the size of pictures does not matter."""
+        return self.models[0]
+
+    def rollout_of(self, epoch: int) -> tuple[Model, Any]:
+        """Return the model and the plan of an epoch's rollouts. epoch: counted from 0."""
+        number = epoch % len(self.models)
+        return self.models[number], self.plans[number]
 
     @property
     def monitor(self) -> str:
@@ -105,16 +118,17 @@ def set_up(
     recipe = make_recipe(config)
     mesh = make_mesh(**config.mesh, devices=start_devices())
     check_mesh(recipe, mesh, process_count())
-    model = load_model(config.pretrained, size_of(config.sample), mesh, recipe.trainable)
+    models = _load_models(config, mesh, recipe.trainable)
+    steps = config.sample.num_steps
 
     run = Run(
         config=config,
         digests=digests,
         folder=folder,
         recipe=recipe,
-        model=model,
-        plan=recipe.objective.make_plan(model.sigmas(config.sample.num_steps)),
-        evaluated=_evaluated_model(config, model),
+        models=models,
+        plans=[recipe.objective.make_plan(model.sigmas(steps)) for model in models],
+        evaluated=_evaluated_model(config, models),
         cache=cache,
         prompts=prompts,
         test_prompts=test_prompts,
@@ -123,15 +137,27 @@ def set_up(
         metrics=metrics,
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
     )
-    return run, first_state(recipe, model, run.key(FIRST_WEIGHTS))
+    return run, first_state(recipe, run.model, run.key(FIRST_WEIGHTS))
 
 
-def _evaluated_model(config: ConfigDict, model: Model) -> Model:
-    """The model for the pictures of evaluations, with the same weights in memory."""
+def _load_models(config: ConfigDict, mesh: Mesh, trainable: Trainable) -> list[Model]:
+    """Load the model once, for each size of the rollouts' pictures."""
+    models: list[Model] = []
+    for key, size in rollout_sizes(config.sample).items():
+        if models:
+            models.append(with_size(models[0], config.pretrained, size, key))
+        else:
+            models.append(load_model(config.pretrained, size, mesh, trainable, key))
+    return models
+
+
+def _evaluated_model(config: ConfigDict, models: Sequence[Model]) -> Model:
+    """The model for the pictures of evaluations: that of rollouts of the same size, if any."""
     size = size_of(config.evaluate.sample)
-    if size == size_of(config.sample):
-        return model
-    return with_size(model, config.pretrained, size, EVALUATIONS)
+    for own_size, model in zip(rollout_sizes(config.sample).values(), models, strict=True):
+        if own_size == size:
+            return model
+    return with_size(models[0], config.pretrained, size, EVALUATIONS)
 
 
 def defined_metrics(
@@ -174,8 +200,9 @@ def check_shapes(config: ConfigDict, devices: int) -> None:
     recipe = make_recipe(config)
     mesh = abstract_mesh(**config.mesh, devices=devices)
     check_mesh(recipe, mesh, process_count())
-    model = abstract_model(config.pretrained, size_of(config.sample), mesh, recipe.trainable)
-    check_model(recipe, model)
+    for key, size in rollout_sizes(config.sample).items():
+        model = abstract_model(config.pretrained, size, mesh, recipe.trainable, key)
+        check_model(recipe, model)
     abstract_model(config.pretrained, size_of(config.evaluate.sample), mesh, key=EVALUATIONS)
     recipe.trainable.abstract(model)
     if config.pretrained.lora:

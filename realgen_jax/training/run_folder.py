@@ -203,11 +203,12 @@ def with_todays_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     side = sample.pop("resolution")
     steps = sample.pop("eval_num_steps")
     size = {"width": side, "height": side}
+    sizes = {**size, "buckets": []}
 
     evaluate = dict(config["evaluate"])
     own = {**size, "num_steps": steps, "solver": "euler", "tuned_share": 1.0}
     evaluate["sample"] = {**evaluate.get("sample", {}), **own}
-    return {**config, "sample": {**sample, **size}, "evaluate": evaluate}
+    return {**config, "sample": {**sample, **sizes}, "evaluate": evaluate}
 
 
 def _read_start(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:

@@ -116,6 +116,10 @@ EDGES = {
     "evaluate.sample.guidance_scale": ([0, 3.5], [-1]),
     "evaluate.sample.width": ([1024], [0, 512.0]),
     "evaluate.sample.num_steps": ([1], [0]),
+    "sample.buckets": (
+        [(), ((512, 512), (768, 512)), [[64, 64]]],
+        [(64, 64), ((64,),), ((0, 64),), 64],
+    ),
     "evaluate.sample.tuned_share": ([0.5, 1], [0, 1.1]),
     "train.cfg_gradient": (["", "both", "bound"], ["none"]),
     "sample.sde_window_range": ([(0, 1), [2, 5]], [(1, 1), (3, 1), (-1, 2), (0,), (0, 1, 2)]),

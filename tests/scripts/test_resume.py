@@ -231,6 +231,33 @@ def test_an_output_that_nobody_reads_ends_the_run_with_a_save(cache, tmp_path):
     assert newest_good(tmp_path / "x" / "checkpoints")[0] >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_sizes_in_turn(cache, tmp_path, family):
+    """Every epoch replays its rollout at its own size, and a resumed run has the same sizes.
+
+    Each size is compiled once.
+    """
+    config = f"{GOLDEN}:{family}"
+    words = [f"--config.run_root={tmp_path}", "--config.save_freq=1", "--config.eval_freq=2"]
+    words += ["--config.sample.buckets=((64,64),(96,64),(64,96))"]
+    words += ["--config.evaluate.sample.width=80", "--config.evaluate.sample.solver=dpm2"]
+    for name, *more in (
+        ("whole", "--config.num_epochs=4"),
+        ("parts", "--config.num_epochs=2"),
+        ("parts", "--config.num_epochs=4", "--resume"),
+    ):
+        run = (f"--config.run_name={name}", *more)
+        done = call("train.py", cache, *words, *run, config=config, JAX_LOG_COMPILES="1")
+        assert done.returncode == 0, done.stderr
+        if name == "whole":
+            for program in ("sample_call", "update_call"):
+                assert done.stderr.count(f"Compiling jit({program})") == 3
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    trained = [row for row in rows(tmp_path / "whole") if row["kind"] == "train"]
+    assert [row["first_ratio_deviation"] for row in trained] == [0, 0, 0, 0]
+
+
 @pytest.fixture
 def small_disk():
     """A function that mounts a small disk on a folder."""

@@ -145,6 +145,18 @@ def test_evaluations_have_costs_of_their_own():
     )
 
 
+def test_of_several_sizes_the_largest_counts(capsys):
+    config = get_config("tiny")
+    with config.unlocked():
+        config.sample.buckets = ((64, 64), (64, 96), (80, 64))
+    report = make_report(config, 1)
+    assert (report.model.width, report.model.height) == (4, 6)
+    assert report.work.image_tokens == 24
+    assert report.evaluation.image_tokens == 16
+    show(report, {}, 0.4, True, lambda report, room: ([], []))
+    assert "64 x 96 pixels, its largest size" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "preset"),

@@ -70,6 +70,10 @@ def check_all(config):
             "config.evaluate.sample.height is 40; expected a multiple of 16 pixels",
         ),
         (
+            {"sample__buckets": ((64, 64), (72, 64))},
+            "config.sample.buckets[1].width is 72; expected a multiple of 16 pixels",
+        ),
+        (
             {"evaluate__sample__tuned_share": 0.1},
             "config.evaluate.sample.tuned_share is 0.1, which is none of num_steps 4 steps; "
             "expected a number above 0.125",

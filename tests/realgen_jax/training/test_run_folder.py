@@ -132,7 +132,7 @@ def test_an_older_run_has_one_size_and_evaluations_of_first_order():
     own = {"width": 64, "height": 64, "num_steps": 28, "solver": "euler", "guidance_scale": 3.5}
     own["tuned_share"] = 1.0
     now = {
-        "sample": {"width": 64, "height": 64, "num_steps": 10},
+        "sample": {"width": 64, "height": 64, "buckets": (), "num_steps": 10},
         "evaluate": {"sample": own, "resamples": 20},
     }
     free, others = changed_keys(with_todays_keys(old), now, {}, {})
