@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from realgen_jax.config import base
-from realgen_jax.config_files import DOTS, OWN_REWARD, load_config, missing_keys
+from realgen_jax.config_files import DOTS, OWN_REWARD, RENAMED, load_config, missing_keys
 from realgen_jax.config_ranges import RANGES, range_of, takes_new_names, wrong_values
 from realgen_jax.ranges import Range
 
@@ -132,6 +132,8 @@ def _unknown_key(argv: Sequence[str], parser: "_ConfigParser") -> str | None:
         if not match or match[1] in known:
             continue
         key, value = match.groups()
+        if key in RENAMED:
+            return f"the config has no key {key}; it is now {RENAMED[key]}"
 
         # A new name in a mapping: the whole mapping has to be set.
         parent = key.rpartition(".")[0]

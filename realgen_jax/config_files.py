@@ -26,6 +26,12 @@ OWN_REWARD = (
     "config.reward.options.NAME = {'class': 'package.module:Class'} (docs/rewards.md)"
 )
 
+# Keys of older versions, and those that say the same now.
+RENAMED = {
+    "sample.resolution": "config.sample.width and config.sample.height",
+    "sample.eval_num_steps": "config.evaluate.sample.num_steps",
+}
+
 
 def load_config(argument: str) -> ConfigDict:
     """Return the config of "FILE[:PRESET]", or of "NAME[:PRESET]" for a shipped config.
@@ -133,4 +139,7 @@ def _one_line_errors(file: Path) -> Iterator[None]:
         place = f"{file}, line {lines[-1]}" if lines else str(file)
         message = " ".join(str(error).split())
         message = message.partition(" Other fields present")[0]  # ml_collections lists all keys
+        for key, names in RENAMED.items():
+            if f'"{key.rpartition(".")[2]}"' in message:
+                message += f" config.{key} is now {names}."
         raise ValueError(f"{place}: {type(error).__name__}: {message}") from error

@@ -88,6 +88,10 @@ def test_the_size_of_evaluations_follows_that_of_rollouts(parse):
     own = ("--config.evaluate.sample.width=256", "--config.sample.width=128")
     config = parse(*own).config
     assert (config.sample.width, config.evaluate.sample.width) == (128, 256)
+    assert refusal(parse, "--config.sample.resolution=64") == (
+        "error: the config has no key sample.resolution; it is now config.sample.width and "
+        "config.sample.height"
+    )
     refused = refusal(parse, "--config.evaluate.sample.width=x")
     assert refused == "error: config.evaluate.sample.width is 'x'; expected an integer, 1 or more"
 

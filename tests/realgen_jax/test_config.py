@@ -156,6 +156,20 @@ def test_a_file_wins_over_a_name(monkeypatch, tmp_path, name):
     assert load_config(name).preset == "own"
 
 
+def test_a_key_of_an_older_version_is_refused_with_todays(tmp_path):
+    file = tmp_path / "old.py"
+    file.write_text(
+        "from realgen_jax.config import base\n"
+        "def get_config():\n"
+        "    c = base()\n"
+        "    c.sample.eval_num_steps = 28\n"
+        "    return c\n"
+    )
+    expected = r"old\.py, line 4: .* is now config\.evaluate\.sample\.num_steps\.$"
+    with pytest.raises(ValueError, match=expected):
+        load_config(str(file))
+
+
 @pytest.mark.parametrize("module", [*TRAINING, serve_rewards], ids=lambda module: module.__name__)
 def test_a_copy_works_in_any_folder(monkeypatch, tmp_path, module):
     monkeypatch.chdir(tmp_path)
