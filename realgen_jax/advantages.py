@@ -47,6 +47,14 @@ def advantages_of(config: Any, scores: Scores) -> np.ndarray:
     return ADVANTAGES[config.train.advantages](trained, weights, settings)
 
 
+def rewards_read(config: Any) -> list[str]:
+    """Return the rewards whose scores `advantages_of` reads."""
+    names = list(config.reward.fn)
+    if config.train.advantages == "gardo" and DIVERSITY not in names:
+        names.append(DIVERSITY)
+    return names
+
+
 def advantage_problems(config: Any) -> list[str]:
     """Return one line for each key that contradicts `config.train.advantages`."""
     name = config.train.advantages

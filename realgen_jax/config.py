@@ -115,6 +115,7 @@ def _sample() -> ConfigDict:
     c.sde_window_size = 3  # number of steps with noise; these are trained on
     c.sde_window_range = (0, 8)  # [first, end) of the steps among which the window is placed
     c.sde_window = _sde_window()
+    c.scout = _scout()
     c.global_std = False  # True: advantages are divided by the epoch's std, not the group's
     c.test_batch_size = 8  # images per evaluation call
     c.test_images_per_prompt = 1
@@ -140,6 +141,18 @@ def _sde_window() -> ConfigDict:
     # 0: the schedule's own steps behind the window. Above: this share of their number, of second
     # order (MixGRPO-Flash: 0.4 or 0.2).
     c.after = 0.0
+    return c
+
+
+def _scout() -> ConfigDict:
+    """Scout and select (Sol-RL): which of many cheap previews of a prompt are sampled in full."""
+    c = ConfigDict()
+    c.previews = 0  # previews of a prompt; 0: none, every picture is sampled in full
+    c.num_steps = 4  # denoising steps of a preview
+    c.solver = "euler"  # euler, dpm2
+    # best_worst: the best half of num_image_per_prompt, and the worst of the rest;
+    # mean_deviation: those whose advantages are farthest from the mean.
+    c.select = "best_worst"
     return c
 
 

@@ -182,6 +182,10 @@ RANGES = {
     "sample.sde_window.after": Range(
         "a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1
     ),
+    "sample.scout.previews": integer(0),
+    "sample.scout.num_steps": integer(1),
+    "sample.scout.solver": choice("euler", "dpm2"),
+    "sample.scout.select": choice("best_worst", "mean_deviation"),
     "sample.global_std": boolean(),
     "sample.test_batch_size": integer(1),
     "sample.test_images_per_prompt": integer(1),

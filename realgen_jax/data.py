@@ -122,6 +122,7 @@ class Layout:
     images: int  # images per call, over all devices
     branches: int  # images per slot
     group: int  # images per group
+    previews: int = 0  # of a prompt, among which a group is selected; 0: none
 
     def check(self, parts: int) -> None:
         """Raise ValueError if sizes do not divide evenly; `parts` devices share a call's slots."""
@@ -138,6 +139,27 @@ class Layout:
                 f"branches {self.branches} must divide num_image_per_prompt {self.group}, and "
                 f"train_batch_size {self.images} must be a multiple of branches x {parts} (the "
                 "mesh's data x fsdp)"
+            )
+        if self.previews:
+            self._check_previews()
+
+    def _check_previews(self) -> None:
+        """Raise ValueError if previews cannot be selected from."""
+        if self.previews <= self.group:
+            raise ValueError(
+                f"config.sample.scout.previews is {self.previews}; expected more than "
+                f"num_image_per_prompt {self.group}, which are selected among them, or 0 for none"
+            )
+        if self.groups * self.previews % self.images:
+            raise ValueError(
+                f"config.sample.scout.previews is {self.previews}, but {self.groups} prompts an "
+                f"epoch with {self.previews} previews each are not whole calls of "
+                f"train_batch_size {self.images}"
+            )
+        if self.branches > 1:
+            raise ValueError(
+                f"config.sample.scout.previews is {self.previews}, which selects single pictures, "
+                f"but config.sample.branches is {self.branches}; expected 1"
             )
 
     @property

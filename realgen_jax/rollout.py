@@ -224,6 +224,18 @@ def draw_latents(key: Array, slots: int, distinct: int, shape: tuple[int, int]) 
     return jnp.repeat(latents, slots // distinct, axis=0)
 
 
+def numbered_latents(key: Array, numbers: Array, shape: tuple[int, int]) -> Array:
+    """Draw initial latents, float32 [n, s, c], that depend only on the key and a picture's number.
+
+    numbers: int32 [n].
+    """
+
+    def draw(number: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, number), shape)
+
+    return jax.vmap(draw)(numbers)
+
+
 def policy_step(velocity: Velocity, x: Array, step: Steps, cond: Any) -> tuple[Array, Array]:
     """Return (mean, v) of one step.
 

@@ -42,6 +42,13 @@ def group_problems(reward: ConfigDict, sample: ConfigDict, processes: int = 1) -
             f"{part} pictures (config.sample.train_batch_size, of each process) are not whole "
             f"groups of {sample.num_image_per_prompt} (config.sample.num_image_per_prompt)"
         )
+    previews = sample.scout.previews
+    if compared and previews and part % previews:
+        problems.append(
+            f"{', '.join(compared)}: compares the pictures of a prompt, but a call's {part} "
+            f"pictures (config.sample.train_batch_size, of each process) are not all {previews} "
+            "previews of one prompt or several (config.sample.scout.previews)"
+        )
 
     compared = groupwise(reward, dict.fromkeys([*reward.fn, *reward.held_out]))
     copies = sample.test_images_per_prompt

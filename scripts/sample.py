@@ -86,7 +86,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     # All calls have the same size: the last one is padded, and its extra images are dropped.
     devices = batch_devices(mesh)
     batch = -(-FLAGS.batch // devices) * devices
-    sample = model.sampler(settings)
+    sample = model.sampler(settings.num_steps, settings.solver, tuned_steps(settings))
     key = jax.random.key(FLAGS.seed)
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,7 @@ from realgen_jax.training.run_folder import (
 )
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
+from realgen_jax.training.scouting import scout_columns, scout_epoch
 from realgen_jax.training.wandb_run import open_wandb
 from realgen_jax.update import TrainState
 from reward_bridge.adversary import join
@@ -138,9 +139,16 @@ def train(
 
         # -- Sample. Each call's pictures go to the rewards while the next call samples.
         refused_before = run.scorer.refused
+        rows = next(data)
+        scouted = None
+        if layout.previews:
+            # -- Scout: cheap previews; those worth it are sampled in full.
+            with phase("scout", seconds):
+                scouted = scout_epoch(run, programs, state, epoch, rows)
+
         with phase("sample", seconds):
             seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
-            calls = sample_epoch(run, programs, state, epoch, next(data), seeds)
+            calls = sample_epoch(run, programs, state, epoch, rows, seeds, scouted)
             interrupted = wait_for(calls, preemption)
         if interrupted:
             saver.leave(start, preemption)
@@ -179,11 +187,14 @@ def train(
             details[f"seconds/scoring/{name}"] = scoring
         for name, refused in run.scorer.refused.items():
             details[f"refused/{name}"] = refused - refused_before[name]
+        reward = weighted_mean(groups, weights)
+        if scouted is not None:
+            details |= scout_columns(scouted, reward, layout.previews)
         if epoch == first:
             warn_of_deviation(log, steps, config.train.clip_range)
         columns = step_columns(steps, run.recipe.objective.largest_metrics)
         trained = {name: groups[name] for name in weights}
-        log.train(epoch + 1, trained, weighted_mean(groups, weights), columns, seconds, details)
+        log.train(epoch + 1, trained, reward, columns, seconds, details)
 
         # -- Save.
         saver.save_if_due(epoch + 1, state)

@@ -60,6 +60,8 @@ class Work:
     guided: bool = False  # classifier-free guidance: a velocity takes two passes
     free_gradient: bool = False  # whether the gradient goes through the negative prompt's pass too
     flash: bool = True  # attention keeps its scores on chip; a CPU writes them to memory
+    previews: int = 0  # per epoch, which are sampled to select the images
+    preview_steps: int = 0  # from noise to preview
     weight_parts: int = 1  # devices that share each weight, fsdp x tensor
 
     @property
@@ -208,6 +210,7 @@ def epoch_flops(work: Work) -> dict[str, float]:
     steps = work.prefix * work.slots + (work.steps - work.prefix) * work.images
     rollout = forward * work.calls * steps
     decode = images * decode_flops(work)
+    previews = work.previews * (work.preview_steps * forward + decode_flops(work))
 
     # An update replays every call at every step, or noise level, that is trained on.
     replays = images * work.trained * work.inner_epochs
@@ -218,12 +221,14 @@ def epoch_flops(work: Work) -> dict[str, float]:
     if work.flash:
         useful_step -= work.backward_passes * work.formulas.forward_flops(work)["attention"] / 2
 
+    sampling = previews + rollout + decode
     return {
+        **({"previews": previews} if previews else {}),
         "rollout": rollout,
         "decode": decode,
         "update": replays * step + recompute,
-        "total": rollout + decode + replays * step + recompute,
-        "useful": rollout + decode + replays * useful_step,
+        "total": sampling + replays * step + recompute,
+        "useful": sampling + replays * useful_step,
     }
 
 

@@ -21,7 +21,7 @@ from realgen_jax.models.trainable import Trainable
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.rollout import SOLVERS, hybrid
+from realgen_jax.rollout import SOLVERS, hybrid, numbered_latents
 from realgen_jax.sharding import batch_sharding
 
 
@@ -159,29 +159,26 @@ class Model:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), cond
         )
 
-    def sampler(self, settings: Any) -> Callable[..., Array]:
+    def sampler(self, steps: int, solver: str, tuned: int | None = None) -> Callable[..., Array]:
         """Return a jitted (model, trainable, cond, key, ids int32 [n]) -> uint8 [n, 3, H, W].
 
-        The noise of a picture depends only on its id and the key, not on its batch. settings:
-        config.evaluate.sample.
+        The noise of a picture depends only on its id and the key, not on its batch. solver: a key
+        of SOLVERS (rollout.py). tuned: number of steps that take `trainable`; the others take the
+        base model. None: all of them do.
         """
-        solver = SOLVERS[settings.solver]
-        steps = settings.num_steps
-        tuned = tuned_steps(settings)
+        ode = SOLVERS[solver]
 
         @jax.jit
         @jax.named_scope("evaluate")
         def pictures(model: Model, trainable: Any, cond: Any, key: Array, ids: Array) -> Array:
-            def noise(number: Array) -> Array:
-                return jax.random.normal(jax.random.fold_in(key, number), model.token_shape)
-
             rows = batch_sharding(model.mesh)
-            latents = jax.lax.with_sharding_constraint(jax.vmap(noise)(ids), rows)
+            latents = numbered_latents(key, ids, model.token_shape)
+            latents = jax.lax.with_sharding_constraint(latents, rows)
             sigmas = model.sigmas(steps)
             velocity = partial(model.velocity, trainable)
-            if trainable is not None:
+            if trainable is not None and tuned is not None:
                 velocity = hybrid(velocity, partial(model.velocity, None), sigmas, tuned)
-            tokens = solver.sample(velocity, cond, latents, solver.steps(sigmas))
+            tokens = ode.sample(velocity, cond, latents, ode.steps(sigmas))
             return jax.lax.with_sharding_constraint(model.decode(tokens), rows)
 
         return pictures

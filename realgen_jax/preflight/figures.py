@@ -45,7 +45,7 @@ def accelerator(report: Report, name: str, mfu: float) -> Accelerator:
     report = report_on(report, name)
     tflops, gib = ACCELERATORS[name]
     flops_per_second = report.devices * tflops * TERA * mfu
-    sample_flops = report.flops["rollout"] + report.flops["decode"]
+    sample_flops = report.flops["total"] - report.flops["update"]
     share = report.peak / (gib * GIB)
     return Accelerator(
         name=name,

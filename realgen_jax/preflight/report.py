@@ -180,6 +180,8 @@ def make_work(recipe: Recipe, model: Model) -> cost.Work:
         reference=update.frozen,
         recompute=train.recompute_old,
         guided=guided,
+        previews=recipe.layout.groups * recipe.layout.previews,
+        preview_steps=sample.scout.num_steps,
         free_gradient=train.cfg_gradient == "both",
         weight_parts=mesh["fsdp"] * mesh["tensor"],
     )

@@ -213,7 +213,12 @@ def flops_details(report: Report) -> dict[str, str]:
         update += ", and the reference"
     elif work.reference:
         update += f", and {work.reference} passes without gradient"
+    previews = {}
+    if work.previews:
+        sizes = f"{work.previews} previews of {work.preview_steps} steps, decoded"
+        previews["previews"] = f"{sizes}; {work.images * work.calls} are sampled in full"
     return {
+        **previews,
         "rollout": f"{work.steps:g} steps{shared}; {per_image:.1f} TFLOP per step and image",
         "decode": f"{decode:.1f} TFLOP per picture",
         "update": update,

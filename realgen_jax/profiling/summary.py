@@ -107,6 +107,8 @@ def phase_rows(traces: list[Trace], wall: float) -> list[str]:
     """A row for each phase of the epoch, and one for what is left."""
     phases = {}
     for name in PHASES:
+        if name == "scout" and not any(name in trace.phases for trace in traces):
+            continue  # most runs have no previews
         phases[name] = sum(trace.phases.get(name, 0) for trace in traces) / len(traces)
 
     rows = [row(name, ns, wall) for name, ns in phases.items()]

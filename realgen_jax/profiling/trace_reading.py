@@ -25,7 +25,7 @@ from realgen_jax.profiling.programs import (
 from realgen_jax.profiling.step_traces import STEP
 
 # Phases of an epoch, as train.py names them.
-PHASES = ("evaluate", "sample", "reward_wait", "update", "reward_learning", "checkpoint")
+PHASES = ("evaluate", "scout", "sample", "reward_wait", "update", "reward_learning", "checkpoint")
 
 
 class Event(NamedTuple):

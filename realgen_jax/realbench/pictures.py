@@ -226,7 +226,9 @@ class Sampler:
         if adapters is not None:
             trainable = model.trainable
         if trainable not in self._programs:
-            self._programs[trainable] = model.sampler(self.sample)
+            self._programs[trainable] = model.sampler(
+                self.sample.num_steps, self.sample.solver, tuned_steps(self.sample)
+            )
 
         pictures = self._programs[trainable]
         return model, lambda cond, key, ids: pictures(model, adapters, cond, key, ids)

@@ -17,6 +17,7 @@ from realgen_jax.training.programs import Programs
 from realgen_jax.training.run import TRAINING, Run
 from realgen_jax.training.saving import stop_if_not_finite
 from realgen_jax.training.scoring import PendingBatch, submit
+from realgen_jax.training.scouting import Scouted
 from realgen_jax.update import Batch, TrainState
 
 
@@ -41,15 +42,16 @@ def sample_epoch(
     epoch: int,
     rows: np.ndarray,
     seeds: Sequence[int],
+    scouted: Scouted | None,
 ) -> list[Call]:
     """Sample every call of an epoch; each call's pictures are scored while the next call runs.
 
     rows: int [groups], the epoch's prompts. seeds: one per call, to draw the reference pictures
-    that are scored alongside the call's pictures.
+    that are scored alongside the call's pictures. scouted: the previews to sample in full, if any.
     """
     layout = run.recipe.layout
     policy = run.recipe.objective.rollout_policy(state)
-    model, plan = run.rollout_of(epoch)
+    model, epoch_plan = run.rollout_of(epoch)
     epoch_key = jax.random.fold_in(run.key(TRAINING), epoch)
     calls = []
     for number in range(layout.calls):
@@ -64,8 +66,15 @@ def sample_epoch(
         if run.config.sample.same_latent:
             latent_key = jax.random.fold_in(epoch_key, layout.calls + int(groups[0]))
 
+        # A preview that is sampled in full keeps its noise.
+        numbers = None
+        if scouted is not None:
+            latent_key = scouted.key
+            numbers = put(scouted.numbers[number], batch_sharding(model.mesh))
+
+        plan = epoch_plan.draw(start_key, epoch)
         pictures, record, finite = programs.sample(
-            model, policy, cond, (latent_key, noise_key), plan.draw(start_key, epoch)
+            model, policy, cond, (latent_key, noise_key), plan, numbers
         )
 
         # Every image has its slot's prompt.

@@ -15,13 +15,14 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
+from realgen_jax.config import base
 from realgen_jax.data import Layout
 from realgen_jax.models.guidance import check_gradient
 from realgen_jax.models.model import Model, tuned_steps
 from realgen_jax.models.prompts import check_max_tokens
 from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.objectives import make_objective
-from realgen_jax.rollout import compiler_options, draw_latents
+from realgen_jax.rollout import compiler_options, draw_latents, numbered_latents
 from realgen_jax.sharding import batch_devices, batch_sharding, replicated
 from realgen_jax.update import Batch, EmaConfig, Objective, TrainState, make_optimizer, update
 
@@ -50,7 +51,9 @@ def make_recipe(config: ConfigDict) -> Recipe:
         images=sample.train_batch_size,
         branches=sample.branches,
         group=sample.num_image_per_prompt,
+        previews=sample.scout.previews,
     )
+    _check_scout(sample)
     if layout.calls % train.gradient_accumulation_steps:
         raise ValueError(
             f"num_batches_per_epoch {layout.calls} must be a multiple of "
@@ -71,6 +74,22 @@ def make_recipe(config: ConfigDict) -> Recipe:
         ),
         ema=EmaConfig(train.ema_decay, train.ema_update_interval),
     )
+
+
+def _check_scout(sample: ConfigDict) -> None:
+    """Raise ValueError for keys that contradict config.sample.scout."""
+    if sample.scout.previews and sample.same_latent:
+        raise ValueError(
+            f"config.sample.same_latent is True, but config.sample.scout.previews is "
+            f"{sample.scout.previews}, and previews from the same noise would all be the same"
+        )
+    default = base().sample.scout
+    for name, value in sample.scout.items():
+        if not sample.scout.previews and value != default[name]:
+            raise ValueError(
+                f"config.sample.scout.{name} is {value!r}, which has no effect because "
+                f"config.sample.scout.previews is 0; expected {default[name]!r}"
+            )
 
 
 def check_mesh(recipe: Recipe, mesh: Any, processes: int = 1) -> None:
@@ -106,13 +125,16 @@ def check_model(recipe: Recipe, model: Model) -> None:
 class Programs:
     """The jitted calls of a run, each traced once for a size of pictures.
 
-    sample(model, trainable, cond, keys, plan) -> pictures uint8 [n, 3, H, W], record, finite []
+    sample(model, trainable, cond, keys, plan, numbers) -> pictures uint8 [n, 3, H, W], record,
+      finite []
+    preview(model, trainable, cond, key, ids int32 [n]) -> pictures uint8 [n, 3, H, W]
     update(model, state, batch) -> state, metrics; the state is donated
     recompute(model, trainable, batch) -> batch
     evaluate(model, trainable, cond, key, ids int32 [n]) -> pictures uint8 [n, 3, H, W]
     """
 
     sample: Callable
+    preview: Callable
     update: Callable
     recompute: Callable
     evaluate: Callable
@@ -133,14 +155,17 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
         return recipe.objective.recompute_means(model.velocity, trainable, batch)
 
     same_latent = recipe.config.sample.same_latent
+    scout = recipe.config.sample.scout
+    evaluation = recipe.config.evaluate.sample
     jit = partial(jax.jit, compiler_options=compiler_options(model.config.dtype, model.mesh))
     return Programs(
         sample=jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
+        preview=model.sampler(scout.num_steps, scout.solver),
         update=jit(
             update_call, donate_argnums=1, out_shardings=(shardings, replicated(model.mesh))
         ),
         recompute=jit(recompute_call),
-        evaluate=model.sampler(recipe.config.evaluate.sample),
+        evaluate=model.sampler(evaluation.num_steps, evaluation.solver, tuned_steps(evaluation)),
     )
 
 
@@ -153,19 +178,23 @@ def sample_call(
     cond: Any,
     keys: tuple[Array, Array],
     plan: Any,
+    numbers: Array | None = None,
 ) -> tuple[Array, Any, Array]:
     """Run one rollout call.
 
-    cond: leaves [slots, ...]; keys: for the initial latents and for the other noise. Returns
-    pictures uint8 [n, 3, H, W], the objective's record, and whether all latents are finite,
-    bool [].
+    cond: leaves [slots, ...]; keys: for the initial latents and for the other noise. numbers:
+    int32 [slots], the previews that are sampled in full; None: there are none. Returns pictures
+    uint8 [n, 3, H, W], the objective's record, and whether all latents are finite, bool [].
     """
     latent_key, noise_key = keys
     rows = batch_sharding(model.mesh)
 
     # Noise, sharded over the mesh by images.
-    distinct = max(1, layout.images // layout.group) if same_latent else layout.slots
-    latents = draw_latents(latent_key, layout.slots, distinct, model.token_shape)
+    if numbers is None:
+        distinct = max(1, layout.images // layout.group) if same_latent else layout.slots
+        latents = draw_latents(latent_key, layout.slots, distinct, model.token_shape)
+    else:
+        latents = numbered_latents(latent_key, numbers, model.token_shape)
     noise = objective.draw_noise(noise_key, plan, layout.images, model.token_shape)
     latents = jax.lax.with_sharding_constraint(latents, rows)
     noise = jax.tree.map(

@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn import functional as F
 from vae import decode, encode
 
-from realgen_jax.config import base
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import with_lora_file
@@ -136,7 +135,7 @@ def generated_pictures(
     cache = embed_prompts(texts, pretrained, ConfigDict(settings), ENCODE)
 
     # Calls of 64 pictures, over the prompts of one photograph in turn.
-    sample = model.sampler(base().evaluate.sample)
+    sample = model.sampler(10, "euler")
     key = jax.random.key(seed)
     pictures = []
     for i in range(len(PHOTOS)):

@@ -133,6 +133,21 @@ def test_layouts():
             1,
             "branches 2 must divide num_image_per_prompt 21",
         ),
+        (
+            Layout(calls=2, images=8, branches=1, group=4, previews=4),
+            1,
+            "scout.previews is 4; expected more than num_image_per_prompt 4",
+        ),
+        (
+            Layout(calls=2, images=8, branches=1, group=4, previews=7),
+            1,
+            "4 prompts an epoch with 7 previews each are not whole calls of train_batch_size 8",
+        ),
+        (
+            Layout(calls=2, images=8, branches=2, group=4, previews=8),
+            1,
+            "selects single pictures, but config.sample.branches is 2; expected 1",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide_are_named(layout, parts, message):

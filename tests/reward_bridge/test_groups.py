@@ -132,6 +132,7 @@ def sample(**changes):
         "num_image_per_prompt": 4,
         "test_batch_size": 8,
         "test_images_per_prompt": 2,
+        "scout": {"previews": 0},
     }
     return ConfigDict({**values, **changes})
 
@@ -155,6 +156,7 @@ def test_whole_groups_have_no_problems():
     [
         ({"num_image_per_prompt": 16}, 1, "8 pictures .* not whole groups of 16"),
         ({}, 4, "2 pictures .* not whole groups of 4"),
+        ({"scout": {"previews": 12}}, 1, "8 pictures .* not all 12 previews of one prompt"),
         ({"test_images_per_prompt": 1}, 1, "test_images_per_prompt is 1; expected 2 or more"),
         ({"test_images_per_prompt": 3}, 1, "test_images_per_prompt is 3; .* dividing the 8"),
     ],

@@ -20,6 +20,13 @@ NO_WINDOW = (
 )
 WORDS = {
     "nft": (*NO_WINDOW, "--config.train.loss=nft", "--config.train.nft.sigmas=2"),
+    "scout": (
+        *NO_WINDOW,
+        "--config.train.loss=nft",
+        "--config.train.nft.sigmas=2",
+        "--config.sample.scout.previews=8",
+        "--config.sample.scout.num_steps=2",
+    ),
     "awm": (
         *NO_WINDOW,
         "--config.train.loss=awm",
@@ -37,6 +44,7 @@ WORDS = {
 }
 COLUMNS = {
     "nft": ("old_distance", "velocity_norm", "kl_loss"),
+    "scout": ("old_distance", "kl_loss", "scout/reward", "scout/rank_correlation"),
     "awm": ("old_distance", "velocity_norm", "matching_error"),
     "dppo": ("kept_share", "divergence", "kl_loss"),
 }

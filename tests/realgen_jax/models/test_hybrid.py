@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from realgen_jax.config import base
-from realgen_jax.models.model import Model
+from realgen_jax.models.model import Model, tuned_steps
 from realgen_jax.nn.lora import LoraConfig
 from tests.helpers.models import fresh_adapters
 
@@ -45,7 +45,7 @@ def test_the_base_model_takes_the_last_steps(tiny, kind):
 
     settings = base().evaluate.sample
     settings.update(num_steps=STEPS, tuned_share=0.5)
-    sample = model.sampler(settings)
+    sample = model.sampler(settings.num_steps, settings.solver, tuned_steps(settings))
     pictures = np.asarray(sample(model, state, cond, KEY, ids), int)
 
     def stepped(tuned):
