@@ -109,8 +109,12 @@ def sd3_mid(folder: Path) -> Any:
 
 
 def adv_grpo(config: Any, folder: Path) -> Any:
-    """Adv-GRPO's settings for SD3 (arXiv 2511.20256), on the model in `folder`."""
+    """Adv-GRPO's settings for SD3 (arXiv 2511.20256), on the model in `folder`.
+
+    The update keeps the projections' outputs (remat "dots"). PyTorch's side keeps every activation.
+    """
     config.pretrained.model = str(folder)
+    config.pretrained.remat = "dots"
     config.sample.update(
         guidance_scale=4.5,
         sde_type="cps",
