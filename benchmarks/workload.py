@@ -24,6 +24,7 @@ from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 from realgen_jax.objectives.grpo import Grpo, LossConfig, guard_loss, velocity_kl
+from realgen_jax.objectives.reference import Reference
 from realgen_jax.rollout import Plan, Trajectory, draw_latents, sample
 from realgen_jax.sde import ode_steps
 from realgen_jax.sharding import make_mesh
@@ -62,7 +63,8 @@ class Size:
         return Grpo(
             loss=guard_loss,
             kl=velocity_kl,
-            config=LossConfig(beta=4e-4, clip_range=1.0, adv_clip_max=5.0),
+            config=LossConfig(clip_range=1.0, adv_clip_max=5.0),
+            reference=Reference(beta=4e-4),
             sde_type="sde",
             noise_level=0.9,
             window=self.window,

@@ -188,6 +188,10 @@ def _train() -> ConfigDict:
     c.ema_update_interval = 1  # optimizer steps between EMA updates
     c.recompute_old = False  # True: the update program first recomputes the sampled means
 
+    # NormGuard, for velocities longer than the base model's: the weight of the mean of
+    # max(|v| / |v of the base model| - limit, 0)^2. 0: off.
+    c.norm_guard = ConfigDict({"weight": 0.0, "limit": 1.0})
+
     # What only one of the losses has.
     c.dppo = _dppo()
     c.nft = _nft()

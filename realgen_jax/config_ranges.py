@@ -213,6 +213,8 @@ RANGES = {
     "train.ema_decay": fraction(),
     "train.ema_update_interval": integer(1),
     "train.recompute_old": boolean(),
+    "train.norm_guard.weight": number(0),
+    "train.norm_guard.limit": positive(),
     "train.dppo.threshold": positive(),
     "train.dppo.per_variance": boolean(),
     "train.nft.mix": positive(),

@@ -37,11 +37,13 @@ class Batch:
     """The rollout calls of one optimizer step; every leaf is [calls, ...].
 
     record: the objective's record of a rollout. cond: one row per slot. advantages: [calls, n].
+    kl_weights: [calls, n], of each picture's KL to the base model; None: all are 1.
     """
 
     record: Any
     cond: Any
     advantages: Array
+    kl_weights: Array | None = None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Work:
     prefix: float  # mean number of steps before the window; these run on slots
     calls: int  # per epoch
     inner_epochs: int
-    reference: int  # passes of an update through frozen weights: base model (beta > 0), old policy
+    reference: int  # passes of an update through frozen weights: base model, old policy
     recompute: bool  # train.recompute_old
     guided: bool = False  # classifier-free guidance: a velocity takes two passes
     free_gradient: bool = False  # whether the gradient goes through the negative prompt's pass too

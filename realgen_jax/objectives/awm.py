@@ -17,7 +17,8 @@ from realgen_jax.objectives.decoupled import (
     make_levels,
     make_old_decay,
 )
-from realgen_jax.objectives.velocities import norm_ratio, per_sample
+from realgen_jax.objectives.reference import make_reference, reference_penalty, weighted_kl
+from realgen_jax.objectives.velocities import per_sample
 from realgen_jax.update import Metrics, TrainState
 
 
@@ -25,13 +26,12 @@ from realgen_jax.update import Metrics, TrainState
 class AwmConfig:
     """Hyperparameters of the loss.
 
-    beta: weight of the KL to the base model; beta_ema: to the old policy, an average of its own.
-    kl_weight: a key of KL_WEIGHTS, for both. clip_range: R of the clip 1 +- R. adv_clip_max: C.
-    Advantages are clipped to +-C and scaled to +-advantage_max. weighting: a key of WEIGHTINGS.
+    beta_ema: weight of the KL to the old policy, an average of its own. kl_weight: a key of
+    KL_WEIGHTS, also for the KL to the base model. clip_range: R of the clip 1 +- R. adv_clip_max:
+    C. Advantages are clipped to +-C and scaled to +-advantage_max. weighting: a key of WEIGHTINGS.
     off_policy: whether the old policy samples and gives the ratio; otherwise the ratio is 1.
     """
 
-    beta: float
     beta_ema: float
     kl_weight: str
     clip_range: float
@@ -99,9 +99,11 @@ def awm_loss(
     return loss, {"clipfrac": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_range)}
 
 
-def velocity_kl(v: Array, v_ref: Array, sigma: Array, kl_weight: str) -> Array:
-    """Mean of (v - v_ref)^2, weighted: []."""
-    return jnp.mean(KL_WEIGHTS[kl_weight](sigma) * per_sample((v - v_ref) ** 2))
+def velocity_kl(
+    v: Array, v_ref: Array, sigma: Array, kl_weight: str, weights: Array | None = None
+) -> Array:
+    """Mean of (v - v_ref)^2, weighted by sigma and by the weights of the samples, [n]: []."""
+    return weighted_kl(KL_WEIGHTS[kl_weight](sigma) * per_sample((v - v_ref) ** 2), weights)
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,11 @@ class Awm(Decoupled):
 
         # What holds the error of pictures with a negative advantage.
         loss = policy_loss
-        if config.beta > 0:
-            metrics["kl_loss"] = velocity_kl(v, sample.v_ref, sigma, config.kl_weight)
-            metrics["velocity_norm"] = norm_ratio(v, sample.v_ref)
-            loss = loss + config.beta * metrics["kl_loss"]
+        if self.reference.used:
+            kl = velocity_kl(v, sample.v_ref, sigma, config.kl_weight, sample.kl_weights)
+            penalty, more = reference_penalty(v, sample.v_ref, kl, self.reference)
+            metrics |= more
+            loss = loss + penalty
         if self.keeps_old:
             metrics["old_distance"] = jnp.mean((v - sample.v_old) ** 2)
             kl = velocity_kl(v, sample.v_old, sigma, config.kl_weight)
@@ -146,7 +149,6 @@ def make_awm(train: Any, sample: Any) -> Awm:
     """Build the objective of `config.train` and `config.sample`."""
     awm = train.awm
     config = AwmConfig(
-        beta=train.beta,
         beta_ema=awm.beta_ema,
         kl_weight=awm.kl_weight,
         clip_range=awm.clip_range,
@@ -155,4 +157,10 @@ def make_awm(train: Any, sample: Any) -> Awm:
         weighting=awm.weighting,
         off_policy=awm.off_policy,
     )
-    return Awm(config, make_levels("awm", awm), make_old_decay(awm), sample.solver)
+    return Awm(
+        config=config,
+        reference=make_reference(train),
+        levels=make_levels("awm", awm),
+        old_decay=make_old_decay(awm),
+        solver=sample.solver,
+    )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from realgen_jax.objectives.reference import Reference
 from realgen_jax.objectives.velocities import rows
 from realgen_jax.rollout import NoiselessPlan, Velocity, make_noiseless_plan
 from realgen_jax.update import Batch, Metrics, TrainState, UpdateWork, reduce_metrics
@@ -153,6 +154,7 @@ class Sample:
     noise: Array
     sigma: Array
     advantages: Array
+    kl_weights: Array | None
     v_old: Array | None
     v_ref: Array | None
 
@@ -161,10 +163,11 @@ class Sample:
 class Decoupled:
     """The base of the decoupled objectives; they add `loss`.
 
-    config: what the loss takes; `beta` is the weight of the KL to the base model.
+    config: what the loss takes. reference: what holds the policy to the base model.
     """
 
     config: Any
+    reference: Reference
     levels: Levels
     old_decay: OldDecay
     solver: str
@@ -179,7 +182,7 @@ class Decoupled:
 
     @property
     def work(self) -> UpdateWork:
-        frozen = int(self.keeps_old) + int(self.config.beta > 0)
+        frozen = int(self.keeps_old) + int(self.reference.used)
         return UpdateWork(recorded=0, trained=self.levels.count, frozen=frozen)
 
     def loss(self, v: Array, sample: Sample) -> tuple[Array, Metrics]:
@@ -267,7 +270,8 @@ class Decoupled:
             with jax.named_scope("old_policy"):
                 v_old = velocity(state.old, x, sigma, one_call.cond)
         v_ref = None
-        if self.config.beta > 0:
+        if self.reference.used:
             with jax.named_scope("reference"):
                 v_ref = velocity(None, x, sigma, one_call.cond)
-        return Sample(x, x0, noise, sigma, one_call.advantages, v_old, v_ref)
+        weights = (one_call.advantages, one_call.kl_weights)
+        return Sample(x, x0, noise, sigma, *weights, v_old, v_ref)

@@ -19,12 +19,10 @@ from realgen_jax.update import Metrics
 class DppoConfig:
     """Hyperparameters of the loss.
 
-    beta: weight of the KL to the base model. threshold: largest divergence, mean over a picture's
-    elements. per_variance: whether the divergence is the KL of two Gaussians, or only the squared
-    distance of their means, halved.
+    threshold: largest divergence, mean over a picture's elements. per_variance: whether the
+    divergence is the KL of two Gaussians, or only the squared distance of their means, halved.
     """
 
-    beta: float
     threshold: float
     per_variance: bool = True
 
@@ -80,5 +78,5 @@ def make_dppo(train: Any, sample: Any) -> Grpo:
             f"config.train.gradient_accumulation_steps {train.gradient_accumulation_steps}, or "
             f"raise config.train.num_inner_epochs {train.num_inner_epochs}"
         )
-    config = DppoConfig(train.beta, train.dppo.threshold, train.dppo.per_variance)
+    config = DppoConfig(train.dppo.threshold, train.dppo.per_variance)
     return make_grpo(dppo_loss, train, sample, config)

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realgen_jax.objectives.velocities import norm_ratio, per_sample
+from realgen_jax.objectives.reference import (
+    Reference,
+    make_reference,
+    reference_penalty,
+    weighted_kl,
+)
+from realgen_jax.objectives.velocities import per_sample
 from realgen_jax.rollout import Plan, Trajectory, Velocity, make_plan, policy_step, rollout
 from realgen_jax.sde import Steps
 from realgen_jax.update import Batch, Metrics, TrainState, UpdateWork, reduce_metrics
@@ -24,12 +30,11 @@ from realgen_jax.windows import DRAWN, Moves
 class LossConfig:
     """Hyperparameters of the loss.
 
-    beta: weight of the KL to the base model. clip_range: c of the clip 1 +- c. adv_clip_max:
-    largest absolute advantage. guard_bias: "sample" (ours), or "batch" as in RealGen's code, which
-    averages over one rank's microbatch and so needs a rollout call of that size.
+    clip_range: c of the clip 1 +- c. adv_clip_max: largest absolute advantage. guard_bias: "sample"
+    (ours), or "batch" as in RealGen's code, which averages over one rank's microbatch and so needs
+    a rollout call of that size.
     """
 
-    beta: float
     clip_range: float
     adv_clip_max: float
     guard_bias: str = "sample"
@@ -112,22 +117,27 @@ def _clipped(log_ratio: Array, advantages: Array, config: LossConfig) -> tuple[A
     return loss, metrics
 
 
-# -- KL to the base model: (v, v_ref, x [n, ...], step) -> [].
+# -- KL to the base model: (v, v_ref, x [n, ...], step, weights of the samples [n] or None) -> [].
 
 
-def velocity_kl(v: Array, v_ref: Array, x: Array, step: Steps) -> Array:
+def velocity_kl(
+    v: Array, v_ref: Array, x: Array, step: Steps, weights: Array | None = None
+) -> Array:
     """mean (v - v_ref)^2: the KL up to a factor that depends on the step."""
-    return jnp.mean((v - v_ref) ** 2)
+    return weighted_kl((v - v_ref) ** 2, weights)
 
 
-def mean_kl(v: Array, v_ref: Array, x: Array, step: Steps) -> Array:
+def mean_kl(v: Array, v_ref: Array, x: Array, step: Steps, weights: Array | None = None) -> Array:
     """KL of the two transitions: mean (mean - mean_ref)^2 / (2 std^2)."""
-    return jnp.mean((step.mean(x, v) - step.mean(x, v_ref)) ** 2 / (2.0 * step.std**2))
+    squares = (step.mean(x, v) - step.mean(x, v_ref)) ** 2
+    return weighted_kl(squares / (2.0 * step.std**2), weights)
 
 
-def mean_kl_reference(v: Array, v_ref: Array, x: Array, step: Steps) -> Array:
+def mean_kl_reference(
+    v: Array, v_ref: Array, x: Array, step: Steps, weights: Array | None = None
+) -> Array:
     """RealGen's flux_fast form: it divides by std^2 / dt instead of the transition's variance."""
-    return mean_kl(v, v_ref, x, step) * jnp.mean(step.dt)
+    return mean_kl(v, v_ref, x, step, weights) * jnp.mean(step.dt)
 
 
 KLS = {"velocity": velocity_kl, "mean": mean_kl, "mean_reference": mean_kl_reference}
@@ -140,13 +150,14 @@ KLS = {"velocity": velocity_kl, "mean": mean_kl, "mean_reference": mean_kl_refer
 class Grpo:
     """Records an SDE window during sampling; the update replays it to get the policy ratio.
 
-    loss: grpo_loss or guard_loss. config: what the loss takes; `beta` is the weight of the KL. kl:
-    one of KLS. The other fields are those of `make_plan`.
+    loss: grpo_loss or guard_loss. config: what the loss takes. kl: one of KLS. reference: what
+    holds the policy to the base model. The other fields are those of `make_plan`.
     """
 
     loss: Callable[..., tuple[Array, Metrics]]
     kl: Callable[..., Array]
     config: Any
+    reference: Reference
     sde_type: str
     noise_level: float
     window: int
@@ -205,7 +216,7 @@ class Grpo:
         return UpdateWork(
             recorded=self.window,
             trained=self.trained_steps or self.window,
-            frozen=int(self.config.beta > 0),
+            frozen=int(self.reference.used),
         )
 
     @jax.named_scope("recompute")
@@ -236,11 +247,12 @@ class Grpo:
         """
 
         def window_step(
-            grads: Any, step: tuple[Array, Array, Array, Steps], cond: Any, advantages: Array
+            grads: Any, step: tuple[Array, Array, Array, Steps], cond: Any, one_call: Batch
         ) -> tuple[Any, tuple[Metrics, Array]]:
             loss = partial(self._loss, velocity)
             gradient = jax.grad(loss, has_aux=True)
-            grad, (metrics, mean) = gradient(trainable, cond, *step, advantages)
+            weights = (one_call.advantages, one_call.kl_weights)
+            grad, (metrics, mean) = gradient(trainable, cond, *step, *weights)
             return jax.tree.map(jnp.add, grads, grad), (metrics, mean)
 
         def call(grads: Any, one_call: Batch) -> tuple[Any, tuple[Metrics, Array]]:
@@ -249,7 +261,7 @@ class Grpo:
             steps = (record.latents[:-1], record.latents[1:], record.mean, record.steps)
             if record.trained is not None:
                 steps = jax.tree.map(lambda leaf: leaf[record.trained], steps)
-            body = partial(window_step, cond=cond, advantages=one_call.advantages)
+            body = partial(window_step, cond=cond, one_call=one_call)
             return jax.lax.scan(body, grads, steps)
 
         # Sum over calls and steps in float32.
@@ -270,6 +282,7 @@ class Grpo:
         mean_old: Array,
         step: Steps,
         advantages: Array,
+        kl_weights: Array | None,
     ) -> tuple[Array, tuple[Metrics, Array]]:
         """Loss, metrics and the policy's mean of one call at one step."""
         with jax.named_scope("policy"):
@@ -277,13 +290,14 @@ class Grpo:
         policy_loss, metrics = self.loss(mean, mean_old, x_next, step, advantages, self.config)
 
         loss = policy_loss
-        if self.config.beta > 0:
+        if self.reference.used:
             with jax.named_scope("reference"):
                 v_ref = velocity(None, x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
             v_ref = jax.lax.stop_gradient(v_ref)
-            metrics["kl_loss"] = self.kl(v, v_ref, x, step)
-            metrics["velocity_norm"] = norm_ratio(v, v_ref)
-            loss = loss + self.config.beta * metrics["kl_loss"]
+            kl = self.kl(v, v_ref, x, step, kl_weights)
+            penalty, more = reference_penalty(v, v_ref, kl, self.reference)
+            metrics |= more
+            loss = loss + penalty
 
         metrics = {**metrics, "loss": loss, "policy_loss": policy_loss}
         return loss, (metrics, mean)
@@ -293,7 +307,7 @@ def make_grpo(
     loss: Callable[..., tuple[Array, Metrics]], train: Any, sample: Any, config: Any = None
 ) -> Grpo:
     """Build the objective of `config.train` and `config.sample`. config: the loss's own config."""
-    loss_config = LossConfig(train.beta, train.clip_range, train.adv_clip_max, train.guard_bias)
+    loss_config = LossConfig(train.clip_range, train.adv_clip_max, train.guard_bias)
     moves = sample.sde_window.to_dict()
     trained_steps = moves.pop("trained_steps")
     after = moves.pop("after")
@@ -301,6 +315,7 @@ def make_grpo(
         loss=loss,
         kl=KLS[train.kl],
         config=config or loss_config,
+        reference=make_reference(train),
         sde_type=sample.sde_type,
         noise_level=sample.noise_level,
         window=sample.sde_window_size,

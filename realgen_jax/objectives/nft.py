@@ -16,7 +16,8 @@ from realgen_jax.objectives.decoupled import (
     make_levels,
     make_old_decay,
 )
-from realgen_jax.objectives.velocities import norm_ratio, per_sample, rows
+from realgen_jax.objectives.reference import make_reference, reference_penalty, weighted_kl
+from realgen_jax.objectives.velocities import per_sample, rows
 from realgen_jax.update import Metrics, TrainState
 
 
@@ -24,11 +25,10 @@ from realgen_jax.update import Metrics, TrainState
 class NftConfig:
     """Hyperparameters of the loss.
 
-    beta: weight of the KL to the base model. adv_clip_max: C, the largest absolute advantage. mix:
-    b, how far the two implicit policies lie from the old one. advantages: a key of ADVANTAGES.
+    adv_clip_max: C, the largest absolute advantage. mix: b, how far the two implicit policies lie
+    from the old one. advantages: a key of ADVANTAGES.
     """
 
-    beta: float
     adv_clip_max: float
     mix: float
     advantages: str
@@ -112,23 +112,24 @@ class Nft(Decoupled):
         return state.old
 
     def loss(self, v: Array, sample: Sample) -> tuple[Array, Metrics]:
-        config = self.config
         policy_loss, metrics = nft_loss(
-            v, sample.v_old, sample.x, sample.x0, sample.sigma, sample.advantages, config
+            v, sample.v_old, sample.x, sample.x0, sample.sigma, sample.advantages, self.config
         )
 
         loss = policy_loss
-        if config.beta > 0:
-            metrics["kl_loss"] = jnp.mean((v - sample.v_ref) ** 2)
-            metrics["velocity_norm"] = norm_ratio(v, sample.v_ref)
-            loss = loss + config.beta * metrics["kl_loss"]
+        if self.reference.used:
+            kl = weighted_kl((v - sample.v_ref) ** 2, sample.kl_weights)
+            penalty, more = reference_penalty(v, sample.v_ref, kl, self.reference)
+            metrics |= more
+            loss = loss + penalty
         return loss, {**metrics, "loss": loss, "policy_loss": policy_loss}
 
 
 def make_nft(train: Any, sample: Any) -> Nft:
     """Build the objective of `config.train` and `config.sample`."""
     return Nft(
-        config=NftConfig(train.beta, train.adv_clip_max, train.nft.mix, train.nft.advantages),
+        config=NftConfig(train.adv_clip_max, train.nft.mix, train.nft.advantages),
+        reference=make_reference(train),
         levels=make_levels("nft", train.nft),
         old_decay=make_old_decay(train.nft),
         solver=sample.solver,

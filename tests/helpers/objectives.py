@@ -3,6 +3,7 @@
 from typing import Any
 
 from realgen_jax.objectives.grpo import Grpo, LossConfig, guard_loss, velocity_kl
+from realgen_jax.objectives.reference import Reference
 
 
 def grpo(
@@ -20,5 +21,5 @@ def grpo(
     branches: int = 1,
 ) -> Grpo:
     """The objective; by default GRPO-Guard as RealGen trains it."""
-    config = LossConfig(beta, clip, adv_clip, guard_bias)
-    return Grpo(loss, kl, config, sde_type, noise_level, window, bounds, branches)
+    config = LossConfig(clip, adv_clip, guard_bias)
+    return Grpo(loss, kl, config, Reference(beta), sde_type, noise_level, window, bounds, branches)

@@ -15,7 +15,7 @@ from tests.helpers.objective_goldens import case
 def test_losses_and_gradients_match_the_golden(name):
     dppo = case("dppo")
     meta = dppo.meta[name]
-    config = DppoConfig(0.0, meta["threshold"], meta["divides_by_std"])
+    config = DppoConfig(meta["threshold"], meta["divides_by_std"])
 
     found = {key: [] for key in ("log_ratio", "ratio", "k", "keep", "loss_per_step")}
     gradients = []

@@ -49,7 +49,7 @@ def test_losses_match_the_golden(name, kind, clip, beta, adv_clip):
     step = Steps(x=0.0, v=1.0, std=std, sigma=0.5, dt=dt)
     guard = kind.startswith("guard")
     loss_fn = guard_loss if guard else grpo_loss
-    config = LossConfig(beta, clip, adv_clip, "batch" if guard else "sample")
+    config = LossConfig(clip, adv_clip, "batch" if guard else "sample")
     old, x_next = case["old_prev_sample_mean"], case["next_sample"]
 
     def policy(mean, config=config):
@@ -75,7 +75,7 @@ def test_losses_match_the_golden(name, kind, clip, beta, adv_clip):
     if guard:
         penalty = np.mean((case["v_pred"] - case["v_ref"]) ** 2)
         if "per_sample_bias/policy_loss" in want:
-            ours = LossConfig(beta, clip, adv_clip, "sample")
+            ours = LossConfig(clip, adv_clip, "sample")
             per_sample, metrics = policy(new, ours)
             np.testing.assert_allclose(
                 per_sample, want["per_sample_bias/policy_loss"], rtol=1e-4, atol=1e-6
@@ -101,7 +101,7 @@ def test_arrays_that_would_broadcast_are_named():
     rng = np.random.default_rng(0)
     mean, mean_old, x_next = (jnp.asarray(rng.standard_normal((3, 4, 5))) for _ in range(3))
     step = Steps(x=0.9, v=-0.1, std=0.3, sigma=0.5, dt=0.1)
-    config = LossConfig(beta=0.0, clip_range=1e-3, adv_clip_max=5.0)
+    config = LossConfig(clip_range=1e-3, adv_clip_max=5.0)
     for loss in (grpo_loss, guard_loss):
         for shape in ((3, 1), (1,), ()):
             with pytest.raises(ValueError, match=r"expected one per sample, \(3,\)"):
