@@ -192,10 +192,24 @@ def _train() -> ConfigDict:
     # max(|v| / |v of the base model| - limit, 0)^2. 0: off.
     c.norm_guard = ConfigDict({"weight": 0.0, "limit": 1.0})
 
+    # GARDO: the KL is for the pictures that the trained reward ranks above what other rewards do.
+    c.kl_gate = _kl_gate()
+
     # What only one of the losses has.
     c.dppo = _dppo()
     c.nft = _nft()
     c.awm = _awm()
+    return c
+
+
+def _kl_gate() -> ConfigDict:
+    """Which pictures the KL holds back, by the ranks of other rewards. Defaults are GARDO's."""
+    c = ConfigDict()
+    c.against = ()  # these other rewards, of reward.watched; empty: the KL is for all pictures
+    # Share under the KL of the pictures that the trained reward ranks higher than the others do.
+    c.share = 0.1  # in the first epoch; then times 1.1 or 0.9 as the ranks differ more or less
+    c.least = 0.02  # the smallest share
+    c.most = 0.2  # the largest share
     return c
 
 

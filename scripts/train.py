@@ -62,6 +62,7 @@ from realgen_jax.training.epoch import (
 )
 from realgen_jax.training.evaluation import evaluate_if_due, export, say_what_judges
 from realgen_jax.training.inputs import check_unchanged, input_digests
+from realgen_jax.training.kl_gate import gate_epoch
 from realgen_jax.training.learning import begin_learning, draw_seeds
 from realgen_jax.training.log import NoLog, RunLog, step_columns
 from realgen_jax.training.preemption import Preemption, connect_by_flags
@@ -163,6 +164,9 @@ def train(
             # -- Advantages within the pictures of one prompt: [groups, group].
             advantages = advantages_of(config, groups)
 
+            # -- The weights of the pictures' KL, by the ranks of other rewards: the same shape.
+            kl_weights, gate = gate_epoch(config, groups, saver.history)
+
             # -- Learn: the rewards that are due by their schedule, in their own threads.
             learning = begin_learning(
                 run.scorer, run.learning, epoch, scores, seeds[layout.calls :]
@@ -172,9 +176,11 @@ def train(
         with phase("update", seconds):
             steps = []
             if not learning.generator_rests:
-                state, steps = update_epoch(run, programs, state, calls, advantages, epoch)
+                state, steps = update_epoch(
+                    run, programs, state, calls, advantages, kl_weights, epoch
+                )
         with phase("reward_learning", seconds):
-            details = learning.result()
+            details = learning.result() | gate
 
         # -- Log. From here on there is something to save when Ctrl-C ends the run.
         preemption.hold(saver.lost)

@@ -247,7 +247,8 @@ def update_arguments(recipe: Recipe, model: Model, programs: Programs) -> tuple:
     record = jax.tree.map(stack_record, record)
     cond = jax.tree.map(lambda leaf: stack(leaf, 1), arguments[2])
     advantages = stack(jax.ShapeDtypeStruct((images,), jnp.float32), 1)
-    return model, abstract_state(recipe, model), Batch(record, cond, advantages)
+    kl_weights = advantages if recipe.config.train.kl_gate.against else None
+    return model, abstract_state(recipe, model), Batch(record, cond, advantages, kl_weights)
 
 
 def build(report: Report, compile: bool) -> dict[str, int]:

@@ -118,16 +118,20 @@ def update_epoch(
     state: TrainState,
     calls: Sequence[Call],
     advantages: np.ndarray,
+    kl_weights: np.ndarray | None,
     epoch: int,
 ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
     """Take the epoch's optimizer steps; return the new state and the metrics of each step.
 
-    advantages: float32 [groups, group]. Raises FloatingPointError if a metric is not finite.
+    advantages: float32 [groups, group]. kl_weights: of the KL, the same shape, or None. Raises
+    FloatingPointError if a metric is not finite.
     """
     train = run.config.train
-    advantages = advantages.reshape(len(calls), -1)
-    advantages = put(advantages, batch_sharding(run.model.mesh, axis=1))
     model, _ = run.rollout_of(epoch)
+    pictures = jax.tree.map(
+        lambda leaf: put(leaf.reshape(len(calls), -1), batch_sharding(model.mesh, axis=1)),
+        (advantages, kl_weights),
+    )
 
     # The calls of one optimizer step, stacked.
     batches = []
@@ -135,7 +139,8 @@ def update_epoch(
         parts = []
         for number in range(first, first + train.gradient_accumulation_steps):
             call = calls[number]
-            parts.append(Batch(call.record, call.cond, advantages[number]))
+            own = jax.tree.map(lambda leaf, number=number: leaf[number], pictures)
+            parts.append(Batch(call.record, call.cond, *own))
         batches.append(_stack(*parts))
 
     # For hardware that uses different kernels in rollout and update.

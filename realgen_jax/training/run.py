@@ -28,6 +28,7 @@ from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.sharding import abstract_mesh, make_mesh
 from realgen_jax.text_cache import TextCache
+from realgen_jax.training.kl_gate import gate_problems
 from realgen_jax.training.learning import LearningReward
 from realgen_jax.training.monitor import monitor_problems, monitored
 from realgen_jax.training.programs import Recipe, check_mesh, check_model, first_state, make_recipe
@@ -229,6 +230,7 @@ def _wrong_values(config: ConfigDict) -> list[str]:
         problems.append("config.reward.fn is empty; expected {reward: weight}, to train on")
     problems += monitor_problems(config.reward)
     problems += advantage_problems(config)
+    problems += gate_problems(config)
     if config.pretrained.lora:
         try:
             make_trainable(config.train).check_file(config.pretrained.lora)

@@ -144,6 +144,7 @@ EDGES = {
     "train.beta": ([0, 0.1], [-0.1]),
     "train.norm_guard.weight": ([0, 0.1], [-0.1]),
     "train.norm_guard.limit": ([1], [0.0]),
+    "train.kl_gate.share": ([0.1, 1], [0, 1.1]),
     "train.ema_decay": ([0, 0.99], [1, 1.0, -0.1]),
     "train.adam_beta2": ([0.999], [1.0]),
     "train.num_inner_epochs": ([1], [0]),

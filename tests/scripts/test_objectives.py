@@ -33,6 +33,9 @@ WORDS = {
         "--config.train.awm.sigmas=2",
         "--config.sample.solver=dpm2",
         "--config.train.num_inner_epochs=2",
+        "--config.train.norm_guard.weight=1.0",
+        "--config.reward.watched=embedded_held_out",
+        "--config.train.kl_gate.against=embedded_held_out",
     ),
     "dppo": (
         "--config.train.loss=dppo",
@@ -45,7 +48,7 @@ WORDS = {
 COLUMNS = {
     "nft": ("old_distance", "velocity_norm", "kl_loss"),
     "scout": ("old_distance", "kl_loss", "scout/reward", "scout/rank_correlation"),
-    "awm": ("old_distance", "velocity_norm", "matching_error"),
+    "awm": ("old_distance", "velocity_norm", "norm_penalty", "kl_gate/share"),
     "dppo": ("kept_share", "divergence", "kl_loss"),
 }
 
