@@ -112,6 +112,9 @@ def _sample() -> ConfigDict:
     c.solver = "euler"  # euler, dpm2: of rollouts without noise (train.loss nft, awm)
     c.sde_type = "sde"  # sde, cps, dance
     c.noise_level = 0.9
+    # constant; cosine: noise_level at sigma = 1, falling to noise_least at 0 (HiCoGen).
+    c.noise_schedule = "constant"
+    c.noise_least = 0.0
     c.sde_window_size = 3  # number of steps with noise; these are trained on
     c.sde_window_range = (0, 8)  # [first, end) of the steps among which the window is placed
     c.sde_window = _sde_window()

@@ -168,6 +168,8 @@ RANGES = {
     "sample.solver": choice("euler", "dpm2"),
     "sample.sde_type": choice("sde", "cps", "dance"),
     "sample.noise_level": positive(),
+    "sample.noise_schedule": choice("constant", "cosine"),
+    "sample.noise_least": number(0),
     "sample.sde_window_size": integer(1),
     "sample.sde_window_range": STEPS,
     "sample.sde_window.strategy": choice("random", "progressive", "decay", "exp_decay"),

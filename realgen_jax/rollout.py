@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from realgen_jax.sde import (
+    NOISE_SCHEDULES,
     STOCHASTIC_STEPS,
     Steps,
     TwoSteps,
@@ -152,6 +153,8 @@ def make_plan(
     *,
     kind: str,
     noise_level: float,
+    noise_schedule: str = "constant",
+    noise_least: float = 0.0,
     window: int,
     bounds: tuple[int, int],
     branches: int,
@@ -161,9 +164,9 @@ def make_plan(
 ) -> Plan:
     """Return a plan for noise levels, float32 [T + 1], with the window at the lower bound.
 
-    kind: a key of STOCHASTIC_STEPS. trained: number of steps of the window to train on; 0: all.
-    after: the share of points of the schedule that are left behind the window, for steps of second
-    order; 0: the schedule's own steps, of first order.
+    kind: a key of STOCHASTIC_STEPS. noise_schedule: of NOISE_SCHEDULES. trained: number of steps of
+    the window to train on; 0: all. after: the share of points of the schedule that are left behind
+    the window, for steps of second order; 0: the schedule's own steps, of first order.
 
     Raises ValueError if the window does not fit into the bounds or the steps, if there is no such
     noise, if more steps are to be trained on than the window has, or if too few points are left.
@@ -189,9 +192,10 @@ def make_plan(
             f"config.sample.sde_window.trained_steps is {trained}; expected at most "
             f"sde_window_size {window}, or 0 for all steps of the window"
         )
+    noise = NOISE_SCHEDULES[noise_schedule](sigmas, noise_level, noise_least)
     return Plan(
         ode=ode_steps(sigmas),
-        noisy=STOCHASTIC_STEPS[kind](sigmas, noise_level),
+        noisy=STOCHASTIC_STEPS[kind](sigmas, noise),
         start=np.int32(low),  # numpy, so that making a plan does not initialise JAX
         trained=np.arange(trained, dtype=np.int32) if 0 < trained < window else None,
         after=_after(sigmas, range(low + window, high + 1), after) if after else None,

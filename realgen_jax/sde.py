@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+Noise = float | np.ndarray  # a noise level: of all steps, or float64 [T], one for each
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def ode_steps(sigmas: np.ndarray) -> Steps:
     return _steps(sigmas, np.ones_like(dt), -dt, np.zeros_like(dt))
 
 
-def sde_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
+def sde_steps(sigmas: np.ndarray, noise_level: Noise) -> Steps:
     """Flow-SDE (Flow-GRPO, arXiv 2505.05470, eq. 9); its marginals are those of the ODE.
 
     With s = a sqrt(sigma / (1 - sigma)) and the noise level a:
@@ -75,7 +77,7 @@ def sde_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
     return _flow_sde(sigmas, variance)
 
 
-def dance_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
+def dance_steps(sigmas: np.ndarray, noise_level: Noise) -> Steps:
     """DanceGRPO's SDE (arXiv 2505.07818): flow-SDE with the constant s = a.
 
     Unlike those of flow-SDE and CPS, its last step has as much noise as the others of its length.
@@ -94,7 +96,7 @@ def _flow_sde(sigmas: np.ndarray, variance: np.ndarray) -> Steps:
     return _steps(sigmas, x, v, np.sqrt(variance * dt))
 
 
-def cps_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
+def cps_steps(sigmas: np.ndarray, noise_level: Noise) -> Steps:
     """Coefficients-preserving sampling (arXiv 2509.05952).
 
     With the noise level a:
@@ -115,10 +117,42 @@ def cps_steps(sigmas: np.ndarray, noise_level: float) -> Steps:
     return _steps(sigmas, x, v, std)
 
 
-STOCHASTIC_STEPS: dict[str, Callable[[np.ndarray, float], Steps]] = {
+STOCHASTIC_STEPS: dict[str, Callable[[np.ndarray, Noise], Steps]] = {
     "sde": sde_steps,
     "cps": cps_steps,
     "dance": dance_steps,
+}
+
+
+def constant_noise(sigmas: np.ndarray, most: float, least: float) -> float:
+    """The same noise level in all steps. Raises ValueError if `least` is not 0."""
+    if least:
+        raise ValueError(
+            f"config.sample.noise_least is {least}, which only "
+            "config.sample.noise_schedule='cosine' reads, and that is 'constant'; expected 0"
+        )
+    return most
+
+
+def cosine_noise(sigmas: np.ndarray, most: float, least: float) -> np.ndarray:
+    """Noise levels that fall with sigma, from `most` at 1 to `least` at 0: float64 [T].
+
+    least + (most - least) / 2 (1 + cos(pi (1 - sigma))) at the sigma where each step starts.
+    Raises ValueError if `least` is above `most`. Source: HiCoGen (arXiv 2511.19965).
+    """
+    if least > most:
+        raise ValueError(
+            f"config.sample.noise_least is {least}; expected at most config.sample.noise_level "
+            f"{most}, from which the noise falls"
+        )
+    sigma = sigmas.astype(np.float64)[:-1]
+    return least + (most - least) / 2.0 * (1.0 + np.cos(np.pi * (1.0 - sigma)))
+
+
+# config.sample.noise_schedule -> (sigmas, noise_level, noise_least) -> noise level
+NOISE_SCHEDULES: dict[str, Callable[[np.ndarray, float, float], Noise]] = {
+    "constant": constant_noise,
+    "cosine": cosine_noise,
 }
 
 

@@ -16,6 +16,8 @@ SECTIONS = ("dppo", "nft", "awm")
 OF_COUPLED = (
     "sample.sde_type",
     "sample.noise_level",
+    "sample.noise_schedule",
+    "sample.noise_least",
     "sample.sde_window_size",
     "sample.sde_window_range",
     "sample.sde_window",

@@ -166,6 +166,8 @@ class Grpo:
     moves: Moves = DRAWN
     trained_steps: int = 0
     after: float = 0.0
+    noise_schedule: str = "constant"
+    noise_least: float = 0.0
 
     coupled = True
     keeps_old = False
@@ -176,6 +178,8 @@ class Grpo:
             sigmas,
             kind=self.sde_type,
             noise_level=self.noise_level,
+            noise_schedule=self.noise_schedule,
+            noise_least=self.noise_least,
             window=self.window,
             bounds=self.window_range,
             branches=self.branches,
@@ -324,4 +328,6 @@ def make_grpo(
         moves=Moves(**moves),
         trained_steps=trained_steps,
         after=after,
+        noise_schedule=sample.noise_schedule,
+        noise_least=sample.noise_least,
     )

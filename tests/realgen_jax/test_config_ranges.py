@@ -16,7 +16,7 @@ from realgen_jax.objectives.decoupled import DRAWS
 from realgen_jax.objectives.grpo import KLS
 from realgen_jax.objectives.nft import ADVANTAGES
 from realgen_jax.rollout import SOLVERS
-from realgen_jax.sde import STOCHASTIC_STEPS
+from realgen_jax.sde import NOISE_SCHEDULES, STOCHASTIC_STEPS
 from realgen_jax.windows import STAYS
 
 
@@ -112,6 +112,7 @@ EDGES = {
     "sample.num_image_per_prompt": ([2], [1, 0]),
     "sample.test_images_per_prompt": ([1], [0]),
     "sample.noise_level": ([0.1], [0, -0.5]),
+    "sample.noise_least": ([0, 0.1], [-0.1]),
     "sample.guidance_scale": ([0, 3.5], [-1]),
     "evaluate.sample.guidance_scale": ([0, 3.5], [-1]),
     "evaluate.sample.width": ([1024], [0, 512.0]),
@@ -186,6 +187,7 @@ def test_sections_and_missing_keys_are_named():
     ("key", "table"),
     [
         ("sample.sde_type", STOCHASTIC_STEPS),
+        ("sample.noise_schedule", NOISE_SCHEDULES),
         ("sample.solver", SOLVERS),
         ("evaluate.sample.solver", SOLVERS),
         ("sample.sde_window.strategy", ["random", *STAYS]),

@@ -140,6 +140,11 @@ def test_same_latent_shares_the_start_and_nothing_else():
         ({"bounds": (0, 9)}, r"hi <= 8 \(8 steps\)"),
         ({"kind": "cps"}, "the last of which has no noise"),
         ({"noise_level": 0.0}, "noise_level is 0.0"),
+        (
+            {"noise_least": 0.1},
+            "noise_least is 0.1, which only config.sample.noise_schedule='cosine'",
+        ),
+        ({"noise_schedule": "cosine", "noise_least": 1.0}, "at most config.sample.noise_level 0.9"),
         ({"trained": 4}, "trained_steps is 4; expected at most sde_window_size 3"),
         ({"kind": "cps", "noise_level": 1.5, "bounds": (0, 7)}, "up to 1 with sde_type cps"),
     ],

@@ -5,6 +5,9 @@ import pytest
 
 from realgen_jax.models.flux.family import FluxSchedule
 from realgen_jax.sde import (
+    NOISE_SCHEDULES,
+    STOCHASTIC_STEPS,
+    cosine_noise,
     cps_steps,
     dance_steps,
     dpm2_steps,
@@ -189,3 +192,23 @@ def test_a_schedule_that_would_end_above_zero_is_refused():
     sigmas = case("mix_dpm")["case0/sigmas_full"]
     with pytest.raises(ValueError, match="leaves 1 of the 4 points behind a window"):
         shortened(sigmas, 21, 0.4)
+
+
+@pytest.mark.parametrize("schedule", ["flux", "static"])
+def test_falling_noise_matches_the_golden(schedule):
+    hicogen = case("hicogen")
+    for least, most in ((0.1, 0.7), (0.3, 0.3), (0, 1)):
+        noise = cosine_noise(hicogen[f"{schedule}/sigmas"], most, least)
+        hicogen.check(f"{schedule}/eta{least}_{most}", noise)
+
+
+@pytest.mark.parametrize("kind", STOCHASTIC_STEPS)
+def test_each_step_takes_its_own_noise(kind):
+    """Step by step, as if its noise level were that of the whole schedule."""
+    sigmas = np.linspace(1, 0, 7, dtype=np.float32)
+    steps = STOCHASTIC_STEPS[kind](sigmas, NOISE_SCHEDULES["cosine"](sigmas, 0.9, 0.2))
+    for i, level in enumerate(cosine_noise(sigmas, 0.9, 0.2)):
+        own = STOCHASTIC_STEPS[kind](sigmas, float(level))
+        for name in ("x", "v", "std"):
+            np.testing.assert_allclose(getattr(steps, name)[i], getattr(own, name)[i], rtol=1e-6)
+    assert NOISE_SCHEDULES["constant"](sigmas, 0.9, 0.0) == 0.9

@@ -16,6 +16,7 @@ REFUSED = [
     ("awm", "sample.sde_window_range", (0, 4), "but 'awm' samples without noise"),
     ("nft", "sample.sde_window.strategy", "decay", "expected 'random'"),
     ("nft", "sample.branches", 2, "expected 1"),
+    ("awm", "sample.noise_schedule", "cosine", "expected 'constant'"),
     ("awm", "sample.same_latent", True, "all pictures of a prompt would be the same"),
     ("awm", "train.recompute_old", True, "expected False"),
     ("nft", "train.kl", "mean", "expected 'velocity'"),
