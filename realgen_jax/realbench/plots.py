@@ -46,6 +46,14 @@ WIN_RATE_COLOURS = [[0, "#c2570c"], [0.5, "#f3f1ec"], [1, "#2563eb"]]
 BINS = 32
 HEIGHT = 232  # pixels
 SHORT_RUN = 8  # epochs; the axis of shorter runs has a tick at every epoch
+# Figures of the update that have a curve if the run recorded them: {metric: (name, role)}.
+UPDATE_CURVES = {
+    "velocity_norm": ("velocity norm", "1: as the base model"),
+    "old_distance": ("distance to the old policy", "update"),
+    "kept_share": ("kept share", "of pictures, by dppo"),
+    "scout/kept_share": ("kept share", "of pictures, by previews"),
+    "scout/rank_correlation": ("previews and pictures", "rank correlation"),
+}
 Figure = dict[str, Any]  # plotly's JSON
 Figures = dict[str, dict[str, Figure]]
 
@@ -205,7 +213,7 @@ def _category_means(rows: Sequence[Row], entries: Sequence[str]) -> Figure:
 
 
 def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
-    """Return [{name, role, figure}] of a run's rewards and checks; empty without a run."""
+    """Return [{name, role, figure}] of a run's rewards, checks and updates; empty without a run."""
     metrics = Metrics(read_jsonl(folder / "metrics.jsonl"))
     weights = config.reward.fn
     roles = [(name, "trained on") for name in sorted(weights, key=lambda name: -weights[name])]
@@ -218,13 +226,14 @@ def curves(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
     for name, role in roles:
         training = name if name in watched else f"reward/{name}"
         figure = _curve(metrics, name, training, colour(1 if role == "trained on" else 2))
-        if figure is not None:
-            figures.append({"name": short_name(name), "role": role, "figure": figure})
-    return figures
+        figures.append({"name": short_name(name), "role": role, "figure": figure})
+    for key, (name, role) in UPDATE_CURVES.items():
+        figures.append({"name": name, "role": role, "figure": _curve(metrics, key, key, colour(0))})
+    return [curve for curve in figures if curve["figure"] is not None]
 
 
 def _curve(metrics: Metrics, name: str, training: str, main_colour: str) -> Figure | None:
-    """One reward over the epochs: thin in training, thick on test prompts. None without rows.
+    """One figure over the epochs: thin in training, thick on test prompts. None without rows.
 
     training: its key in the rows of training epochs.
     """
@@ -249,7 +258,7 @@ def _curve(metrics: Metrics, name: str, training: str, main_colour: str) -> Figu
                 "width": 2.25 if is_test else 1,
             },
             marker={"size": 7},
-            hovertemplate="%{y:.3f}",
+            hovertemplate="%{y:.3g}",
             cliponaxis=False,
         )
     if not figure.data:
@@ -261,7 +270,7 @@ def _curve(metrics: Metrics, name: str, training: str, main_colour: str) -> Figu
     figure.update_yaxes(nticks=5)
     # For a constant curve, plotly's axis would range from zero to twice the value.
     everything = np.concatenate([np.float64(trace.y) for trace in figure.data])
-    if np.ptp(everything) < 1e-6:
+    if np.ptp(everything) <= 1e-6 * np.abs(everything).max():
         figure.update_yaxes(range=[everything[0] - 0.05, everything[0] + 0.05])
     return _plain(figure)
 

@@ -344,6 +344,29 @@ def test_watched_rewards_have_curves(tmp_path):
     assert [len(curve["figure"]["data"]) for curve in found] == [2, 1]
 
 
+def test_figures_of_the_update_have_curves_if_they_are_recorded(tmp_path):
+    """A distance of 1e-8 that grows is no constant, whose axis would hide it."""
+    figures = {"velocity_norm": 1.1, "kept_share": 0.9, "scout/rank_correlation": 0.5}
+    rows = [
+        {"kind": "train", "epoch": i, "reward/detector": 0.5, "old_distance": i * 1e-8, **figures}
+        for i in (1, 2, 3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings()
+    config.reward.fn = {"detector": 1.0}
+    config.reward.held_out, config.reward.watched, config.reward.metrics = (), (), ()
+    found = {curve["name"]: curve["figure"] for curve in curves(tmp_path, config)}
+    assert list(found) == [
+        "detector",
+        "velocity norm",
+        "distance to the old policy",
+        "kept share",
+        "previews and pictures",
+    ]
+    assert "range" not in found["distance to the old policy"]["layout"]["yaxis"]
+    assert found["velocity norm"]["layout"]["yaxis"]["range"] == pytest.approx([1.05, 1.15])
+
+
 def test_without_arena_run_or_a_second_entry(report, tmp_path):
     only = replace(
         report.evaluated,
