@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from realgen_jax.diagnosis import diversity, rewards, update
+from realgen_jax.diagnosis import diversity, objectives, rewards, update
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import UNKNOWN, Metrics, NotRecorded, Trend, read_run
 from realgen_jax.training.monitor import REWARD
@@ -22,6 +22,11 @@ CHECKS: tuple[Callable[[Metrics, dict], Finding | None], ...] = (
     update.gradient_norm,
     update.clip_fraction,
     update.one_sided_clipping,
+    objectives.old_policy,
+    objectives.matching_error,
+    objectives.dropped_pictures,
+    objectives.velocity_norm,
+    objectives.previews,
     rewards.held_out,
     rewards.held_out_correlation,
     diversity.diversity,

@@ -88,6 +88,10 @@ class Metrics:
             raise NotRecorded(f"{kind} {key}")
         return np.array(epochs, np.float64), np.array(values, np.float64)
 
+    def records(self, key: str) -> bool:
+        """Whether a training metric is recorded at all: only some runs have it."""
+        return any(key in row for row in self.rows["train"])
+
     @property
     def window(self) -> int:
         """The number of recent epochs."""

@@ -7,6 +7,8 @@ from realgen_jax.diagnosis.metrics import Metrics, span
 
 # Fraction of the clip range that rounding may take up. train.py warns at the same limit.
 RATIO_SHARE = 0.1
+# The objectives that clip ratios with config.train.clip_range. The others ignore that key.
+CLIPPING = ("grpo", "guard")
 # Distance from 1 to the next float32 number; ratios are float32.
 FLOAT32_STEP = 2.0**-23
 
@@ -47,15 +49,23 @@ ALL_EPSILON = 0.1
 GRADIENT_HIGH = 10.0
 
 
-def ratio_deviation(metrics: Metrics, config: dict) -> Finding:
+def ratio_deviation(metrics: Metrics, config: dict) -> Finding | None:
     """Check that ratios are 1 on unchanged weights.
 
     A deviation is a mismatch between sampling and training.
     """
     train = config["train"]
+    key = "clip_range"
+    if train["loss"] in CLIPPING:
+        limit = RATIO_SHARE * train["clip_range"]
+    elif train["loss"] == "dppo":
+        # A ratio r takes a divergence of at least (r - 1)^2 / 2, by the Cauchy-Schwarz inequality.
+        key = "dppo.threshold"
+        limit = (2.0 * RATIO_SHARE * train["dppo"]["threshold"]) ** 0.5
+    else:
+        return None
     epochs, values = metrics.series("first_ratio_deviation")
     worst = float(values.max())
-    limit = RATIO_SHARE * train["clip_range"]
     figures = [
         Figure("largest |ratio - 1| before any step", worst, f"<= {limit:.1e}", span(epochs))
     ]
@@ -63,23 +73,27 @@ def ratio_deviation(metrics: Metrics, config: dict) -> Finding:
         return Finding("ratio deviation", FINE, figures)
 
     says = (
-        "Sampling and training disagree: before any weight has changed, a ratio is "
-        f"{worst / train['clip_range']:.2g} clip ranges away from 1, so rounding errors decide "
-        "what is clipped."
+        f"Sampling and training disagree: before any weight has changed, a ratio is {worst:.1e} "
+        f"away from 1, {worst / limit:.2g} times what config.train.{key} allows for, so rounding "
+        "errors decide what is clipped or dropped."
     )
     if train["recompute_old"]:
-        clip_range = worst / RATIO_SHARE
-        remedy = f"--config.pretrained.dtype=float32, or --config.train.clip_range={clip_range:.1g}"
+        wider = train["clip_range"] * worst / limit
+        if key == "dppo.threshold":
+            wider = train["dppo"]["threshold"] * (worst / limit) ** 2
+        remedy = f"--config.pretrained.dtype=float32, or --config.train.{key}={wider:.1g}"
     else:
         remedy = "--config.train.recompute_old=True"
     return Finding("ratio deviation", PROBLEM, figures, says, remedy)
 
 
-def clip_range(metrics: Metrics, config: dict) -> Finding:
+def clip_range(metrics: Metrics, config: dict) -> Finding | None:
     """Compare the clip range with the spacing of float32 numbers around 1.
 
     Rounding may take up a tenth of the range.
     """
+    if config["train"]["loss"] not in CLIPPING:
+        return None
     value = config["train"]["clip_range"]
     limit = FLOAT32_STEP / RATIO_SHARE
     figures = [Figure("clip range", value, f">= {limit:.1e}", metrics.recent_epochs)]
@@ -257,7 +271,7 @@ def clip_fraction(metrics: Metrics, config: dict) -> Finding | None:
     """
     train = config["train"]
     steps = metrics.recent("steps")
-    if steps < 2:
+    if train["loss"] not in CLIPPING or steps < 2:
         return None
 
     share = min(1.0, metrics.recent("clipfrac") * steps / (steps - 1))
@@ -291,6 +305,8 @@ def one_sided_clipping(metrics: Metrics, config: dict) -> Finding | None:
     If they are not, over-confident updates on the other side are unbounded.
     """
     train = config["train"]
+    if train["loss"] not in CLIPPING:
+        return None
     above = metrics.recent("clipfrac_gt_one")
     below = metrics.recent("clipfrac_lt_one")
     recent = metrics.recent_epochs

@@ -15,6 +15,7 @@ from realgen_jax.diagnosis.diagnose import diagnose
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM
 from realgen_jax.diagnosis.metrics import Metrics
 from realgen_scripts import diagnose as program
+from tests.helpers import running
 from tests.helpers.running import ROOT, command
 
 # 12 epochs of the embedded model
@@ -36,7 +37,14 @@ NAMES = [
     "diversity",
 ]
 # Of runs that record more.
-MORE = ["pictures of a prompt"]
+MORE = [
+    "pictures of a prompt",
+    "old policy",
+    "matching error",
+    "dropped pictures",
+    "velocity norm",
+    "previews",
+]
 
 
 def write(folder, run):
@@ -86,6 +94,9 @@ def remove_trend(rows, key):
     slope, _ = np.polyfit(epochs, values, 1)
     for row, epoch in zip(rows, epochs, strict=True):
         row[key] -= slope * epoch
+
+
+SECTIONS = ("dppo", "nft", "awm", "norm_guard")  # of config.train, which the healthy run lacks
 
 
 def zero_spread(run, share):
@@ -192,6 +203,57 @@ def added(run, std):
     put(run, reward_std__clip_score=std, reward_std__embedded_detector=0.05)
 
 
+def objective(run, loss, **recorded):
+    """A run of another objective, which records other figures and does not clip by clip_range."""
+    run["config"]["train"] |= {key: get_config("tiny").to_dict()["train"][key] for key in SECTIONS}
+    option(run, "train.loss", loss)
+    option(run, "train.clip_range", 1e-12)
+    for row in rows_of(run, "train"):
+        for key in [key for key in row if "ratio_deviation" in key or key.startswith("clipfrac")]:
+            del row[key]
+    put(run, **recorded)
+
+
+def nft(run, distance):
+    """As the embedded model with a tenfold learning rate and without KL."""
+    stuck(run)
+    objective(run, "nft", old_distance=[distance, distance / 2], loss_pos=0.4)
+    option(run, "train.beta", 0.0)
+
+
+def awm(run, last):
+    """As the embedded model without clips and KLs, and with a fivefold learning rate."""
+    stuck(run)
+    objective(run, "awm", matching_error=[0.9, last])
+
+
+def dppo(run, divergence):
+    """Two steps an epoch: the mean over them has half of what the second one has."""
+    stuck(run)
+    objective(run, "dppo", kept_share=0.6, divergence=divergence, first_ratio_deviation=0.0)
+
+
+def dppo_that_rises(run, divergence):
+    objective(run, "dppo", kept_share=0.6, divergence=divergence, first_ratio_deviation=0.0)
+
+
+def dppo_ratio(run, value):
+    objective(run, "dppo", kept_share=0.9, divergence=1e-6, first_ratio_deviation=value)
+
+
+def long(run, norm):
+    put(run, velocity_norm=[1.0, norm])
+
+
+def too_long(run, norm):
+    stuck(run)
+    long(run, norm)
+
+
+def previews(run, correlation):
+    put(run, scout__rank_correlation=correlation)
+
+
 def falling(run, slope):
     stuck(run)
     for row in run["rows"]:
@@ -226,6 +288,14 @@ FAULTS = [
     (alike, 0.1, 0.5, "diversity", PROBLEM, "Look at RUN/samples"),
     (copies, 0.05, 0.5, "pictures of a prompt", PROBLEM, "'diversity': 0.5}\""),
     (added, 1e-3, 0.05, "one reward drowning the others", PROBLEM, "advantages=per_reward, or"),
+    (dppo_ratio, 2e-3, 1e-3, "ratio deviation", PROBLEM, "what config.train.dppo.threshold allows"),
+    (nft, 0.05, 0.005, "old policy", PROBLEM, "Nothing holds it: beta is 0"),
+    (awm, 5.0, 1.2, "matching error", PROBLEM, "--config.train.awm.beta_ema=2"),
+    (dppo, 1e-3, 1e-5, "dropped pictures", PROBLEM, "80% are dropped"),
+    (dppo_that_rises, 1e-3, 1e-5, "dropped pictures", NOTE, "--config.train.dppo.threshold=0.0007"),
+    (long, 1.3, 1.1, "velocity norm", NOTE, "--config.train.norm_guard.weight=1, or"),
+    (too_long, 2.0, 1.1, "velocity norm", PROBLEM, "as long as the base model's"),
+    (previews, 0.1, 0.5, "previews", NOTE, "chosen at random"),
     (falling, -0.01, 0.01, "no cause found", PROBLEM, "No check explains it"),
     (falling, 0.0, 0.01, "no cause found", NOTE, "could hide in the noise"),
 ]  # fmt: skip
@@ -708,3 +778,60 @@ def test_a_real_run_with_a_fault(real_run, name, text, more):
     first = real_run(more).findings[0]
     assert (first.name, first.severity) == (name, PROBLEM)
     assert text in first.says
+
+
+# Runs of the embedded model: a random one has nothing to unlearn.
+SHORT = (
+    "--config.num_epochs=8",
+    "--config.eval_freq=4",
+    "--config.evaluate.after_training=False",
+)
+# The config has a window, which decoupled objectives do not: back to the defaults.
+NO_WINDOW = (
+    "--config.sample.sde_window_size=3",
+    "--config.sample.sde_window_range=(0,8)",
+    "--config.sample.branches=1",
+    "--config.sample.noise_level=0.9",
+)
+OBJECTIVE_FAULTS = [
+    (
+        "old policy",
+        "beta is 0",
+        *NO_WINDOW,
+        "--config.train.loss=nft",
+        "--config.train.nft.sigmas=4",
+        "--config.train.beta=0",
+        "--config.train.learning_rate=0.01",
+    ),
+    (
+        "matching error",
+        "unlearns how to draw",
+        *NO_WINDOW,
+        "--config.train.loss=awm",
+        "--config.train.awm.sigmas=4",
+        "--config.train.awm.beta_ema=0",
+        "--config.train.awm.clip_range=1e6",
+        "--config.train.beta=0",
+        "--config.train.learning_rate=0.005",
+        "--config.train.num_inner_epochs=4",
+    ),
+    (
+        "dropped pictures",
+        "all that moved as they should",
+        "--config.train.loss=dppo",
+        "--config.train.dppo.threshold=1e-12",
+        "--config.train.num_inner_epochs=2",
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "text", "words"), [(n, t, w) for n, t, *w in OBJECTIVE_FAULTS])
+def test_a_real_run_of_an_objective_with_a_fault(cache, tmp_path, name, text, words):
+    where = (f"--config.run_root={tmp_path}", "--config.run_name=run", *SHORT)
+    tiny = f"{ROOT / 'configs' / 'flux_grpo.py'}:tiny"
+    done = running.call("train.py", cache, *where, *words, config=tiny, XLA_FLAGS="")
+    assert done.returncode == 0, done.stderr
+    findings = diagnose(tmp_path / "run").of(PROBLEM, NOTE)
+    (found,) = [finding for finding in findings if finding.name == name]
+    assert text in found.says
