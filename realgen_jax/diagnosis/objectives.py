@@ -145,10 +145,7 @@ def dropped_pictures(metrics: Metrics, config: dict) -> Finding | None:
         f"that {dropped:.0%} are dropped, all that moved as they should. The later steps of the "
         "epoch learn only from pictures that moved the wrong way."
     )
-    remedy = (
-        f"--config.train.dppo.threshold={threshold:.1g}, or "
-        f"--config.train.learning_rate={train['learning_rate'] * (3 / distance) ** 0.5:.1g}."
-    )
+    remedy = f"--config.train.dppo.threshold={threshold:.1g}, or a smaller learning rate."
     severity = NOTE if metrics.improves else PROBLEM
     return Finding("dropped pictures", severity, figures, says, remedy)
 
