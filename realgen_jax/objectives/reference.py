@@ -62,8 +62,9 @@ def weighted_kl(values: Array, kl_weights: Array | None) -> Array:
 def norm_penalty(v: Array, v_ref: Array, limit: float) -> Array:
     """Mean over samples of max(|v| / |v_ref| - limit, 0)^2: [].
 
-    NormGuard (arXiv 2606.27771) punishes velocities that are longer than those of the base model,
-    and only these, which is a limit of 1. That the excess is relative and squared is our choice.
+    NormGuard (arXiv 2606.27771) punishes only velocities that are longer than those of the base
+    model, as a limit of 1 does. The form, a relative excess that is squared, is ours: the paper's
+    abstract, all that we have read, has no formula.
     """
     return jnp.mean(jnp.maximum(norm_ratios(v, v_ref) - limit, 0.0) ** 2)
 
