@@ -258,7 +258,7 @@ def _curve(metrics: Metrics, name: str, training: str, main_colour: str) -> Figu
                 "width": 2.25 if is_test else 1,
             },
             marker={"size": 7},
-            hovertemplate="%{y:.3g}",
+            hovertemplate="%{y:.4g}",
             cliponaxis=False,
         )
     if not figure.data:
@@ -267,7 +267,7 @@ def _curve(metrics: Metrics, name: str, training: str, main_colour: str) -> Figu
     figure.update_xaxes(title={"text": "epoch", "standoff": 4}, nticks=7, rangemode="tozero")
     if max(trace.x[-1] for trace in figure.data) < SHORT_RUN:
         figure.update_xaxes(dtick=1)
-    figure.update_yaxes(nticks=5)
+    figure.update_yaxes(nticks=5, exponentformat="power")
     # For a constant curve, plotly's axis would range from zero to twice the value.
     everything = np.concatenate([np.float64(trace.y) for trace in figure.data])
     if np.ptp(everything) <= 1e-6 * np.abs(everything).max():
