@@ -145,7 +145,10 @@ def train(
         if layout.previews:
             # -- Scout: cheap previews; those worth it are sampled in full.
             with phase("scout", seconds):
-                scouted = scout_epoch(run, programs, state, epoch, rows)
+                scouted = scout_epoch(run, programs, state, epoch, rows, preemption)
+            if scouted is None:
+                saver.leave(start, preemption)
+                return False
 
         with phase("sample", seconds):
             seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))

@@ -316,4 +316,14 @@ def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str,
         "gradients": 2 * trainable,
         "activations": update_bytes(work, images),
     }
-    return {"sample": sample, "update": update}
+    if not work.previews:
+        return {"sample": sample, "update": update}
+
+    # Previews: in the worst case none is scored before the last call.
+    preview_calls = work.previews / work.images
+    previews = {
+        "embeddings": preview_calls * call["embeddings"],
+        "pictures": preview_calls * call["pictures"],
+        "activations": activations,
+    }
+    return {"previews": previews, "sample": sample, "update": update}

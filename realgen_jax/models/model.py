@@ -159,17 +159,19 @@ class Model:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), cond
         )
 
-    def sampler(self, steps: int, solver: str, tuned: int | None = None) -> Callable[..., Array]:
+    def sampler(
+        self, steps: int, solver: str, tuned: int | None = None, scope: str = "evaluate"
+    ) -> Callable[..., Array]:
         """Return a jitted (model, trainable, cond, key, ids int32 [n]) -> uint8 [n, 3, H, W].
 
         The noise of a picture depends only on its id and the key, not on its batch. solver: a key
         of SOLVERS (rollout.py). tuned: number of steps that take `trainable`; the others take the
-        base model. None: all of them do.
+        base model. None: all of them do. scope: the name in a profile.
         """
         ode = SOLVERS[solver]
 
         @jax.jit
-        @jax.named_scope("evaluate")
+        @jax.named_scope(scope)
         def pictures(model: Model, trainable: Any, cond: Any, key: Array, ids: Array) -> Array:
             rows = batch_sharding(model.mesh)
             latents = numbered_latents(key, ids, model.token_shape)

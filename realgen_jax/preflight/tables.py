@@ -25,6 +25,14 @@ from realgen_jax.training.progress import plain_console
 
 PETA = 1e15
 
+# The columns of the table of memory, by phase.
+COLUMNS = {
+    "previews": "previews",
+    "sample": "sampling",
+    "update": "update",
+    "evaluation": "evaluation",
+}
+
 
 def show(
     report: Report,
@@ -138,7 +146,8 @@ def new_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Tabl
 
 def bytes_table(report: Report) -> Table:
     """The memory of one device in each phase."""
-    table = new_table("Memory of one device, GiB", ("",), ("sampling", "update", "evaluation"))
+    columns = tuple(COLUMNS[name] for name in report.phases)
+    table = new_table("Memory of one device, GiB", ("",), columns)
     labels = memory_labels(report)
 
     # Arrays that stay in memory all the time.
@@ -147,7 +156,7 @@ def bytes_table(report: Report) -> Table:
         table.add_row(labels[name], *[gib] * len(report.phases))
 
     # Arrays of some of the phases.
-    phases = [report.phases[name] for name in ("sample", "update", "evaluation")]
+    phases = list(report.phases.values())
     for name in dict.fromkeys(itertools.chain(*phases)):
         cells = [f"{phase[name] / GIB:.2f}" if name in phase else "-" for phase in phases]
         table.add_row(labels[name], *cells)

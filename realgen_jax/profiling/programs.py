@@ -12,6 +12,7 @@ from realgen_jax.profiling.protobuf import packed_varints, text, values
 # Names given to jax.named_scope, in the order of an epoch. `backward` stands for the gradient of
 # `policy`.
 SCOPES = (
+    "preview",
     "prefix",
     "window",
     "suffix",

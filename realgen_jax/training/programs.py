@@ -160,7 +160,7 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
     jit = partial(jax.jit, compiler_options=compiler_options(model.config.dtype, model.mesh))
     return Programs(
         sample=jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
-        preview=model.sampler(scout.num_steps, scout.solver),
+        preview=model.sampler(scout.num_steps, scout.solver, scope="preview"),
         update=jit(
             update_call, donate_argnums=1, out_shardings=(shardings, replicated(model.mesh))
         ),

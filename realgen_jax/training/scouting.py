@@ -13,9 +13,10 @@ from jax import Array
 from scipy.stats import rankdata
 
 from realgen_jax.advantages import advantages_of, rewards_read
-from realgen_jax.hosts import put
+from realgen_jax.hosts import process_count, put
 from realgen_jax.selection import SELECTIONS
 from realgen_jax.sharding import batch_sharding
+from realgen_jax.training.preemption import Preemption
 from realgen_jax.training.programs import Programs
 from realgen_jax.training.run import TRAINING, Run
 from realgen_jax.training.scoring import scores_of_all, submit, weighted_mean
@@ -37,12 +38,18 @@ class Scouted:
 
 
 def scout_epoch(
-    run: Run, programs: Programs, state: TrainState, epoch: int, rows: np.ndarray
-) -> Scouted:
+    run: Run,
+    programs: Programs,
+    state: TrainState,
+    epoch: int,
+    rows: np.ndarray,
+    preemption: Preemption,
+) -> Scouted | None:
     """Sample and score an epoch's previews, and select the pictures to sample in full.
 
     rows: int [groups], the epoch's prompts. The previews are compared by the advantages that they
-    would have. Every process makes the same choice. Raises the errors of the rewards.
+    would have. Every process makes the same choice. Returns None if a signal arrived in the
+    meantime. Raises the errors of the rewards.
     """
     layout = run.recipe.layout
     config = run.config
@@ -61,6 +68,13 @@ def scout_epoch(
         pictures = programs.preview(model, policy, cond, key, ids)
         names = rewards_read(config)
         batches.append(submit(run.scorer, pictures, prompts, names, group=layout.previews))
+
+    # With several processes, signals are noticed at a point where all of them agree.
+    if process_count() == 1:
+        for batch in batches:
+            batch.pending.result()
+            if preemption.wanted():
+                return None
 
     # Select within each prompt.
     scores = scores_of_all(batches, layout.images)

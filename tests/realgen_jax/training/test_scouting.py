@@ -1,16 +1,18 @@
 """Scout and select: which previews are sampled in full, and from which noise."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realgen_jax.training.programs import first_state, make_programs, make_recipe
+from realgen_jax.models.model import Model
+from realgen_jax.training.programs import first_state, make_programs, make_recipe, sample_call
 from realgen_jax.training.scouting import Scouted, scout_columns
 from tests.helpers.golden_config import get_config
-from tests.helpers.models import golden_model
+from tests.helpers.models import golden_model, one_device
 
 
 def config(**scout):
@@ -21,7 +23,38 @@ def config(**scout):
 
 
 def test_a_preview_that_is_sampled_in_full_keeps_its_noise():
-    """With as many steps as the rollout, previews are the full pictures, up to rounding."""
+    """On a made-up velocity, without a compiler, previews are the full pictures to the bit."""
+    c = config(previews=8, num_steps=3)
+    c.train.loss = "nft"
+    c.train.nft.sigmas = 2
+    c.sample.sde_window_range = (0, 8)
+    c.sample.sde_window_size = 3
+    recipe = make_recipe(c)
+    sigmas = np.float32([1.0, 0.7, 0.3, 0.0])
+    model = SimpleNamespace(
+        token_shape=(4, 8),
+        mesh=one_device(),
+        sigmas=lambda steps: sigmas,
+        velocity=lambda trainable, x, sigma, cond: jnp.sin(3 * x) + sigma[:, None, None],
+        decode=lambda tokens: tokens,
+    )
+    key, other = jax.random.split(jax.random.key(1))
+    numbers = jnp.int32([9, 2, 5, 0, 3, 3, 7, 1])
+    with jax.disable_jit():
+        previews = Model.sampler(model, 3, "euler")(model, (), None, key, numbers)
+        plan = recipe.objective.make_plan(sigmas)
+        full, _, _ = sample_call(
+            recipe.layout, False, recipe.objective, model, (), None, (key, other), plan, numbers
+        )
+        turned = Model.sampler(model, 3, "euler")(model, (), None, key, numbers[::-1])
+    np.testing.assert_array_equal(previews, full)
+    np.testing.assert_array_equal(previews, turned[::-1])
+    assert len(np.unique(np.asarray(full).reshape(8, -1), axis=0)) == 7  # one is there twice
+
+
+@pytest.mark.slow
+def test_previews_of_a_network_are_the_full_pictures_up_to_rounding():
+    """With as many steps as the rollout."""
     c = config(previews=8, num_steps=3)
     c.sample.num_steps = 3
     c.sample.sde_window_range = (0, 8)
