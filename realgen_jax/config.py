@@ -110,6 +110,9 @@ def _sample() -> ConfigDict:
     c.same_latent = False  # True: the images of a group share the initial noise
     c.num_batches_per_epoch = 2  # rollout calls per epoch
     c.solver = "euler"  # euler, dpm2: of rollouts without noise (train.loss nft, awm)
+    # Of the same rollouts: this many steps in a row predict their velocity from the last computed
+    # ones, then one computes it, as do the first two steps and the last one. 0: all compute it.
+    c.cached_steps = 0
     c.sde_type = "sde"  # sde, cps, dance
     c.noise_level = 0.9
     # constant; cosine: noise_level at sigma = 1, falling to noise_least at 0 (HiCoGen).

@@ -166,6 +166,7 @@ RANGES = {
     "sample.same_latent": boolean(),
     "sample.num_batches_per_epoch": integer(1),
     "sample.solver": choice("euler", "dpm2"),
+    "sample.cached_steps": integer(0),
     "sample.sde_type": choice("sde", "cps", "dance"),
     "sample.noise_level": positive(),
     "sample.noise_schedule": choice("constant", "cosine"),

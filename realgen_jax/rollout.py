@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from realgen_jax.cached_steps import Cache, make_cache, sample_cached
 from realgen_jax.sde import (
     NOISE_SCHEDULES,
     STOCHASTIC_STEPS,
@@ -102,25 +103,31 @@ class After:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["steps", "levels", "key"], meta_fields=["solver"]
+    jax.tree_util.register_dataclass,
+    data_fields=["steps", "levels", "key", "cache"],
+    meta_fields=["solver"],
 )
 @dataclass(frozen=True)
 class NoiselessPlan:
     """The plan of a rollout without noise. solver: a key of SOLVERS, which made the steps.
 
     levels: float32 [c], the noise levels that the gradient draws from. key: uint32 [2], the call's
-    own random key, for what its gradient draws.
+    own random key, for what its gradient draws. cache: the steps whose velocity is predicted; None:
+    all are computed.
     """
 
     steps: Any
     levels: Array
     key: Array
     solver: str
+    cache: Cache | None
 
     @property
     def mean_steps(self) -> float:
-        """Number of steps from noise to image."""
-        return len(self.steps.sigma)
+        """Number of steps from noise to image that compute a velocity."""
+        if self.cache is None:
+            return len(self.steps.sigma)
+        return int(np.sum(self.cache.computed))
 
     def draw(self, key: Array, epoch: int = 0) -> "NoiselessPlan":
         """Return the plan of one call."""
@@ -128,7 +135,10 @@ class NoiselessPlan:
 
     def sample(self, velocity: Velocity, cond: Any, latents: Array) -> Array:
         """From noise to data: latents float32 [n, s, c] -> [n, s, c]."""
-        return SOLVERS[self.solver].sample(velocity, cond, latents, self.steps)
+        solver = SOLVERS[self.solver]
+        if self.cache is None:
+            return solver.sample(velocity, cond, latents, self.steps)
+        return sample_cached(velocity, cond, latents, self.steps, solver.advance, self.cache)
 
 
 @jax.tree_util.register_dataclass
@@ -298,11 +308,22 @@ def _second_order(
     def body(i: Array, before: tuple[Array, Array]) -> tuple[Array, Array]:
         x, last = before
         step = jax.tree.map(lambda coefficients: jnp.asarray(coefficients)[i], steps)
-        clean = x - step.sigma * velocity(x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
-        return step.after(x, clean, last), clean
+        v = velocity(x, jnp.broadcast_to(step.sigma, x.shape[:1]), cond)
+        return _second_order_step(x, v, last, step)
 
     x, _ = jax.lax.fori_loop(0, count, body, first)
     return x
+
+
+def _first_order_step(x: Array, v: Array, last: Array, step: Steps) -> tuple[Array, Array]:
+    """One Euler step, which does not use the last clean estimate."""
+    return step.mean(x, v), last
+
+
+def _second_order_step(x: Array, v: Array, last: Array, step: TwoSteps) -> tuple[Array, Array]:
+    """One step of second order, and its clean estimate."""
+    clean = x - step.sigma * v
+    return step.after(x, clean, last), clean
 
 
 def hybrid(tuned: Velocity, base: Velocity, sigmas: np.ndarray, steps: int) -> Velocity:
@@ -327,24 +348,32 @@ class Solver:
     """A solver of the probability-flow ODE.
 
     steps: (sigmas float32 [T + 1]) -> coefficients. sample: (velocity, cond, latents, coefficients)
-    -> final latents.
+    -> final latents. advance: one step, (x, v, the last step's clean estimate, its coefficients) ->
+    (x, clean estimate).
     """
 
     steps: Callable[[np.ndarray], Any]
     sample: Callable[..., Array]
+    advance: Callable[..., tuple[Array, Array]]
 
 
 # config.sample.solver
 SOLVERS = {
-    "euler": Solver(ode_steps, sample),
-    "dpm2": Solver(dpm2_steps, sample_second_order),
+    "euler": Solver(ode_steps, sample, _first_order_step),
+    "dpm2": Solver(dpm2_steps, sample_second_order, _second_order_step),
 }
 
 
-def make_noiseless_plan(sigmas: np.ndarray, solver: str, levels: np.ndarray) -> NoiselessPlan:
-    """Return the plan of a rollout without noise for a schedule, float32 [T + 1]."""
+def make_noiseless_plan(
+    sigmas: np.ndarray, solver: str, levels: np.ndarray, cached_steps: int = 0
+) -> NoiselessPlan:
+    """Return the plan of a rollout without noise for a schedule, float32 [T + 1].
+
+    cached_steps: of config.sample. Raises ValueError if no step is left to predict.
+    """
     key = np.zeros(2, np.uint32)
-    return NoiselessPlan(SOLVERS[solver].steps(sigmas), np.float32(levels), key, solver)
+    cache = make_cache(sigmas, cached_steps) if cached_steps else None
+    return NoiselessPlan(SOLVERS[solver].steps(sigmas), np.float32(levels), key, solver, cache)
 
 
 def rollout(

@@ -54,6 +54,7 @@ from realgen_jax.realbench.prompts import SAFE, read_sets
 from realgen_jax.realbench.summarize import summarize
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.epoch import (
+    cache_error,
     latents_of,
     sample_epoch,
     update_epoch,
@@ -159,6 +160,15 @@ def train(
             return False
         stop_if_not_finite(latents_of(calls), epoch, "rollout (velocity)", run)
 
+        # Once, what the cached steps cost in exactness.
+        exactness = {}
+        if epoch == first and config.sample.cached_steps:
+            exactness = cache_error(run, programs, state, epoch, calls[0])
+            log.say(
+                f"with config.sample.cached_steps={config.sample.cached_steps}, final latents "
+                f"differ by {exactness['cache_error']:.2%} (RMS) from those of all steps"
+            )
+
         with phase("reward_wait", seconds):
             # -- Score. Waits for the slowest reward: {reward: [groups, group]}.
             scores = scores_of_all([call.scores for call in calls], layout.images)
@@ -187,6 +197,7 @@ def train(
 
         # -- Log. From here on there is something to save when Ctrl-C ends the run.
         preemption.hold(saver.lost)
+        details |= exactness
         for name, mean in scores.reference_means().items():
             details[f"reward/{name}/references"] = mean
         for name in config.reward.watched:

@@ -163,4 +163,5 @@ def make_awm(train: Any, sample: Any) -> Awm:
         levels=make_levels("awm", awm),
         old_decay=make_old_decay(awm),
         solver=sample.solver,
+        cached_steps=sample.cached_steps,
     )

@@ -33,6 +33,9 @@ OF_DECOUPLED = {
         "replays the steps that were sampled, and the ratio of two policies is known only for "
         "steps of first order"
     ),
+    "sample.cached_steps": (
+        "replays the steps that were sampled, and a predicted velocity is not the policy's"
+    ),
 }
 
 

@@ -163,7 +163,8 @@ class Sample:
 class Decoupled:
     """The base of the decoupled objectives; they add `loss`.
 
-    config: what the loss takes. reference: what holds the policy to the base model.
+    config: what the loss takes. reference: what holds the policy to the base model. solver,
+    cached_steps: of config.sample.
     """
 
     config: Any
@@ -171,6 +172,7 @@ class Decoupled:
     levels: Levels
     old_decay: OldDecay
     solver: str
+    cached_steps: int
 
     coupled = False
     largest_metrics = ()
@@ -190,7 +192,8 @@ class Decoupled:
         raise NotImplementedError
 
     def make_plan(self, sigmas: np.ndarray) -> NoiselessPlan:
-        return make_noiseless_plan(sigmas, self.solver, self.levels.candidates(sigmas))
+        levels = self.levels.candidates(sigmas)
+        return make_noiseless_plan(sigmas, self.solver, levels, self.cached_steps)
 
     def draw_noise(self, key: Array, plan: Any, images: int, token_shape: tuple[int, int]) -> Any:
         return ()

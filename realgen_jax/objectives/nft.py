@@ -133,4 +133,5 @@ def make_nft(train: Any, sample: Any) -> Nft:
         levels=make_levels("nft", train.nft),
         old_decay=make_old_decay(train.nft),
         solver=sample.solver,
+        cached_steps=sample.cached_steps,
     )

@@ -1,7 +1,7 @@
 """The two halves of an epoch that run on the devices: sampling and updates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,12 +25,14 @@ from realgen_jax.update import Batch, TrainState
 class Call:
     """One rollout call of an epoch.
 
-    record: the objective's record. cond: leaves [slots, ...]. scores: the pending scores. finite:
-    bool [], whether all latents are finite.
+    record: the objective's record. cond: leaves [slots, ...]. inputs: the other inputs of
+    `programs.sample`, (keys, plan, numbers). scores: the pending scores. finite: bool [], whether
+    all latents are finite.
     """
 
     record: Any
     cond: Any
+    inputs: tuple
     scores: PendingBatch
     finite: Array
 
@@ -72,17 +74,15 @@ def sample_epoch(
             latent_key = scouted.key
             numbers = put(scouted.numbers[number], batch_sharding(model.mesh))
 
-        plan = epoch_plan.draw(start_key, epoch)
-        pictures, record, finite = programs.sample(
-            model, policy, cond, (latent_key, noise_key), plan, numbers
-        )
+        inputs = ((latent_key, noise_key), epoch_plan.draw(start_key, epoch), numbers)
+        pictures, record, finite = programs.sample(model, policy, cond, *inputs)
 
         # Every image has its slot's prompt.
         image_prompts = [prompt for prompt in prompts for _ in range(layout.branches)]
         reward = run.config.reward
         names = list(dict.fromkeys([*reward.fn, *reward.watched]))
         scores = submit(run.scorer, pictures, image_prompts, names, seeds[number], layout.group)
-        calls.append(Call(record, cond, scores, finite))
+        calls.append(Call(record, cond, inputs, scores, finite))
     return calls
 
 
@@ -105,6 +105,26 @@ def latents_of(calls: Sequence[Call]) -> dict[str, float]:
     """Return {"latents": 0}, with NaN instead of 0 if any call's final latents are not finite."""
     finite = all(call.finite for call in calls)
     return {"latents": 0.0 if finite else float("nan")}
+
+
+@jax.jit
+def _relative_rms(x: Array, exact: Array) -> Array:
+    return jnp.sqrt(jnp.mean((x - exact) ** 2) / jnp.mean(exact**2))
+
+
+def cache_error(
+    run: Run, programs: Programs, state: TrainState, epoch: int, call: Call
+) -> dict[str, float]:
+    """Return {"cache_error": RMS(x0 - x0 of all steps) / RMS(x0 of all steps)} of one call.
+
+    x0: the final latents. The call is sampled again, with all of its velocities computed.
+    """
+    model, _ = run.rollout_of(epoch)
+    policy = run.recipe.objective.rollout_policy(state)
+    keys, plan, numbers = call.inputs
+    exact_plan = replace(plan, cache=None)
+    _, exact, _ = programs.sample(model, policy, call.cond, keys, exact_plan, numbers)
+    return {"cache_error": float(_relative_rms(call.record.x0, exact.x0))}
 
 
 @jax.jit

@@ -84,8 +84,8 @@ def until(
 
 
 def rows(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without measured times and memory."""
-    measured = ("seconds/", "images_per", "reward_wait_share", "memory/")
+    """The rows of metrics.jsonl, without what each process measures: times, memory."""
+    measured = ("seconds/", "images_per", "reward_wait_share", "memory/", "cache_error")
     kept = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)

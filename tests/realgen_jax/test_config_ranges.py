@@ -17,6 +17,7 @@ from realgen_jax.objectives.grpo import KLS
 from realgen_jax.objectives.nft import ADVANTAGES
 from realgen_jax.rollout import SOLVERS
 from realgen_jax.sde import NOISE_SCHEDULES, STOCHASTIC_STEPS
+from realgen_jax.selection import SELECTIONS
 from realgen_jax.windows import STAYS
 
 
@@ -189,6 +190,8 @@ def test_sections_and_missing_keys_are_named():
         ("sample.sde_type", STOCHASTIC_STEPS),
         ("sample.noise_schedule", NOISE_SCHEDULES),
         ("sample.solver", SOLVERS),
+        ("sample.scout.solver", SOLVERS),
+        ("sample.scout.select", SELECTIONS),
         ("evaluate.sample.solver", SOLVERS),
         ("sample.sde_window.strategy", ["random", *STAYS]),
         ("train.nft.advantages", ADVANTAGES),

@@ -36,6 +36,7 @@ WORDS = {
         "--config.train.norm_guard.weight=1.0",
         "--config.reward.watched=embedded_held_out",
         "--config.train.kl_gate.against=embedded_held_out",
+        "--config.sample.cached_steps=1",
     ),
     "dppo": (
         "--config.train.loss=dppo",

@@ -9,6 +9,7 @@ from realgen_jax.objectives import OBJECTIVES, make_objective
 REFUSED = [
     ("guard", "sample.solver", "dpm2", "but 'guard' replays the steps that were sampled"),
     ("dppo", "sample.solver", "dpm2", "known only for steps of first order; expected 'euler'"),
+    ("guard", "sample.cached_steps", 1, "predicted velocity is not the policy's; expected 0"),
     ("grpo", "train.nft.mix", 0.5, "which config.train.loss 'nft' reads, but not 'grpo'"),
     ("nft", "train.awm.off_policy", True, "which config.train.loss 'awm' reads, but not 'nft'"),
     ("awm", "train.dppo.threshold", 1e-7, "which config.train.loss 'dppo' reads, but not 'awm'"),

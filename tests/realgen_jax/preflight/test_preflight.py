@@ -145,6 +145,28 @@ def test_evaluations_have_costs_of_their_own():
     )
 
 
+def test_previews_and_cached_steps_are_counted():
+    config = flux_objectives.get_config("flux_nft_8xh200")
+    plain = make_report(config, 7)
+    with config.unlocked():
+        config.sample.scout.update(previews=56, num_steps=3)
+        config.sample.cached_steps = 1
+    report = make_report(config, 7)
+
+    # Of the 10 steps of a rollout, 0, 1, 3, 5, 7 and 9 compute a velocity.
+    assert report.flops["rollout"] == pytest.approx(0.6 * plain.flops["rollout"])
+    forward = sum(velocity_flops(report.work).values())
+    previews = report.recipe.layout.groups * 56
+    one = 3 * forward + decode_flops(report.work)
+    assert report.flops["previews"] == pytest.approx(previews * one)
+    rest = report.flops["rollout"] + report.flops["decode"] + report.flops["update"]
+    assert report.flops["total"] == pytest.approx(rest + previews * one)
+
+    # 3 bytes a pixel of every preview wait for scores.
+    assert report.phases["previews"]["pictures"] == previews / 7 * 3 * 512**2
+    assert "previews" not in plain.phases
+
+
 def test_of_several_sizes_the_largest_counts(capsys):
     config = get_config("tiny")
     with config.unlocked():
