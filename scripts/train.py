@@ -211,7 +211,7 @@ def train(
         if scouted is not None:
             details |= scout_columns(scouted, reward, layout.previews)
         if epoch == first:
-            warn_of_deviation(log, steps, config.train.clip_range)
+            warn_of_deviation(log, steps, config.train)
         columns = step_columns(steps, run.recipe.objective.largest_metrics)
         trained = {name: groups[name] for name in weights}
         log.train(epoch + 1, trained, reward, columns, seconds, details)

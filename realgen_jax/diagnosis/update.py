@@ -4,9 +4,8 @@ import numpy as np
 
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import Metrics, span
+from realgen_jax.training.monitor import RATIO_SHARE, ratio_limit
 
-# Fraction of the clip range that rounding may take up. train.py warns at the same limit.
-RATIO_SHARE = 0.1
 # The objectives that clip ratios with config.train.clip_range. The others ignore that key.
 CLIPPING = ("grpo", "guard")
 # Distance from 1 to the next float32 number; ratios are float32.
@@ -55,15 +54,9 @@ def ratio_deviation(metrics: Metrics, config: dict) -> Finding | None:
     A deviation is a mismatch between sampling and training.
     """
     train = config["train"]
-    key = "clip_range"
-    if train["loss"] in CLIPPING:
-        limit = RATIO_SHARE * train["clip_range"]
-    elif train["loss"] == "dppo":
-        # A ratio r takes a divergence of at least (r - 1)^2 / 2, by the Cauchy-Schwarz inequality.
-        key = "dppo.threshold"
-        limit = (2.0 * RATIO_SHARE * train["dppo"]["threshold"]) ** 0.5
-    else:
+    if train["loss"] not in (*CLIPPING, "dppo"):
         return None
+    limit, key = ratio_limit(train)
     epochs, values = metrics.series("first_ratio_deviation")
     worst = float(values.max())
     figures = [

@@ -12,6 +12,7 @@ from jax import Array
 from realgen_jax.hosts import process_count, put
 from realgen_jax.sharding import batch_sharding
 from realgen_jax.training.log import NoLog, RunLog
+from realgen_jax.training.monitor import ratio_limit
 from realgen_jax.training.preemption import Preemption
 from realgen_jax.training.programs import Programs
 from realgen_jax.training.run import TRAINING, Run
@@ -178,14 +179,17 @@ def update_epoch(
     return run.recipe.objective.after_epoch(state), metrics
 
 
-def warn_of_deviation(log: RunLog | NoLog, steps: Sequence[dict[str, Any]], clip: float) -> None:
+def warn_of_deviation(log: RunLog | NoLog, steps: Sequence[dict[str, Any]], train: Any) -> None:
     """Warn if replay on unchanged weights is inexact because the hardware picks other kernels.
 
-    steps: the metrics of the first optimizer steps. clip: the clip range of the ratio.
+    steps: the metrics of the first optimizer steps. train: config.train.
     """
-    deviation = float(steps[0].get("ratio_deviation", 0.0)) if steps else 0.0
-    if deviation > 0.1 * clip:
+    if not steps or "ratio_deviation" not in steps[0]:
+        return
+    deviation = float(steps[0]["ratio_deviation"])
+    limit, key = ratio_limit(train)
+    if deviation > limit:
         log.warn(
-            f"on unchanged weights a ratio is {deviation:.1e} away from 1, over a tenth of the "
-            f"clip range {clip:g}: set --config.train.recompute_old=True"
+            f"on unchanged weights a ratio is {deviation:.1e} away from 1, but config.train.{key} "
+            f"allows for {limit:.1e}: set --config.train.recompute_old=True"
         )

@@ -2,7 +2,9 @@
 
 The trained reward does that as long as it stays the same. A reward that learns does not: it falls
 as it gets better at its task, and rises as the generator does. Such a run is judged by held-out
-rewards and metrics, which nothing changes. Needs neither JAX nor PyTorch.
+rewards and metrics, which nothing changes.
+
+Also how exact the ratios of a run must be. Needs neither JAX nor PyTorch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,8 @@ from typing import Any
 
 AUTO = "auto"
 REWARD = "reward"  # the weighted mean of the trained rewards, in evaluations
+
+RATIO_SHARE = 0.1  # of a clip range, which rounding may take up
 
 
 def monitored(reward: Mapping[str, Any], metrics: Sequence[str]) -> str:
@@ -45,3 +49,15 @@ def monitor_problems(reward: Mapping[str, Any]) -> list[str]:
             "stop by: config.reward.held_out is empty, and config.reward.monitor is no metric"
         )
     return problems
+
+
+def ratio_limit(train: Any) -> tuple[float, str]:
+    """Return how far ratios may be from 1 before any step, and the key of config.train it is from.
+
+    Rounding may take up a tenth of what clips ratios, or drops pictures. train: config.train, with
+    an objective that has ratios.
+    """
+    if train["loss"] == "dppo":
+        # A ratio r takes a divergence of at least (r - 1)^2 / 2, by the Cauchy-Schwarz inequality.
+        return (2.0 * RATIO_SHARE * train["dppo"]["threshold"]) ** 0.5, "dppo.threshold"
+    return RATIO_SHARE * train["clip_range"], "clip_range"
