@@ -14,6 +14,7 @@ from filelock import Timeout
 from ml_collections import ConfigDict
 
 from realgen_jax.checkpoint import newest_good, read_meta
+from realgen_jax.config import base
 from realgen_jax.files import file_lock, write_whole
 from realgen_jax.process import cleaned_up
 
@@ -177,7 +178,7 @@ def resume_from(
     for line in warnings:
         print(f"warning: {line}")
 
-    before = with_todays_keys(before)
+    before = with_defaults(with_todays_keys(before), base().to_dict())
     free, others = changed_keys(before, config.to_dict(), digests_before or {}, digests)
     if others and not allow_change:
         message = (
@@ -209,6 +210,18 @@ def with_todays_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     own = {**size, "num_steps": steps, "solver": "euler", "tuned_share": 1.0}
     evaluate["sample"] = {**evaluate.get("sample", {}), **own}
     return {**config, "sample": {**sample, **sizes}, "evaluate": evaluate}
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's config with the defaults of keys that did not exist when it started.
+
+    A new key's default leaves what a run computes as it was.
+    """
+    filled = {**defaults, **config}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping):
+            filled[name] = with_defaults(value, defaults[name])
+    return filled
 
 
 def _read_start(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:

@@ -20,6 +20,7 @@ from realgen_jax.training.run_folder import (
     resume_from,
     run_folder,
     run_lock,
+    with_defaults,
     with_todays_keys,
     write_digests,
 )
@@ -146,6 +147,16 @@ def test_an_older_run_has_one_size_and_evaluations_of_first_order():
         "  config.evaluate.sample.solver: was 'euler', is now 'dpm2'",
         "  config.evaluate.sample.width: was 64, is now 128",
     ]
+
+
+def test_a_run_of_before_a_key_has_its_default():
+    defaults = {"seed": 0, "sample": {"steps": 10, "scout": {"previews": 0}}, "fn": {}}
+    before = {"sample": {"steps": 4}, "fn": {"clip": 1.0}}
+    assert with_defaults(before, defaults) == {
+        "seed": 0,
+        "sample": {"steps": 4, "scout": {"previews": 0}},
+        "fn": {"clip": 1.0},
+    }
 
 
 BEFORE = {
