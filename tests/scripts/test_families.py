@@ -49,6 +49,7 @@ def sample(config, cache, folder, *words):
     return np.asarray(Image.open(folder / "00000.png"))
 
 
+@pytest.mark.slow
 def test_a_made_up_family_runs_through_the_real_programs(config, cache, tmp_path):
     run = train(config, cache, tmp_path, "run")
     train_rows = [row for row in rows(run) if row["kind"] == "train"]

@@ -146,9 +146,9 @@ def test_guided_rollouts_are_the_recorded_ones(name, kind):
 @pytest.mark.parametrize(
     ("name", "kind", "gradient"),
     [
-        ("sd3", "sde", "bound"),
         ("sd3", "cps", "both"),
-        ("zimage", "sde", "both"),
+        pytest.param("sd3", "sde", "bound", marks=slow),
+        pytest.param("zimage", "sde", "both", marks=slow),
         pytest.param("sd3", "sde", "both", marks=slow),
         pytest.param("sd3", "cps", "bound", marks=slow),
         pytest.param("zimage", "cps", "both", marks=slow),

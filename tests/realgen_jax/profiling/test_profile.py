@@ -157,7 +157,9 @@ def test_scopes_are_read_from_a_compiled_program():
 
 def test_the_summary_knows_every_scope_of_the_source():
     source = "".join(file.read_text() for file in (ROOT / "realgen_jax").rglob("*.py"))
-    assert sorted({*re.findall(r'named_scope\("(\w+)"\)', source), "backward"}) == sorted(SCOPES)
+    named = re.findall(r'named_scope\("(\w+)"\)', source)
+    of_samplers = re.findall(r'\bscope(?:: str )?= ?"(\w+)"', source)
+    assert sorted({*named, *of_samplers, "backward"}) == sorted(SCOPES)
 
 
 def plane(name, **lines):

@@ -219,6 +219,7 @@ def test_older_pictures_are_square_and_of_first_order(tmp_path):
         prepare_folder(tmp_path, {**now, "solver": "dpm2"}, remake=False)
 
 
+@pytest.mark.slow
 def test_a_tuned_transformer_may_take_the_first_steps_alone(whole, setting, tmp_path):
     """The base model takes the second of two steps. It and an unchanged copy make its pictures."""
     model = golden_model()

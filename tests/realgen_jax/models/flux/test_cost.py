@@ -81,7 +81,7 @@ def test_flux_dev_by_hand():
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ("long", {}),
+        slow("long", {}),
         slow("small", {}),
         slow("wide", {"beta": 0.1}),
         slow("wide", {"remat": "dots"}),
