@@ -55,6 +55,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells), flush=True)
 
 
+def file_name(benchmark: str) -> str:
+    """Return the name of a benchmark's results on this machine."""
+    return f"{benchmark}_{machine().replace(' ', '-').lower()}.json"
+
+
 def save(benchmark: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write <folder>/<benchmark>_<machine>.json with the packages' versions; return its path."""
     versions = {}
@@ -64,6 +69,6 @@ def save(benchmark: str, results: Mapping[str, Any], folder: Path = RESULTS) -> 
         except importlib.metadata.PackageNotFoundError:
             continue
     text = json.dumps({"machine": machine(), "versions": versions, **results}, indent=2)
-    file = folder / f"{benchmark}_{machine().replace(' ', '-').lower()}.json"
+    file = folder / file_name(benchmark)
     file.write_text(text + "\n")
     return file
