@@ -2,14 +2,14 @@
 
     python benchmarks/time_to_reward.py [--rows guard nft] [--seeds 0 1 2] [--epochs 46]
 
-Trains the embedded FLUX (`tiny` in configs/embedded.py) with each objective, from the same start,
-until an evaluation on the test prompts (128 pictures on fixed noise, 10 Euler steps) has
+Trains the embedded FLUX (configs/embedded.py) with each objective, from the same start, until an
+evaluation on the test prompts (128 pictures on fixed noise, 10 Euler steps) has
 
     detector >= 0.46,  prompt accuracy >= 0.99,  Fréchet distance <= that of the start.
 
 The seconds are those of sampling, scoring and updates up to there. Evaluations are not counted, and
 neither is compilation: the first epoch counts as the median of the others. Pictures are those that
-were sampled for training; previews of `scout` are cheaper ones and are counted apart.
+were trained on, without the previews of `scout`.
 
 The rows of a seed run one after the other, then the next seed's; nothing else should run on the
 machine. Learning rates and the like were chosen on seed 0; benchmarks/NOTES.md says what was tried.
@@ -56,7 +56,6 @@ DETECTOR = "embedded_detector"
 DETECTOR_GOAL = 0.46
 ACCURACY_GOAL = 0.99
 
-# What a row sets on top of the demo's config.
 NFT = (
     "--config.train.loss=nft",
     "--config.train.learning_rate=3e-3",
@@ -66,28 +65,23 @@ NFT = (
     "--config.train.nft.fraction=1.0",
 )
 GRPO = ("--config.train.loss=grpo", "--config.train.clip_range=1e-4")
-ROWS: dict[str, Sequence[str]] = {
-    "guard": (),
-    "nft": NFT,
-    "nft, cached steps": (*NFT, "--config.sample.cached_steps=1"),
-    "nft, scout": (*NFT, "--config.sample.scout.previews=32"),
-    "awm": (
-        "--config.train.loss=awm",
-        "--config.train.learning_rate=3e-3",
-        "--config.train.beta=0.1",
-        "--config.train.adv_clip_max=1.0",
-        "--config.train.awm.weighting=ghuber",
-        "--config.train.awm.beta_ema=0.1",
-        "--config.train.awm.sigmas=2",
-        "--config.train.awm.fraction=1.0",
-    ),
-    "grpo": GRPO,
-    "dppo": ("--config.train.loss=dppo",),
+# Row -> preset of configs/embedded.py, and what the row sets on top of it.
+ROWS: dict[str, tuple[str, Sequence[str]]] = {
+    "guard": ("tiny", ()),
+    "awm": ("tiny_awm", ()),
+    "nft": ("tiny", NFT),
+    "nft, cached steps": ("tiny", (*NFT, "--config.sample.cached_steps=1")),
+    "nft, scout": ("tiny", (*NFT, "--config.sample.scout.previews=32")),
+    "grpo": ("tiny", GRPO),
+    "dppo": ("tiny", ("--config.train.loss=dppo",)),
     "mix": (
-        *GRPO,
-        "--config.train.advantages=mixgrpo",
-        "--config.sample.sde_window.strategy=progressive",
-        "--config.sample.sde_window.epochs=2",
+        "tiny",
+        (
+            *GRPO,
+            "--config.train.advantages=mixgrpo",
+            "--config.sample.sde_window.strategy=progressive",
+            "--config.sample.sde_window.epochs=2",
+        ),
     ),
 }
 BENCHMARK = "time_to_reward"
@@ -121,7 +115,7 @@ def read(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return epochs, evaluations
 
 
-def run(folder: Path, name: str, options: Sequence[str]) -> Path:
+def run(folder: Path, name: str, preset: str, options: Sequence[str]) -> Path:
     """Train until the goal is reached or the run ends; return the file of its metrics.
 
     Raises RuntimeError if the run fails.
@@ -130,7 +124,7 @@ def run(folder: Path, name: str, options: Sequence[str]) -> Path:
         sys.executable,
         str(ROOT / "scripts" / "train.py"),
         "--config",
-        f"{ROOT}/configs/embedded.py:tiny",
+        f"{ROOT}/configs/embedded.py:{preset}",
         f"--config.run_root={folder}",
         f"--config.run_name={name}",
         "--config.evaluate.after_training=False",
@@ -284,13 +278,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             for name in args.rows:
+                preset, own = ROWS[name]
                 options = (
                     f"--config.num_epochs={args.epochs}",
                     f"--config.seed={seed}",
                     f"--config.eval_freq={EVALUATED}",
-                    *ROWS[name],
+                    *own,
                 )
-                file = run(Path(folder), f"{name.replace(', ', '-')}-{seed}", options)
+                file = run(Path(folder), f"{name.replace(', ', '-')}-{seed}", preset, options)
                 result = summarize(file)
                 results[name][str(seed)] = result
                 table.append(row_of(f"{name}, seed {seed}", result))
@@ -302,7 +297,8 @@ def main() -> None:
     file = measure.RESULTS / measure.file_name(BENCHMARK)
     rows = json.loads(file.read_text())["rows"] if file.exists() else {}
     for name in args.rows:
-        rows[name] = {"options": list(ROWS[name]), "seeds": results[name]}
+        preset, options = ROWS[name]
+        rows[name] = {"preset": preset, "options": list(options), "seeds": results[name]}
     print(f"written to {measure.save(BENCHMARK, {'rows': rows})}")
 
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 
 from ml_collections import ConfigDict
 
-from realgen_configs.embedded import tiny, tiny_adversarial, tiny_soft
+from realgen_configs.embedded import tiny, tiny_adversarial, tiny_awm, tiny_soft
 from realgen_jax.config import adversary, base
 from realgen_jax.config_files import make_preset
 
@@ -329,6 +329,7 @@ def flux_dino_adv() -> ConfigDict:
 
 EXPERIMENTS = (
     tiny,
+    tiny_awm,
     tiny_adversarial,
     tiny_soft,
     flux_dev_8xh200,
