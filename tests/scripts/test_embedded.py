@@ -216,7 +216,9 @@ def demo(tmp_path, *words, preset="tiny"):
     rows = [
         json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert all(row["first_ratio_deviation"] == 0 for row in rows if row["kind"] == "train")
+    ratios = [row["first_ratio_deviation"] for row in rows if "first_ratio_deviation" in row]
+    assert not any(ratios)
+    assert ratios or preset == "tiny_awm"  # whose ratios are 1 by definition
     return {row["epoch"]: row for row in rows if row["kind"] == "eval"}, done.stdout
 
 
@@ -232,10 +234,12 @@ def test_a_short_demo_learns(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_demo_reaches_its_figures(tmp_path, seed):
+@pytest.mark.parametrize(
+    ("preset", "seed"), [("tiny", 0), ("tiny", 1), ("tiny", 2), ("tiny_awm", 0)]
+)
+def test_the_demo_reaches_its_figures(tmp_path, preset, seed):
     """The reward rises and nothing that is not trained on pays for it."""
-    evals, stdout = demo(tmp_path, f"--config.seed={seed}")
+    evals, stdout = demo(tmp_path, f"--config.seed={seed}", preset=preset)
     start, end = evals[0], evals[max(evals)]
     print({name: (start[name], end[name]) for name in CHECKS})
     assert end["embedded_detector"] >= start["embedded_detector"] + 0.15
