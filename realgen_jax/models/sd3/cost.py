@@ -153,9 +153,10 @@ def update_bytes(work: Work, images: float) -> float:
     size = _sizes(work, images)
     dual, joint = saved_bytes(work, images)
 
-    # The last block: its feed-forward on the image's tokens, nothing of which is recomputed.
+    # The last block: its feed-forward on the image's tokens, with what is recomputed of it.
     scores = size.scores * work.image_tokens / work.tokens
-    in_last = dual + joint + 48 * size.image + scores
+    last = {"full": 40, "attention": 40, "dots": 31, "none": 48}[model.remat]
+    in_last = dual + joint + last * size.image + scores
 
     # A block without a second attention: sliced weights 24 D^2, and what it recomputes and its
     # gradients, less what is saved.
