@@ -249,5 +249,5 @@ def test_the_big_preset_says_what_is_missing(monkeypatch, tmp_path):
         "config.reward.options.forensic_chat.path is 'models/forensic_chat', which does not exist",
     ):
         assert text in str(error.value)
-    with pytest.raises(ValueError, match="no preset 'flux'; choose from tiny, tiny_adversarial"):
+    with pytest.raises(ValueError, match="no preset 'flux'; choose from tiny, tiny_awm"):
         flux_grpo.get_config("flux")
