@@ -15,14 +15,12 @@ epoch, in up to 64 passes, and never again.
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import measure
 
-ROOT = Path(__file__).resolve().parent.parent
 CHECKS = (
     "embedded_frechet",
     "embedded_frechet_held_out",
@@ -40,16 +38,7 @@ FROZEN = {
 
 def run(folder: Path, preset: str, name: str, *options: str) -> list[dict[str, float]]:
     """Train, and return the run's evaluations, first to last."""
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        "--config",
-        f"{ROOT}/configs/embedded.py:{preset}",
-        f"--config.run_root={folder}",
-        f"--config.run_name={name}",
-        "--config.evaluate.after_training=False",
-        *options,
-    ]
+    command = measure.train_command(folder, name, preset, *options)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if row["kind"] == "eval"]

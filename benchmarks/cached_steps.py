@@ -13,7 +13,6 @@ import statistics
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.rollout import SOLVERS, draw_latents, make_noiseless_plan
 from realgen_jax.sharding import make_mesh
 
-ENCODE = (sys.executable, str(Path(__file__).parent.parent / "scripts" / "encode_prompts.py"))
+ENCODE = (sys.executable, str(measure.ROOT / "scripts" / "encode_prompts.py"))
 IMAGES = 64
 
 

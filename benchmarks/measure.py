@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "peft")
 
@@ -37,6 +39,20 @@ def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def train_command(folder: Path, name: str, preset: str, *options: str) -> list[str]:
+    """Return the command that trains a preset of configs/embedded.py in `folder`/`name`."""
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        "--config",
+        f"{ROOT}/configs/embedded.py:{preset}",
+        f"--config.run_root={folder}",
+        f"--config.run_name={name}",
+        "--config.evaluate.after_training=False",
+        *options,
+    ]
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:

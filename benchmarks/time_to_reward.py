@@ -50,8 +50,7 @@ from realgen_jax.sde import ode_steps
 from realgen_jax.sharding import make_mesh
 from reward_bridge.rewards import make_reward
 
-ROOT = Path(__file__).resolve().parent.parent
-ENCODE = (sys.executable, str(ROOT / "scripts" / "encode_prompts.py"))
+ENCODE = (sys.executable, str(measure.ROOT / "scripts" / "encode_prompts.py"))
 DETECTOR = "embedded_detector"
 DETECTOR_GOAL = 0.46
 ACCURACY_GOAL = 0.99
@@ -120,17 +119,8 @@ def run(folder: Path, name: str, preset: str, options: Sequence[str]) -> Path:
 
     Raises RuntimeError if the run fails.
     """
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        "--config",
-        f"{ROOT}/configs/embedded.py:{preset}",
-        f"--config.run_root={folder}",
-        f"--config.run_name={name}",
-        "--config.evaluate.after_training=False",
-        '--config.reward.watched=("diversity",)',
-        *options,
-    ]
+    watched = '--config.reward.watched=("diversity",)'
+    command = measure.train_command(folder, name, preset, watched, *options)
     file = folder / name / "metrics.jsonl"
     with (folder / f"{name}.log").open("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -149,7 +139,7 @@ def run(folder: Path, name: str, preset: str, options: Sequence[str]) -> Path:
 
 
 def summarize(file: Path) -> dict[str, Any]:
-    """Return what a run took to reach the goal: {"epochs": None, ...} if it did not."""
+    """Return what a run took to reach the goal, or the whole run if it did not ("reached")."""
     epochs, evaluations = read(file)
     start = evaluations[0]
     last = evaluations[-1]

@@ -60,7 +60,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     """Write `out/00000.png`, ... for every prompt, `per_prompt` of each, and return the files."""
     config = FLAGS.config
     settings = config.evaluate.sample
-    tuned_steps(settings)
+    num_tuned = tuned_steps(settings)
     lora = FLAGS.lora or config.pretrained.lora
     if lora:
         open_lora(lora)  # a file that cannot be read is refused at once
@@ -86,7 +86,7 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     # All calls have the same size: the last one is padded, and its extra images are dropped.
     devices = batch_devices(mesh)
     batch = -(-FLAGS.batch // devices) * devices
-    sample = model.sampler(settings.num_steps, settings.solver, tuned_steps(settings))
+    sample = model.sampler(settings.num_steps, settings.solver, num_tuned)
     key = jax.random.key(FLAGS.seed)
     texts = [prompt for prompt in prompts for _ in range(FLAGS.per_prompt)]
     out.mkdir(parents=True, exist_ok=True)

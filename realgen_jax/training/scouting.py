@@ -60,13 +60,13 @@ def scout_epoch(
 
     # Sample the previews in calls of the rollouts' size; each is scored while the next one runs.
     previews = np.arange(layout.groups * layout.previews, dtype=np.int32)
+    names = rewards_read(config)
     batches = []
     for numbers in previews.reshape(-1, layout.images):
         prompts = [run.prompts[rows[number // layout.previews]] for number in numbers]
         cond = run.cond(prompts, config.sample.guidance_scale)
         ids = put(numbers, batch_sharding(model.mesh))
         pictures = programs.preview(model, policy, cond, key, ids)
-        names = rewards_read(config)
         batches.append(submit(run.scorer, pictures, prompts, names, group=layout.previews))
 
     # With several processes, signals are noticed at a point where all of them agree.
