@@ -74,15 +74,15 @@ def tiny() -> ConfigDict:
 
 
 def tiny_awm() -> ConfigDict:
-    """`tiny` with advantage-weighted matching: the same reward in a third of the time.
+    """`tiny` with advantage-weighted matching: the same reward in about a third of the time.
 
     The numbers were chosen on seed 0 (benchmarks/NOTES.md).
 
     Command: python scripts/train.py --config configs/flux_grpo.py:tiny_awm
     Machine: 2 CPU cores, 2 GB.
     Time: 25 seconds of training, then the report.
-    Expected: the detector's P(real) rises to 0.46 within 16 epochs, in 15 to 22 seconds where
-    `tiny` takes 59 to 66 (benchmarks/time_to_reward.py).
+    Expected: the detector's P(real) rises to 0.46 within 16 epochs, in 16 to 23 seconds where
+    `tiny` takes 61 to 64 (benchmarks/time_to_reward.py).
     """
     c = tiny()
     c.num_epochs = 16
