@@ -60,7 +60,10 @@ class UpdateWork:
 
 
 class Objective(Protocol):
-    """The objective (realgen_jax/objectives). `velocity` is (trainable, x, sigma, cond) -> v.
+    """The objective (realgen_jax/objectives).
+
+    `policy` is what it trains: of an image model velocity(trainable, x, sigma, cond) -> v, of a
+    language model the model itself (token_grpo.py).
 
     coupled: whether the gradient replays the sampled steps, which requires an exact rollout.
     keeps_old: whether the state has an old policy, `state.old`, which starts as the trained one.
@@ -89,7 +92,7 @@ class Objective(Protocol):
     ) -> tuple[Array, Any]:
         """Sample one call: (final latents float32 [n, s, c], the record for the gradient)."""
 
-    def gradient(self, velocity: Velocity, state: TrainState, batch: Batch) -> tuple[Any, Metrics]:
+    def gradient(self, policy: Any, state: TrainState, batch: Any) -> tuple[Any, Metrics]:
         """The mean gradient over a batch, as float32 arrays like `state.trainable`, and metrics."""
 
     def after_epoch(self, state: TrainState) -> TrainState:
@@ -136,15 +139,15 @@ def update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     ema: EmaConfig,
-    velocity: Velocity,
+    policy: Any,
     state: TrainState,
-    batch: Batch,
+    batch: Any,
 ) -> tuple[TrainState, Metrics]:
-    """Take one optimizer step.
+    """Take one optimizer step. policy, batch: what the objective takes.
 
     The metrics are the objective's, plus the global L2 norms of gradient, step and weights.
     """
-    grads, metrics = objective.gradient(velocity, state, batch)
+    grads, metrics = objective.gradient(policy, state, batch)
 
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

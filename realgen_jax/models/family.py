@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from realgen_jax.models.formats import DIFFUSERS, Format
 from realgen_jax.nn.convert import Table
 from realgen_jax.sharding import Rules
 
@@ -67,6 +68,7 @@ class Family:
     negative_prompt, guidance_offset: classifier-free guidance (guidance.py) with the scale
         guidance_scale + guidance_offset. If negative_prompt is None there is none, and guidance is
         only an input of the network.
+    form: how the trained part is written to files.
     """
 
     pipeline: str
@@ -90,3 +92,4 @@ class Family:
     config_entries: Mapping[str, Any] = field(default_factory=dict)
     schedule_entries: Mapping[str, Any] = field(default_factory=dict)
     single_file: Callable[..., tuple[Any, Table]] | None = None
+    form: Format = DIFFUSERS

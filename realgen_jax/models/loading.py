@@ -13,7 +13,15 @@ from realgen_jax.models import FAMILIES, get_family
 from realgen_jax.models.family import Family, Published
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import Sharding, Table, abstract, check_keys, fill, leaves, load
+from realgen_jax.nn.convert import (
+    Sharding,
+    Table,
+    abstract,
+    check_keys,
+    fill,
+    load,
+    with_shardings,
+)
 from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_config, read_json
 from realgen_jax.nn.tokens import PATCH
@@ -205,8 +213,10 @@ def abstract_model(
 
     everywhere = replicated(mesh)
     return Model(
-        params=_placed(abstract(family.Module, config)[1], param_sharding(mesh, family.rules)),
-        vae_params=_placed(abstract(Autoencoder, vae)[1], lambda path, shape: everywhere),
+        params=with_shardings(
+            abstract(family.Module, config)[1], param_sharding(mesh, family.rules)
+        ),
+        vae_params=with_shardings(abstract(Autoencoder, vae)[1], lambda path, shape: everywhere),
         family=family,
         config=config,
         vae=vae,
@@ -338,20 +348,6 @@ def _overrides(family: Family, pretrained: Any, height: int, width: int) -> dict
     if "image_size" in {field.name for field in fields(family.Config)}:
         overrides["image_size"] = (height, width)
     return overrides
-
-
-def _placed(state: nnx.State, sharding: Sharding) -> nnx.State:
-    """Return an abstract state with shardings attached to every array."""
-    placed = []
-    arrays = leaves(state)
-    for (name, array), (path, variable) in zip(
-        arrays.items(), nnx.to_flat_state(state), strict=True
-    ):
-        struct = jax.ShapeDtypeStruct(
-            array.shape, array.dtype, sharding=sharding(name, array.shape)
-        )
-        placed.append((path, variable.replace(struct)))
-    return nnx.from_flat_state(placed)
 
 
 def _size_in_tokens(vae: VaeConfig, size: tuple[int, int], key: str) -> list[int]:

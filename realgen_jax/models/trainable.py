@@ -3,7 +3,7 @@
 Both classes have the same methods; `model` is the Model that they belong to.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +16,12 @@ from flax import nnx
 from jax import Array
 
 from realgen_jax.hosts import process_index, put
-from realgen_jax.nn.convert import abstract, leaves, save_folder
+from realgen_jax.models.formats import DIFFUSERS, Format
+from realgen_jax.nn.convert import abstract, leaves
 from realgen_jax.nn.layers import Fixed
-from realgen_jax.nn.lora import LoraConfig, save_lora, with_lora
+from realgen_jax.nn.lora import LoraConfig, with_lora
 from realgen_jax.nn.lora_files import LoraFile, check_modules, open_lora, read_lora
 from realgen_jax.sharding import replicated
-
-# Fields of a family's Config that are not in config.json.
-NOT_SIZES = ("dtype", "param_dtype", "remat", "image_size")
 
 
 class Trainable(Protocol):
@@ -48,14 +46,17 @@ class Trainable(Protocol):
     def load(self, model: Any, path: str | Path) -> nnx.State:
         """Load a state to start from."""
 
-    def check_file(self, path: str | Path) -> None:
-        """Raise ValueError or FileNotFoundError for a file that `load` can take for no model."""
+    def check_file(self, path: str | Path, form: Format = DIFFUSERS) -> None:
+        """Raise ValueError or FileNotFoundError for a file that `load` can take for no model.
+
+        form: the `form` of the models' family.
+        """
 
     def check_modules(self, model: Any, path: str | Path) -> None:
         """Raise ValueError for a file that does not fit this model, which may be abstract."""
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
-        """Write files that diffusers can load. All processes must call this; the first writes."""
+        """Write files in the family's format. All processes must call this; the first writes."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ class Lora:
 
         Raises ValueError for another rank or other modules than these targets.
         """
-        self.check_file(path)
+        form = model.family.form
+        self.check_file(path, form)
         self.check_modules(model, path)
-        return self.read(model, open_lora(path))
+        return self.read(model, open_lora(path, form.merge))
 
     def read(self, model: Any, file: LoraFile) -> nnx.State:
         """The file's adapters. Raises the errors of `read_lora`."""
@@ -107,9 +109,9 @@ class Lora:
         scale = self.config.alpha / self.config.rank
         return self._placed(model, read_lora(file, like, model.family.table(model.config), scale))
 
-    def check_file(self, path: str | Path) -> None:
+    def check_file(self, path: str | Path, form: Format = DIFFUSERS) -> None:
         """Raise ValueError if a LoRA file has another rank; only its header is read."""
-        file = open_lora(path)
+        file = open_lora(path, form.merge)
         ranks = sorted(set(file.ranks.values()))
         if ranks != [self.config.rank]:
             raise ValueError(
@@ -124,7 +126,7 @@ class Lora:
 
     def check_modules(self, model: Any, path: str | Path) -> None:
         """Raise ValueError unless the file holds exactly the modules that are trained."""
-        file = open_lora(path)
+        file = open_lora(path, model.family.form.merge)
         names = _torch_names(model)
         targets = self.targets or model.family.lora_targets(model.config)
         wanted = {name for name, target in names.items() if target in targets}
@@ -140,7 +142,7 @@ class Lora:
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
         if process_index() == 0:
-            save_lora(folder, state, self.config, model.family.table(model.config))
+            model.family.form.save_adapters(model, folder, state, self.config)
 
     def _placed(self, model: Any, state: nnx.State) -> nnx.State:
         """The same host values on every device of the mesh."""
@@ -154,7 +156,7 @@ def with_lora_file(model: Any, path: str | Path) -> tuple[Any, nnx.State]:
     This is for sampling: ranks may differ, and any projection may be covered. A text encoder's part
     is left out, with a warning. Raises the errors of `open_lora` and `read_lora`.
     """
-    file = open_lora(path)
+    file = open_lora(path, model.family.form.merge)
     if file.encoder:
         logging.warning(
             "%s also holds adapters of a text encoder (%s), which are left out", path, file.encoder
@@ -171,7 +173,7 @@ def with_lora_file(model: Any, path: str | Path) -> tuple[Any, nnx.State]:
 
 
 def _torch_names(model: Any) -> dict[str, str]:
-    """{torch module, by diffusers' name: path of the projection that holds it}."""
+    """{torch module, by its published name: path of the projection that holds it}."""
     table = model.family.table(model.config)
     names = {}
     for leaf, array in leaves(abstract(model.family.Module, model.config)[1]).items():
@@ -187,7 +189,7 @@ def _torch_names(model: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class AllWeights:
-    """All transformer weights, with float32 master copies sharded like the frozen weights.
+    """All weights of the network, with float32 master copies sharded like the frozen weights.
 
     Arrays of the model that are no weights (nn.layers.Fixed) are not among them.
     """
@@ -210,34 +212,23 @@ class AllWeights:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
 
     def load(self, model: Any, path: str | Path) -> nnx.State:
-        raise ValueError(
-            "config.pretrained.lora is set, but config.train.lora=False trains all weights and has "
-            "no adapters; name a transformer with config.pretrained.transformer"
-        )
+        self.check_file(path, model.family.form)
 
-    def check_file(self, path: str | Path) -> None:
-        self.load(None, path)
+    def check_file(self, path: str | Path, form: Format = DIFFUSERS) -> None:
+        raise ValueError(
+            f"{form.start} is set, but config.train.lora=False trains all weights and has no "
+            f"adapters; name {form.weights}"
+        )
 
     def check_modules(self, model: Any, path: str | Path) -> None:
         self.load(model, path)
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
-        config = file_config(model.family, model.config)
-        table = model.family.table(model.config)
-        save_folder(Path(folder) / "transformer", self._whole(model, state), table, config)
+        model.family.form.save_weights(model, folder, self._whole(model, state))
 
     def _whole(self, model: Any, state: nnx.State) -> nnx.State:
         """The weights, and what is no weight."""
         return nnx.merge_state(state, nnx.filter_state(model.params, Fixed))
-
-
-def file_config(family: Any, config: Any) -> dict[str, Any]:
-    """The transformer's config.json as diffusers writes it."""
-    entries = {"_class_name": family.transformer, **family.config_entries}
-    for name, value in asdict(config).items():
-        if name not in NOT_SIZES:
-            entries[name] = value
-    return entries
 
 
 def _network(family: Any, config: Any, lora: Lora, key: Array) -> nnx.Module:

@@ -97,6 +97,18 @@ def leaves(state: nnx.State) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
+def with_shardings(state: nnx.State, sharding: Sharding) -> nnx.State:
+    """Return an abstract state with shardings attached to every array."""
+    flat = []
+    for (leaf, array), (path, variable) in zip(
+        leaves(state).items(), nnx.to_flat_state(state), strict=True
+    ):
+        where = sharding(leaf, array.shape)
+        struct = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+        flat.append((path, variable.replace(struct)))
+    return nnx.from_flat_state(flat)
+
+
 @dataclass(frozen=True)
 class _Source:
     """The tensors that fill one array of ours."""
@@ -296,8 +308,11 @@ def save_folder(
     table: Table,
     config: Mapping[str, Any],
     shard_bytes: int = 10**10,
+    stem: str = STEM,
 ) -> None:
-    """Write a model folder that diffusers' `from_pretrained` reads: `config` and the weights.
+    """Write a model folder that `from_pretrained` reads: `config` and the weights.
+
+    stem: the name of the files, a key of LIBRARIES in nn/tensors.py.
 
     Every process must call this, since each holds a part of the weights; the first one writes.
     """
@@ -316,18 +331,18 @@ def save_folder(
             shards.append({})
         shards[-1][key] = array
 
-    # The names that diffusers looks for, with an index if there are several files.
-    names = [f"{STEM}.safetensors"]
+    # The names that the library looks for, with an index if there are several files.
+    names = [f"{stem}.safetensors"]
     if len(shards) > 1:
         names = []
         weight_map = {}
         total = 0
         for number, shard in enumerate(shards, start=1):
-            names.append(f"{STEM}-{number:05}-of-{len(shards):05}.safetensors")
+            names.append(f"{stem}-{number:05}-of-{len(shards):05}.safetensors")
             weight_map |= dict.fromkeys(shard, names[-1])
             total += sum(tensor.nbytes for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        index_file = folder / f"{STEM}.safetensors.index.json"
+        index_file = folder / f"{stem}.safetensors.index.json"
         write_whole(index_file, json.dumps(index, indent=2) + "\n")
 
     for name, shard in zip(names, shards, strict=True):

@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from realgen_jax.files import write_tensors
+from realgen_jax.files import write_tensors, write_whole
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.layers import Linear
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -156,3 +158,35 @@ def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table
         # One entry only: safetensors does not keep the order of several.
         {"lora_adapter_metadata": json.dumps(header)},
     )
+
+
+def save_peft(
+    folder: str | Path, adapters: nnx.State, config: LoraConfig, table: Table, base: str
+) -> None:
+    """Write a folder for peft's `PeftModel.from_pretrained`: the factors, with the scale alpha / r.
+
+    base: name or folder of the model that the adapters belong to.
+    """
+    tensors = {}
+    targets = set()
+    for name, array in lora_tensors(adapters, table).items():
+        module = name.rpartition(".lora_")[0]
+        targets.add(module.rpartition(".")[2])
+        tensors[f"base_model.model.{name}.weight"] = array
+
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(targets),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / PEFT_FILE, tensors, {"format": "pt"})
+    write_whole(folder / PEFT_CONFIG, json.dumps(settings, indent=2) + "\n")

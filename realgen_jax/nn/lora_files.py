@@ -19,11 +19,8 @@ from flax import nnx
 
 from realgen_jax.files import expand_home
 from realgen_jax.nn.convert import Table
-from realgen_jax.nn.lora import DIFFUSERS_FILE, factors
+from realgen_jax.nn.lora import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, factors
 from realgen_jax.nn.tensors import Tensors, read_json
-
-PEFT_FILE = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 
 # Names are the module's, which may have several of these prefixes, and the factor's, which may have
 # an adapter's name: "transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight".
@@ -33,25 +30,31 @@ FACTOR = re.compile(
 )
 ENCODER = re.compile(r"text_encoder(_\d)?\.")
 
-# Parts of the names in files that are not read, what such a file is, and what to do with it.
+# What to do with a LoRA that is not read.
 MERGED = "into the weights and name these with config.pretrained.transformer"
 MERGE = (
     "merge it with diffusers (load_lora_weights, fuse_lora, unload_lora_weights, and "
     f"transformer.save_pretrained) {MERGED}"
 )
 MERGE_BFL = f"merge it with ComfyUI (LoraLoader and ModelSave) {MERGED}"
+MERGE_PEFT = (
+    "merge it with peft (merge_and_unload, save_pretrained) into the weights and name the folder "
+    "with config.rewriter.path"
+)
+
+# Parts of the names in files that are not read, what such a file is, and what to do with it.
 OTHER_FORMATS = (
-    ("lora_magnitude_vector", "is a DoRA", MERGE),
-    ("dora_scale", "is a DoRA", MERGE),
+    ("lora_magnitude_vector", "is a DoRA", "{merge}"),
+    ("dora_scale", "is a DoRA", "{merge}"),
     (".hada_w", "is a LoHa", MERGE_BFL),
     (".lokr_w", "is a LoKr", MERGE_BFL),
     (
         "lora_unet_",
         "has the names of sd-scripts (kohya)",
-        f"convert it with sd-scripts' networks/convert_flux_lora.py, or {MERGE}",
+        "convert it with sd-scripts' networks/convert_flux_lora.py, or {merge}",
     ),
-    ("lora_transformer_", "has the names of OneTrainer", MERGE),
-    (".processor.", "has the names of XLabs", MERGE),
+    ("lora_transformer_", "has the names of OneTrainer", "{merge}"),
+    (".processor.", "has the names of XLabs", "{merge}"),
     ("double_blocks.", "has BFL's names", MERGE_BFL),
     ("single_blocks.", "has BFL's names", MERGE_BFL),
     ("joint_blocks.", "has Stability's names", MERGE_BFL),
@@ -98,15 +101,16 @@ class LoraFile:
         return {module: self.tensors.shape(a)[0] for module, (a, _) in self.pairs.items()}
 
 
-def open_lora(path: str | Path) -> LoraFile:
+def open_lora(path: str | Path, merge: str = MERGE) -> LoraFile:
     """Open a peft folder, a diffusers file or folder; no weight is read.
 
-    Without a stated alpha, the scale is 1, as in diffusers. Raises FileNotFoundError, or ValueError
-    naming the file and what is not read.
+    merge: what to do with a LoRA that is not read, for error messages. Without a stated alpha, the
+    scale is 1, as in diffusers. Raises FileNotFoundError, or ValueError naming the file and what is
+    not read.
     """
     file = _lora_file(expand_home(path))
     tensors = Tensors(file)
-    _check_format(tensors)
+    _check_format(tensors, merge)
 
     # Sort the keys: factors, alphas, and the text encoder's part.
     pairs: dict[str, dict[str, str]] = {}
@@ -132,7 +136,7 @@ def open_lora(path: str | Path) -> LoraFile:
 
     keys = _whole_pairs(tensors, pairs)
     ranks = {module: tensors.shape(a)[0] for module, (a, _) in keys.items()}
-    scales = _scales(tensors, ranks, alpha_keys)
+    scales = _scales(tensors, ranks, alpha_keys, merge)
     return LoraFile(tensors, keys, scales, encoder)
 
 
@@ -150,11 +154,12 @@ def _lora_file(path: Path) -> Path:
     return path
 
 
-def _check_format(tensors: Tensors) -> None:
+def _check_format(tensors: Tensors, merge: str) -> None:
     for key in sorted(tensors.keys()):
         for part, what, remedy in OTHER_FORMATS:
             if part in key:
-                raise ValueError(f"{tensors.path} {what} ({key}) and is not read; {remedy}")
+                advice = remedy.format(merge=merge)
+                raise ValueError(f"{tensors.path} {what} ({key}) and is not read; {advice}")
 
 
 def _without_prefixes(key: str) -> str:
@@ -188,12 +193,12 @@ def _whole_pairs(
 
 
 def _scales(
-    tensors: Tensors, ranks: Mapping[str, int], alpha_keys: Mapping[str, str]
+    tensors: Tensors, ranks: Mapping[str, int], alpha_keys: Mapping[str, str], merge: str
 ) -> dict[str, float]:
     """{module: factor of B A} by peft's config, the file's header, or tensors named ".alpha"."""
     alphas = _alpha_tensors(tensors, ranks, alpha_keys)
     source, settings = _settings(tensors, bool(alphas))
-    _check_settings(source, settings)
+    _check_settings(source, settings, merge)
     scales = {}
     for module, rank in ranks.items():
         if _stated(source, settings, "rank_pattern", "r", module) not in (None, rank):
@@ -263,7 +268,7 @@ def _settings(tensors: Tensors, has_alphas: bool) -> tuple[Path, dict[str, Any]]
     return file, own
 
 
-def _check_settings(source: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings(source: Path, settings: Mapping[str, Any], merge: str) -> None:
     """Raise ValueError for a LoRA that is more than a product B A on the model's own weights."""
     if settings.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{source} has peft_type {settings['peft_type']!r}; expected 'LORA'")
@@ -271,10 +276,10 @@ def _check_settings(source: Path, settings: Mapping[str, Any]) -> None:
         if settings.get(name):
             raise ValueError(
                 f"{source} has {name} {settings[name]!r}: "
-                f"{'a DoRA' if name == 'use_dora' else 'it'} is not read; {MERGE}"
+                f"{'a DoRA' if name == 'use_dora' else 'it'} is not read; {merge}"
             )
     if settings.get("bias", "none") != "none":
-        raise ValueError(f"{source} has bias {settings['bias']!r}, which is not read; {MERGE}")
+        raise ValueError(f"{source} has bias {settings['bias']!r}, which is not read; {merge}")
     if settings.get("init_lora_weights") not in STARTS:
         raise ValueError(
             f"{source} has init_lora_weights {settings['init_lora_weights']!r}, which changes the "

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Set
+from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 STEM = "diffusion_pytorch_model"
 Config = TypeVar("Config")
+
+# Names of the files of weights in a folder, without ".safetensors" -> the library that writes them.
+LIBRARIES = {STEM: "diffusers", "model": "transformers"}
 
 # The dtypes of weights, by their names in safetensors files. Float8 is a plain cast of the weights.
 DTYPES = {
@@ -55,16 +59,16 @@ class _Tensor:
 class Tensors:
     """The tensors of a safetensors file, or of a folder with one such file or an index of several.
 
-    Names come without the prefixes that other programs put before all of them. Raises
-    FileNotFoundError for a missing file and ValueError for one that is incomplete, of another
-    format, or not of floating-point weights.
+    stem: a key of LIBRARIES, the name of a folder's files. Names come without the prefixes that
+    other programs put before all of them. Raises FileNotFoundError for a missing file and
+    ValueError for one that is incomplete, of another format, or not of floating-point weights.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, stem: str = STEM):
         self.path = path
         self._metadata: dict[str, str] = {}
         self._tensors: dict[str, _Tensor] = {}
-        for file in _files(path):
+        for file in _files(path, stem):
             header, start = _read_header(file)
             self._metadata |= header.pop("__metadata__", {})
             for key, entry in header.items():
@@ -101,6 +105,12 @@ class Tensors:
 
     def keys(self) -> Set[str]:
         return self._tensors.keys()
+
+    def without(self, key: str) -> "Tensors":
+        """Return the same tensors, but for one of them."""
+        other = copy(self)
+        other._tensors = {name: tensor for name, tensor in self._tensors.items() if name != key}
+        return other
 
     def metadata(self) -> dict[str, str]:
         """The header's own entries; {} if there are none."""
@@ -146,29 +156,30 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         ) from error
 
 
-def has_weights(path: Path) -> bool:
-    """Return whether `path` is a file, or a diffusers folder that holds weights."""
-    return path.is_file() or any(path.glob(f"{STEM}.safetensors*"))
+def has_weights(path: Path, stem: str = STEM) -> bool:
+    """Return whether `path` is a file, or a folder that holds weights."""
+    return path.is_file() or any(path.glob(f"{stem}.safetensors*"))
 
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files of `path`: itself, or the files in a diffusers folder.
+def _files(path: Path, stem: str) -> list[Path]:
+    """The safetensors files of `path`: itself, or the files in a folder.
 
     An index wins over a single file, as in diffusers.
     """
     if not path.is_dir():
         return [path]
-    index = path / f"{STEM}.safetensors.index.json"
+    index = path / f"{stem}.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f'{index} has no "weight_map"; expected {{tensor: file}}')
         return [path / str(name) for name in sorted(set(weight_map.values()))]
-    single = path / f"{STEM}.safetensors"
+    single = path / f"{stem}.safetensors"
     if single.exists():
         return [single]
     raise FileNotFoundError(
-        f"{path} holds neither {single.name} nor {index.name}; expected a folder of diffusers"
+        f"{path} holds neither {single.name} nor {index.name}; expected a folder of "
+        f"{LIBRARIES[stem]}"
     )
 
 
@@ -234,8 +245,8 @@ def config_from(
                 raise ValueError(f"{file} has {name} {value!r}; expected {fixed[name]!r}")
         elif not name.startswith("_") and value not in (None, False):
             raise ValueError(
-                f"{file} has {name} {value!r}, which is not known here and may change the "
-                "pictures; remove the entry if it does not"
+                f"{file} has {name} {value!r}, which is not known here and may change what the "
+                "model computes; remove the entry if it does not"
             )
 
     missing = [name for name in required if known.get(name) is None]

@@ -242,3 +242,52 @@ def test_peers_agree(family):
         parts.append("update_bound")
     rows = [line.split()[:3] for line in done.stdout.splitlines()[-len(parts) :]]
     assert rows == [[family, "tiny", part] for part in parts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "packages"), [("cpu", ("transformers", "peft")), ("gpu", ())])
+def test_rewriter(tmp_path, part, packages):
+    """Both parts at toy size; on a CPU the two sides compute the same."""
+    for package in packages:
+        pytest.importorskip(package)
+    program = str(BENCHMARKS / "rewriter.py")
+    options = ["--part", part, "--size", "tiny", "--repeats", "1", "--out", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{BENCHMARKS}"}
+    done = subprocess.run(
+        [sys.executable, program, *options], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    results = json.loads(file.read_text())
+    assert all(math.isfinite(n) and n >= 0 for n in numbers(results))
+    for name in ("decode", "update"):
+        assert "goal" in results[name]
+    if part == "cpu":
+        assert results["differences"]["log_probs"] < 1e-4
+        assert results["differences"]["gradient"] < 1e-3
+
+
+def test_rewriter_formulas(monkeypatch):
+    """Of Qwen3-4B, by hand: 8.04 GB of weights and a cache of 147 kB a place; 2 x 36 blocks."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import rewriter_case
+
+    size = rewriter_case.SIZES["gpu"]
+    assert rewriter_case.decode_bytes(size) / 384 == pytest.approx(8.04e9 + 2.42e9, rel=0.01)
+    tokens = 32 * 704
+    blocks = 2 * 2 * tokens * 3.633e9
+    head = 2 * 2 * 32 * 384 * 0.389e9
+    assert rewriter_case.update_flops(size) == pytest.approx(blocks + head, rel=0.1)
+
+
+@pytest.mark.slow
+def test_rewriter_lowers_at_full_size(monkeypatch):
+    """Both programs lower for CUDA without any array; attention is XLA's, as cuDNN is missing."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import rewriter_case
+
+    size = rewriter_case.SIZES["gpu"]
+    generate, update, arguments = rewriter_case.abstract_programs(size)
+    for call, given in zip((generate, update), arguments, strict=True):
+        text = call.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+        assert "stablehlo.while" in text

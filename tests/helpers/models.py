@@ -9,9 +9,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from realgen_jax.models.flux.family import FLUX, FluxSchedule
+from realgen_jax.models.formats import file_config
 from realgen_jax.models.loading import load_model, load_transformer
 from realgen_jax.models.model import Model
-from realgen_jax.models.trainable import AllWeights, Lora, Trainable, file_config
+from realgen_jax.models.trainable import AllWeights, Lora, Trainable
 from realgen_jax.nn.convert import save_folder
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import VaeConfig

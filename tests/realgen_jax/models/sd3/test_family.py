@@ -13,12 +13,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from realgen_jax.models.formats import file_config
 from realgen_jax.models.guidance import Guided
 from realgen_jax.models.loading import abstract_model, load_transformer, transformer_config
 from realgen_jax.models.sd3.family import SD3, SD3Schedule
 from realgen_jax.models.sd3.tables import RULES, diffusers_table, lora_targets
 from realgen_jax.models.sd3.transformer import Cond, SD3Config, SD3Transformer
-from realgen_jax.models.trainable import AllWeights, Lora, file_config
+from realgen_jax.models.trainable import AllWeights, Lora
 from realgen_jax.nn.convert import abstract, leaves, save_folder, to_torch
 from realgen_jax.nn.lora import DIFFUSERS_FILE, LoraConfig
 from realgen_jax.nn.lora_files import open_lora

@@ -1,0 +1,1 @@
+"""Qwen3, the language model: transformer, checkpoint conversion, LoRA targets."""
