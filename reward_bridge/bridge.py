@@ -1,6 +1,5 @@
 """Scores pictures in background threads, while the next rollout runs."""
 
-import contextlib
 import queue
 import time
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from reward_bridge.lane import Answer, Batch, Lane, Shared
-from reward_bridge.reward import GroupReward, Reward, RewardError, Scores
+from reward_bridge.lane import Batch, Lane, Shared
+from reward_bridge.reward import GroupReward, Reward, Scores
+from reward_bridge.worker import Answer, Pending
 
 
 class RewardBridge:
@@ -134,51 +134,22 @@ class RewardBridge:
         end = time.monotonic() + wait
         self._closed = True
         for lane in self._lanes:
-            lane.stop()
+            lane.stop("the bridge was closed before this batch was scored")
         for lane in self._lanes:
             lane.thread.join(max(0.0, end - time.monotonic()))
 
 
-class _Pending:
-    """Waits for the answers of several lanes. `done` receives one item per answer."""
+class _PendingOfRewards(Pending):
+    """Waits for the answers of several lanes. names: the rewards that they are about."""
 
     def __init__(
         self, answers: Mapping[Lane, Answer], done: queue.SimpleQueue, names: Sequence[str]
     ):
-        self._answers = answers
-        self._done = done
+        super().__init__(answers, done)
         self._names = names
 
-    def raise_if_failed(self) -> None:
-        """Raise the RewardError that `result` would raise, without waiting."""
-        for lane, answer in self._answers.items():
-            outcome = answer.outcome
-            if isinstance(outcome, BaseException):
-                raise outcome
-            if outcome is None:
-                lane.raise_if_overdue()
 
-    def _outcomes(self) -> list[Any]:
-        """Wait for all lanes. If one fails, the batch's queued jobs are dropped."""
-        answers = self._answers.values()
-        try:
-            waiting = True
-            while waiting:
-                # In this order, an error set between the two lines is seen in the next iteration.
-                waiting = any(answer.outcome is None for answer in answers)
-                self.raise_if_failed()
-                if waiting:
-                    with contextlib.suppress(queue.Empty):
-                        self._done.get(timeout=0.05)
-        except BaseException:
-            for answer in answers:
-                if answer.outcome is None:
-                    answer.set(RewardError("this batch was dropped: its caller stopped waiting"))
-            raise
-        return [answer.outcome for answer in answers]
-
-
-class PendingScores(_Pending):
+class PendingScores(_PendingOfRewards):
     """The scores of one submitted batch, once they are available."""
 
     def result(self) -> Scores:
@@ -195,7 +166,7 @@ class PendingScores(_Pending):
         )
 
 
-class PendingLearning(_Pending):
+class PendingLearning(_PendingOfRewards):
     """The metrics of the rewards' updates, once they are available."""
 
     def result(self) -> dict[str, dict[str, float]]:

@@ -13,6 +13,9 @@ MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 OLD_MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # still read by JAX
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
+# Out-of-memory messages of the CPU allocator and of cuBLAS: torch has no exception class for them.
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 @dataclass(frozen=True)
 class Allotment:
@@ -109,3 +112,10 @@ def _jax_may_use_gpus(jax_platforms: str | None) -> bool:
     if not jax_platforms:
         return True
     return not {"cuda", "gpu"}.isdisjoint(jax_platforms.split(","))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch raised an error because a device or the host has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(error) for text in OUT_OF_MEMORY)

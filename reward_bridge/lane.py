@@ -1,22 +1,19 @@
 """The threads of a RewardBridge: one lane for each GPU and for each reward that runs elsewhere."""
 
-import contextlib
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from reward_bridge.devices import is_out_of_memory
 from reward_bridge.groups import check_groups
 from reward_bridge.reward import GroupReward, Reward, RewardError, Scores, TrainableReward
-
-# Out-of-memory messages of the CPU allocator and of cuBLAS: torch has no exception class for them.
-OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+from reward_bridge.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -29,32 +26,6 @@ class Shared:
     retries: int  # further attempts after a failure
     batch_sizes: dict[str, int]  # most images a reward scores at once; 0: the whole batch
     seconds: dict[str, float]  # time each reward has spent on scoring so far
-
-
-@dataclass(frozen=True)
-class Running:
-    """The reward that a lane is running."""
-
-    name: str
-    end: float  # its deadline, in time.monotonic()
-    complaint: str  # what to report if it misses the deadline
-
-
-class Answer:
-    """The outcome of one job: a result, an error, or None while the job is not done.
-
-    This is not a Future, because an interrupt can leave a Future's lock held, and the next caller
-    then waits forever. Here the calling thread only takes locks inside SimpleQueue, whose
-    operations an interrupt cannot split.
-    """
-
-    def __init__(self, done: queue.SimpleQueue):
-        self.outcome: Any = None
-        self._done = done
-
-    def set(self, outcome: Any) -> None:
-        self.outcome = outcome
-        self._done.put(None)
 
 
 class Batch:
@@ -90,68 +61,13 @@ class Batch:
         return gather(self._images, device)
 
 
-class Lane:
-    """A thread that runs the jobs of its rewards one after another."""
+class Lane(Worker):
+    """A worker that runs the jobs of its rewards."""
 
     def __init__(self, names: Sequence[str], shared: Shared):
         self.names = list(names)
         self._shared = shared
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._running: Running | None = None
-
-        # A daemon thread: a reward that hangs must not keep the process alive.
-        self.thread = threading.Thread(
-            target=self._work, name=f"reward-bridge {', '.join(names)}", daemon=True
-        )
-        self.thread.start()
-
-    # -- Called from other threads
-
-    def put(self, job: Callable[[], Any], answer: Answer) -> None:
-        """Queue a job; its result or error goes to `answer`."""
-        self._jobs.put((job, answer))
-
-    def overdue(self) -> str | None:
-        """The running reward's name if it is past its deadline."""
-        running = self._running
-        if running is None or time.monotonic() <= running.end:
-            return None
-        return running.name
-
-    def raise_if_overdue(self) -> None:
-        """Raise RewardError if the running reward is past its deadline."""
-        running = self._running
-        if running is not None and self.overdue():
-            raise RewardError(
-                f"reward {running.name!r} {running.complaint}; its device may be busy, or the "
-                "deadline too short for this batch"
-            )
-
-    def stop(self) -> None:
-        """Drop the queued jobs and end the thread after the current one."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                queued = self._jobs.get_nowait()
-                if queued is None:
-                    continue
-                _, answer = queued
-                if answer.outcome is None:
-                    answer.set(RewardError("the bridge was closed before this batch was scored"))
-        self._jobs.put(None)
-
-    # -- The thread itself
-
-    def _work(self) -> None:
-        while (queued := self._jobs.get()) is not None:
-            job, answer = queued
-            if answer.outcome is not None:  # the caller has given up on it
-                continue
-            try:
-                answer.set(job())
-            except BaseException as error:  # raised again in the thread that waits for the scores
-                answer.set(error)
-            self._running = None
-            del queued, job, answer  # an idle thread must not keep a batch in memory
+        super().__init__(f"reward-bridge {', '.join(names)}")
 
     # -- The jobs
 
@@ -193,10 +109,10 @@ class Lane:
         """
         metrics = {}
         for name, seed in seeds.items():
-            self._running = Running(
+            self.begin(
                 name,
-                time.monotonic() + deadlines[name],
-                f"did not finish learning within {deadlines[name]:g} s "
+                deadlines[name],
+                f"reward {name!r} did not finish learning within {deadlines[name]:g} s "
                 f"(config.reward.adversarial.{name}.deadline)",
             )
             try:
@@ -215,27 +131,21 @@ class Lane:
             check_groups(name, prompts, group)
             unit = group
 
-        self._running = Running(
+        self.begin(
             name,
-            time.monotonic() + shared.deadline,
-            f"did not answer within {shared.deadline:g} s (config.reward.deadline)",
+            shared.deadline,
+            f"reward {name!r} did not answer within {shared.deadline:g} s (config.reward.deadline)",
         )
-        for attempt in range(1, shared.retries + 2):
+
+        def attempt() -> np.ndarray:
             start = time.monotonic()
             try:
                 pixels = batch.on(shared.devices[name])
-                scores = self._score_in_chunks(name, pixels, prompts, unit)
-                break
-            except RewardError:
-                raise
-            except (Exception, SystemExit) as error:  # a reward must not end the run silently
-                if attempt > shared.retries or self.overdue():
-                    raise RewardError(
-                        f"reward {name!r} failed {attempt} times; the last error: {error!r}"
-                    ) from error
+                return self._score_in_chunks(name, pixels, prompts, unit)
             finally:
                 shared.seconds[name] += time.monotonic() - start
 
+        scores = self.retry(f"reward {name!r}", attempt, shared.retries)
         _raise_if_not_finite(name, scores, prompts)
         return scores
 
@@ -277,7 +187,7 @@ class Lane:
             # GPU errors surface here, at the synchronising copy.
             scores = torch.as_tensor(scores).to("cpu", torch.float32).numpy()
         except Exception as error:
-            if not _is_out_of_memory(error) or len(prompts) == unit:
+            if not is_out_of_memory(error) or len(prompts) == unit:
                 raise
             return None
 
@@ -313,9 +223,3 @@ def _raise_if_not_finite(name: str, scores: np.ndarray, prompts: Sequence[str]) 
     )
     error.image = image
     raise error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(text in str(error) for text in OUT_OF_MEMORY)

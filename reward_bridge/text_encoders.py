@@ -5,7 +5,7 @@ without a vocabulary.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +131,33 @@ def read_folder(folder: Path, load: Callable[[Path], Any]) -> Any:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or ""."""
     return next(iter(str(error).strip().splitlines()), "")
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], thinking: bool
+) -> str:
+    """The chat template with these turns, up to where the model would answer.
+
+    turns: {"role": system, user or assistant, "content": text} each. thinking: what a hybrid
+    model's template is told. transformers renders it in a sandbox. Raises ValueError naming a
+    tokenizer that has no template, or a damaged one.
+    """
+    folder = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer in {folder} has no chat template (chat_template.jinja, or an entry of "
+            "tokenizer_config.json), in which the model reads its prompts; download the folder "
+            "again"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+    except Exception as error:  # of many types
+        raise ValueError(
+            f"the chat template of {folder} cannot be filled in ({type(error).__name__}: "
+            f"{first_line(error)}); download the folder again"
+        ) from error

@@ -19,7 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from reward_bridge.text_encoders import first_line
+from reward_bridge.text_encoders import chat_text
 
 CHAT_MULTIPLE = 32  # prompts in a chat template are padded to a multiple of it, as Z-Image does
 
@@ -52,6 +52,10 @@ class Recipe:
         row does not depend on where an encoding was interrupted. config: the model's.
     arrays(model, ids, lengths): what is kept of n prompts, each [n, ...].
     trim(model): removes the parts of a loaded model that `arrays` does not run.
+    counts(tokenizer, prompts): their numbers of tokens, of which max_tokens are read; None if
+        longer prompts are cut silently.
+    width(max_tokens): tokens to which ids are padded where arrays need the same shape whatever the
+        prompts; None if they have it.
     """
 
     model: type[PreTrainedModel]
@@ -59,6 +63,8 @@ class Recipe:
     tokens: Callable[[PreTrainedTokenizerBase, Any, Sequence[str], int], Tokens]
     arrays: Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
     trim: Callable[[PreTrainedModel], None] = lambda model: None
+    counts: Callable[[PreTrainedTokenizerBase, Sequence[str]], list[int]] | None = None
+    width: Callable[[int], int] | None = None
 
 
 def t5_tokens(
@@ -84,7 +90,7 @@ def chat_tokens(
 
     t is the number of tokens of the longest prompt up to a multiple of CHAT_MULTIPLE.
     """
-    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
+    texts = [user_turn(tokenizer, prompt) for prompt in prompts]
     cut = longer_than(tokenizer, texts, max_tokens)
     tokens = tokenize(tokenizer, texts, cut, padding="longest", max_length=max_tokens)
 
@@ -136,13 +142,41 @@ def without_last_layer(qwen: Qwen3Model) -> None:
     qwen.norm = torch.nn.Identity()
 
 
+def token_counts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
+    """The numbers of tokens of prompts."""
+    return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+
+
+def chat_counts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
+    """The numbers of tokens of prompts in the chat template."""
+    return token_counts(tokenizer, [user_turn(tokenizer, prompt) for prompt in prompts])
+
+
+def whole_chats(max_tokens: int) -> int:
+    """max_tokens up to a multiple of CHAT_MULTIPLE."""
+    return -(-max_tokens // CHAT_MULTIPLE) * CHAT_MULTIPLE
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The chat template with a prompt as the user's turn, as Z-Image's pipeline fills it in."""
+    return chat_text(tokenizer, [{"role": "user", "content": prompt}], thinking=True)
+
+
 RECIPES = {
-    "t5_states": Recipe(T5EncoderModel, T5_UNUSED, t5_tokens, t5_states),
+    "t5_states": Recipe(T5EncoderModel, T5_UNUSED, t5_tokens, t5_states, counts=token_counts),
     "clip_pooled": Recipe(CLIPTextModel, CLIP_UNUSED, clip_tokens, clip_pooled),
     "clip_projected": Recipe(
         CLIPTextModelWithProjection, CLIP_PROJECTED_UNUSED, clip_tokens, clip_projected
     ),
-    "qwen3_chat": Recipe(Qwen3Model, QWEN_UNUSED, chat_tokens, qwen3_states, without_last_layer),
+    "qwen3_chat": Recipe(
+        Qwen3Model,
+        QWEN_UNUSED,
+        chat_tokens,
+        qwen3_states,
+        without_last_layer,
+        chat_counts,
+        whole_chats,
+    ),
 }
 
 
@@ -170,30 +204,5 @@ def longer_than(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
 ) -> tuple[int, ...]:
     """The rows of the texts with more than `length` tokens."""
-    ids = tokenizer(list(texts), verbose=False).input_ids
-    return tuple(row for row, tokens in enumerate(ids) if len(tokens) > length)
-
-
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The chat template with a prompt as the user's turn, up to where the model would answer.
-
-    transformers renders templates in a sandbox. Raises ValueError naming a tokenizer that has no
-    template, or a damaged one.
-    """
-    folder = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer in {folder} has no chat template (chat_template.jinja, or an entry of "
-            "tokenizer_config.json), in which the model reads its prompts; download the folder "
-            "again"
-        )
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-    except Exception as error:  # of many types
-        raise ValueError(
-            f"the chat template of {folder} cannot be filled in ({type(error).__name__}: "
-            f"{first_line(error)}); download the folder again"
-        ) from error
+    counts = token_counts(tokenizer, texts)
+    return tuple(row for row, count in enumerate(counts) if count > length)

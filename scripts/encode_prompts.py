@@ -15,14 +15,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from realgen_jax.data import read_prompts
@@ -34,84 +30,8 @@ from realgen_jax.models.prompts import check_max_tokens
 from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
 from realgen_jax.training.progress import progress_bars
 from reward_bridge.devices import resolve
-from reward_bridge.text_encoders import load_model, load_tokenizer, read_config, weights_file
-from reward_bridge.text_recipes import Recipe, Tokens, get_recipe
+from reward_bridge.encoders import BATCH, check_words, encode_batch, load, prepare
 from reward_bridge.weights import torch_dtype
-
-BATCH = 16  # prompts per forward pass
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A text encoder whose files have been checked, with the tokens of all prompts."""
-
-    encoder: Encoder
-    recipe: Recipe
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    tokens: Tokens
-
-
-def prepare(model: Path, encoder: Encoder, prompts: list[str], max_tokens: int) -> Prepared:
-    """Tokenize all prompts for an encoder of a pipeline folder, before its weights are read.
-
-    Raises ValueError or OSError for files that are missing or another model's.
-    """
-    recipe = get_recipe(encoder.recipe)
-    folder = model / encoder.model
-    config = read_config(recipe.model, folder)
-    weights_file(folder)
-    tokenizer = load_tokenizer(
-        model / encoder.tokenizer, recipe.model, config.vocab_size, encoder.padding
-    )
-    tokens = recipe.tokens(tokenizer, config, prompts, max_tokens)
-    return Prepared(encoder, recipe, folder, tokenizer, tokens)
-
-
-def load(prepared: Prepared, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Load a text encoder, without the parts that are not run."""
-    recipe = prepared.recipe
-    model = load_model(recipe.model, prepared.folder, recipe.unused, dtype, device)
-    recipe.trim(model)
-    return model
-
-
-def check_words(tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Sequence[str]) -> None:
-    """Raise ValueError for a prompt of which a tokenizer knows no word; it would mean nothing."""
-    for prompt in prompts:
-        for tokenizer in tokenizers:
-            # The padding is not among these: CLIP-G's is "!", a word.
-            special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-            ids = set(tokenizer(prompt, verbose=False).input_ids) - special
-            words = [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(sorted(ids))]
-            if prompt.strip() and not any(words):
-                raise ValueError(
-                    f"the tokenizer in {tokenizer.name_or_path} knows no word of the prompt "
-                    f"{prompt!r}; write it in a language of the model, or remove it"
-                )
-
-
-@torch.inference_mode()
-def encode_batch(
-    encoders: Sequence[tuple[Prepared, PreTrainedModel]], rows: slice, prompts: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Return {array: [n, ...]} of n rows of the prompts.
-
-    Raises ValueError if an encoder gives NaN.
-    """
-    arrays = {}
-    for prepared, model in encoders:
-        ids = prepared.tokens.ids[rows].to(model.device)
-        lengths = prepared.tokens.lengths[rows].to(model.device)
-        results = prepared.recipe.arrays(model, ids, lengths)
-        for name, array in zip(prepared.encoder.arrays, results, strict=True):
-            if not array.isfinite().all():
-                raise ValueError(
-                    f"the text encoder of {name} gave NaN or infinity for one of the prompts from "
-                    f"{prompts[rows.start]!r} on; are its weights damaged?"
-                )
-            arrays[name] = to_numpy(array)
-    return arrays
 
 
 def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse.Namespace) -> None:
@@ -124,16 +44,15 @@ def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse
         return
 
     # Check all files and prompts before weights are read.
-    everything = [
-        prepare(args.model, encoder, cache.prompts, args.max_tokens) for encoder in encoders
-    ]
+    everything = [prepare(args.model, encoder) for encoder in encoders]
+    tokens = [prepared.tokens(cache.prompts, args.max_tokens) for prepared in everything]
     check_words([prepared.tokenizer for prepared in everything], cache.prompts)
 
     # Check all weights before anything is stored.
     dtype = torch_dtype(args.dtype)
     device = resolve(args.device)
     loaded = [(prepared, load(prepared, dtype, device)) for prepared in everything]
-    cache.keep_cut(sorted({row for prepared in everything for row in prepared.tokens.cut}))
+    cache.keep_cut(sorted({row for own in tokens for row in own.cut}))
 
     starts = sorted({row // BATCH * BATCH for row in missing})
     # Without --folder, standard output is for the folder's name alone.
@@ -141,16 +60,8 @@ def encode_missing(cache: TextCache, encoders: Sequence[Encoder], args: argparse
         advance = bars("encoding", len(missing), "prompts")
         for start in starts:
             rows = slice(start, start + BATCH)
-            cache.write(start, encode_batch(loaded, rows, cache.prompts))
+            cache.write(start, encode_batch(loaded, tokens, rows, cache.prompts))
             advance(sum(start <= row < start + BATCH for row in missing))
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Copy a tensor to the host; numpy has bfloat16 only through ml_dtypes."""
-    tensor = tensor.cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Model
 
-from realgen_scripts.encode_prompts import load, prepare
+from reward_bridge.encoders import load, prepare
 from tests.helpers.goldens import golden
 from tests.helpers.text import SD3, SD3_ENCODERS, ZIMAGE, ZIMAGE_ENCODERS, fill, golden_prompts
 
@@ -19,7 +19,7 @@ ZIMAGE_PROMPTS = golden_prompts(ZIMAGE)
 
 
 def zimage_tokens(prompts, max_tokens, model=ZIMAGE):
-    return prepare(model, ZIMAGE_ENCODERS[0], prompts, max_tokens).tokens
+    return prepare(model, ZIMAGE_ENCODERS[0]).tokens(prompts, max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def sd3(tmp_path_factory):
     ("encoder", "name"), list(zip(SD3_ENCODERS, ("clip_l", "clip_g", "t5"), strict=True))
 )
 def test_sd3s_tokens_are_diffusers(encoder, name):
-    tokens = prepare(SD3, encoder, SD3_PROMPTS, 16).tokens
+    tokens = prepare(SD3, encoder).tokens(SD3_PROMPTS, 16)
     want = golden("12_sd3/text.npz")[f"{name}_input_ids"]
     np.testing.assert_array_equal(tokens.ids.numpy(), want)
 
@@ -115,11 +115,11 @@ def test_bfloat16_is_kept_and_lengths_are_integers(tmp_path):
 
 @torch.inference_mode()
 def test_qwens_last_layer_is_not_run():
-    prepared = prepare(ZIMAGE, ZIMAGE_ENCODERS[0], ZIMAGE_PROMPTS, 96)
+    prepared = prepare(ZIMAGE, ZIMAGE_ENCODERS[0])
     qwen = load(prepared, torch.float32, "cpu")
     assert len(qwen.layers) == 2
 
-    tokens = prepared.tokens
+    tokens = prepared.tokens(ZIMAGE_PROMPTS, 96)
     caption, _ = prepared.recipe.arrays(qwen, tokens.ids, tokens.lengths)
     whole = Qwen3Model.from_pretrained(ZIMAGE / "text_encoder", dtype=torch.float32)
     want = whole(tokens.ids[:, :68], output_hidden_states=True).hidden_states[-2]
