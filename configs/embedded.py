@@ -216,7 +216,75 @@ def tiny_sd3() -> ConfigDict:
     return c
 
 
-EXPERIMENTS = (tiny, tiny_awm, tiny_adversarial, tiny_soft, tiny_sd3)
+def tiny_rewriter() -> ConfigDict:
+    """A language model with 0.3 M parameters learns which words make pictures more real.
+
+    8 prompts x 8 rewrites with a picture each. The image model that it writes for is `tiny`'s,
+    with a few words that make pictures more real, less real, or neither. CLIP compares pictures
+    with the user's prompt, and the words of the prompt must be kept; without either, the rewriter
+    learns to draw what fools the detector (`tiny_rewriter_greedy`).
+
+    Command: python scripts/train.py --config configs/rewriter_grpo.py
+    Machine: 2 CPU cores, 2 GB.
+    Time: 2 minutes, then the report.
+    Expected: P(real) rises by 0.2 or more and the checks hold (docs/rewriter.md).
+    """
+    c = tiny()
+    c.stage = "rewriter"
+    c.num_epochs = 120
+    c.save_freq = 40
+    c.eval_freq = 40
+
+    c.pretrained.model = str(EMBEDDED / "flux_words")
+
+    c.rewriter.path = str(EMBEDDED / "qwen_tiny")
+    c.rewriter.prompts_per_epoch = 8
+    c.rewriter.rewrites_per_prompt = 8
+    c.rewriter.images_per_rewrite = 1
+    c.rewriter.max_prompt_tokens = 24
+    c.rewriter.max_new_tokens = 20
+    c.rewriter.microbatch = 64
+    c.rewriter.logit_chunk = 20
+    c.rewriter.min_words = 3
+    c.rewriter.max_words = 14
+    c.rewriter.text_rewards = ConfigDict({"usable": 1.0, "kept": 0.5})
+
+    c.sample.train_batch_size = 64
+    c.sample.same_latent = True
+    c.train.lora_init = "kaiming"
+    c.train.learning_rate = 5e-4
+    c.train.adam_weight_decay = 0.0
+    c.train.beta = 0.05
+    c.train.gradient_accumulation_steps = 1
+    c.train.ema_decay = 0.0
+
+    c.reward.fn = ConfigDict({"embedded_detector": 1.0, "clip_score": 1.0})
+    return c
+
+
+def tiny_rewriter_greedy() -> ConfigDict:
+    """`tiny_rewriter` with the detector as the only reward and no KL: the counter-example.
+
+    Command: python scripts/train.py --config configs/rewriter_grpo.py:tiny_rewriter_greedy
+    Machine and time: as `tiny_rewriter`.
+    Expected: P(real) rises by 0.25 or more while the prompt accuracy falls below 0.2.
+    """
+    c = tiny_rewriter()
+    c.reward.fn = ConfigDict({"embedded_detector": 1.0})
+    c.rewriter.text_rewards = ConfigDict({"usable": 1.0})
+    c.train.beta = 0.0
+    return c
+
+
+EXPERIMENTS = (
+    tiny,
+    tiny_awm,
+    tiny_adversarial,
+    tiny_soft,
+    tiny_sd3,
+    tiny_rewriter,
+    tiny_rewriter_greedy,
+)
 PRESETS = {experiment.__name__: experiment for experiment in EXPERIMENTS}
 
 

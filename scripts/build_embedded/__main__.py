@@ -5,9 +5,9 @@
 The photographs ship in the scikit-image and scikit-learn wheels. Takes about two hours on 2 cores.
 Every stage resumes from its last checkpoint. With the same versions and number of threads, a stage
 writes the same files for the same inputs; only the order of equally frequent pairs in CLIP's
-vocabulary is left open by the tokenizers library. The results are realgen_jax/embedded/ (a
-FluxPipeline folder, a StableDiffusion3Pipeline folder and prompts) and reward_bridge/embedded/
-(rewards).
+vocabulary is left open by the tokenizers library. The results are realgen_jax/embedded/ (two
+FluxPipeline folders, a StableDiffusion3Pipeline folder, a Qwen3 folder and prompts) and
+reward_bridge/embedded/ (rewards).
 """
 
 import argparse
@@ -15,7 +15,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PARTS = ("flux", "references", "sd3", "dino")
+PARTS = ("flux", "references", "sd3", "dino", "rewriter")
 
 # Packages of the extra `build`, by the module they install.
 REQUIRED = {"diffusers": "diffusers", "skimage": "scikit-image", "sklearn": "scikit-learn"}

@@ -7,10 +7,12 @@ import dino
 import flux
 import photos
 import references
+import rewriter
 import sd3
 import text
 import torch
 import vae as autoencoder
+import words
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,3 +42,6 @@ def build(work: Path, threads: int, only: str | None) -> None:
         sd3.build(work, flux_folder, sd3_folder, vae)
     if only in (None, "dino"):
         dino.build(work, rewards / "dino")
+    if only in (None, "rewriter"):
+        words.build(work, flux_folder, embedded / "flux_words", vae)
+        rewriter.build(work, embedded / "qwen_tiny")
