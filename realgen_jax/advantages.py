@@ -35,13 +35,24 @@ class Settings:
     diversity: np.ndarray | None = None
 
 
+def trained_weights(config: Any) -> dict[str, float]:
+    """Return {reward: weight} of what is trained on: config.reward.fn, and rewards of texts.
+
+    Those are the rewriter's, with weights other than 0.
+    """
+    weights = dict(config.reward.fn)
+    if config.stage == "rewriter":
+        weights |= {name: weight for name, weight in config.rewriter.text_rewards.items() if weight}
+    return weights
+
+
 def advantages_of(config: Any, scores: Scores) -> np.ndarray:
     """Return an epoch's advantages by `config.train.advantages`, float32 [groups, size].
 
-    scores: of the rewards in config.reward.fn, and "diversity" if `gardo` needs it. Raises
+    scores: of the rewards that are trained on, and "diversity" if `gardo` needs it. Raises
     AdvantageError for scores on which the choice is not defined.
     """
-    weights = config.reward.fn
+    weights = trained_weights(config)
     settings = Settings(config.sample.global_std, config.train.tame_above, scores.get(DIVERSITY))
     trained = {name: scores[name] for name in weights}
     return ADVANTAGES[config.train.advantages](trained, weights, settings)

@@ -26,6 +26,9 @@ def base() -> ConfigDict:
     """
     c = ConfigDict()
     c.preset = "custom"  # part of the run's default name; get_config() sets it
+    # diffusion: trains the image model. rewriter: trains a language model that rewrites prompts for
+    # the frozen image model; config.rewriter is for that stage only (docs/rewriter.md).
+    c.stage = "diffusion"
     c.seed = 0  # root of all random numbers
     c.run_name = ""  # the run's folder; empty: preset, date and time
     c.run_root = "runs"  # parent of the run folders
@@ -53,12 +56,14 @@ def base() -> ConfigDict:
     c.prompts = _prompts()
     c.sample = _sample()
     c.train = _train()
+    c.rewriter = _rewriter()
     c.reward = _reward()
     c.evaluate = _evaluate(c.sample)
 
     c.lock()
     for mapping in (c.reward.fn, c.reward.options, c.reward.devices, c.reward.adversarial):
         mapping.unlock()
+    c.rewriter.text_rewards.unlock()
     c.evaluate.prompts.unlock()
     return c
 
@@ -275,6 +280,54 @@ def _old_policy(most: float) -> ConfigDict:
     return c
 
 
+def _rewriter() -> ConfigDict:
+    """The language model that rewrites prompts, config.stage rewriter.
+
+    An epoch has prompts_per_epoch x rewrites_per_prompt x images_per_rewrite pictures; a group is
+    the rewrites of a prompt. config.sample says how the frozen image model draws them; of its keys,
+    those that divide an epoch, and those of the noise, are not read. Of config.train, loss,
+    clip_range and what belongs to one loss are not read; config.train.gradient_accumulation_steps
+    counts microbatches.
+    """
+    c = ConfigDict()
+    c.path = ""  # the language model: a Hugging Face folder with weights and tokenizer (Qwen3)
+    c.adapter = ""  # a peft folder to start from, such as a cold start made with another program
+    c.system = ""  # the system prompt; empty: none
+    c.thinking = False  # what the chat template is told; only some templates read it
+    c.answer_tag = ""  # "answer": only what is inside <answer></answer> is the rewrite
+    c.dtype = "float32"  # float32, bfloat16: compute dtype of the language model
+    c.param_dtype = "float32"  # float32, bfloat16: dtype of its frozen weights
+    c.remat = "full"  # as config.pretrained.remat
+
+    c.prompts_per_epoch = 8
+    c.rewrites_per_prompt = 8  # group size: rewrites per prompt
+    c.images_per_rewrite = 1
+    c.max_prompt_tokens = 320  # of system prompt, prompt and chat template; longer ones are errors
+    c.max_new_tokens = 384  # of a rewrite, with its end token
+    c.temperature = 1.0  # of sampling in training; evaluations take the likeliest token
+
+    c.loss = "grpo"  # grpo: a ratio per token; gspo: a ratio per rewrite (clip_range near 4e-4)
+    # What a mean over tokens is: token: over all tokens of the optimizer step; sequence: over a
+    # rewrite's tokens, then over rewrites; constant: their sum over max_new_tokens.
+    c.aggregate = "token"
+    c.clip_range = (0.2, 0.28)  # of the ratio, below and above 1
+    # Weights that correct for the sampler's rounding, exp(old - sampled log-prob) up to this; 0: no
+    # weights.
+    c.importance_cap = 2.0
+    c.microbatch = 8  # rewrites per forward and backward pass, over all devices
+    c.logit_chunk = 64  # tokens of a rewrite whose logits are in memory at a time
+
+    c.min_words = 5  # outside of these, the text reward "length" falls
+    c.max_words = 60
+    # {text reward: weight}, beside config.reward.fn: usable, length, kept, spam.
+    c.text_rewards = ConfigDict()
+    c.spam_patterns = ()  # regular expressions of words that the text reward "spam" counts
+    # Largest share of an epoch's rewrites that cannot be drawn; after 3 epochs in a row above it,
+    # the run ends with an error.
+    c.max_unusable = 0.5
+    return c
+
+
 def _reward() -> ConfigDict:
     """Rewards and their devices. docs/rewards.md lists them; their classes define the options."""
     c = ConfigDict()
@@ -285,6 +338,8 @@ def _reward() -> ConfigDict:
     # Rewards that are scored in every epoch, for metrics.jsonl, but never trained on: "diversity".
     c.watched = ()
     c.metrics = ()  # metrics of a whole set of images in evaluations; lower is better
+    # True: prompts of a .jsonl file that have an "original", such as rewrites, are scored by it.
+    c.score_original = False
     c.options = ConfigDict()  # {reward: its constructor's options}
 
     # auto: the last GPU, which JAX does not use if there are others; without a GPU, the CPU.

@@ -26,6 +26,7 @@ from realgen_jax.ranges import (
     is_integer,
     is_mapping,
     is_number,
+    is_pattern,
     is_tuple,
     names,
     number,
@@ -68,6 +69,17 @@ SIZES = Range(
 BETAS = Range(
     "two numbers from 0 to below 1",
     lambda value: is_tuple(value, fraction().holds) and len(value) == 2,
+)
+CLIP_RANGE = Range(
+    "two numbers above 0, below and above 1, such as (0.2, 0.28)",
+    lambda value: (
+        is_tuple(value, lambda side: is_number(side) and side > 0)
+        and len(value) == 2
+        and value[0] < 1
+    ),
+)
+PATTERNS = Range(
+    "regular expressions, such as (r'IMG_\\d+',)", lambda value: is_tuple(value, is_pattern)
 )
 TAME_ABOVE = Range(
     "mean, median, or a number as text, such as '0.2'",
@@ -124,6 +136,7 @@ DECOUPLED = {
 # Of base() in realgen_jax/config.py.
 RANGES = {
     "preset": folder_name(),
+    "stage": choice("diffusion", "rewriter"),
     "seed": SEED,
     "run_name": folder_name(empty=True),
     "run_root": folder(),
@@ -234,10 +247,39 @@ RANGES = {
     "train.awm.off_policy": boolean(),
     **{f"train.nft.{key}": allowed for key, allowed in DECOUPLED.items()},
     **{f"train.awm.{key}": allowed for key, allowed in DECOUPLED.items()},
+    "rewriter.path": text(),
+    "rewriter.adapter": text(),
+    "rewriter.system": text(),
+    "rewriter.thinking": boolean(),
+    "rewriter.answer_tag": Range(
+        "letters, such as 'answer', or ''",
+        lambda value: isinstance(value, str) and (not value or value.isidentifier()),
+    ),
+    "rewriter.dtype": choice("float32", "bfloat16"),
+    "rewriter.param_dtype": choice("float32", "bfloat16"),
+    "rewriter.remat": choice("full", "attention", "dots", "none"),
+    "rewriter.prompts_per_epoch": integer(1),
+    "rewriter.rewrites_per_prompt": integer(2),  # an advantage compares the rewrites of a group
+    "rewriter.images_per_rewrite": integer(1),
+    "rewriter.max_prompt_tokens": integer(1),
+    "rewriter.max_new_tokens": integer(1),
+    "rewriter.temperature": positive(),
+    "rewriter.loss": choice("grpo", "gspo"),
+    "rewriter.aggregate": choice("token", "sequence", "constant"),
+    "rewriter.clip_range": CLIP_RANGE,
+    "rewriter.importance_cap": number(0),
+    "rewriter.microbatch": integer(1),
+    "rewriter.logit_chunk": integer(1),
+    "rewriter.min_words": integer(0),
+    "rewriter.max_words": integer(1),
+    "rewriter.text_rewards.*": number(),
+    "rewriter.spam_patterns": PATTERNS,
+    "rewriter.max_unusable": UP_TO_ONE,
     "reward.fn.*": WEIGHT,
     "reward.held_out": names(),
     "reward.watched": names(),
     "reward.metrics": names(),
+    "reward.score_original": boolean(),
     "reward.options.*": options(),
     "reward.device": device(),
     "reward.share_gpu": boolean(),

@@ -18,7 +18,7 @@ def read_prompts(path: str | Path) -> list[str]:
     The file is UTF-8, and only line feeds end a line. Raises FileNotFoundError, or ValueError
     naming the first bad line.
     """
-    return [prompt for prompt, _ in read_categorised(path)]
+    return [line.prompt for line in _read_lines(path)]
 
 
 def read_categorised(path: str | Path) -> list[tuple[str, str]]:
@@ -27,6 +27,29 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
     The category is the "category" of a JSON line, or "" if it has none. Raises FileNotFoundError,
     or ValueError naming the first bad line.
     """
+    return [(line.prompt, line.category) for line in _read_lines(path)]
+
+
+def read_originals(path: str | Path) -> list[str]:
+    """Read the "original" of each line of a prompt file, or the prompt itself if it has none.
+
+    scripts/rewrite.py writes such JSON lines: the user's prompt is the rewrite's original. Raises
+    FileNotFoundError, or ValueError naming the first bad line.
+    """
+    return [line.original or line.prompt for line in _read_lines(path)]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a prompt file. category, original: "" if it has none."""
+
+    prompt: str
+    category: str = ""
+    original: str = ""
+
+
+def _read_lines(path: str | Path) -> list[_Line]:
+    """The lines of a prompt file. Raises as `read_prompts` does."""
     path = expand_home(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -47,15 +70,15 @@ def read_categorised(path: str | Path) -> list[tuple[str, str]]:
         elif "\r" in line.strip():
             raise ValueError(f"{place} has a carriage return inside; end lines with line feeds")
         else:
-            prompts.append((line.strip(), ""))
+            prompts.append(_Line(line.strip()))
 
     if not prompts:
         raise ValueError(f"{path} is empty; expected at least one prompt")
     return prompts
 
 
-def _parse_record(line: str, place: str) -> tuple[str, str]:
-    """Return (prompt, category) of a JSON line, ignoring other keys."""
+def _parse_record(line: str, place: str) -> _Line:
+    """The content of a JSON line, ignoring other keys."""
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -66,13 +89,16 @@ def _parse_record(line: str, place: str) -> tuple[str, str]:
         raise ValueError(
             f'{place} has no "prompt"; expected a JSON object with a string under "prompt"'
         )
-
-    category = record.get("category") or ""
-    if not isinstance(category, str):
-        raise ValueError(f'{place} has {category!r} under "category"; expected a string')
     check_text(prompt, place)
-    check_text(category, place)
-    return prompt.strip(), category.strip()
+
+    others = {}
+    for name in ("category", "original"):
+        value = record.get(name) or ""
+        if not isinstance(value, str):
+            raise ValueError(f'{place} has {value!r} under "{name}"; expected a string')
+        check_text(value, place)
+        others[name] = value.strip()
+    return _Line(prompt.strip(), **others)
 
 
 def overlaps(name: str, prompts: Sequence[str], others: Mapping[str, Sequence[str]]) -> list[str]:

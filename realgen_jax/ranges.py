@@ -120,6 +120,14 @@ def is_tuple(value: Any, member: Callable[[Any], bool]) -> bool:
     return isinstance(value, tuple | list) and all(map(member, value))
 
 
+def is_pattern(value: Any) -> bool:
+    """Return whether a value is a regular expression."""
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
 def _is_folder_name(value: str) -> bool:
     if not value.isprintable() or value != value.strip() or value in ("", ".", ".."):
         return False

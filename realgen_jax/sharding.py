@@ -101,3 +101,9 @@ def param_sharding(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]],
         return NamedSharding(mesh, specs[0])
 
     return sharding
+
+
+def local_slots(mesh: Mesh, count: int) -> list[int]:
+    """Return the rows of a batch of `count` that this process's devices hold, sorted."""
+    index_map = batch_sharding(mesh).addressable_devices_indices_map((count,))
+    return sorted({slot for (rows,) in index_map.values() for slot in range(count)[rows]})

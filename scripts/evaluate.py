@@ -4,6 +4,11 @@
     python scripts/evaluate.py --config configs/flux_grpo.py:flux_dev_8xh200 \\
         --lora runs/NAME/lora --pictures gpt=pictures/gpt-image \\
         --photographs dataset/realbench/photographs --judge api
+    python scripts/evaluate.py --config configs/rewriter_grpo.py --rewriter runs/ONE/rewriter \\
+        --lora runs/TWO/lora
+
+With a rewriter, every model also draws the prompts that it rewrites; all are scored against the
+prompts themselves.
 
 Prompts, pictures per prompt, rewards and intervals are set in the config (`config.evaluate`).
 Pictures and scores are kept in runs/NAME/evaluation; the same command continues an interrupted
@@ -42,22 +47,25 @@ from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import read_sets
 from realgen_jax.realbench.results import PromptSet
 from realgen_jax.realbench.summarize import summarize
+from realgen_jax.rewriter.child import RewriteProgram
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.preemption import connect_by_flags
 from realgen_jax.training.programs import keep_compiled
 from realgen_jax.training.progress import plain_console
 from realgen_jax.training.run_folder import run_lock
 from realgen_jax.training.scoring import ScoringError
-from reward_bridge.bridge import RewardBridge, RewardError
+from reward_bridge.bridge import RewardBridge
 from reward_bridge.devices import gpus_for_jax
 from reward_bridge.digests import score_keys, served_rewards
 from reward_bridge.groups import report_problems
 from reward_bridge.judges import make_judge
+from reward_bridge.reward import RewardError
 from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
 from reward_bridge.terminal import show_messages
 
-# The program that computes text embeddings, in a separate process.
+# The programs that compute text embeddings and rewrite prompts, in processes of their own.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
+REWRITE = (sys.executable, str(Path(__file__).with_name("rewrite.py")))
 
 FLAGS = flags.FLAGS
 define_config()
@@ -72,6 +80,12 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_string(
     "photographs", None, "[NAME=]FOLDER of photographs: 00000.jpg belongs to line 0 of the prompts"
+)
+flags.DEFINE_multi_string(
+    "rewriter",
+    [],
+    "[NAME=]DIR of a run's rewriter/: every model also draws the prompts that it rewrites; only "
+    "the set with the shortest prompts is used",
 )
 flags.DEFINE_bool("base", True, "include the config's own model; --nobase leaves it out")
 flags.DEFINE_integer(
@@ -110,8 +124,17 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     """Check the flags, evaluate the entries they name, and write the report."""
     # -- Check everything that does not need a model.
     sets = read_sets(config.evaluate.prompts)
+    if FLAGS.rewriter and len(sets) > 1:
+        print(f"--rewriter: only the set {sets[0].name}, whose prompts are the shortest, is used")
+        sets = sets[:1]
     entries = read_entries(
-        config.pretrained, FLAGS.lora, FLAGS.model, FLAGS.pictures, FLAGS.photographs, FLAGS.base
+        config.pretrained,
+        FLAGS.lora,
+        FLAGS.model,
+        FLAGS.pictures,
+        FLAGS.photographs,
+        FLAGS.base,
+        FLAGS.rewriter,
     )
     judge = None
     if FLAGS.judge != "none":
@@ -129,7 +152,7 @@ def evaluate(config: ConfigDict, console: Console) -> None:
     if not gpus_for_jax(devices, jax.config.jax_platforms, config.reward.share_gpu):
         start_devices()
     keys = score_keys(config.reward, config.evaluate.scores, served, content_digest)
-    folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model])
+    folder = evaluation_folder(config, [*FLAGS.lora, *FLAGS.model, *FLAGS.rewriter])
 
     with contextlib.ExitStack() as stack:
         if process_index() == 0:
@@ -141,6 +164,13 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         def embed(prompts: Sequence[str], model: str) -> TextCache:
             return embed_prompts(prompts, config.pretrained, config.prompts, ENCODE, model)
 
+        rewriting = RewriteProgram(
+            command=REWRITE,
+            pipeline=config.pretrained.model,
+            max_tokens=config.prompts.max_tokens,
+            compilation_cache=config.compilation_cache,
+            remake=FLAGS.remake,
+        )
         continuing = f"run the same command with --config.run_name={folder.name}"
         process.when_stopped(lambda: f"stopped; to continue, {continuing}")
 
@@ -155,6 +185,7 @@ def evaluate(config: ConfigDict, console: Console) -> None:
             score_keys=keys,
             open_scorer=lambda: load_scorer(config),
             encode=embed,
+            rewrite=rewriting.rewrite,
             console=console,
         )
 
@@ -191,7 +222,7 @@ def load_scorer(config: ConfigDict) -> RewardBridge:
 
 
 def evaluation_folder(config: ConfigDict, values: Sequence[str]) -> Path:
-    """Return the folder for pictures and report. values: those of --lora and --model.
+    """Return the folder for pictures and report. values: of --lora, --model and --rewriter.
 
     It is the folder of config.run_name; else that of the run to which the first LoRA or model
     belongs; else a new one, named by preset, date and time. Raises ValueError if each of several

@@ -28,6 +28,7 @@ from realgen_jax.files import writing
 from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.report import build, make_report
+from realgen_jax.preflight.rewriter import make_rewriter_report, show_rewriter
 from realgen_jax.preflight.tables import show
 
 FLAGS = flags.FLAGS
@@ -67,15 +68,18 @@ def run(_: Sequence[str]) -> None:
         devices = target_devices(config)
         jax.config.update("jax_num_cpu_devices", devices)
 
-        report = make_report(config, devices)
-        arguments = build(report, FLAGS.compile)
-        figures = show(
-            report,
-            arguments,
-            FLAGS.mfu or config.preflight.mfu,
-            sizes_on_disk(config.pretrained),
-            lambda report, room: changes(report, room, make_report),
-        )
+        mfu = FLAGS.mfu or config.preflight.mfu
+        if config.stage == "rewriter":
+            figures = show_rewriter(make_rewriter_report(config, devices), mfu)
+        else:
+            report = make_report(config, devices)
+            figures = show(
+                report,
+                build(report, FLAGS.compile),
+                mfu,
+                sizes_on_disk(config.pretrained),
+                lambda report, room: changes(report, room, make_report),
+            )
         if FLAGS.json:
             with writing(Path(FLAGS.json)):
                 Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")

@@ -3,6 +3,10 @@
     python scripts/sample.py "a photo of a tabby cat" --out pictures
     python scripts/sample.py --prompts prompts.txt --lora runs/NAME/lora \\
         --config configs/flux_grpo.py:flux_dev_8xh200
+    python scripts/sample.py "a cat on a roof" --rewriter runs/NAME/rewriter
+
+With a rewriter, the rewrite of each prompt is printed and drawn; --no-rewrite draws the prompts
+themselves, from the same noise.
 
 The model is the config's (config.pretrained), and so are size, steps, solver and guidance
 (config.evaluate.sample). They can be set on the command line,
@@ -14,6 +18,7 @@ from realgen_jax import process
 process.begin(__name__)  # before the imports that take seconds
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,11 +39,14 @@ from realgen_jax.models.model import tuned_steps
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import with_lora_file
 from realgen_jax.nn.lora_files import open_lora
+from realgen_jax.rewriter.child import RewriteProgram
+from realgen_jax.rewriter.files import read_rewriter
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh
 from realgen_jax.training.progress import plain_console, progress_bars
 
-# The program that computes text embeddings, in a separate process.
+# The programs that compute text embeddings and rewrite prompts, in processes of their own.
 ENCODE = (sys.executable, str(Path(__file__).with_name("encode_prompts.py")))
+REWRITE = (sys.executable, str(Path(__file__).with_name("rewrite.py")))
 
 FLAGS = flags.FLAGS
 define_config("flux_grpo")
@@ -48,6 +56,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "lora", None, "a peft folder, or a LoRA file or folder of diffusers (config.pretrained.lora)"
 )
+flags.DEFINE_string("rewriter", None, "a run's rewriter/, which rewrites the prompts first")
+flags.DEFINE_bool("no-rewrite", False, "with --rewriter: draw the prompts as they are, to compare")
 flags.DEFINE_string("out", "pictures", "folder for the PNG files")
 flags.DEFINE_integer("seed", 0, "root of the pictures' noise", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_integer("per_prompt", 1, "pictures of each prompt", lower_bound=1)
@@ -106,6 +116,25 @@ def sample_prompts(prompts: list[str], out: Path) -> list[Path]:
     return files
 
 
+def rewrite_prompts(prompts: list[str]) -> list[str]:
+    """Print the rewrite of each prompt and return them."""
+    config = FLAGS.config
+    program = RewriteProgram(
+        command=REWRITE,
+        pipeline=config.pretrained.model,
+        max_tokens=config.prompts.max_tokens,
+        compilation_cache=config.compilation_cache,
+        remake=False,
+        quiet=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        rewrites = program.rewrite(FLAGS.rewriter, prompts, Path(folder))
+    for prompt, rewrite in zip(prompts, rewrites, strict=True):
+        cannot = " (its rewrite cannot be drawn)" if rewrite == prompt else ""
+        print(f"{prompt}\n  -> {rewrite}{cannot}")
+    return rewrites
+
+
 def run(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     prompts = list(argv[1:])
@@ -116,6 +145,12 @@ def run(argv: Sequence[str]) -> None:
             prompts += read_prompts(FLAGS.prompts)
         if not prompts:
             raise ValueError('nothing to sample: give prompts ("a photo of ...") or --prompts FILE')
+        if FLAGS["no-rewrite"].value and not FLAGS.rewriter:
+            raise ValueError("--no-rewrite goes with --rewriter")
+        if FLAGS.rewriter:
+            read_rewriter(FLAGS.rewriter)  # a folder that cannot be read is refused at once
+            if not FLAGS["no-rewrite"].value:
+                prompts = rewrite_prompts(prompts)
         files = sample_prompts(prompts, Path(FLAGS.out))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

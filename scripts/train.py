@@ -5,6 +5,9 @@
     python scripts/train.py --config ... --config.run_name=NAME --resume   resume a run
     python scripts/launch.py --processes 2 scripts/train.py --config ...   several processes
 
+config.stage "rewriter" trains a language model that rewrites prompts for the image model
+(configs/rewriter_grpo.py, docs/rewriter.md). "diffusion", the default, trains the image model:
+
 prompts -> text embeddings -> rollout -> pictures -> rewards -> advantages -> update -> checkpoint
                                                     `-> rewards that learn -'
 
@@ -30,10 +33,10 @@ from absl import app, flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from realgen_jax.advantages import AdvantageError, advantages_of
+from realgen_jax.advantages import AdvantageError, advantages_of, trained_weights
 from realgen_jax.checkpoint import RestoreError, SaveError
 from realgen_jax.command_line import define_config, parse_flags
-from realgen_jax.data import overlaps, prompt_batches, read_prompts
+from realgen_jax.data import overlaps, prompt_batches, read_originals, read_prompts
 from realgen_jax.files import content_digest, write_whole
 from realgen_jax.hosts import (
     broadcast_text,
@@ -44,6 +47,8 @@ from realgen_jax.hosts import (
     start_devices,
     sum_over_processes,
 )
+from realgen_jax.models.language import load_with_adapter
+from realgen_jax.models.loading import find_family
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.models.trainable import make_trainable
 from realgen_jax.nn.convert import leaves
@@ -52,23 +57,22 @@ from realgen_jax.realbench.entries import BASE, RESERVED, read_entries
 from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import SAFE, read_sets
 from realgen_jax.realbench.summarize import summarize
+from realgen_jax.rewriter.child import BATCH as REWRITES
+from realgen_jax.rewriter.embeddings import FreshTexts
+from realgen_jax.rewriter.files import open_rewriter
+from realgen_jax.rewriter.writer import Writer, rewrite_all, whole_batch
+from realgen_jax.sharding import make_mesh
 from realgen_jax.text_cache import TextCache
-from realgen_jax.training.epoch import (
-    cache_error,
-    latents_of,
-    sample_epoch,
-    update_epoch,
-    wait_for,
-    warn_of_deviation,
-)
 from realgen_jax.training.evaluation import evaluate_if_due, export, say_what_judges
 from realgen_jax.training.inputs import check_unchanged, input_digests
 from realgen_jax.training.kl_gate import gate_epoch
 from realgen_jax.training.learning import begin_learning, draw_seeds
 from realgen_jax.training.log import NoLog, RunLog, step_columns
+from realgen_jax.training.monitor import warn_of_deviation
 from realgen_jax.training.preemption import Preemption, connect_by_flags
-from realgen_jax.training.programs import keep_compiled, make_programs
+from realgen_jax.training.programs import keep_compiled
 from realgen_jax.training.progress import plain_console
+from realgen_jax.training.rewriting import RewriteError
 from realgen_jax.training.run import LEARNING, Run, check, check_shapes, reports, set_up
 from realgen_jax.training.run_folder import (
     can_resume,
@@ -79,15 +83,18 @@ from realgen_jax.training.run_folder import (
 )
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
-from realgen_jax.training.scouting import scout_columns, scout_epoch
+from realgen_jax.training.stages import OUTPUTS, STAGES
 from realgen_jax.training.wandb_run import open_wandb
 from realgen_jax.update import TrainState
 from reward_bridge.adversary import join
-from reward_bridge.bridge import RewardBridge, RewardError
+from reward_bridge.bridge import RewardBridge
+from reward_bridge.chat import ChatTokenizer
 from reward_bridge.devices import gpus_for_jax
 from reward_bridge.digests import run_digests, score_keys, served_rewards
+from reward_bridge.encoders import TextEncoders, open_encoders, open_window
 from reward_bridge.groups import group_problems, report_problems
 from reward_bridge.judges import make_judge
+from reward_bridge.reward import RewardError
 from reward_bridge.setup import (
     Rewards,
     negative_problems,
@@ -113,10 +120,10 @@ def train(
     if a signal has ended it.
     """
     config = run.config
-    weights = config.reward.fn
+    weights = trained_weights(config)
     layout = run.recipe.layout
-    programs = make_programs(run.recipe, run.model)
-    data = prompt_batches(len(run.prompts), layout.groups, config.seed)
+    stage = STAGES[config.stage](run)
+    data = prompt_batches(len(run.prompts), stage.prompts, config.seed)
     saver = Saver(run, data, log)
     first = 0
     if resumed is not None:
@@ -136,45 +143,26 @@ def train(
             return False
 
         # -- Evaluate. The run ends after the last evaluation, or when held-out rewards fall.
-        if evaluate_if_due(run, programs, log, epoch, state.ema, saver.history):
+        if evaluate_if_due(run, stage, log, epoch, state.ema, saver.history):
             break
 
         # -- Sample. Each call's pictures go to the rewards while the next call samples.
         refused_before = run.scorer.refused
-        rows = next(data)
-        scouted = None
-        if layout.previews:
-            # -- Scout: cheap previews; those worth it are sampled in full.
-            with phase("scout", seconds):
-                scouted = scout_epoch(run, programs, state, epoch, rows, preemption)
-            if scouted is None:
-                saver.leave(start, preemption)
-                return False
-
-        with phase("sample", seconds):
-            seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
-            calls = sample_epoch(run, programs, state, epoch, rows, seeds, scouted)
-            interrupted = wait_for(calls, preemption)
-        if interrupted:
+        seeds = draw_seeds(run.key(LEARNING), epoch, layout.calls + len(run.learning))
+        sampled = stage.sample(state, epoch, next(data), seeds, preemption, seconds)
+        if sampled is None:
             saver.leave(start, preemption)
             return False
-        stop_if_not_finite(latents_of(calls), epoch, "rollout (velocity)", run)
-
-        # Once, what the cached steps cost in exactness.
-        exactness = {}
-        if epoch == first and config.sample.cached_steps:
-            exactness = cache_error(run, programs, state, epoch, calls[0])
-            log.say(
-                f"with config.sample.cached_steps={config.sample.cached_steps}, final latents "
-                f"differ by {exactness['cache_error']:.2%} (RMS) from those of all steps"
-            )
+        for part, values in sampled.checks.items():
+            stop_if_not_finite(values, epoch, part, run)
 
         with phase("reward_wait", seconds):
             # -- Score. Waits for the slowest reward: {reward: [groups, group]}.
-            scores = scores_of_all([call.scores for call in calls], layout.images)
-            groups = scores.grouped(scores.rewards, layout.group)
+            scores = scores_of_all([call.scores for call in sampled.calls], layout.images)
+            groups = stage.groups(sampled, scores)
+            reward = weighted_mean(groups, weights)
 
-            # -- Advantages within the pictures of one prompt: [groups, group].
+            # -- Advantages within a group, the pictures or the rewrites of one prompt.
             advantages = advantages_of(config, groups)
 
             # -- The weights of the pictures' KL, by the ranks of other rewards: the same shape.
@@ -184,44 +172,40 @@ def train(
             learning = begin_learning(
                 run.scorer, run.learning, epoch, scores, seeds[layout.calls :]
             )
+        details = stage.columns(state, epoch, sampled, reward, log, saver.history, epoch == first)
 
         # -- Update, unless the generator is skipped while its rewards learn.
         with phase("update", seconds):
             steps = []
             if not learning.generator_rests:
-                state, steps = update_epoch(
-                    run, programs, state, calls, advantages, kl_weights, epoch
-                )
+                state, steps = stage.update(state, sampled, advantages, kl_weights, epoch)
         with phase("reward_learning", seconds):
-            details = learning.result() | gate
+            details |= learning.result() | gate
 
         # -- Log. From here on there is something to save when Ctrl-C ends the run.
         preemption.hold(saver.lost)
-        details |= exactness
         for name, mean in scores.reference_means().items():
             details[f"reward/{name}/references"] = mean
         for name in config.reward.watched:
             details[name] = float(groups[name].mean())
-        for name in groups:
+        for name in scores.rewards:
             scoring = run.scorer.seconds[name] - scoring_before[name]
             details[f"seconds/scoring/{name}"] = scoring
         for name, refused in run.scorer.refused.items():
             details[f"refused/{name}"] = refused - refused_before[name]
-        reward = weighted_mean(groups, weights)
-        if scouted is not None:
-            details |= scout_columns(scouted, reward, layout.previews)
         if epoch == first:
-            warn_of_deviation(log, steps, config.train)
+            warn_of_deviation(log, steps, config)
         columns = step_columns(steps, run.recipe.objective.largest_metrics)
         trained = {name: groups[name] for name in weights}
-        log.train(epoch + 1, trained, reward, columns, seconds, details)
+        pictures = layout.calls * layout.images
+        log.train(epoch + 1, trained, reward, columns, seconds, pictures, details)
 
         # -- Save.
         saver.save_if_due(epoch + 1, state)
 
     preemption.reached()
     saver.wait()
-    log.say(f"trained weights: {export(run.folder / 'lora', run.model, state.ema)}")
+    log.say(f"trained weights: {export(run.folder / stage.output, stage, state.ema)}")
     return True
 
 
@@ -272,6 +256,8 @@ def run_training(_: Sequence[str]) -> None:
             wandb_run = open_wandb(config.wandb_project, folder.name, config.to_dict())
             run, state, rewards = load_run(config, folder, digests)
             stack.callback(rewards.bridge.close)
+            if run.rewriter:
+                stack.callback(run.rewriter.encoders.close)
             resumed = agree_on_checkpoint(epoch)
             log = open_log(run, state, resumed or 0, wandb_run)
         except (ValueError, OSError) as error:
@@ -285,6 +271,7 @@ def run_training(_: Sequence[str]) -> None:
             FloatingPointError,
             AdvantageError,
             RewardError,
+            RewriteError,
             ScoringError,
             SaveError,
             RestoreError,
@@ -311,8 +298,9 @@ def run_training(_: Sequence[str]) -> None:
             # The report loads its own models and rewards.
             rewards.bridge.close()
             cache = run.cache
+            encoders = run.rewriter.encoders if run.rewriter else None
             del run, state, rewards
-            report_run(config, folder, cache, digests, served)
+            report_run(config, folder, cache, digests, served, encoders)
 
 
 def open_run(config: ConfigDict, stack: contextlib.ExitStack) -> tuple[Path, bool]:
@@ -374,12 +362,19 @@ def load_run(
     """
     prompts = read_prompts(config.prompts.train)
     test_prompts = read_prompts(config.prompts.test)
+    scored_prompts = prompts
+    scored_test_prompts = test_prompts
+    if config.reward.score_original:
+        scored_prompts = read_originals(config.prompts.train)
+        scored_test_prompts = read_originals(config.prompts.test)
     sets = {}
     if reports(config):
         for prompt_set in read_sets(config.evaluate.prompts):
             sets[f"config.evaluate.prompts.{prompt_set.name}"] = prompt_set.prompts
     tell_overlaps(prompts, test_prompts, sets)
-    texts = list(itertools.chain(prompts, test_prompts, *sets.values()))
+    # The rewriter's texts are encoded when they are written.
+    fixed = [] if config.stage == "rewriter" else [prompts, test_prompts]
+    texts = list(itertools.chain(*fixed, *sets.values()))
     cache = embed_prompts(texts, config.pretrained, config.prompts, ENCODE)
 
     # Rewards that learn in several processes average their gradients.
@@ -388,11 +383,14 @@ def load_run(
         meet = partial(join, broadcast_text, coordinator_host(), process_index(), process_count())
     rewards = open_rewards(
         config.reward,
-        prompts=prompts,
+        prompts=scored_prompts,
         hide_from_jax=hide_gpus,
         jax_platforms=jax.config.jax_platforms,
         meet=meet,
     )
+    tokenizer, encoders = None, None
+    if config.stage == "rewriter":
+        tokenizer, encoders = open_texts(config, [*prompts, *test_prompts])
     run, state = set_up(
         config,
         folder,
@@ -403,8 +401,38 @@ def load_run(
         scorer=rewards.bridge,
         learning=rewards.learning,
         metrics=rewards.metrics,
+        scored_prompts=scored_prompts,
+        scored_test_prompts=scored_test_prompts,
+        tokenizer=tokenizer,
+        encoders=encoders,
     )
     return run, state, rewards
+
+
+def open_texts(config: ConfigDict, prompts: Sequence[str]) -> tuple[ChatTokenizer, TextEncoders]:
+    """Open the rewriter's tokenizer and load the image model's text encoders, which stay.
+
+    Raises ValueError for a prompt that is too long.
+    """
+    settings = config.rewriter
+    tokenizer = ChatTokenizer(settings.path, system=settings.system, thinking=settings.thinking)
+    tokenizer.encode(prompts, settings.max_prompt_tokens)
+    if settings.max_new_tokens > config.prompts.max_tokens and not process_index():
+        print(
+            f"warning: config.rewriter.max_new_tokens is {settings.max_new_tokens}, but the image "
+            f"model reads {config.prompts.max_tokens} tokens (config.prompts.max_tokens); longer "
+            "rewrites are not drawn"
+        )
+    encoders = open_encoders(
+        config.pretrained.model,
+        find_family(config.pretrained).encoders,
+        max_tokens=config.prompts.max_tokens,
+        dtype=config.prompts.dtype,
+        device=config.prompts.device,
+        deadline=config.reward.deadline,
+        retries=config.reward.retries,
+    )
+    return tokenizer, encoders
 
 
 def tell_overlaps(
@@ -433,21 +461,27 @@ def report_run(
     cache: TextCache,
     digests: Mapping[str, str],
     served: Mapping[str, str],
+    encoders: TextEncoders | None,
 ) -> None:
     """Make RealBench's report, which compares the trained model with the initial one.
 
-    digests, served: those at the start of the run, since which nothing may have changed.
+    digests, served: those at the start of the run, since which nothing may have changed. encoders:
+    of a run that rewrites, for its texts.
     """
     console = plain_console()
-    kind = make_trainable(config.train).entry
+    kind = entry_kind(config)
     is_free = SAFE.fullmatch(folder.name) and folder.name not in (BASE, *RESERVED)
     name = folder.name if is_free else "trained"
-    trained = [f"{name}={folder / 'lora'}"]
-    entries = {"loras": [], "models": [], f"{kind}s": trained}
+    trained = [f"{name}={folder / OUTPUTS[config.stage]}"]
+    entries = {"loras": [], "models": [], "rewriters": [], f"{kind}s": trained}
 
-    def embeddings(prompts: Sequence[str], model: str) -> TextCache:
-        if model == config.pretrained.model:
+    def embeddings(prompts: Sequence[str], model: str) -> TextCache | FreshTexts:
+        known = set(cache.prompts)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        if model == config.pretrained.model and not new:
             return cache
+        if model == config.pretrained.model and encoders is not None:
+            return FreshTexts(cache, new, encoders.encode(new).result())
         return embed_prompts(prompts, config.pretrained, config.prompts, ENCODE, model)
 
     def scorer() -> RewardBridge:
@@ -458,35 +492,74 @@ def report_run(
             jax_platforms=jax.config.jax_platforms,
         ).bridge
 
+    def rewrite(rewriter: str, prompts: Sequence[str], _: Path) -> list[str]:
+        return rewrite_here(config, rewriter, prompts)
+
+    # Rewrites are of the shortest prompts.
+    sets = read_sets(config.evaluate.prompts)
+    sets = sets[:1] if config.stage == "rewriter" else sets
+
     try:
         check_unchanged(digests, all_digests(config, served))
         # The same seed as evaluate.py's default, so that evaluate.py finds these pictures.
         results = evaluate_entries(
             config,
             read_entries(config.pretrained, **entries, pictures=[], photographs=None, base=True),
-            read_sets(config.evaluate.prompts),
+            sets,
             folder,
             seed=0,
             remake=True,
             score_keys=score_keys(config.reward, config.evaluate.scores, served, content_digest),
             open_scorer=scorer,
             encode=embeddings,
+            rewrite=rewrite,
             console=console,
         )
         judge = make_judge("embedded", config.evaluate.arena)
         index = summarize(config, results, folder, judge=judge, seed=0, console=console)
-    except (ValueError, OSError, RewardError, ScoringError) as error:
+    except (ValueError, OSError, FloatingPointError, RewardError, ScoringError) as error:
         advice = report_advice(config, folder)
         sys.exit(f"error: the run is over, but its report failed: {error}\n{advice}")
     print(f"report: {index}")
 
 
+def rewrite_here(config: ConfigDict, folder: str, prompts: Sequence[str]) -> list[str]:
+    """Return the likeliest rewrites by the rewriter in a folder, as evaluate.py's program does.
+
+    In this process: JAX has claimed the memory of its devices, and another would find none.
+    """
+    rewriter = open_rewriter(folder)
+    settings = rewriter.settings
+    window = open_window(
+        config.pretrained.model, find_family(config.pretrained).encoders, config.prompts.max_tokens
+    )
+    mesh = make_mesh(**config.mesh, devices=start_devices())
+    model, state = load_with_adapter(rewriter.model, rewriter.adapter, settings.dtype, mesh)
+    writer = Writer(
+        model=model,
+        state=state,
+        tokenizer=ChatTokenizer(rewriter.model, system=settings.system, thinking=settings.thinking),
+        settings=settings,
+        fits=window.fits,
+        temperature=0.0,
+        top_p=1.0,
+        batch=whole_batch(min(REWRITES, len(prompts)), mesh),
+    )
+    return rewrite_all(writer, prompts, jax.random.key(0))
+
+
+def entry_kind(config: ConfigDict) -> str:
+    """The flag of scripts/evaluate.py that accepts what a run leaves."""
+    return "rewriter" if config.stage == "rewriter" else make_trainable(config.train).entry
+
+
 def report_advice(config: ConfigDict, folder: Path) -> str:
     """How to make the report of a run whose weights are saved."""
-    kind = make_trainable(config.train).entry
+    kind = entry_kind(config)
+    weights = folder / OUTPUTS[config.stage]
     return (
-        f"the trained weights are in {folder / 'lora'}; to make the report: "
-        f"python scripts/evaluate.py --config ... --{kind} {folder / 'lora'} --judge embedded"
+        f"the trained weights are in {weights}; to make the report: "
+        f"python scripts/evaluate.py --config ... --{kind} {weights} --judge embedded"
     )
 
 

@@ -52,7 +52,7 @@ ARROWS = {
     "data": ("rollout", "objectives", "models", "training"),
     "models": ("objectives", "training", "checkpoint", "data"),
     "objectives": ("nn", "models", "training", "checkpoint", "data"),
-    "rewriter": ("nn", "models", "objectives", "training", "checkpoint", "data"),
+    "rewriter": ("models", "objectives", "training", "checkpoint"),
     "training": ("preflight", "realbench"),
 }
 

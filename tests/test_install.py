@@ -20,6 +20,8 @@ COMMANDS = [
     "realgen-evaluate",
     "realgen-preflight",
     "realgen-profile-summary",
+    "realgen-rewrite",
+    "realgen-run-stages",
     "realgen-sample",
     "realgen-serve-judge",
     "realgen-serve-rewards",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from realgen_jax.diagnosis import diversity, objectives, rewards, update
+from realgen_jax.diagnosis import diversity, objectives, rewards, rewriter, update
 from realgen_jax.diagnosis.finding import FINE, NOTE, PROBLEM, Figure, Finding
 from realgen_jax.diagnosis.metrics import UNKNOWN, Metrics, NotRecorded, Trend, read_run
 from realgen_jax.training.monitor import REWARD
@@ -31,6 +31,23 @@ CHECKS: tuple[Callable[[Metrics, dict], Finding | None], ...] = (
     rewards.held_out_correlation,
     diversity.diversity,
     diversity.group_diversity,
+)
+# Of runs that train the rewriter, which has no window, velocity or picture to pull at.
+REWRITER_CHECKS: tuple[Callable[[Metrics, dict], Finding | None], ...] = (
+    rewards.zero_spread,
+    rewards.drowned_reward,
+    rewards.reward_noise,
+    update.ratio_deviation,
+    rewriter.signal,
+    rewriter.unusable,
+    rewriter.flips,
+    update.no_gradient,
+    update.gradient_norm,
+    rewriter.far_away,
+    rewriter.lengths,
+    rewriter.same_tail,
+    rewards.held_out,
+    rewards.held_out_correlation,
 )
 
 
@@ -61,7 +78,7 @@ def diagnose(run: Path) -> Answer:
     # Checks that cannot run are listed by the missing value.
     findings: list[Finding] = []
     skipped: dict[str, list[str]] = {}
-    for check in CHECKS:
+    for check in REWRITER_CHECKS if config["stage"] == "rewriter" else CHECKS:
         try:
             finding = check(metrics, config)
         except NotRecorded as error:

@@ -211,6 +211,7 @@ def read_run(run: Path) -> tuple[Metrics, dict]:
             break
 
     config = json.loads((run / "config.json").read_text())
+    config.setdefault("stage", "diffusion")  # missing in older runs
     metrics = Metrics(rows, *_goal(config["reward"]))
     finished = len(metrics.rows["train"])
     if finished < MIN_EPOCHS:

@@ -56,7 +56,7 @@ def ratio_deviation(metrics: Metrics, config: dict) -> Finding | None:
     train = config["train"]
     if train["loss"] not in (*CLIPPING, "dppo"):
         return None
-    limit, key = ratio_limit(train)
+    limit, key = ratio_limit(config)
     epochs, values = metrics.series("first_ratio_deviation")
     worst = float(values.max())
     figures = [
@@ -67,7 +67,7 @@ def ratio_deviation(metrics: Metrics, config: dict) -> Finding | None:
 
     says = (
         f"Sampling and training disagree: before any weight has changed, a ratio is {worst:.1e} "
-        f"away from 1, {worst / limit:.2g} times what config.train.{key} allows for, so rounding "
+        f"away from 1, {worst / limit:.2g} times what config.{key} allows for, so rounding "
         "errors decide what is clipped or dropped."
     )
     if train["recompute_old"]:

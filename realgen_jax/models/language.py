@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from realgen_jax.models.language_family import LANGUAGES, LanguageFamily, get_language
-from realgen_jax.models.trainable import AllWeights, Trainable
+from realgen_jax.models.trainable import AllWeights, Trainable, with_lora_file
 from realgen_jax.nn.convert import abstract, check_keys, load, with_shardings
 from realgen_jax.nn.tensors import Tensors, has_weights, read_json
 from realgen_jax.sharding import BATCH_AXES, constrain, param_sharding
@@ -172,6 +173,19 @@ def load_language_model(
     sharding = param_sharding(mesh, model.family.rules)
     params = load(tensors, model.params, model.family.table(model.config), sharding)
     return replace(model, params=params)
+
+
+def load_with_adapter(
+    path: str | Path, adapter: str, dtype: str, mesh: Mesh
+) -> tuple[LanguageModel, nnx.State | None]:
+    """Load a model to sample from, and the adapters of a peft folder, or None for "".
+
+    dtype: of weights and computation. Raises the errors of `load_language_model` and
+    `with_lora_file`.
+    """
+    settings = SimpleNamespace(path=str(path), dtype=dtype, param_dtype=dtype, remat="none")
+    model = load_language_model(settings, mesh)
+    return with_lora_file(model, adapter) if adapter else (model, None)
 
 
 def abstract_language_model(

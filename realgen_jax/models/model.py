@@ -22,7 +22,7 @@ from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
 from realgen_jax.rollout import SOLVERS, hybrid, numbered_latents
-from realgen_jax.sharding import batch_sharding
+from realgen_jax.sharding import batch_sharding, local_slots
 
 
 def tuned_steps(settings: Any) -> int:
@@ -120,8 +120,7 @@ class Model:
         """
         n = len(prompts)
         sharding = batch_sharding(self.mesh)
-        index_map = sharding.addressable_devices_indices_map((n,))
-        slots = sorted({slot for (rows,) in index_map.values() for slot in range(n)[rows]})
+        slots = local_slots(self.mesh, n)
 
         # The rows of this host.
         scale = np.full(len(slots), guidance, np.float32)
@@ -168,23 +167,45 @@ class Model:
         of SOLVERS (rollout.py). tuned: number of steps that take `trainable`; the others take the
         base model. None: all of them do. scope: the name in a profile.
         """
-        ode = SOLVERS[solver]
 
         @jax.jit
         @jax.named_scope(scope)
         def pictures(model: Model, trainable: Any, cond: Any, key: Array, ids: Array) -> Array:
-            rows = batch_sharding(model.mesh)
-            latents = numbered_latents(key, ids, model.token_shape)
-            latents = jax.lax.with_sharding_constraint(latents, rows)
-            sigmas = model.sigmas(steps)
-            velocity = partial(model.velocity, trainable)
-            if trainable is not None and tuned is not None:
-                velocity = hybrid(velocity, partial(model.velocity, None), sigmas, tuned)
-            tokens = ode.sample(velocity, cond, latents, ode.steps(sigmas))
-            return jax.lax.with_sharding_constraint(model.decode(tokens), rows)
+            return decode_rows(
+                model, sample_rows(model, trainable, cond, key, ids, steps, solver, tuned)
+            )
 
         return pictures
 
     def with_trainable(self, trainable: Trainable) -> "Model":
         """Return a model with the same weights and a different trainable part."""
         return replace(self, trainable=trainable)
+
+
+def sample_rows(
+    model: Model,
+    trainable: Any,
+    cond: Any,
+    key: Array,
+    ids: Array,
+    steps: int,
+    solver: str,
+    tuned: int | None = None,
+) -> Array:
+    """Return the final latents of pictures, [n, s, c], sharded over the mesh by rows.
+
+    For use in jitted functions; the arguments are those of `Model.sampler` and what it returns.
+    """
+    ode = SOLVERS[solver]
+    latents = numbered_latents(key, ids, model.token_shape)
+    latents = jax.lax.with_sharding_constraint(latents, batch_sharding(model.mesh))
+    sigmas = model.sigmas(steps)
+    velocity = partial(model.velocity, trainable)
+    if trainable is not None and tuned is not None:
+        velocity = hybrid(velocity, partial(model.velocity, None), sigmas, tuned)
+    return ode.sample(velocity, cond, latents, ode.steps(sigmas))
+
+
+def decode_rows(model: Model, tokens: Array) -> Array:
+    """Decode pictures [n, s, c] to uint8 [n, 3, H, W], sharded over the mesh by rows."""
+    return jax.lax.with_sharding_constraint(model.decode(tokens), batch_sharding(model.mesh))

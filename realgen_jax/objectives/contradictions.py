@@ -7,8 +7,6 @@ they are ignored where they are not read.
 
 from typing import Any
 
-from realgen_jax.config import base
-
 # The sections that only one objective reads, each named after it.
 SECTIONS = ("dppo", "nft", "awm")
 
@@ -62,6 +60,9 @@ def check_keys(coupled: bool, train: Any, sample: Any) -> None:
             f"config.sample.same_latent is True, but {loss!r} samples without noise, so that all "
             "pictures of a prompt would be the same"
         )
+    # Imported here: benchmarks/flux_gpu.py runs where ml_collections is not installed.
+    from realgen_jax.config import base
+
     config = {"train": train, "sample": sample}
     defaults = base()
     for key, reason in reasons.items():

@@ -31,6 +31,7 @@ SCOPES = (
     "last",
     "single",
     "block",
+    "head",
     "attention",
 )
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -13,6 +13,7 @@ from realgen_jax.input_files import FORMATS, list_pictures
 from realgen_jax.realbench.picture_files import Slot
 from realgen_jax.realbench.prompts import SAFE
 from realgen_jax.realbench.results import Entry, Problem, PromptSet
+from realgen_jax.rewriter.files import FILE as REWRITER_FILE
 
 BASE = "base"  # the name of the config's own model
 RESERVED = ("arena",)  # names of other folders next to those of the entries
@@ -27,8 +28,11 @@ def read_entries(
     pictures: Sequence[str],
     photographs: str | None,
     base: bool,
+    rewriters: Sequence[str] = (),
 ) -> list[Entry]:
     """Return the entries that flags name as [NAME=]PATH, the config's own model first.
+
+    Each of them is followed by itself with every rewriter: base, A, lora, lora+A.
 
     Raises FileNotFoundError for a path that does not exist. Raises ValueError for a name that is
     used twice, is reserved or cannot name a folder, and if there are no entries.
@@ -38,6 +42,7 @@ def read_entries(
         entries.append(Entry(BASE, "model", pretrained.model))
     entries += [_entry("lora", value) for value in loras]
     entries += [_entry("model", value) for value in models]
+    entries = [other for entry in entries for other in (entry, *_rewritten(entry, rewriters))]
     entries += [_entry("folder", value) for value in pictures]
     if photographs:
         entries.append(_entry("photographs", photographs))
@@ -74,15 +79,33 @@ def _entry(kind: str, value: str) -> Entry:
     return Entry(name, kind, value)
 
 
+def _rewritten(entry: Entry, rewriters: Sequence[str]) -> list[Entry]:
+    """An entry's model with prompts by each rewriter, of a flag's values [NAME=]DIR."""
+    entries = []
+    for value in rewriters:
+        own = _entry("model", value)
+        if not (expand_home(own.source) / REWRITER_FILE).is_file():
+            raise FileNotFoundError(
+                f"{own.source} holds no {REWRITER_FILE}; --rewriter needs the folder rewriter/ of "
+                "a run with config.stage='rewriter'"
+            )
+        name = own.name if entry.name == BASE else f"{entry.name}+{own.name}"
+        entries.append(replace(entry, name=name, rewriter=own.source, of=entry.name))
+    return entries
+
+
 def default_name(path: str) -> str:
-    """Return an entry's name by its path: runs/NAME/lora -> NAME, runs/NAME/best -> NAME-best."""
+    """Return an entry's name by its path: runs/NAME/lora -> NAME, runs/NAME/best -> NAME-best.
+
+    runs/NAME/rewriter -> NAME.
+    """
     folder = expand_home(path).absolute()
     if folder.suffix == ".safetensors":
         folder = folder.parent if folder.stem in WEIGHT_FILES else folder.with_suffix("")
     if folder.name == "transformer":
         folder = folder.parent
 
-    if folder.name == "lora":
+    if folder.name in ("lora", "rewriter"):
         name = folder.parent.name
     elif folder.name == "best":
         name = f"{folder.parent.name}-best"
@@ -104,7 +127,7 @@ def weights_of(entry: Entry, pretrained: ConfigDict) -> Weights:
     """Return an entry's weights. Raises ValueError for a folder that contains no model."""
     if entry.kind == "lora":
         return Weights(pretrained.model, pretrained.transformer, entry.source)
-    if entry.name == BASE:
+    if BASE in (entry.name, entry.of):
         return Weights(pretrained.model, pretrained.transformer, pretrained.lora)
 
     path = expand_home(entry.source)

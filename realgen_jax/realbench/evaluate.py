@@ -1,6 +1,7 @@
 """RealBench's evaluation: prompts and entries -> pictures -> scores."""
 
 import contextlib
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from realgen_jax.hosts import (
+    broadcast_text,
     process_count,
     process_index,
     start_devices,
     sum_over_processes,
+    wait_for_all,
 )
 from realgen_jax.models.loading import size_of
 from realgen_jax.realbench.interfaces import Scorer
@@ -33,6 +36,9 @@ from realgen_jax.text_cache import TextCache
 from realgen_jax.training.progress import progress_bars
 
 Encode = Callable[[Sequence[str], str], TextCache]  # (prompts, model folder) -> their embeddings
+Rewrite = Callable[
+    [str, Sequence[str], Path], Sequence[str]
+]  # (rewriter, prompts, folder) -> texts
 
 
 def evaluate_entries(
@@ -46,10 +52,13 @@ def evaluate_entries(
     score_keys: Mapping[str, str],
     open_scorer: Callable[[], Scorer],
     encode: Encode,
+    rewrite: Rewrite | None = None,
     console: Console,
 ) -> Results:
     """Generate the missing pictures, read the others, and score all, in `folder`/evaluation.
 
+    encode: embeds texts. rewrite: rewrites prompts in a process of its own, for entries with a
+    rewriter; they are always scored against the prompts themselves.
     score_keys: {reward: a digest of all that its scores depend on}; a stored score is used again
     only under the same one. open_scorer: loads the rewards; called once, after all checks and
     before JAX starts. Every process must call this; the first one writes and scores, and only its
@@ -60,10 +69,11 @@ def evaluate_entries(
     """
     # -- Plan what to do.
     tasks, problems = plan_tasks(config, entries, sets, folder)
+    tasks = _rewrite_prompts(tasks, folder, rewrite)
     tasks = _prepare_folders(tasks, config, seed, remake)
 
     # -- Load text encoders and rewards before JAX, which takes all remaining memory.
-    caches = _encode_prompts(tasks, sets, encode)
+    caches = _encode_prompts(tasks, encode)
     with contextlib.ExitStack() as stack:
         scorer = stack.enter_context(contextlib.closing(open_scorer()))
 
@@ -104,7 +114,7 @@ def _prepare_folders(
     for task in tasks:
         contents = None
         if task.weights is not None:
-            contents = manifest(task.weights, config, seed, task.prompt_set.prompts)
+            contents = manifest(task.weights, config, seed, task.texts)
         manifests.append(contents)
     if process_index():
         return list(tasks)
@@ -117,24 +127,48 @@ def _prepare_folders(
     return prepared
 
 
-def _encode_prompts(
-    tasks: Sequence[Task], sets: Sequence[PromptSet], encode: Encode
-) -> dict[str, TextCache]:
-    """Return {model folder: embeddings of all prompts} for models with pictures to generate.
+def _rewrite_prompts(tasks: Sequence[Task], folder: Path, rewrite: Rewrite | None) -> list[Task]:
+    """Let the rewriters of entries rewrite their tasks' prompts, once for each rewriter and set."""
+    texts: dict[tuple[str, str], Sequence[str]] = {}
+    rewritten = []
+    for task in tasks:
+        rewriter = task.entry.rewriter
+        if rewriter:
+            key = rewriter, task.prompt_set.name
+            if key not in texts:
+                place = folder / "evaluation" / task.entry.name / f"{task.prompt_set.name}-texts"
+                texts[key] = _in_first_process(rewrite, rewriter, task.prompt_set.prompts, place)
+            task = replace(task, texts=texts[key])
+        rewritten.append(task)
+    return rewritten
+
+
+def _in_first_process(
+    rewrite: Rewrite, rewriter: str, prompts: Sequence[str], place: Path
+) -> Sequence[str]:
+    """Return the rewrites in every process; the first one makes them."""
+    if process_count() == 1:
+        return rewrite(rewriter, prompts, place)
+    texts = None
+    if process_index() == 0:
+        texts = json.dumps(list(rewrite(rewriter, prompts, place)))
+    wait_for_all(f"{place} is rewritten")
+    return json.loads(broadcast_text(f"rewrites in {place}", texts))
+
+
+def _encode_prompts(tasks: Sequence[Task], encode: Encode) -> dict[str, TextCache]:
+    """Return {model folder: embeddings of all texts} for models with pictures to generate.
 
     With several processes, the others do not know which pictures the first one lacks, so all models
     are encoded.
     """
-    prompts = []
-    for prompt_set in sets:
-        prompts += prompt_set.prompts
-
+    texts = dict.fromkeys(text for task in tasks if task.weights is not None for text in task.texts)
     caches = {}
     for task in tasks:
         if task.weights is None or task.weights.model in caches:
             continue
         if process_count() > 1 or task.missing.any():
-            caches[task.weights.model] = encode(prompts, task.weights.model)
+            caches[task.weights.model] = encode(list(texts), task.weights.model)
     return caches
 
 

@@ -36,7 +36,8 @@ def markdown(
     ]
     lines += [f"- {name}: {value}" for name, value in facts]
     for entry in results.entries:
-        lines.append(f"- Entry {entry.name}: {entry.kind}, {nearby(entry.source)}")
+        prompts = f", prompts by {nearby(entry.rewriter)}" if entry.rewriter else ""
+        lines.append(f"- Entry {entry.name}: {entry.kind}, {nearby(entry.source)}{prompts}")
     lines += ["", *_leaderboard(results, rows)]
     lines += _problems(results)
     if standings is not None:

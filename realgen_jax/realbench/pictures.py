@@ -296,7 +296,7 @@ class PictureMaker:
     def _sample(self, task: Task, slots: Sequence[Slot], model: Model, run: Callable) -> jax.Array:
         """The pictures of these slots, uint8 [n, 3, h, w]."""
         ids = np.array([copy * LINES + line for line, copy in slots], np.int32)
-        prompts = [task.prompt_set.prompts[line] for line, _ in slots]
+        prompts = [task.texts[line] for line, _ in slots]
         cache = self.caches[task.weights.model]
         cond = model.cond(cache, prompts, self.config.evaluate.sample.guidance_scale)
         return run(cond, self.key, put(ids, batch_sharding(model.mesh)))

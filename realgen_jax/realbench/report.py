@@ -19,7 +19,7 @@ from markupsafe import Markup
 from ml_collections import ConfigDict
 from plotly.offline import get_plotlyjs
 
-from realgen_jax.files import write_whole
+from realgen_jax.files import expand_home, write_whole
 from realgen_jax.models.model import tuned_steps
 from realgen_jax.realbench import plots
 from realgen_jax.realbench.aggregate import ALL, MEAN, SHARE, Row
@@ -27,6 +27,7 @@ from realgen_jax.realbench.formatting import number, percent, points, signed
 from realgen_jax.realbench.markdown import markdown
 from realgen_jax.realbench.page import main_measure, page_data
 from realgen_jax.realbench.results import Judgement, Results
+from realgen_jax.realbench.rewrites import write_rewriter_page
 from realgen_jax.realbench.standings import Standings
 from realgen_jax.realbench.tables import (
     PROBLEM_KINDS,
@@ -37,6 +38,7 @@ from realgen_jax.realbench.tables import (
     problem_counts,
     title,
 )
+from realgen_jax.rewriter.records import FILE as REWRITES
 from realgen_jax.training.log import short_name
 
 HERE = Path(__file__).parent
@@ -74,7 +76,8 @@ def write_report(
     facts = _facts(config, results, seed)
     text = markdown(folder, facts, results, rows, standings)
     write_whole(report / "report.md", text)
-    page = _page(folder, config, facts, results, rows, standings, judgements)
+    learnt = _learnt(folder, results, report)
+    page = _page(folder, config, facts, results, rows, standings, judgements, learnt)
     write_whole(report / "index.html", page)
     return report / "index.html"
 
@@ -129,8 +132,9 @@ def _page(
     rows: Sequence[Row],
     standings: Standings | None,
     judgements: Sequence[Judgement],
+    learnt: str,
 ) -> str:
-    """The page's HTML."""
+    """The page's HTML. learnt: the name of the page about the rewriter, or ""."""
     # -- Figures.
     names = [entry.name for entry in results.entries]
     curves = plots.curves(folder, config)
@@ -160,6 +164,7 @@ def _page(
         problem_kinds=PROBLEM_KINDS,
         measure=main_measure(results, config.evaluate),
         curves=curves,
+        learnt=learnt,
         standings=standings,
         embedded=len(images),
         data=data,
@@ -169,6 +174,19 @@ def _page(
         plotly=Markup(get_plotlyjs()),
         share=SHARE,
     )
+
+
+def _learnt(folder: Path, results: Results, report: Path) -> str:
+    """Write the page about the rewriter, if this run or that of an entry's rewriter trained one."""
+    runs = [folder]
+    for entry in results.entries:
+        if entry.rewriter:
+            runs.append(expand_home(entry.rewriter).absolute().parent)
+    for run in runs:
+        if (run / REWRITES).is_file():
+            page = write_rewriter_page(run, report)
+            return "" if page is None else page.name
+    return ""
 
 
 def _template() -> Template:

@@ -16,11 +16,17 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Entry:
-    """A participant. Pictures of kind `model` and `lora` are generated; the others are read."""
+    """A participant. Pictures of kind `model` and `lora` are generated; the others are read.
+
+    rewriter: the folder of what rewrites the prompts before they are drawn; "" for none. of: the
+    entry whose weights draw the pictures; "" for its own.
+    """
 
     name: str
     kind: str  # model, lora, folder, photographs
     source: str  # path of the model, the LoRA or the pictures, as given by the user
+    rewriter: str = ""
+    of: str = ""
 
     @property
     def is_generated(self) -> bool:

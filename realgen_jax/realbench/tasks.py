@@ -14,10 +14,15 @@ from realgen_jax.realbench.results import Entry, Problem, PromptSet
 
 @dataclass(frozen=True)
 class Task:
-    """The pictures of one entry and prompt set."""
+    """The pictures of one entry and prompt set.
+
+    texts: what is drawn for each line, the prompts or their rewrites. Scores are always those of
+    the prompts.
+    """
 
     entry: Entry
     prompt_set: PromptSet
+    texts: Sequence[str]
     folder: Path  # folder of the generated pictures and of scores.jsonl
     weights: Weights | None  # weights that generate the pictures; None: they are read
     files: Mapping[Slot, Path] = field(default_factory=dict)  # existing pictures to read
@@ -53,6 +58,7 @@ def plan_tasks(
             task = Task(
                 entry=entry,
                 prompt_set=prompt_set,
+                texts=prompt_set.prompts,
                 folder=entry_folder / prompt_set.name,
                 weights=weights,
                 files=pictures.get(prompt_set.name, {}),

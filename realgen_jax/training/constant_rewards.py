@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from realgen_jax.rewriter.texts import TEXT_REWARDS
+
 # A single epoch without spread can be chance, where a call has few groups or scores are coarse.
 CONSTANT_EPOCHS = 3
 
@@ -24,7 +26,8 @@ class ConstantRewards:
         reached = []
         for key, share in row.items():
             name = key.removeprefix("zero_spread/")
-            if name == key:
+            # Text rewards are the same for all rewrites that have nothing wrong.
+            if name == key or name in TEXT_REWARDS:
                 continue
             self._epochs[name] = self._epochs.get(name, 0) + 1 if share == 1 else 0
             if self._epochs[name] == CONSTANT_EPOCHS:

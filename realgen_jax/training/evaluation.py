@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from realgen_jax.advantages import trained_weights
 from realgen_jax.files import whole_folder, write_whole
 from realgen_jax.hosts import fetch, process_index, put, sum_over_processes
-from realgen_jax.models.model import Model
 from realgen_jax.sharding import batch_sharding
 from realgen_jax.training.log import NoLog, RunLog, short_name
 from realgen_jax.training.monitor import REWARD, is_better
-from realgen_jax.training.programs import Programs
 from realgen_jax.training.run import EVALUATION, Run
 from realgen_jax.training.scoring import PendingBatch, scores_of_all, submit, weighted_mean
+from realgen_jax.training.stage import Drawn, Stage
 
 SHOWN = 16  # number of prompts whose first picture is in the grids
 START_FILE = Path("samples", "start.npz")  # the first evaluation's pictures, in the run's folder
@@ -31,7 +31,8 @@ START_FILE = Path("samples", "start.npz")  # the first evaluation's pictures, in
 class Evaluation:
     """Pictures of the test prompts, each on its own fixed noise, and their scores.
 
-    pictures: uint8 [n, 3, H, W]. scores: {reward: float32 [n]}, including held-out rewards;
+    drawn: what was drawn; the prompts, unless they are rewritten. pictures: uint8 [n, 3, H, W].
+    scores: {reward: float32 [n]} for the prompts, including held-out rewards;
     "reward" is the weighted mean of the trained rewards. means: of the scores, plus the metrics and
     "prompt_std", the spread within a prompt (of the monitored reward, or of "reward" if a metric is
     monitored; absent with one picture per prompt). correlation: of each held-out reward with the
@@ -39,6 +40,7 @@ class Evaluation:
     """
 
     prompts: list[str]
+    drawn: Drawn
     pictures: np.ndarray
     scores: dict[str, np.ndarray]
     means: dict[str, float]
@@ -46,13 +48,15 @@ class Evaluation:
     details: dict[str, float]
 
 
-def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
+def evaluate(run: Run, stage: Stage, trainable: Any) -> Evaluation:
     """Sample and score the test prompts."""
     reward = run.config.reward
     copies = run.config.sample.test_images_per_prompt
     prompts = [prompt for prompt in run.test_prompts for _ in range(copies)]
-    pictures, scores, noise = _sample_and_score(run, programs, trainable, prompts)
-    scores["reward"] = weighted_mean(scores, reward.fn)
+    drawn = stage.draw(trainable, prompts)
+    pictures, scores, noise = _sample_and_score(run, stage, drawn, prompts)
+    scores |= drawn.scores
+    scores["reward"] = weighted_mean(scores, trained_weights(run.config))
 
     # Means of the scores and of their spread within a prompt, and the checks on the whole set.
     means = {name: float(values.mean()) for name, values in scores.items()}
@@ -75,11 +79,12 @@ def evaluate(run: Run, programs: Programs, trainable: Any) -> Evaluation:
         details |= {f"std/{name}": value for name, value in std.items()}
     details |= {f"noise/{name}": value for name, value in noise.items()}
     details |= {f"correlation/{name}": value for name, value in correlation.items()}
-    return Evaluation(prompts, pictures, scores, means, correlation, details)
+    details |= drawn.details
+    return Evaluation(prompts, drawn, pictures, scores, means, correlation, details)
 
 
 def _sample_and_score(
-    run: Run, programs: Programs, trainable: Any, prompts: Sequence[str]
+    run: Run, stage: Stage, drawn: Drawn, prompts: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
     """Return pictures uint8 [n, 3, H, W], {reward: float32 [n]}, and the noise of each reward.
 
@@ -89,16 +94,19 @@ def _sample_and_score(
     copies = run.config.sample.test_images_per_prompt
     reward = run.config.reward
     names = list(dict.fromkeys([*reward.fn, *reward.held_out]))
+    guidance = run.config.evaluate.sample.guidance_scale
+    scored = [prompt for prompt in run.scored_test_prompts for _ in range(copies)]
     images = []
     batches = []
     for start in range(0, len(prompts), batch_size):
         numbers = np.arange(start, start + batch_size, dtype=np.int32)
-        texts = [prompts[number % len(prompts)] for number in numbers]
+        rows = numbers % len(prompts)
+        asked = [scored[row] for row in rows]
         ids = put(numbers, batch_sharding(run.evaluated.mesh))
-        cond = run.cond(texts, run.config.evaluate.sample.guidance_scale)
+        cond = run.cond([drawn.texts[row] for row in rows], guidance, drawn.cache)
         key = run.key(EVALUATION)
-        images.append(programs.evaluate(run.evaluated, trainable, cond, key, ids))
-        batches.append(submit(run.scorer, images[-1], texts, names, group=copies))
+        images.append(stage.evaluate(run.evaluated, drawn.trainable, cond, key, ids))
+        batches.append(submit(run.scorer, images[-1], asked, names, group=copies))
     pictures = [fetch(array) for array in images]
 
     # Score half of the last batch again in a different batch: a picture's reward should not depend
@@ -106,7 +114,7 @@ def _sample_and_score(
     rows = batches[-1].rows
     unit = copies if len(rows) % copies == 0 else 1
     rows = rows[: max(1, len(rows) // (2 * unit)) * unit]
-    again = [texts[row] for row in rows]
+    again = [asked[row] for row in rows]
     half = run.scorer.submit(jnp.asarray(pictures[-1][rows]), again, names, group=copies)
     scores = scores_of_all(batches, batch_size).rewards
     again = scores_of_all([PendingBatch(half, rows)], batch_size).rewards
@@ -189,22 +197,22 @@ def say_what_judges(run: Run, log: RunLog | NoLog) -> None:
         )
 
 
-def export(folder: Path, model: Model, trainable: Any) -> Path:
-    """Write a LoRA or a transformer that diffusers can load, replacing an older one.
+def export(folder: Path, stage: Stage, trainable: Any) -> Path:
+    """Write the trained weights, replacing older ones.
 
     All processes must call this; the first one writes.
     """
     if process_index():
-        model.trainable.save(model, folder, trainable)
+        stage.export(folder, trainable)
         return folder
     with whole_folder(folder) as part:
-        model.trainable.save(model, part, trainable)
+        stage.export(part, trainable)
     return folder
 
 
 def evaluate_if_due(
     run: Run,
-    programs: Programs,
+    stage: Stage,
     log: RunLog | NoLog,
     epoch: int,
     trainable: Any,
@@ -214,7 +222,7 @@ def evaluate_if_due(
     last = epoch == run.config.num_epochs
     if epoch % run.config.eval_freq and not last:
         return False
-    reasons = evaluate_and_report(run, programs, log, epoch, trainable, history)
+    reasons = evaluate_and_report(run, stage, log, epoch, trainable, history)
     if reasons:
         log.warn(f"after {epoch} epochs: {'; '.join(reasons)}", title="stopped")
     return last or bool(reasons)
@@ -223,7 +231,7 @@ def evaluate_if_due(
 @partial(jax.profiler.annotate_function, name="evaluate")
 def evaluate_and_report(
     run: Run,
-    programs: Programs,
+    stage: Stage,
     log: RunLog | NoLog,
     epoch: int,
     trainable: Any,
@@ -235,12 +243,13 @@ def evaluate_and_report(
     evaluations.
     """
     config = run.config
-    evaluation = evaluate(run, programs, trainable)
+    evaluation = evaluate(run, stage, trainable)
     means = evaluation.means
-    log.metrics("eval", epoch, means | evaluation.details)
     reasons = fallen(history.setdefault("peaks", {}), means, config.reward, run.monitor)
-
     last = epoch == config.num_epochs or bool(reasons)
+    own = stage.after_evaluation(epoch, trainable, evaluation, last)
+    log.metrics("eval", epoch, means | evaluation.details | own)
+
     first = "start" not in history
     start = history.setdefault("start", means)
     _show_pictures(run, log, epoch, evaluation, first, last)
@@ -252,9 +261,9 @@ def evaluate_and_report(
         monitor not in best or is_better(monitor, means[monitor], best[monitor], config.reward)
     ):
         history["best"] = {"epoch": epoch, **means}
-        export(run.folder / "best", run.model, trainable)
+        export(run.folder / "best", stage, trainable)
 
-    trained = [REWARD, *config.reward.fn]
+    trained = [REWARD, *trained_weights(config)]
     log.evaluation(epoch, start, means, trained, evaluation.correlation)
     worse = drift(start, means, config.reward, monitor)
     if worse:
@@ -274,7 +283,7 @@ def _show_pictures(
     shown = np.arange(0, len(evaluation.prompts), copies)[:SHOWN]  # a prompt's first picture
     pictures = evaluation.pictures[shown]
     scores = {name: evaluation.scores[name][shown] for name in run.config.reward.fn}
-    prompts = [evaluation.prompts[number] for number in shown]
+    prompts = [evaluation.drawn.texts[number] for number in shown]
     figures = _captions(scores)
     captions = [f"{prompt}\n{text}" for prompt, text in zip(prompts, figures, strict=True)]
     log.pictures(f"epoch_{epoch:06}", epoch, [pictures], [captions])

@@ -23,6 +23,12 @@ def input_digests(config: ConfigDict) -> dict[str, str]:
         if pretrained[name]:
             files[f"pretrained.{name}"] = [expand_home(pretrained[name])]
 
+    # The language model.
+    if config.stage == "rewriter":
+        for name in ("path", "adapter"):
+            if config.rewriter[name]:
+                files[f"rewriter.{name}"] = [expand_home(config.rewriter[name])]
+
     # The prompts; those of the report, if there will be one.
     prompts = {f"prompts.{name}": config.prompts[name] for name in ("train", "test")}
     if reports(config):

@@ -107,6 +107,7 @@ class RunLog:
         reward: np.ndarray,
         steps: Mapping[str, float],
         seconds: Mapping[str, float],
+        pictures: int,
         details: Mapping[str, float],
     ) -> None:
         """Record a training epoch and show its main figures.
@@ -117,13 +118,14 @@ class RunLog:
           reward: their weighted mean, [groups, size].
           steps: the columns about its optimizer steps, as `step_columns` returns them.
           seconds: the time of each phase; they add up to the epoch's time.
+          pictures: the number of the epoch's pictures.
           details: further columns, such as "seconds/scoring/NAME" and "learning/NAME/KEY".
         """
         row = {**score_columns(scores, reward), **steps, **details}
         row |= {f"seconds/{phase}": value for phase, value in seconds.items()}
         row |= {f"memory/{place}": size for place, size in memory().items()}
         row["reward_wait_share"] = seconds["reward_wait"] / sum(seconds.values())
-        row["images_per_second"] = reward.size / sum(seconds.values())
+        row["images_per_second"] = pictures / sum(seconds.values())
         self.metrics("train", epoch, row)
         for name in self._constant.add(row):
             self._warn_of_constant(name, scores[name])

@@ -51,13 +51,33 @@ def monitor_problems(reward: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def ratio_limit(train: Any) -> tuple[float, str]:
-    """Return how far ratios may be from 1 before any step, and the key of config.train it is from.
+def ratio_limit(config: Mapping[str, Any]) -> tuple[float, str]:
+    """Return how far ratios may be from 1 before any step, and the key of the config it is from.
 
-    Rounding may take up a tenth of what clips ratios, or drops pictures. train: config.train, with
-    an objective that has ratios.
+    Rounding may take up a tenth of what clips ratios, or drops pictures. config: of a run with an
+    objective that has ratios.
     """
+    train = config["train"]
+    if config["stage"] == "rewriter":
+        return RATIO_SHARE * config["rewriter"]["clip_range"][0], "rewriter.clip_range"
     if train["loss"] == "dppo":
         # A ratio r takes a divergence of at least (r - 1)^2 / 2, by the Cauchy-Schwarz inequality.
-        return (2.0 * RATIO_SHARE * train["dppo"]["threshold"]) ** 0.5, "dppo.threshold"
-    return RATIO_SHARE * train["clip_range"], "clip_range"
+        limit = (2.0 * RATIO_SHARE * train["dppo"]["threshold"]) ** 0.5
+        return limit, "train.dppo.threshold"
+    return RATIO_SHARE * train["clip_range"], "train.clip_range"
+
+
+def warn_of_deviation(log: Any, steps: Sequence[Mapping[str, Any]], config: Any) -> None:
+    """Warn if replay on unchanged weights is inexact because the hardware picks other kernels.
+
+    steps: the metrics of the first optimizer steps.
+    """
+    if not steps or "ratio_deviation" not in steps[0]:
+        return
+    deviation = float(steps[0]["ratio_deviation"])
+    limit, key = ratio_limit(config)
+    if deviation > limit:
+        log.warn(
+            f"on unchanged weights a ratio is {deviation:.1e} away from 1, but config.{key} "
+            f"allows for {limit:.1e}: set --config.train.recompute_old=True"
+        )

@@ -22,6 +22,7 @@ from realgen_jax.models.model import Model, tuned_steps
 from realgen_jax.models.prompts import check_max_tokens
 from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.objectives import make_objective
+from realgen_jax.objectives.token_grpo import make_token_grpo
 from realgen_jax.rollout import compiler_options, draw_latents, numbered_latents
 from realgen_jax.sharding import batch_devices, batch_sharding, replicated
 from realgen_jax.update import Batch, EmaConfig, Objective, TrainState, make_optimizer, update
@@ -44,25 +45,12 @@ def make_recipe(config: ConfigDict) -> Recipe:
 
     Raises ValueError for unknown names and inconsistent numbers.
     """
-    sample = config.sample
     train = config.train
-    layout = Layout(
-        calls=sample.num_batches_per_epoch,
-        images=sample.train_batch_size,
-        branches=sample.branches,
-        group=sample.num_image_per_prompt,
-        previews=sample.scout.previews,
-    )
-    _check_scout(sample)
-    if layout.calls % train.gradient_accumulation_steps:
-        raise ValueError(
-            f"num_batches_per_epoch {layout.calls} must be a multiple of "
-            f"gradient_accumulation_steps {train.gradient_accumulation_steps}"
-        )
+    layout, objective = PARTS[config.stage](config)
     return Recipe(
         config=config,
         layout=layout,
-        objective=make_objective(train, sample),
+        objective=objective,
         trainable=make_trainable(train),
         optimizer=make_optimizer(
             train.learning_rate,
@@ -74,6 +62,61 @@ def make_recipe(config: ConfigDict) -> Recipe:
         ),
         ema=EmaConfig(train.ema_decay, train.ema_update_interval),
     )
+
+
+def _image_parts(config: ConfigDict) -> tuple[Layout, Objective]:
+    """The layout and the objective of config.stage diffusion."""
+    sample = config.sample
+    layout = Layout(
+        calls=sample.num_batches_per_epoch,
+        images=sample.train_batch_size,
+        branches=sample.branches,
+        group=sample.num_image_per_prompt,
+        previews=sample.scout.previews,
+    )
+    _check_scout(sample)
+    steps = config.train.gradient_accumulation_steps
+    if layout.calls % steps:
+        raise ValueError(
+            f"num_batches_per_epoch {layout.calls} must be a multiple of "
+            f"gradient_accumulation_steps {steps}"
+        )
+    return layout, make_objective(config.train, sample)
+
+
+def _text_parts(config: ConfigDict) -> tuple[Layout, Objective]:
+    """The layout of pictures, and the objective, of config.stage rewriter."""
+    settings = config.rewriter
+    rewrites = settings.prompts_per_epoch * settings.rewrites_per_prompt
+    pictures = rewrites * settings.images_per_rewrite
+    images = config.sample.train_batch_size
+    if pictures % images:
+        raise ValueError(
+            f"config.rewriter: {settings.prompts_per_epoch} prompts_per_epoch x "
+            f"{settings.rewrites_per_prompt} rewrites_per_prompt x {settings.images_per_rewrite} "
+            f"images_per_rewrite = {pictures} pictures are not whole calls of "
+            f"config.sample.train_batch_size {images}; expected {nearest(pictures, images)}"
+        )
+    step = settings.microbatch * config.train.gradient_accumulation_steps
+    if rewrites % step:
+        raise ValueError(
+            f"config.rewriter: {rewrites} rewrites an epoch are not whole optimizer steps of "
+            f"gradient_accumulation_steps {config.train.gradient_accumulation_steps} microbatches "
+            f"of {settings.microbatch}; expected {nearest(rewrites, step)}"
+        )
+    group = settings.rewrites_per_prompt * settings.images_per_rewrite
+    layout = Layout(calls=pictures // images, images=images, branches=1, group=group)
+    return layout, make_token_grpo(settings, config.train)
+
+
+def nearest(number: int, unit: int) -> str:
+    """The multiples of a unit around a number, for an error message."""
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+# config.stage -> a function (config) -> (layout of an epoch's pictures, objective)
+PARTS = {"diffusion": _image_parts, "rewriter": _text_parts}
 
 
 def _check_scout(sample: ConfigDict) -> None:
@@ -99,6 +142,8 @@ def check_mesh(recipe: Recipe, mesh: Any, processes: int = 1) -> None:
     """
     parts = batch_devices(mesh)
     recipe.layout.check(parts)
+    if recipe.config.stage == "rewriter":
+        _check_rewrites(recipe.config.rewriter, parts)
     test = recipe.config.sample.test_batch_size
     if test % parts:
         raise ValueError(
@@ -111,13 +156,28 @@ def check_mesh(recipe: Recipe, mesh: Any, processes: int = 1) -> None:
         )
 
 
+def _check_rewrites(settings: ConfigDict, parts: int) -> None:
+    """Raise ValueError if `parts` devices cannot share rewrites and microbatches evenly."""
+    rewrites = settings.prompts_per_epoch * settings.rewrites_per_prompt
+    for name, number in (
+        ("prompts_per_epoch x rewrites_per_prompt", rewrites),
+        ("microbatch", settings.microbatch),
+    ):
+        if number % parts:
+            raise ValueError(
+                f"config.rewriter.{name} is {number}; expected a multiple of {parts}, the mesh's "
+                f"data x fsdp, such as {nearest(number, parts)}"
+            )
+
+
 def check_model(recipe: Recipe, model: Model) -> None:
     """Raise ValueError if the recipe's steps, guidance or prompts do not fit an abstract model."""
     config = recipe.config
     family = model.family
-    recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+    if config.stage == "diffusion":
+        recipe.objective.make_plan(model.sigmas(config.sample.num_steps))
+        check_gradient(family, config.sample.guidance_scale, config.train.cfg_gradient)
     tuned_steps(config.evaluate.sample)
-    check_gradient(family, config.sample.guidance_scale, config.train.cfg_gradient)
     check_max_tokens(family, config.prompts.max_tokens)
 
 
@@ -207,8 +267,11 @@ def sample_call(
     return pictures, record, jnp.isfinite(tokens).all()
 
 
-def abstract_state(recipe: Recipe, model: Model) -> TrainState:
-    """Return the training state as jax.ShapeDtypeStructs with shardings."""
+def abstract_state(recipe: Recipe, model: Any) -> TrainState:
+    """Return the training state as jax.ShapeDtypeStructs with shardings.
+
+    model: the Model or LanguageModel that is trained, which may be abstract.
+    """
     everywhere = replicated(model.mesh)
     trainable = recipe.trainable.abstract(model)
 
@@ -231,10 +294,12 @@ def abstract_state(recipe: Recipe, model: Model) -> TrainState:
     return TrainState(trainable, trainable, opt_state, step, old)
 
 
-def first_state(recipe: Recipe, model: Model, key: Array) -> TrainState:
-    """Return the initial state on the mesh: fresh, or from `config.pretrained.lora`."""
+def first_state(recipe: Recipe, model: Any, key: Array, file: str = "") -> TrainState:
+    """Return the initial state on the mesh: fresh, or from a file of adapters.
+
+    model: the Model or LanguageModel that is trained.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model))
-    file = recipe.config.pretrained.lora
     if file:
         trainable = recipe.trainable.load(model, file)
     else:

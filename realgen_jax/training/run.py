@@ -14,6 +14,12 @@ from ml_collections import ConfigDict
 from realgen_jax.advantages import advantage_problems
 from realgen_jax.checkpoint import Checkpoints
 from realgen_jax.hosts import process_count, start_devices
+from realgen_jax.models.guidance import GRADIENTS
+from realgen_jax.models.language import (
+    LanguageModel,
+    abstract_language_model,
+    load_language_model,
+)
 from realgen_jax.models.loading import (
     EVALUATIONS,
     abstract_model,
@@ -25,14 +31,16 @@ from realgen_jax.models.loading import (
     with_size,
 )
 from realgen_jax.models.model import Model
-from realgen_jax.models.trainable import Trainable, make_trainable
+from realgen_jax.models.trainable import Trainable, make_trainable, with_lora_file
+from realgen_jax.rewriter.problems import rewriter_problems
+from realgen_jax.rewriter.writer import Tokenizer
 from realgen_jax.sharding import abstract_mesh, make_mesh
 from realgen_jax.text_cache import TextCache
 from realgen_jax.training.kl_gate import gate_problems
 from realgen_jax.training.learning import LearningReward
 from realgen_jax.training.monitor import monitor_problems, monitored
 from realgen_jax.training.programs import Recipe, check_mesh, check_model, first_state, make_recipe
-from realgen_jax.training.scoring import Scorer
+from realgen_jax.training.scoring import Pending, Scorer
 from realgen_jax.update import TrainState
 
 # Streams of the run's root key: every random number comes from one of them.
@@ -48,6 +56,38 @@ class Metric(Protocol):
         """Return its value for uint8 pictures [n, 3, H, W]."""
 
 
+class TextWindow(Protocol):
+    """What an image model reads of a text; reward_bridge.encoders.TextWindow implements it."""
+
+    def fits(self, texts: Sequence[str]) -> Sequence[bool]:
+        """Return whether the model reads each text to its end."""
+
+
+class Encoders(Protocol):
+    """The image model's text encoders; reward_bridge.encoders.TextEncoders implements it."""
+
+    window: TextWindow
+
+    def encode(self, texts: Sequence[str]) -> Pending:
+        """Encode texts in the background; the result is {array: [n, ...]}, as in a TextCache."""
+
+    def close(self) -> None:
+        """Stop encoding."""
+
+
+@dataclass(frozen=True)
+class Rewriter:
+    """What config.stage rewriter has besides: the language model, and the ways in and out.
+
+    frozen: adapters of the image model, from config.pretrained.lora, or None.
+    """
+
+    model: LanguageModel
+    frozen: Any
+    tokenizer: Tokenizer
+    encoders: Encoders
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that stays the same from the first epoch to the last.
@@ -55,7 +95,9 @@ class Run:
     digests: {key of the config: digest of what it names}. models, plans: for each size of the
     rollouts' pictures, the model and the objective's rollout plan. evaluated: the model for the
     pictures of evaluations. All models have the same weights in memory. learning: the rewards that
-    learn. metrics: those for which an evaluation has enough pictures.
+    learn. metrics: those for which an evaluation has enough pictures. scored_prompts,
+    scored_test_prompts: the texts by which the prompts' pictures are scored. rewriter: of
+    config.stage rewriter.
     """
 
     config: ConfigDict
@@ -72,6 +114,14 @@ class Run:
     learning: Mapping[str, LearningReward]
     metrics: Mapping[str, Metric]
     checkpoints: Checkpoints
+    scored_prompts: Sequence[str]
+    scored_test_prompts: Sequence[str]
+    rewriter: Rewriter | None = None
+
+    @property
+    def trained_model(self) -> Model | LanguageModel:
+        """The model that is trained."""
+        return self.rewriter.model if self.rewriter else self.model
 
     @property
     def model(self) -> Model:
@@ -88,10 +138,13 @@ class Run:
         """What judges the run: "reward", a held-out reward or a metric."""
         return monitored(self.config.reward, list(self.metrics))
 
-    def cond(self, prompts: Sequence[str], guidance: float) -> Any:
-        """The conditioning of these prompts, one prompt per slot, on the mesh."""
-        gradient = self.config.train.cfg_gradient
-        return self.model.cond(self.cache, prompts, guidance, gradient)
+    def cond(self, texts: Sequence[str], guidance: float, cache: Any = None) -> Any:
+        """The conditioning of these texts, one per slot, on the mesh.
+
+        cache: has their embeddings, as a TextCache; None: the run's own.
+        """
+        gradient = self.config.train.cfg_gradient or GRADIENTS[0]
+        return self.model.cond(cache or self.cache, texts, guidance, gradient)
 
     def key(self, stream: int) -> jax.Array:
         """The root key of a stream."""
@@ -109,8 +162,12 @@ def set_up(
     scorer: Scorer,
     learning: Mapping[str, LearningReward],
     metrics: Mapping[str, Metric],
+    scored_prompts: Sequence[str],
+    scored_test_prompts: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+    encoders: Encoders | None = None,
 ) -> tuple[Run, TrainState]:
-    """Load the model and create the initial state; nothing is compiled yet.
+    """Load the models and create the initial state; nothing is compiled yet.
 
     JAX starts here, so anything that shares its devices (rewards, text encoders) must be loaded
     before.
@@ -120,7 +177,15 @@ def set_up(
     mesh = make_mesh(**config.mesh, devices=start_devices())
     check_mesh(recipe, mesh, process_count())
     models = _load_models(config, mesh, recipe.trainable)
-    steps = config.sample.num_steps
+    plans = []
+    rewriter = None
+    if config.stage == "rewriter":
+        models, frozen = _with_frozen_lora(models, config.pretrained.lora)
+        language = load_language_model(config.rewriter, mesh, recipe.trainable)
+        rewriter = Rewriter(language, frozen, tokenizer, encoders)
+    else:
+        steps = config.sample.num_steps
+        plans = [recipe.objective.make_plan(model.sigmas(steps)) for model in models]
 
     run = Run(
         config=config,
@@ -128,7 +193,7 @@ def set_up(
         folder=folder,
         recipe=recipe,
         models=models,
-        plans=[recipe.objective.make_plan(model.sigmas(steps)) for model in models],
+        plans=plans,
         evaluated=_evaluated_model(config, models),
         cache=cache,
         prompts=prompts,
@@ -137,8 +202,26 @@ def set_up(
         learning=learning,
         metrics=metrics,
         checkpoints=Checkpoints(folder / "checkpoints", config.num_checkpoint_limit),
+        scored_prompts=scored_prompts,
+        scored_test_prompts=scored_test_prompts,
+        rewriter=rewriter,
     )
-    return run, first_state(recipe, run.model, run.key(FIRST_WEIGHTS))
+    key = run.key(FIRST_WEIGHTS)
+    return run, first_state(recipe, run.trained_model, key, _start_file(config))
+
+
+def _start_file(config: ConfigDict) -> str:
+    """The adapters that training starts from; "" for none."""
+    is_rewriter = config.stage == "rewriter"
+    return config.rewriter.adapter if is_rewriter else config.pretrained.lora
+
+
+def _with_frozen_lora(models: list[Model], file: str) -> tuple[list[Model], Any]:
+    """The image models with the adapters of a file, which are not trained; None: there are none."""
+    if not file:
+        return models, None
+    first, frozen = with_lora_file(models[0], file)
+    return [first, *(model.with_trainable(first.trainable) for model in models[1:])], frozen
 
 
 def _load_models(config: ConfigDict, mesh: Mesh, trainable: Trainable) -> list[Model]:
@@ -205,9 +288,13 @@ def check_shapes(config: ConfigDict, devices: int) -> None:
         model = abstract_model(config.pretrained, size, mesh, recipe.trainable, key)
         check_model(recipe, model)
     abstract_model(config.pretrained, size_of(config.evaluate.sample), mesh, key=EVALUATIONS)
-    recipe.trainable.abstract(model)
-    if config.pretrained.lora:
-        recipe.trainable.check_modules(model, config.pretrained.lora)
+    trained: Model | LanguageModel = model
+    if config.stage == "rewriter":
+        trained = abstract_language_model(config.rewriter, mesh, recipe.trainable)
+    recipe.trainable.abstract(trained)
+    start = _start_file(config)
+    if start:
+        recipe.trainable.check_modules(trained, start)
 
 
 def _missing_files(config: ConfigDict) -> list[str]:
@@ -231,9 +318,11 @@ def _wrong_values(config: ConfigDict) -> list[str]:
     problems += monitor_problems(config.reward)
     problems += advantage_problems(config)
     problems += gate_problems(config)
-    if config.pretrained.lora:
+    problems += rewriter_problems(config)
+    start = _start_file(config)
+    if start:
         try:
-            make_trainable(config.train).check_file(config.pretrained.lora)
+            make_trainable(config.train).check_file(start)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if reports(config) and config.evaluate.arena.protocol == "realgen":
@@ -243,7 +332,11 @@ def _wrong_values(config: ConfigDict) -> list[str]:
             "scripts/evaluate.py --photographs afterwards"
         )
     train = config.train
-    steps = config.sample.num_batches_per_epoch // train.gradient_accumulation_steps
+    batches = config.sample.num_batches_per_epoch
+    if config.stage == "rewriter":
+        batches = config.rewriter.prompts_per_epoch * config.rewriter.rewrites_per_prompt
+        batches //= config.rewriter.microbatch
+    steps = batches // train.gradient_accumulation_steps
     steps *= config.num_epochs * train.num_inner_epochs
     if 0 < steps < train.ema_update_interval:
         problems.append(

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from scipy.stats import rankdata
 
-from realgen_jax.advantages import advantages_of, rewards_read
+from realgen_jax.advantages import advantages_of, rewards_read, trained_weights
 from realgen_jax.hosts import process_count, put
 from realgen_jax.selection import SELECTIONS
 from realgen_jax.sharding import batch_sharding
@@ -63,11 +63,13 @@ def scout_epoch(
     names = rewards_read(config)
     batches = []
     for numbers in previews.reshape(-1, layout.images):
-        prompts = [run.prompts[rows[number // layout.previews]] for number in numbers]
+        own_rows = rows[numbers // layout.previews]
+        prompts = [run.prompts[row] for row in own_rows]
         cond = run.cond(prompts, config.sample.guidance_scale)
         ids = put(numbers, batch_sharding(model.mesh))
         pictures = programs.preview(model, policy, cond, key, ids)
-        batches.append(submit(run.scorer, pictures, prompts, names, group=layout.previews))
+        asked = [run.scored_prompts[row] for row in own_rows]
+        batches.append(submit(run.scorer, pictures, asked, names, group=layout.previews))
 
     # With several processes, signals are noticed at a point where all of them agree.
     if process_count() == 1:
@@ -82,7 +84,7 @@ def scout_epoch(
     advantages = advantages_of(config, groups)
     kept = SELECTIONS[config.sample.scout.select](advantages, layout.group)
 
-    rewards = weighted_mean(groups, config.reward.fn)
+    rewards = weighted_mean(groups, trained_weights(config))
     first = np.arange(layout.groups)[:, None] * layout.previews
     return Scouted(
         key=key,

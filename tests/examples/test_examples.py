@@ -10,7 +10,14 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
-from realgen_configs import flux_grpo, flux_objectives, sd3_grpo, serve_rewards, zimage_grpo
+from realgen_configs import (
+    flux_grpo,
+    flux_objectives,
+    rewriter_grpo,
+    sd3_grpo,
+    serve_rewards,
+    zimage_grpo,
+)
 from tests.helpers.goldens import ROOT
 
 TEXTS = [
@@ -37,7 +44,7 @@ def keys_in(text: str) -> set[str]:
 
 def presets_in(text: str) -> set[str]:
     """The presets that follow a colon (flux_grpo.py:PRESET) or begin a row of a table."""
-    named = re.findall(r"(?:flux|sd3|zimage)_grpo(?:\.py)?:([a-z0-9_]+)", text)
+    named = re.findall(r"(?:flux|sd3|zimage|rewriter)_grpo(?:\.py)?:([a-z0-9_]+)", text)
     in_tables = re.findall(r"^\| `(\w+_\d+x\w+)`", text, re.MULTILINE)
     return {*named, *in_tables}
 
@@ -55,7 +62,7 @@ def test_every_key_and_preset_exists(file):
     configs = (flux_grpo.get_config(), serve_rewards.get_config())
     for key in keys_in(text):
         assert any(has_key(config, key) for config in configs), key
-    files = (flux_grpo, flux_objectives, sd3_grpo, zimage_grpo)
+    files = (flux_grpo, flux_objectives, rewriter_grpo, sd3_grpo, zimage_grpo)
     presets = {name for file in files for name in file.PRESETS}
     assert presets_in(text) <= presets
 

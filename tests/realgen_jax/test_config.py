@@ -218,7 +218,7 @@ def test_a_broken_file_is_an_error_of_one_line(monkeypatch, tmp_path, text, mess
 
 def test_unknown_names_and_presets_list_the_known_ones(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    shipped = "shipped are embedded, flux_grpo, flux_objectives, sd3_grpo, serve_rewards, zimage"
+    shipped = "shipped are embedded, flux_grpo, flux_objectives, rewriter_grpo, sd3_grpo, serve_r"
     with pytest.raises(FileNotFoundError, match=shipped):
         load_config("flux_grop")
     with pytest.raises(ValueError, match=r"flux_grpo\.py has no preset 'flux'; choose from tiny,"):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from realgen_jax.data import Layout, overlaps, prompt_batches, read_prompts
+from realgen_jax.data import Layout, overlaps, prompt_batches, read_originals, read_prompts
 
 
 def write(path, text):
@@ -153,3 +153,18 @@ def test_layouts():
 def test_sizes_that_do_not_divide_are_named(layout, parts, message):
     with pytest.raises(ValueError, match=message):
         layout.check(parts)
+
+
+def test_originals_are_those_of_json_lines_that_have_one(tmp_path):
+    file = tmp_path / "rewritten.jsonl"
+    file.write_text(
+        '{"prompt": "a long cat", "original": " a cat "}\n{"prompt": "a dog"}\n'
+        '{"prompt": "a long cat", "original": "cats"}\n'
+    )
+    assert read_originals(file) == ["a cat", "a dog", "cats"]
+    assert read_prompts(file) == ["a long cat", "a dog", "a long cat"]
+    file.write_text('{"prompt": "a cat", "original": 3}\n')
+    with pytest.raises(ValueError, match='line 1 has 3 under "original"; expected a string'):
+        read_originals(file)
+    (tmp_path / "plain.txt").write_text("a cat\n")
+    assert read_originals(tmp_path / "plain.txt") == ["a cat"]

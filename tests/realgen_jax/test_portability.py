@@ -160,5 +160,6 @@ def test_only_attention_and_compiler_options_ask_what_the_platform_is():
             found[str(file.relative_to(ROOT))] = sorted(hits)
     assert found == {
         "realgen_jax/nn/attention.py": ["default_backend", "platform_dependent"],
+        "realgen_jax/nn/causal.py": ["default_backend"],
         "realgen_jax/rollout.py": [".platform"],
     }

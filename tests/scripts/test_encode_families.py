@@ -84,7 +84,7 @@ def test_other_families_tokenizers_are_checked_before_weights_are_read(
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     damage(copy)
-    monkeypatch.setattr(encode_prompts, "load_model", None)
+    monkeypatch.setattr("reward_bridge.encoders.load_model", None)
     with pytest.raises((ValueError, OSError), match=message) as refusal:
         fill(tmp_path, copy, encoders, ["a cat"], 16)
     assert len(str(refusal.value).splitlines()) == 1
@@ -103,10 +103,10 @@ def test_an_interrupted_encoding_of_several_arrays_gives_the_same_bits(
 
     encode_batch = encode_prompts.encode_batch
 
-    def interrupted(encoders, rows, prompts):
+    def interrupted(encoders, tokens, rows, prompts):
         if rows.start == 4:
             raise KeyboardInterrupt
-        return encode_batch(encoders, rows, prompts)
+        return encode_batch(encoders, tokens, rows, prompts)
 
     monkeypatch.setattr(encode_prompts, "encode_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -53,7 +53,7 @@ def assert_same_run(one, other):
     jax.tree.map(np.testing.assert_array_equal, state(one), state(other))
 
     names = []
-    for part in ("lora", "best", "samples"):
+    for part in ("lora", "rewriter", "best", "samples"):
         names += [file.relative_to(other) for file in sorted((other / part).glob("*.*"))]
     assert len(names) > 4
     for name in names:
@@ -89,8 +89,14 @@ def wait_for_epoch(folder, process, output):
         pytest.param(
             5, 12, f"{ROOT}/configs/flux_grpo.py:tiny_adversarial", marks=pytest.mark.slow
         ),
+        pytest.param(5, 12, f"{ROOT}/configs/rewriter_grpo.py", marks=pytest.mark.slow),
     ],
-    ids=["a kill, a reward that learns", "20 kills", "5 kills, tiny_adversarial"],
+    ids=[
+        "a kill, a reward that learns",
+        "20 kills",
+        "5 kills, tiny_adversarial",
+        "5 kills, tiny_rewriter",
+    ],
 )
 def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs, config):
     """Kills when a save begins, shortly after an epoch, and soon after the start; then Ctrl-C."""
@@ -100,7 +106,7 @@ def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs, conf
     done = call("train.py", cache, *words, "--config.run_name=whole", config=config)
     assert done.returncode == 0, done.stderr
     rewards = tmp_path / "whole" / "checkpoints" / str(epochs) / "rewards"
-    assert rewards.exists() == (config != GOLDEN)
+    assert rewards.exists() == (config == ADVERSARIAL or "adversarial" in str(config))
 
     folder = tmp_path / "killed"
     output = tmp_path / "killed.txt"

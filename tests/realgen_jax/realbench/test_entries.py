@@ -122,3 +122,28 @@ def test_pictures_are_read_upright_opaque_and_in_eight_bits(tmp_path):
     assert saved(Image.new("RGB", (6, 4)), "d.png", exif=exif).shape == (3, 6, 4)
     with pytest.raises(ValueError, match="cannot identify"):
         decode(b"no picture")
+
+
+def test_every_model_is_there_again_with_each_rewriter(tmp_path):
+    pretrained = golden_config.get_config().pretrained
+    lora = tmp_path / "two" / "lora"
+    rewriter = tmp_path / "one" / "rewriter"
+    for folder in (lora, rewriter):
+        folder.mkdir(parents=True)
+    (rewriter / "rewriter.json").write_text("{}")
+    entries = read_entries(pretrained, [str(lora)], [], [], None, True, [f"A={rewriter}"])
+    assert [(entry.name, entry.rewriter) for entry in entries] == [
+        ("base", ""), ("A", str(rewriter)), ("two", ""), ("two+A", str(rewriter)),
+    ]  # fmt: skip
+    base, with_rewriter, own, both = [weights_of(entry, pretrained) for entry in entries]
+    assert base == with_rewriter
+    assert own == both
+    assert both.lora == str(lora)
+
+    # Without a name it is its run's.
+    assert read_entries(pretrained, [], [], [], None, True, [str(rewriter)])[1].name == "one"
+    (rewriter / "rewriter.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no rewriter\.json; --rewriter needs the fol"
+    ):
+        read_entries(pretrained, [], [], [], None, True, [str(rewriter)])

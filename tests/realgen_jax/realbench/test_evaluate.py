@@ -30,8 +30,9 @@ from tests.helpers.models import fresh_adapters, golden_model
 
 torch = pytest.importorskip("torch")
 
-from reward_bridge.bridge import RewardBridge, RewardError  # noqa: E402
+from reward_bridge.bridge import RewardBridge  # noqa: E402
 from reward_bridge.digests import score_keys  # noqa: E402
+from reward_bridge.reward import RewardError  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 
 SHORT = ["a boat", "a street at night", "three lemons"]
@@ -85,10 +86,22 @@ def setting(tmp_path_factory):
     return SimpleNamespace(config=config, cache=cache, root=root)
 
 
-def run(setting, folder, *, seed=0, remake=False, entries=None, rewards=make_reward, **changes):
+def run(
+    setting,
+    folder,
+    *,
+    seed=0,
+    remake=False,
+    entries=None,
+    rewards=make_reward,
+    rewrite=None,
+    only_short=False,
+    **changes,
+):
     """An evaluation in `folder`; changes are keys of the config with __ for the dots.
 
-    The base alone by default. rewards: (name, device, options) -> a reward.
+    The base alone by default. rewards: (name, device, options) -> a reward. rewrite: (rewriter,
+    prompts, folder) -> texts. only_short: leave out the long prompts.
     """
     config = setting.config.copy_and_resolve_references()
     config.update_from_flattened_dict(
@@ -106,13 +119,14 @@ def run(setting, folder, *, seed=0, remake=False, entries=None, rewards=make_rew
     return evaluate_entries(
         config,
         read_entries(config.pretrained, **named | (entries or {})),
-        read_sets(config.evaluate.prompts),
+        read_sets(config.evaluate.prompts)[: 1 if only_short else None],
         folder,
         seed=seed,
         remake=remake,
         score_keys=score_keys(config.reward, list(config.evaluate.scores), {}, content_digest),
         open_scorer=open_scorer,
         encode=lambda prompts, model: setting.cache,
+        rewrite=rewrite,
         console=Console(),
     )
 
@@ -440,3 +454,43 @@ def test_a_folder_without_pictures_is_an_error_before_anything_is_made(setting, 
     ):
         run(setting, tmp_path / "run", entries={"pictures": [str(folder)]})
     assert not (tmp_path / "run").exists()
+
+
+def test_rewrites_are_drawn_and_scored_against_the_prompts(whole, setting, tmp_path):
+    """The rewriter turns each short prompt into the long one of its line."""
+    rewriter = tmp_path / "one" / "rewriter"
+    rewriter.mkdir(parents=True)
+    (rewriter / "rewriter.json").write_text("{}")
+    calls, scored = [], []
+
+    def rewrite(source, prompts, folder):
+        calls.append((source, list(prompts), folder.relative_to(tmp_path / "run").as_posix()))
+        return LONG
+
+    def rewards(name, device, options):
+        reward = make_reward(name, device, options)
+
+        def recorded(images, prompts):
+            scored.extend(prompts)
+            return reward(images, prompts)
+
+        return recorded
+
+    entries = {"rewriters": [f"A={rewriter}"]}
+    found = run(setting, tmp_path / "run", entries=entries, rewards=rewards, rewrite=rewrite,
+                only_short=True)  # fmt: skip
+    assert calls == [(str(rewriter), SHORT, "evaluation/A/short-texts")]
+    assert set(scored) == set(SHORT)
+    assert [(one.entry, one.set) for one in found.pictures] == [
+        (entry, "short") for entry in ("base", "A") for _ in range(6)
+    ]
+    made = pictures(whole[0])
+    for name, data in pictures(tmp_path / "run", "A").items():
+        assert data == made[name.replace("short", "long")]
+
+    # Other rewrites are other pictures.
+    with pytest.raises(
+        ValueError, match=r"pictures in .*A/short were made with other settings: pro"
+    ):
+        run(setting, tmp_path / "run", entries=entries, rewrite=lambda *_: LONG[::-1],
+            only_short=True)  # fmt: skip

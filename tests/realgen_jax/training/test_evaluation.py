@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from realgen_jax.sharding import make_mesh
 from realgen_jax.training.evaluation import evaluate
+from realgen_jax.training.stage import Drawn
 
 torch = pytest.importorskip("torch")
 
@@ -31,15 +32,23 @@ def made_up_run(copies, prompts, rewards):
     name, *held_out = rewards
     reward = {"fn": {name: 2.0}, "held_out": tuple(held_out)}
     return SimpleNamespace(
-        config=ConfigDict({"sample": sample, "reward": reward, "evaluate": EVALUATE}),
+        config=ConfigDict(
+            {"stage": "diffusion", "sample": sample, "reward": reward, "evaluate": EVALUATE}
+        ),
         test_prompts=prompts,
         evaluated=SimpleNamespace(mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1])),
         scorer=RewardBridge(rewards, dict.fromkeys(rewards, "cpu"), deadline=20, retries=0),
         metrics={"pictures": len},
         monitor="reward",
-        cond=lambda prompts, guidance: prompts,
+        cond=lambda texts, guidance, cache: texts,
+        scored_test_prompts=prompts,
         key=lambda stream: None,
     )
+
+
+STAGE = SimpleNamespace(
+    evaluate=numbered, draw=lambda trainable, prompts: Drawn(prompts, None, trainable)
+)
 
 
 def test_an_evaluation_finds_rewards_that_look_at_the_batch():
@@ -53,7 +62,7 @@ def test_an_evaluation_finds_rewards_that_look_at_the_batch():
         "same": lambda x, p: torch.ones(len(p)),
     }
     run = made_up_run(2, ["a", "b", "c"], rewards)
-    found = evaluate(run, SimpleNamespace(evaluate=numbered), None)
+    found = evaluate(run, STAGE, None)
     assert found.prompts == ["a", "a", "b", "b", "c", "c"]
     assert found.scores["value"].tolist() == [0, 1, 2, 3, 4, 5]
     assert found.means["value"] == found.means["reward"] == 2.5
@@ -69,7 +78,7 @@ def test_one_picture_has_no_spread(copies, recorded):
     run = made_up_run(copies, ["a"], {"value": value})
     run.metrics = {}
     run.config.reward.held_out = ()
-    found = evaluate(run, SimpleNamespace(evaluate=numbered), None)
+    found = evaluate(run, STAGE, None)
     assert ("prompt_std" in found.means) == recorded
     assert ("std/value" in found.details) == recorded
     assert found.details["noise/value"] == 0
@@ -79,5 +88,5 @@ def test_the_spread_within_a_prompt_is_that_of_what_judges_the_run():
     run = made_up_run(2, ["a", "b"], {"value": value, "wide": lambda x, p: 4 * value(x, p)})
     run.monitor = "wide"
     run.config.reward.held_out = ("wide",)
-    found = evaluate(run, SimpleNamespace(evaluate=numbered), None)
+    found = evaluate(run, STAGE, None)
     assert found.means["prompt_std"] == 2.0

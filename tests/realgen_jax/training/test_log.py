@@ -39,7 +39,7 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
         now = {"clip": 0.75, "a": 0.25}
         log.evaluation(2, start, {**now, "new": 1.0}, ["clip"], {"a": 0.125})
         columns = step_columns(steps, ["ratio_deviation"])
-        log.train(1, scores, reward, columns, seconds, details)
+        log.train(1, scores, reward, columns, seconds, reward.size, details)
         captions = (["one\n0.5"] * 3, ["two"] * 3)
         file = log.pictures("grid", 1, (tiles, tiles // 2), captions, columns=2)
 
@@ -87,7 +87,7 @@ def epoch(log, number, **scores):
     """Log an epoch with these rewards, [groups, size] each."""
     scores = {name: np.float32(values) for name, values in scores.items()}
     reward = sum(scores.values())
-    log.train(number, scores, reward, {}, {"sample": 1.0, "reward_wait": 0.0}, {})
+    log.train(number, scores, reward, {}, {"sample": 1.0, "reward_wait": 0.0}, reward.size, {})
 
 
 FLAT = [[0.5, 0.5], [0.25, 0.25]]

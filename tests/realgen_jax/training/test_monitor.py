@@ -17,6 +17,7 @@ from realgen_jax.training.evaluation import (
 )
 from realgen_jax.training.log import RunLog
 from realgen_jax.training.monitor import monitor_problems, monitored
+from realgen_jax.training.stage import Drawn
 
 HELD_OUT = ("h", "h2")
 METRICS = ("frechet",)
@@ -168,6 +169,7 @@ def judge(monkeypatch, tmp_path, reward, metrics=METRICS):
     )
     run.config.num_epochs = 45
     run.config.reward = reward
+    stage = SimpleNamespace(after_evaluation=lambda *_: {})
     best = []
     rows = iter(zip(REWARDS, CHECKS, DISTANCES, strict=True))
 
@@ -177,7 +179,9 @@ def judge(monkeypatch, tmp_path, reward, metrics=METRICS):
         means |= {"frechet": distance} if metrics else {}
         pictures = np.zeros((2, 3, 8, 8), np.uint8)
         scores = {"detector": np.full(2, trained, np.float32)}
-        return Evaluation(["a", "b"], pictures, scores, means, {}, {})
+        return Evaluation(
+            ["a", "b"], Drawn(["a", "b"], None, None), pictures, scores, means, {}, {}
+        )
 
     monkeypatch.setattr(evaluation, "evaluate", made_up)
     monkeypatch.setattr(evaluation, "export", lambda *_: best.append(epoch))
@@ -186,7 +190,7 @@ def judge(monkeypatch, tmp_path, reward, metrics=METRICS):
         say_what_judges(run, log)
         for epoch in (0, 15, 30, 45):
             history = json.loads(json.dumps(history))  # as a checkpoint keeps it
-            evaluate_and_report(run, None, log, epoch, None, history)
+            evaluate_and_report(run, stage, log, epoch, None, history)
     return best
 
 

@@ -1,7 +1,8 @@
-"""The two halves of an epoch that run on the devices: sampling and updates."""
+"""The stage that trains the image model: rollouts, and updates that replay them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,33 +10,131 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from realgen_jax.hosts import process_count, put
+from realgen_jax.hosts import put
+from realgen_jax.profiling.step_traces import phase
 from realgen_jax.sharding import batch_sharding
 from realgen_jax.training.log import NoLog, RunLog
-from realgen_jax.training.monitor import ratio_limit
 from realgen_jax.training.preemption import Preemption
-from realgen_jax.training.programs import Programs
+from realgen_jax.training.programs import Programs, make_programs
 from realgen_jax.training.run import TRAINING, Run
 from realgen_jax.training.saving import stop_if_not_finite
-from realgen_jax.training.scoring import PendingBatch, submit
-from realgen_jax.training.scouting import Scouted
+from realgen_jax.training.scoring import BatchScores, submit
+from realgen_jax.training.scouting import Scouted, scout_columns, scout_epoch
+from realgen_jax.training.stage import Call, Drawn, Sampled, finite_latents, wait_for
 from realgen_jax.update import Batch, TrainState
 
 
 @dataclass(frozen=True)
-class Call:
+class Rollout(Call):
     """One rollout call of an epoch.
 
     record: the objective's record. cond: leaves [slots, ...]. inputs: the other inputs of
-    `programs.sample`, (keys, plan, numbers). scores: the pending scores. finite: bool [], whether
-    all latents are finite.
+    `programs.sample`, (keys, plan, numbers).
     """
 
     record: Any
     cond: Any
     inputs: tuple
-    scores: PendingBatch
-    finite: Array
+
+
+@dataclass(frozen=True)
+class DiffusionStage:
+    """config.stage diffusion, a Stage (stage.py)."""
+
+    run: Run
+    programs: Programs
+
+    output = "lora"
+
+    @property
+    def prompts(self) -> int:
+        return self.run.recipe.layout.groups
+
+    @property
+    def evaluate(self) -> Any:
+        return self.programs.evaluate
+
+    def sample(
+        self,
+        state: TrainState,
+        epoch: int,
+        rows: np.ndarray,
+        seeds: Sequence[int],
+        preemption: Preemption,
+        seconds: dict[str, float],
+    ) -> Sampled | None:
+        run = self.run
+
+        # Scout: cheap previews; those worth it are sampled in full.
+        scouted = None
+        if run.recipe.layout.previews:
+            with phase("scout", seconds):
+                scouted = scout_epoch(run, self.programs, state, epoch, rows, preemption)
+            if scouted is None:
+                return None
+
+        with phase("sample", seconds):
+            calls = sample_epoch(run, self.programs, state, epoch, rows, seeds, scouted)
+            interrupted = wait_for(calls, preemption)
+        checks = {"rollout (velocity)": finite_latents(calls)}
+        return None if interrupted else Sampled(calls, scouted, checks)
+
+    def groups(self, sampled: Sampled, scores: BatchScores) -> dict[str, np.ndarray]:
+        return scores.grouped(scores.rewards, self.run.recipe.layout.group)
+
+    def columns(
+        self,
+        state: TrainState,
+        epoch: int,
+        sampled: Sampled,
+        reward: np.ndarray,
+        log: RunLog | NoLog,
+        history: dict[str, Any],
+        first: bool,
+    ) -> dict[str, float]:
+        columns = {}
+        if sampled.own is not None:
+            columns |= scout_columns(sampled.own, reward, self.run.recipe.layout.previews)
+
+        # Once, what the cached steps cost in exactness.
+        cached_steps = self.run.config.sample.cached_steps
+        if first and cached_steps:
+            error = cache_error(self.run, self.programs, state, epoch, sampled.calls[0])
+            columns |= error
+            log.say(
+                f"with config.sample.cached_steps={cached_steps}, final latents differ by "
+                f"{error['cache_error']:.2%} (RMS) from those of all steps"
+            )
+        return columns
+
+    def update(
+        self,
+        state: TrainState,
+        sampled: Sampled,
+        advantages: np.ndarray,
+        kl_weights: np.ndarray | None,
+        epoch: int,
+    ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+        return update_epoch(
+            self.run, self.programs, state, sampled.calls, advantages, kl_weights, epoch
+        )
+
+    def draw(self, trainable: Any, prompts: Sequence[str]) -> Drawn:
+        return Drawn(prompts, self.run.cache, trainable)
+
+    def after_evaluation(
+        self, epoch: int, trainable: Any, evaluation: Any, last: bool
+    ) -> dict[str, float]:
+        return {}
+
+    def export(self, folder: Path, trainable: Any) -> None:
+        model = self.run.model
+        model.trainable.save(model, folder, trainable)
+
+
+def make_diffusion(run: Run) -> DiffusionStage:
+    """Return the stage of a run. Nothing is compiled yet."""
+    return DiffusionStage(run, make_programs(run.recipe, run.model))
 
 
 def sample_epoch(
@@ -46,7 +145,7 @@ def sample_epoch(
     rows: np.ndarray,
     seeds: Sequence[int],
     scouted: Scouted | None,
-) -> list[Call]:
+) -> list[Rollout]:
     """Sample every call of an epoch; each call's pictures are scored while the next call runs.
 
     rows: int [groups], the epoch's prompts. seeds: one per call, to draw the reference pictures
@@ -60,7 +159,8 @@ def sample_epoch(
     for number in range(layout.calls):
         # One prompt per slot.
         groups = layout.groups_of_slots(number)
-        prompts = [run.prompts[rows[group]] for group in groups]
+        own_rows = rows[groups]
+        prompts = [run.prompts[row] for row in own_rows]
         cond = run.cond(prompts, run.config.sample.guidance_scale)
 
         # With same_latent, a group has one initial latent, even if it continues in the next call.
@@ -79,33 +179,13 @@ def sample_epoch(
         pictures, record, finite = programs.sample(model, policy, cond, *inputs)
 
         # Every image has its slot's prompt.
-        image_prompts = [prompt for prompt in prompts for _ in range(layout.branches)]
+        scored = [run.scored_prompts[row] for row in own_rows]
+        image_prompts = [prompt for prompt in scored for _ in range(layout.branches)]
         reward = run.config.reward
         names = list(dict.fromkeys([*reward.fn, *reward.watched]))
         scores = submit(run.scorer, pictures, image_prompts, names, seeds[number], layout.group)
-        calls.append(Call(record, cond, inputs, scores, finite))
+        calls.append(Rollout(scores, finite, record, cond, inputs))
     return calls
-
-
-def wait_for(calls: Sequence[Call], preemption: Preemption) -> bool:
-    """Wait until all calls are sampled. Returns whether a signal arrived in the meantime.
-
-    A failed reward raises its error as soon as it fails. With several processes, both are decided
-    later, at a point where all of them agree.
-    """
-    for call in calls:
-        call.finite.block_until_ready()
-        if process_count() == 1:
-            call.scores.pending.raise_if_failed()
-            if preemption.wanted():
-                return True
-    return False
-
-
-def latents_of(calls: Sequence[Call]) -> dict[str, float]:
-    """Return {"latents": 0}, with NaN instead of 0 if any call's final latents are not finite."""
-    finite = all(call.finite for call in calls)
-    return {"latents": 0.0 if finite else float("nan")}
 
 
 @jax.jit
@@ -114,7 +194,7 @@ def _relative_rms(x: Array, exact: Array) -> Array:
 
 
 def cache_error(
-    run: Run, programs: Programs, state: TrainState, epoch: int, call: Call
+    run: Run, programs: Programs, state: TrainState, epoch: int, call: Rollout
 ) -> dict[str, float]:
     """Return {"cache_error": RMS(x0 - x0 of all steps) / RMS(x0 of all steps)} of one call.
 
@@ -137,7 +217,7 @@ def update_epoch(
     run: Run,
     programs: Programs,
     state: TrainState,
-    calls: Sequence[Call],
+    calls: Sequence[Rollout],
     advantages: np.ndarray,
     kl_weights: np.ndarray | None,
     epoch: int,
@@ -177,19 +257,3 @@ def update_epoch(
     for step_metrics in metrics:
         stop_if_not_finite(step_metrics, epoch, "update", run)
     return run.recipe.objective.after_epoch(state), metrics
-
-
-def warn_of_deviation(log: RunLog | NoLog, steps: Sequence[dict[str, Any]], train: Any) -> None:
-    """Warn if replay on unchanged weights is inexact because the hardware picks other kernels.
-
-    steps: the metrics of the first optimizer steps. train: config.train.
-    """
-    if not steps or "ratio_deviation" not in steps[0]:
-        return
-    deviation = float(steps[0]["ratio_deviation"])
-    limit, key = ratio_limit(train)
-    if deviation > limit:
-        log.warn(
-            f"on unchanged weights a ratio is {deviation:.1e} away from 1, but config.train.{key} "
-            f"allows for {limit:.1e}: set --config.train.recompute_old=True"
-        )
