@@ -122,12 +122,12 @@ def cache_bytes(work: LanguageWork, parts: int) -> float:
     return item * width * work.length * work.rows / parts
 
 
-def rewrite_bytes(work: LanguageWork, parts: int, fsdp: int, tensor: int) -> dict[str, float]:
+def rewrite_bytes(work: LanguageWork, parts: int, tensor: int) -> dict[str, float]:
     """Bytes on one device while rewrites are sampled, besides weights and optimizer state."""
     rows = work.rows / parts
-    gathered = decoder_bytes(work, tensor) if fsdp > 1 else 0.0
     return {
-        **({"weights, gathered": gathered} if gathered else {}),
+        # Layer by layer, and not split over fsdp (LanguageModel.decoder).
+        "copy of the weights": decoder_bytes(work, tensor),
         "keys and values": cache_bytes(work, parts),
         # The logits of the next token, and the noise that is added to them.
         "logits": 2 * F32 * rows * work.model.vocab_size,

@@ -103,7 +103,6 @@ def make_rewriter_report(config: ConfigDict, devices: int) -> RewriterReport:
         "optimizer": device_bytes(state.opt_state),
     }
     work = language_work(recipe, language)
-    fsdp = mesh.shape["fsdp"]
     tensor = mesh.shape["tensor"]
     drawing = drawing_work(recipe, model, recipe.layout.images, config.sample)
     evaluation = drawing_work(
@@ -117,7 +116,7 @@ def make_rewriter_report(config: ConfigDict, devices: int) -> RewriterReport:
         devices=mesh.size,
         held=held,
         phases={
-            "rewrite": language_cost.rewrite_bytes(work, parts, fsdp, tensor),
+            "rewrite": language_cost.rewrite_bytes(work, parts, tensor),
             "draw": cost.evaluation_bytes(drawing, parts),
             "update": language_cost.update_bytes(work, parts, trained),
             "evaluation": cost.evaluation_bytes(evaluation, parts),
