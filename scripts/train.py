@@ -83,6 +83,7 @@ from realgen_jax.training.run_folder import (
 )
 from realgen_jax.training.saving import Saver, stop_if_not_finite
 from realgen_jax.training.scoring import ScoringError, scores_of_all, weighted_mean
+from realgen_jax.training.stage import finite_latents
 from realgen_jax.training.stages import OUTPUTS, STAGES
 from realgen_jax.training.wandb_run import open_wandb
 from realgen_jax.update import TrainState
@@ -153,8 +154,8 @@ def train(
         if sampled is None:
             saver.leave(start, preemption)
             return False
-        for part, values in sampled.checks.items():
-            stop_if_not_finite(values, epoch, part, run)
+        latents = finite_latents(sampled.calls)
+        stop_if_not_finite(latents, epoch, "rollout (velocity)", run)
 
         with phase("reward_wait", seconds):
             # -- Score. Waits for the slowest reward: {reward: [groups, group]}.

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from realgen_jax.files import expand_home
-from realgen_jax.rewriter.texts import TEXT_REWARDS
+from realgen_jax.rewriter.texts import TEXT_REWARDS, text_settings
 
 
 def rewriter_problems(config: Any) -> list[str]:
@@ -76,4 +76,9 @@ def _wrong_texts(settings: Any) -> list[str]:
             "config.rewriter.text_rewards has 'spam', but config.rewriter.spam_patterns is empty, "
             "so that nothing is counted"
         )
+    if not problems:
+        try:
+            text_settings(settings)
+        except ValueError as error:
+            problems.append(str(error))
     return problems

@@ -10,7 +10,7 @@ import numpy as np
 
 from realgen_jax.hosts import fetch, put
 from realgen_jax.rewriter.files import RewriterSettings
-from realgen_jax.rewriter.generate import generate
+from realgen_jax.rewriter.generate import Tokens, generate
 from realgen_jax.rewriter.texts import drawn, parse, usable
 from realgen_jax.sharding import batch_devices, batch_sharding
 
@@ -97,17 +97,25 @@ class Writer:
                 "the language model's logits are not finite; are its weights damaged?"
             )
 
-        # Texts, and whether they can be drawn.
-        completion = fetch(tokens.completion)[:count]
-        answers = fetch(tokens.new_ids)[:count]
-        ended = self.tokenizer.ended(answers, completion)
-        texts = self.tokenizer.decode(answers, completion)
-        texts = [parse(text, self.settings.answer_tag) for text in texts]
-        fits = [True] * count if self.fits is None else self.fits(texts)
-        return [
-            Rewrite(text, usable(text, bool(end), bool(fit)))
-            for text, end, fit in zip(texts, ended, fits, strict=True)
-        ]
+        return read_answers(tokens, count, self.tokenizer, self.settings.answer_tag, self.fits)
+
+
+def read_answers(
+    tokens: Tokens, count: int, tokenizer: Tokenizer, answer_tag: str, fits: Fits | None
+) -> list[Rewrite]:
+    """Return the first `count` rewrites of a call in words, and whether they can be drawn.
+
+    fits: None if any length is drawn.
+    """
+    completion = fetch(tokens.completion)[:count]
+    answers = fetch(tokens.new_ids)[:count]
+    ended = tokenizer.ended(answers, completion)
+    texts = [parse(text, answer_tag) for text in tokenizer.decode(answers, completion)]
+    whole = [True] * count if fits is None else fits(texts)
+    return [
+        Rewrite(text, usable(text, bool(end), bool(fit)))
+        for text, end, fit in zip(texts, ended, whole, strict=True)
+    ]
 
 
 def rewrite_all(writer: Writer, prompts: Sequence[str], key: jax.Array) -> list[str]:

@@ -17,10 +17,16 @@ from realgen_jax.training.log import NoLog, RunLog
 from realgen_jax.training.preemption import Preemption
 from realgen_jax.training.programs import Programs, make_programs
 from realgen_jax.training.run import TRAINING, Run
-from realgen_jax.training.saving import stop_if_not_finite
 from realgen_jax.training.scoring import BatchScores, submit
 from realgen_jax.training.scouting import Scouted, scout_columns, scout_epoch
-from realgen_jax.training.stage import Call, Drawn, Sampled, finite_latents, wait_for
+from realgen_jax.training.stage import (
+    Call,
+    Drawn,
+    Sampled,
+    epoch_rewards,
+    optimizer_steps,
+    wait_for,
+)
 from realgen_jax.update import Batch, TrainState
 
 
@@ -76,8 +82,7 @@ class DiffusionStage:
         with phase("sample", seconds):
             calls = sample_epoch(run, self.programs, state, epoch, rows, seeds, scouted)
             interrupted = wait_for(calls, preemption)
-        checks = {"rollout (velocity)": finite_latents(calls)}
-        return None if interrupted else Sampled(calls, scouted, checks)
+        return None if interrupted else Sampled(calls, scouted)
 
     def groups(self, sampled: Sampled, scores: BatchScores) -> dict[str, np.ndarray]:
         return scores.grouped(scores.rewards, self.run.recipe.layout.group)
@@ -122,9 +127,7 @@ class DiffusionStage:
     def draw(self, trainable: Any, prompts: Sequence[str]) -> Drawn:
         return Drawn(prompts, self.run.cache, trainable)
 
-    def after_evaluation(
-        self, epoch: int, trainable: Any, evaluation: Any, last: bool
-    ) -> dict[str, float]:
+    def after_evaluation(self, epoch: int, trainable: Any, evaluation: Any) -> dict[str, float]:
         return {}
 
     def export(self, folder: Path, trainable: Any) -> None:
@@ -181,8 +184,7 @@ def sample_epoch(
         # Every image has its slot's prompt.
         scored = [run.scored_prompts[row] for row in own_rows]
         image_prompts = [prompt for prompt in scored for _ in range(layout.branches)]
-        reward = run.config.reward
-        names = list(dict.fromkeys([*reward.fn, *reward.watched]))
+        names = epoch_rewards(run.config.reward)
         scores = submit(run.scorer, pictures, image_prompts, names, seeds[number], layout.group)
         calls.append(Rollout(scores, finite, record, cond, inputs))
     return calls
@@ -248,12 +250,4 @@ def update_epoch(
     if train.recompute_old:
         batches = [programs.recompute(model, state.trainable, batch) for batch in batches]
 
-    metrics = []
-    for _ in range(train.num_inner_epochs):
-        for batch in batches:
-            state, step_metrics = programs.update(model, state, batch)
-            metrics.append(step_metrics)
-    metrics = jax.device_get(metrics)
-    for step_metrics in metrics:
-        stop_if_not_finite(step_metrics, epoch, "update", run)
-    return run.recipe.objective.after_epoch(state), metrics
+    return optimizer_steps(run, programs.update, model, state, batches, epoch)

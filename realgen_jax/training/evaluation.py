@@ -247,7 +247,7 @@ def evaluate_and_report(
     means = evaluation.means
     reasons = fallen(history.setdefault("peaks", {}), means, config.reward, run.monitor)
     last = epoch == config.num_epochs or bool(reasons)
-    own = stage.after_evaluation(epoch, trainable, evaluation, last)
+    own = stage.after_evaluation(epoch, trainable, evaluation)
     log.metrics("eval", epoch, means | evaluation.details | own)
 
     first = "start" not in history

@@ -23,12 +23,11 @@ from realgen_jax.rewriter.records import keep_records
 from realgen_jax.rewriter.texts import (
     TextSettings,
     drawn,
-    parse,
     statistics,
     text_scores,
     text_settings,
-    usable,
 )
+from realgen_jax.rewriter.writer import Rewrite, read_answers
 from realgen_jax.sharding import batch_sharding, local_slots
 from realgen_jax.training.log import NoLog, RunLog
 from realgen_jax.training.preemption import Preemption
@@ -36,11 +35,23 @@ from realgen_jax.training.rewriter_programs import RewriterPrograms, make_rewrit
 from realgen_jax.training.run import EVALUATION, TRAINING, Run
 from realgen_jax.training.saving import stop_if_not_finite
 from realgen_jax.training.scoring import BatchScores, scores_of_all, submit, weighted_mean
-from realgen_jax.training.stage import Call, Drawn, Sampled, finite_latents, wait_for
+from realgen_jax.training.stage import (
+    Call,
+    Drawn,
+    Sampled,
+    epoch_rewards,
+    optimizer_steps,
+    wait_for,
+)
 from realgen_jax.update import TrainState
 
 SHOWN = 16  # prompts of an evaluation whose pictures are kept beside their rewrites
 UNUSABLE_EPOCHS = 3  # so many epochs in a row above config.rewriter.max_unusable end the run
+
+ADVICE = (
+    "a rewrite must end before config.rewriter.max_new_tokens, be one paragraph of printable text, "
+    "and fit into config.prompts.max_tokens: see config.rewriter.system and .temperature"
+)
 
 
 class RewriteError(RuntimeError):
@@ -106,6 +117,8 @@ class RewriterStage:
             rewrites = self._rewrite(
                 state.trainable, prompts, rewrite_keys(text_key, len(rows), size)
             )
+        logits = 0.0 if rewrites.finite else float("nan")
+        stop_if_not_finite({"logits": logits}, epoch, "rollout (language model)", run)
         self._stop_if_none_usable(epoch, rewrites)
 
         # Draw and score; the text encoders and the rewards work on other calls meanwhile.
@@ -114,12 +127,7 @@ class RewriterStage:
             interrupted = wait_for(calls, preemption)
         if interrupted:
             return None
-        logits = 0.0 if rewrites.finite else float("nan")
-        checks = {
-            "rollout (language model)": {"logits": logits},
-            "rollout (velocity)": finite_latents(calls),
-        }
-        return Sampled(calls, rewrites, checks)
+        return Sampled(calls, rewrites)
 
     def groups(self, sampled: Sampled, scores: BatchScores) -> dict[str, np.ndarray]:
         """A rewrite's score is the mean of its pictures'; the text rewards judge the rewrite."""
@@ -178,15 +186,7 @@ class RewriterStage:
                 batch = self.programs.recompute(model, state.trainable, batch)
             prepared.append(batch)
 
-        metrics = []
-        for _ in range(train.num_inner_epochs):
-            for batch in prepared:
-                state, step_metrics = self.programs.update(model, state, batch)
-                metrics.append(step_metrics)
-        metrics = jax.device_get(metrics)
-        for step_metrics in metrics:
-            stop_if_not_finite(step_metrics, epoch, "update", self.run)
-        return self.run.recipe.objective.after_epoch(state), metrics
+        return optimizer_steps(self.run, self.programs.update, model, state, prepared, epoch)
 
     def draw(self, trainable: Any, prompts: Sequence[str]) -> Drawn:
         """Evaluations draw the likeliest rewrite of each prompt."""
@@ -200,9 +200,7 @@ class RewriterStage:
         cache = self._embedded(texts)
         return Drawn(texts, cache, self.run.rewriter.frozen, scores, details, own=rewrites)
 
-    def after_evaluation(
-        self, epoch: int, trainable: Any, evaluation: Any, last: bool
-    ) -> dict[str, float]:
+    def after_evaluation(self, epoch: int, trainable: Any, evaluation: Any) -> dict[str, float]:
         """Record the rewrites, and measure whether rewrites differ by more than their pictures."""
         self._record(epoch, evaluation)
         return self._signal(epoch, trainable)
@@ -235,28 +233,20 @@ class RewriterStage:
             sharding = batch_sharding(rewriter.model.mesh)
             inputs = [put(array[rows], sharding) for array in (ids, mask)]
             noise = rewrite_keys(run.key(EVALUATION), size, 1) if keys is None else keys
-            tokens, good = program(rewriter.model, trainable, *inputs, noise)
+            tokens, is_finite = program(rewriter.model, trainable, *inputs, noise)
             parts.append(tokens)
-            finite.append(good)
+            finite.append(is_finite)
 
-        texts, ended = self._texts(parts, len(prompts))
-        fits = rewriter.encoders.window.fits(texts)
-        good = [usable(*row) for row in zip(texts, ended, fits, strict=True)]
-        return Rewrites(prompts, texts, np.array(good), parts[0], keys, np.all(finite))
-
-    def _texts(self, parts: Sequence[Tokens], count: int) -> tuple[list[str], list[bool]]:
-        """The first `count` rewrites in words, and whether they ended before max_new_tokens."""
-        tokenizer = self.run.rewriter.tokenizer
-        texts = []
-        ended = []
+        window = rewriter.encoders.window
+        rewrites: list[Rewrite] = []
         for tokens in parts:
-            completion = fetch(tokens.completion)
-            ids = fetch(tokens.new_ids)
-            texts += [
-                parse(text, self.texts.answer_tag) for text in tokenizer.decode(ids, completion)
-            ]
-            ended += tokenizer.ended(ids, completion).tolist()
-        return texts[:count], ended[:count]
+            count = min(size, len(prompts) - len(rewrites))
+            rewrites += read_answers(
+                tokens, count, rewriter.tokenizer, self.texts.answer_tag, window.fits
+            )
+        texts = [rewrite.text for rewrite in rewrites]
+        good = np.array([rewrite.usable for rewrite in rewrites])
+        return Rewrites(prompts, texts, good, parts[0], keys, np.all(finite))
 
     def _stop_if_none_usable(self, epoch: int, rewrites: Rewrites) -> None:
         if not rewrites.usable.any():
@@ -293,7 +283,7 @@ class RewriterStage:
                 key,
                 put(self._noise_numbers(call), batch_sharding(run.model.mesh)),
             )
-            names = list(dict.fromkeys([*run.config.reward.fn, *run.config.reward.watched]))
+            names = epoch_rewards(run.config.reward)
             scores = submit(run.scorer, pictures, prompts, names, seeds[number], layout.group)
             calls.append(Call(scores, finite))
         return calls
@@ -306,9 +296,7 @@ class RewriterStage:
         settings = self.run.config.rewriter
         if not self.run.config.sample.same_latent:
             return pictures.astype(np.int32)
-        images = settings.images_per_rewrite
-        prompt = pictures // (settings.rewrites_per_prompt * images)
-        return (prompt * images + pictures % images).astype(np.int32)
+        return common_numbers(pictures, settings.rewrites_per_prompt, settings.images_per_rewrite)
 
     def _encode(self, texts: Sequence[str]) -> Any:
         """Start encoding this process's part of a call; returns a function that waits for it."""
@@ -356,7 +344,7 @@ class RewriterStage:
         rewrites = self._rewrite(trainable, prompts, rewrite_keys(key, self.prompts, size))
         rows = np.arange(layout.images)
         texts = [rewrites.drawn[row // 2] for row in rows]
-        numbers = (rows // (2 * size) * 2 + rows % 2).astype(np.int32)
+        numbers = common_numbers(rows, size, 2)
         pictures, _ = self.programs.draw(
             run.model,
             run.rewriter.frozen,
@@ -451,12 +439,6 @@ def exported_settings(rewriter: Any) -> RewriterSettings:
     )
 
 
-ADVICE = (
-    "a rewrite must end before config.rewriter.max_new_tokens, be one paragraph of printable text, "
-    "and fit into config.prompts.max_tokens: see config.rewriter.system and .temperature"
-)
-
-
 def examples(rewrites: Rewrites, count: int = 3) -> str:
     """The first rewrites that cannot be drawn, for an error message."""
     rows = np.flatnonzero(~rewrites.usable)[:count]
@@ -466,6 +448,15 @@ def examples(rewrites: Rewrites, count: int = 3) -> str:
 def rewrite_keys(key: Array, prompts: int, rewrites: int) -> Array:
     """A key for each rewrite, [prompts x rewrites], folded from prompt and rewrite number."""
     return _fold_all(key, np.arange(prompts), np.arange(rewrites))
+
+
+def common_numbers(pictures: np.ndarray, rewrites: int, images: int) -> np.ndarray:
+    """Numbers of noise that all rewrites of a prompt share, int32 [n].
+
+    pictures: int [n], numbered by prompt, rewrite and picture.
+    """
+    prompt = pictures // (rewrites * images)
+    return (prompt * images + pictures % images).astype(np.int32)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from realgen_jax.advantages import advantage_problems
 from realgen_jax.checkpoint import Checkpoints
 from realgen_jax.hosts import process_count, start_devices
+from realgen_jax.models.formats import DIFFUSERS, TRANSFORMERS
 from realgen_jax.models.guidance import GRADIENTS
 from realgen_jax.models.language import (
     LanguageModel,
@@ -322,7 +323,8 @@ def _wrong_values(config: ConfigDict) -> list[str]:
     start = _start_file(config)
     if start:
         try:
-            make_trainable(config.train).check_file(start)
+            form = TRANSFORMERS if config.stage == "rewriter" else DIFFUSERS
+            make_trainable(config.train).check_file(start, form)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if reports(config) and config.evaluate.arena.protocol == "realgen":

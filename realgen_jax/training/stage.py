@@ -4,7 +4,7 @@ config.stage names one: `diffusion` trains the image model, `rewriter` a languag
 rewrites prompts for it. STAGES in training/stages.py has both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,8 @@ from jax import Array
 from realgen_jax.hosts import process_count
 from realgen_jax.training.log import NoLog, RunLog
 from realgen_jax.training.preemption import Preemption
+from realgen_jax.training.run import Run
+from realgen_jax.training.saving import stop_if_not_finite
 from realgen_jax.training.scoring import BatchScores, PendingBatch
 from realgen_jax.update import TrainState
 
@@ -35,13 +37,11 @@ class Call:
 class Sampled:
     """An epoch's pictures.
 
-    calls: in order. own: what the stage keeps for its update. checks: {phase: {name: a number that
-    must be finite}}.
+    calls: in order. own: what the stage keeps for its update.
     """
 
     calls: Sequence[Call]
     own: Any
-    checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,35 @@ class Stage(Protocol):
     def draw(self, trainable: Any, prompts: Sequence[str]) -> Drawn:
         """Return what an evaluation draws for these prompts, which may repeat."""
 
-    def after_evaluation(
-        self, epoch: int, trainable: Any, evaluation: Any, last: bool
-    ) -> dict[str, float]:
+    def after_evaluation(self, epoch: int, trainable: Any, evaluation: Any) -> dict[str, float]:
         """Record what only this stage knows of an evaluation; return further figures."""
 
     def export(self, folder: Path, trainable: Any) -> None:
         """Write the trained weights. All processes must call this; the first one writes."""
+
+
+def epoch_rewards(reward: Any) -> list[str]:
+    """The rewards that score an epoch's pictures; reward: config.reward."""
+    return list(dict.fromkeys([*reward.fn, *reward.watched]))
+
+
+def optimizer_steps(
+    run: Run, update: Callable, model: Any, state: TrainState, batches: Sequence[Any], epoch: int
+) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+    """Take a step on each batch, num_inner_epochs times; return the state and each step's metrics.
+
+    update(model, state, batch) -> (state, metrics). Raises FloatingPointError if a metric is not
+    finite.
+    """
+    metrics = []
+    for _ in range(run.config.train.num_inner_epochs):
+        for batch in batches:
+            state, step_metrics = update(model, state, batch)
+            metrics.append(step_metrics)
+    metrics = jax.device_get(metrics)
+    for step_metrics in metrics:
+        stop_if_not_finite(step_metrics, epoch, "update", run)
+    return run.recipe.objective.after_epoch(state), metrics
 
 
 def wait_for(calls: Sequence[Call], preemption: Preemption) -> bool:

@@ -35,6 +35,7 @@ def test_the_shipped_config_has_no_problem():
         ({"train__kl_gate__against": ("x",)}, "config.train.kl_gate.against is .*; expected ()"),
         ({"train__norm_guard__weight": 1.0}, "config.train.norm_guard.weight is 1.0"),
         ({"rewriter__min_words": 14}, "min_words is 14; expected less than max_words 14"),
+        ({"rewriter__min_words": 0}, "config.rewriter.min_words is 0 and max_words is 14"),
         ({"rewriter__text_rewards__typo": 1.0}, "text_rewards has 'typo'; choose from usable"),
         ({"rewriter__text_rewards__spam": 1.0}, "spam_patterns is empty"),
     ],
