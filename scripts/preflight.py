@@ -8,6 +8,11 @@ Needs neither an accelerator nor weights. The run's own programs are traced, low
 (unless --nocompile is given) on CPU devices that stand in for the target's, so sizes that do not
 divide or fit together are reported here. The size of the arguments is computed from their
 shardings, activations and operations from the formulas in realgen_jax/models (cost.py).
+
+    python scripts/preflight.py --config configs/flux_grpo.py:flux_dev_8xh200 --compile_for=h200
+
+asks XLA's compiler for that GPU or TPU, which needs no such device, but the extra aot-cuda or
+aot-tpu: bytes, attention kernels, transfers between devices.
 """
 
 from realgen_jax import process
@@ -27,9 +32,11 @@ from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.files import writing
 from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
+from realgen_jax.preflight.compiled import compile_programs, compiler_figures, show_compiled
 from realgen_jax.preflight.report import build, make_report
 from realgen_jax.preflight.rewriter import make_rewriter_report, show_rewriter
 from realgen_jax.preflight.tables import show
+from realgen_jax.preflight.targets import TARGETS, target_devices
 
 FLAGS = flags.FLAGS
 define_config()
@@ -46,10 +53,16 @@ flags.DEFINE_float(
 flags.DEFINE_bool(
     "compile", True, "compile the programs and show the size of their arguments according to XLA"
 )
+flags.DEFINE_string(
+    "compile_for",
+    "",
+    f"compile both programs for this kind of device: {', '.join(TARGETS)}; a TPU may have a "
+    "topology, such as v5p:2x2x1",
+)
 flags.DEFINE_string("json", None, "also write all figures to this file")
 
 
-def target_devices(config: ConfigDict) -> int:
+def number_of_devices(config: ConfigDict) -> int:
     """Return the number of devices to estimate for."""
     if FLAGS.devices:
         return FLAGS.devices
@@ -65,21 +78,29 @@ def run(_: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     try:
         # One CPU device for each target device.
-        devices = target_devices(config)
+        devices = number_of_devices(config)
         jax.config.update("jax_num_cpu_devices", devices)
+        target = None
+        if FLAGS.compile_for:
+            target = target_devices(FLAGS.compile_for, devices)
 
         mfu = FLAGS.mfu or config.preflight.mfu
         if config.stage == "rewriter":
             figures = show_rewriter(make_rewriter_report(config, devices), mfu)
         else:
-            report = make_report(config, devices)
+            report = make_report(config, devices, target)
+            compile_here = FLAGS.compile and target is None
             figures = show(
                 report,
-                build(report, FLAGS.compile),
+                build(report, compile_here),
                 mfu,
                 sizes_on_disk(config.pretrained),
                 lambda report, room: changes(report, room, make_report),
             )
+            if target:
+                compiled = compile_programs(report)
+                show_compiled(FLAGS.compile_for, report, compiled)
+                figures["compiled"] = compiler_figures(report, compiled)
         if FLAGS.json:
             with writing(Path(FLAGS.json)):
                 Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")

@@ -5,11 +5,13 @@ None: row i attends only to its first lengths[i] keys (at least 1), or to all ke
 outputs for padding tokens are computed but meaningless.
 """
 
+import re
 from dataclasses import fields
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
@@ -34,10 +36,10 @@ def attention(
 
     k and v may have another number of tokens than q.
 
-    The kernel depends on the platform, and only this function checks the platform:
+    The kernel depends on the device that the program is for:
 
-    - CUDA with 16-bit inputs: cuDNN's flash kernel. Chosen during tracing, because it cannot be
-      traced where cuDNN is not installed.
+    - NVIDIA GPU: cuDNN's flash kernel, if it takes the inputs (`takes_cudnn`). Chosen during
+      tracing, because it cannot be traced where cuDNN is not installed.
     - TPU with as many keys as queries and sizes that fill its tiles: Pallas' splash kernel. Chosen
       during lowering, so that programs for TPUs can be built on any machine.
     - Otherwise: XLA.
@@ -46,7 +48,7 @@ def attention(
     k = constrain(k, mesh, BATCH_AXES, None, "tensor")
     v = constrain(v, mesh, BATCH_AXES, None, "tensor")
 
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if takes_cudnn(q, mesh):
         out = cudnn_attention(q, k, v, lengths)
     elif q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3]):
         on_tpu = partial(splash_attention, mesh=mesh)
@@ -54,6 +56,37 @@ def attention(
     else:
         out = plain_attention(q, k, v, lengths)
     return out.reshape(*out.shape[:2], -1)
+
+
+def takes_cudnn(q: Array, mesh: Mesh | None) -> bool:
+    """Return whether cuDNN's flash kernel runs: q [n, t, h, d] on an NVIDIA GPU of `mesh`.
+
+    It takes 16-bit inputs and heads of a multiple of 8 channels, at most 128 (256 from compute
+    capability 9.0 on). A warning is logged for heads of other sizes: XLA's attention writes the
+    scores to memory. Without a mesh, JAX's default device is meant.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if device.platform != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+
+    # Such as "9.0"; an AMD GPU has a name there, such as "gfx942".
+    capability = re.fullmatch(r"(\d+)\.\d+", device.compute_capability)
+    if capability is None:
+        return False
+
+    largest = 256 if int(capability[1]) >= 9 else 128
+    channels = q.shape[-1]
+    fits = channels % 8 == 0 and channels <= largest
+    if not fits:
+        logging.log_first_n(
+            logging.WARNING,
+            "attention heads have %d channels; cuDNN takes multiples of 8 up to %d on this GPU, so "
+            "XLA's attention runs, which needs more memory",
+            1,
+            channels,
+            largest,
+        )
+    return fits
 
 
 def plain_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from realgen_jax.nn.attention import takes_cudnn
 from realgen_jax.sharding import BATCH_AXES, constrain
 
 LOWEST = jnp.finfo(jnp.float32).min  # the score of a key that is not attended to
@@ -18,10 +19,10 @@ LOWEST = jnp.finfo(jnp.float32).min  # the score of a key that is not attended t
 def causal_attention(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array:
     """Each token attends to itself and to those before it: q [n, t, h, d], k and v [n, t, k, d].
 
-    Returns [n, t, h d]. On CUDA with 16-bit inputs cuDNN's flash kernel runs, elsewhere XLA.
+    Returns [n, t, h d]. cuDNN's flash kernel runs where it can (nn/attention.py), elsewhere XLA.
     """
     q, k, v = (constrain(a, mesh, BATCH_AXES, None, "tensor") for a in (q, k, v))
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if takes_cudnn(q, mesh):
         out = _cudnn(q, k, v)
     else:
         tokens = q.shape[1]

@@ -1,5 +1,6 @@
 """The estimate of a run: program arguments as ShapeDtypeStructs on the target mesh, and costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,13 +108,16 @@ def device_bytes(tree: Any) -> int:
     return total
 
 
-def make_report(config: ConfigDict, devices: int) -> Report:
+def make_report(
+    config: ConfigDict, devices: int, target: Sequence[jax.Device] | None = None
+) -> Report:
     """Return the report of a config on this many devices.
 
+    target: devices to compile for (preflight/targets.py); None: this machine's.
     Raises ValueError for invalid names and sizes, as scripts/train.py would.
     """
     recipe = make_recipe(config)
-    mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
+    mesh = make_mesh(**config.mesh, devices=(target or jax.devices())[:devices])
     check_mesh(recipe, mesh)
     models = []
     for key, size in rollout_sizes(config.sample).items():
