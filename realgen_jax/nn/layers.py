@@ -17,6 +17,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from realgen_jax.sharding import constrain
+
 EPS = 1e-6  # default of all norms
 TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of noise level and guidance
 PROJECTION = "projection"  # checkpoint name for the outputs of the large matmuls
@@ -91,6 +93,11 @@ class Linear(nnx.Module):
         """x W, [..., *in] -> [..., *out]."""
         lead = x.shape[: x.ndim - self.axes_in]
         shape_out = kernel.shape[self.axes_in :]
+
+        # Gather each part of a kernel that `fsdp` splits behind its parts. NCCL gathers along the
+        # first axis only: for the whole kernel, XLA would keep a transposed copy of all layers.
+        if self.axes_in > 1 and mesh is not None and mesh.shape["fsdp"] > 1:
+            kernel = jnp.stack([constrain(part, mesh, "tensor") for part in kernel])
 
         # If `tensor` does not split the parts, flatten them into one axis: with several axes, XLA's
         # CPU backend transposes the kernel for the gradient of x, which costs a sixth of the

@@ -102,9 +102,9 @@ BFL = Table(table_rows(_BFL_ROWS), FUSED, {**SUFFIXES, "scale": ".scale"})
 RULES = (
     (r"(double\.(img|txt)|single)\.qkv\.kernel", P(None, "fsdp", None, "tensor")),
     (r"double\.(img|txt)\.mlp\.fc1\.kernel", P(None, "fsdp", "tensor")),
-    (r"double\.(img|txt)\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
+    (r"double\.(img|txt)\.(proj|mlp\.fc2)\.kernel", P(None, ("tensor", "fsdp"))),
     (r"single\.mlp\.kernel", P(None, "fsdp", None, "tensor")),
-    (r"single\.proj\.kernel", P(None, None, "tensor", "fsdp")),
+    (r"single\.proj\.kernel", P(None, None, ("tensor", "fsdp"))),
     (r"(double_(img|txt)|single)_mod\.kernel", P(None, None, ("fsdp", "tensor"))),
     (r"(double_(img|txt)|single)_mod\.bias", P(None, ("fsdp", "tensor"))),
     (r"(img|txt)_in\.kernel", P(None, "fsdp")),

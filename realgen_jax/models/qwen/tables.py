@@ -32,7 +32,7 @@ HEAD = _ROWS["head"]
 RULES = (
     (r"embedding|head", P("tensor", "fsdp")),
     (r"layers\.(q|k|v|gate|up)\.kernel", P(None, "fsdp", "tensor")),
-    (r"layers\.(o|down)\.kernel", P(None, "tensor", "fsdp")),
+    (r"layers\.(o|down)\.kernel", P(None, ("tensor", "fsdp"))),
     (r"norm|layers\.(input|mlp|q|k)_norm", P()),
 )
 

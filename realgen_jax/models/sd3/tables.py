@@ -161,7 +161,7 @@ _STREAM = r"(dual|joint|last)\.(img|txt|second)"
 RULES = (
     (_STREAM + r"\.qkv\.kernel", P(None, "fsdp", None, "tensor")),
     (_STREAM + r"\.mlp\.fc1\.kernel", P(None, "fsdp", "tensor")),
-    (_STREAM + r"\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
+    (_STREAM + r"\.(proj|mlp\.fc2)\.kernel", P(None, ("tensor", "fsdp"))),
     (r"(dual|joint|last)_(img|txt)_mod\.kernel", P(None, None, ("fsdp", "tensor"))),
     (r"(dual|joint|last)_(img|txt)_mod\.bias", P(None, ("fsdp", "tensor"))),
     (r"(img|txt)_in\.kernel", P(None, "fsdp")),

@@ -61,7 +61,7 @@ DIFFUSERS = Table(table_rows(_ROWS), FUSED, bare=BARE)
 RULES = (
     (r"(noise|context|layers)\.qkv\.kernel", P(None, "fsdp", None, "tensor")),
     (r"(noise|context|layers)\.mlp\.fc1\.kernel", P(None, "fsdp", None, "tensor")),
-    (r"(noise|context|layers)\.(proj|mlp\.fc2)\.kernel", P(None, "tensor", "fsdp")),
+    (r"(noise|context|layers)\.(proj|mlp\.fc2)\.kernel", P(None, ("tensor", "fsdp"))),
     (r"(noise|layers)_mod\.kernel", P(None, None, ("fsdp", "tensor"))),
     (r"(noise|layers)_mod\.bias", P(None, ("fsdp", "tensor"))),
     (r"(img|cap)_in\.kernel", P(None, "fsdp")),
