@@ -17,7 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from realgen_jax.sharding import constrain
+from realgen_jax.sharding import BATCH_AXES, constrain
 
 EPS = 1e-6  # default of all norms
 TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of noise level and guidance
@@ -50,12 +50,15 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         stack: tuple[int, ...] = (),
         bias: bool = True,
+        inputs_split: bool = False,
     ):
+        """inputs_split: `tensor` splits the inputs, as behind heads and hidden layers."""
         shape_in = np.atleast_1d(n_in).tolist()
         shape_out = np.atleast_1d(n_out).tolist()
         self.dtype = dtype
         self.axes_in = len(shape_in)
         self.axes_out = len(shape_out)
+        self.inputs_split = inputs_split
 
         # The initial variance depends on the number of inputs, so draw the kernel as a matrix.
         kernel = _lecun(rngs.params(), (*stack, np.prod(shape_in), np.prod(shape_out)), param_dtype)
@@ -70,6 +73,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, mesh: Mesh | None = None) -> Array:
         """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
         x = x.astype(self.dtype)
+        if self.inputs_split:
+            x = constrain(x, mesh, BATCH_AXES, *[None] * (x.ndim - 2), "tensor")
         kernel = self.kernel[...].astype(self.dtype)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
@@ -94,10 +99,13 @@ class Linear(nnx.Module):
         lead = x.shape[: x.ndim - self.axes_in]
         shape_out = kernel.shape[self.axes_in :]
 
-        # Gather each part of a kernel that `fsdp` splits behind its parts. NCCL gathers along the
-        # first axis only: for the whole kernel, XLA would keep a transposed copy of all layers.
-        if self.axes_in > 1 and mesh is not None and mesh.shape["fsdp"] > 1:
-            kernel = jnp.stack([constrain(part, mesh, "tensor") for part in kernel])
+        # Gather a kernel that is split on its input side, part by part: NCCL gathers along the
+        # first axis only, so for all parts at once XLA would keep a transposed copy of all layers.
+        if self.inputs_split and mesh is not None and mesh.shape["fsdp"] > 1:
+            if self.axes_in == 1:
+                kernel = _gather(kernel, mesh)
+            else:
+                kernel = jnp.stack([_gather(part, mesh) for part in kernel])
 
         # If `tensor` does not split the parts, flatten them into one axis: with several axes, XLA's
         # CPU backend transposes the kernel for the gradient of x, which costs a sixth of the
@@ -107,6 +115,23 @@ class Linear(nnx.Module):
         else:
             y = jnp.tensordot(x, kernel, self.axes_in)
         return y.reshape(*lead, *shape_out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(kernel: Array, mesh: Mesh) -> Array:
+    """Gather a kernel [in, ...] over fsdp, which splits its first axis, behind `tensor`.
+
+    The gradient is split in the same way, so that its sum over devices is a reduce-scatter; the
+    transpose of a plain constraint would sum it whole on every device.
+    """
+    return constrain(kernel, mesh, "tensor")
+
+
+def _scatter(mesh: Mesh, _: None, g: Array) -> tuple[Array]:
+    return (constrain(g, mesh, ("tensor", "fsdp")),)
+
+
+_gather.defvjp(lambda kernel, mesh: (_gather(kernel, mesh), None), _scatter)
 
 
 def _all_layers(x: Array, kernel: Array) -> Array:
@@ -176,10 +201,10 @@ class MLP(nnx.Module):
     ):
         self.activation = activation
         self.fc1 = Linear(n_in, n_hidden, **kw)
-        self.fc2 = Linear(n_hidden, n_out, **kw)
+        self.fc2 = Linear(n_hidden, n_out, inputs_split=True, **kw)
 
-    def __call__(self, x: Array) -> Array:
-        return self.fc2(self.activation(self.fc1(x)))
+    def __call__(self, x: Array, mesh: Mesh | None = None) -> Array:
+        return self.fc2(self.activation(self.fc1(x)), mesh)
 
 
 class QKNorm(nnx.Module):

@@ -5,6 +5,7 @@ here.
 import re
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ KERNEL = "tpu_custom_call"  # what a Pallas kernel is called in a TPU's program
 xla = partial(jax.nn.dot_product_attention, implementation="xla")
 
 
-def test_the_full_size_recipe_lowers_for_cuda_and_tpu(monkeypatch):
+def test_the_full_size_recipe_lowers_for_cuda_and_tpu():
     """RealGen's recipe, rollout (with the VAE) and update, on 7 devices, with no weights in memory.
     cuDNN refuses where it is not installed, so the CUDA programs have XLA's attention here.
     """
@@ -82,20 +83,33 @@ def test_sizes_that_do_not_fill_the_kernels_tiles_take_xla(tokens, channels, ker
     assert KERNEL not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_cudnn_is_asked_for_where_there_is_a_gpu(monkeypatch):
-    asked, qkv = [], operands(4, 2, 8)[:3]
-    monkeypatch.setattr(attention_module.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(
-        attention_module.jax.nn,
-        "dot_product_attention",
-        lambda q, k, v, implementation, **_: asked.append(implementation) or (q, None),
-    )
-    monkeypatch.setattr(
-        attention_module, "plain_attention", lambda q, k, v, lengths: asked.append("xla") or q
-    )
-    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        attention_module.attention(*(a.astype(dtype) for a in qkv))
-    assert asked == ["cudnn", "cudnn", "xla"]
+def mesh_of(capability, platform="gpu"):
+    """As much of a mesh as attention asks: its first device."""
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    return SimpleNamespace(devices=np.array([device], object), size=1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "channels", "taken"),
+    [
+        ("9.0", jnp.bfloat16, 128, True),
+        ("9.0", jnp.float16, 256, True),
+        ("8.9", jnp.bfloat16, 128, True),
+        ("8.9", jnp.bfloat16, 256, False),  # before Hopper, cuDNN takes up to 128
+        ("9.0", jnp.bfloat16, 100, False),  # no multiple of 8
+        ("9.0", jnp.float32, 128, False),
+        ("gfx942", jnp.bfloat16, 128, False),  # an AMD GPU
+    ],
+)
+def test_cudnn_is_asked_for_where_it_takes_the_inputs(
+    monkeypatch, capability, dtype, channels, taken
+):
+    asked = []
+    monkeypatch.setattr(attention_module, "cudnn_attention", lambda q, *_: asked.append(1) or q)
+    q = jnp.zeros((1, 4, 1, channels), dtype)
+    attention_module.attention(q, q, q, mesh_of(capability))
+    assert bool(asked) == taken
+    assert not attention_module.takes_cudnn(q, mesh_of("", "tpu"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
@@ -159,7 +173,6 @@ def test_only_attention_and_compiler_options_ask_what_the_platform_is():
         if hits := words.findall(file.read_text()):
             found[str(file.relative_to(ROOT))] = sorted(hits)
     assert found == {
-        "realgen_jax/nn/attention.py": ["default_backend", "platform_dependent"],
-        "realgen_jax/nn/causal.py": ["default_backend"],
+        "realgen_jax/nn/attention.py": [".platform", "platform_dependent"],
         "realgen_jax/rollout.py": [".platform"],
     }
