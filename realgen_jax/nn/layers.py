@@ -75,16 +75,16 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         if self.inputs_split:
             x = constrain(x, mesh, BATCH_AXES, *[None] * (x.ndim - 2), "tensor")
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
         product = lora_product
         if kernel.ndim > self.axes_in + self.axes_out:
             product = jax.vmap(lora_product, (None, 0, 0))
-            y = _all_layers(x, kernel)
+            y = _all_layers(x, kernel.astype(self.dtype))
             bias = None if bias is None else bias[:, None]
         else:
-            y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
+            y = checkpoint_name(matmul(partial(self._product, mesh=mesh), x, kernel), PROJECTION)
         if bias is not None:
             y = y + bias
 
@@ -95,7 +95,8 @@ class Linear(nnx.Module):
         return y
 
     def _product(self, x: Array, kernel: Array, mesh: Mesh | None) -> Array:
-        """x W, [..., *in] -> [..., *out]."""
+        """x W in x's dtype, [..., *in] -> [..., *out]."""
+        kernel = kernel.astype(x.dtype)
         lead = x.shape[: x.ndim - self.axes_in]
         shape_out = kernel.shape[self.axes_in :]
 
@@ -115,6 +116,43 @@ class Linear(nnx.Module):
         else:
             y = jnp.tensordot(x, kernel, self.axes_in)
         return y.reshape(*lead, *shape_out)
+
+
+def matmul(product: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
+    """product(x, kernel): x [..., *in], kernel [*in, *out] -> [..., *out].
+
+    The gradient of a float32 kernel is a float32 sum, whatever x's dtype. Autodiff would round it to
+    x's dtype on each device before it is summed over devices and microbatches.
+    """
+    if kernel.dtype == x.dtype or kernel.dtype != jnp.float32:
+        return product(x, kernel)
+    return _with_float32_gradient(product, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_float32_gradient(
+    product: Callable[[Array, Array], Array], x: Array, kernel: Array
+) -> Array:
+    return product(x, kernel)
+
+
+def _float32_backward(
+    product: Callable[[Array, Array], Array], saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    (g_x,) = jax.vjp(lambda x: product(x, kernel), x)[1](g)
+
+    # Sums over all axes of x and g that the kernel does not have.
+    rows = list(range((x.ndim + g.ndim - kernel.ndim) // 2))
+    g_kernel = jax.lax.dot_general(
+        x, g, ((rows, rows), ([], [])), preferred_element_type=jnp.float32
+    )
+    return g_x, g_kernel
+
+
+_with_float32_gradient.defvjp(
+    lambda product, x, kernel: (product(x, kernel), (x, kernel)), _float32_backward
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
