@@ -121,8 +121,8 @@ class Linear(nnx.Module):
 def matmul(product: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
     """product(x, kernel): x [..., *in], kernel [*in, *out] -> [..., *out].
 
-    The gradient of a float32 kernel is a float32 sum, whatever x's dtype. Autodiff would round it to
-    x's dtype on each device before it is summed over devices and microbatches.
+    The gradient of a float32 kernel is a float32 sum, whatever x's dtype. Autodiff would round it
+    to x's dtype on each device before it is summed over devices and microbatches.
     """
     if kernel.dtype == x.dtype or kernel.dtype != jnp.float32:
         return product(x, kernel)

@@ -30,8 +30,8 @@ def for_tpu(monkeypatch):
 
 def test_the_full_size_recipe_lowers_for_tpus(for_tpu):
     """RealGen's recipe, rollout (with the VAE) and update, on 7 devices, with no weights in memory.
-    With "dots" the update runs splash's forward kernel for the policy and for the reference, and not
-    again in the backward pass. (Double and single blocks call the same function.)
+    With "dots" the update runs splash's forward kernel for the policy and for the reference, and
+    not again in the backward pass. (Double and single blocks call the same function.)
     """
     from realgen_jax.preflight.report import make_report, sample_arguments, update_arguments
     from realgen_jax.training.programs import make_programs

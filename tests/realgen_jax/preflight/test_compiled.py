@@ -1,16 +1,14 @@
 """The real CUDA compiler's programs for GPUs that are not here: the extra aot-cuda, no driver."""
 
-import re
 from collections import Counter
 
-import jax
 import pytest
 
-from realgen_configs import flux_grpo, sd3_grpo, zimage_grpo
+from realgen_configs import flux_grpo
 from realgen_jax.preflight.compiled import compile_programs
 from realgen_jax.preflight.hlo import FREE, arrays, read_module, signature
 from realgen_jax.preflight.report import make_report
-from realgen_jax.preflight.targets import CARDS, target_devices
+from realgen_jax.preflight.targets import target_devices
 from realgen_jax.profiling.programs import scope_of
 from tests.helpers.costs import write_model
 
@@ -29,7 +27,7 @@ SCHEDULE = {
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    """FLUX of 7 and 11 blocks at full width, 6 images of 1024 pixels, weights split over 2 H200s."""
+    """FLUX of 7 and 11 blocks at full width, 6 images of 1024 pixels, split over 2 H200s."""
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, "FluxPipeline", FLUX, SCHEDULE, (8, 8, 8, 8))
     config = flux_grpo.get_config("flux_dev_8xh200_remote").unlock()
@@ -71,7 +69,8 @@ def assert_equal_kernels(compiled):
         path: block for path, block in blocks(compiled["update"]).items() if "jvp(policy)" in path
     }
     kinds = {scope_of(path)[-2] for path in window}
-    assert kinds and kinds == {scope_of(path)[-2] for path in policy}
+    assert kinds
+    assert kinds == {scope_of(path)[-2] for path in policy}
     for kind in kinds:
         ours, theirs = (
             sum((kernels(*block) for path, block in of.items() if f"/{kind}/" in path), Counter())
