@@ -188,6 +188,22 @@ def _device_problems(reward: ConfigDict) -> list[str]:
     return []
 
 
+def encoder_problems(device: str, reward: ConfigDict) -> list[str]:
+    """Why resident text encoders cannot run on `device` (config.prompts.device), if so.
+
+    On a GPU without rewards they would meet JAX, which claims most of its memory.
+    """
+    used = {resolve(reward.device), *reward_devices(reward).values()}
+    wanted = resolve(device)
+    if not wanted.startswith("cuda") or wanted in used or reward.share_gpu:
+        return []
+    return [
+        f"config.prompts.device is {device!r}, a GPU that trains; expected that of a reward "
+        f"({', '.join(sorted(used))}), where the text encoders stay during the run, or "
+        "config.reward.share_gpu=True"
+    ]
+
+
 def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
     problems = []
     for option in FILE_OPTIONS:

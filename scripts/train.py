@@ -98,6 +98,7 @@ from reward_bridge.judges import make_judge
 from reward_bridge.reward import RewardError
 from reward_bridge.setup import (
     Rewards,
+    encoder_problems,
     negative_problems,
     open_rewards,
     reward_devices,
@@ -338,6 +339,8 @@ def check_all(config: ConfigDict) -> dict[str, str]:
     """
     report_scores = list(config.evaluate.scores) if reports(config) else []
     problems = reward_problems(config.reward, report_scores)
+    if config.stage == "rewriter" and not problems:
+        problems += encoder_problems(config.prompts.device, config.reward)
     problems += group_problems(config.reward, config.sample, process_count())
     problems += report_problems(config.reward, report_scores)
     if config.train.advantages == "paco":
@@ -418,11 +421,13 @@ def open_texts(config: ConfigDict, prompts: Sequence[str]) -> tuple[ChatTokenize
     settings = config.rewriter
     tokenizer = ChatTokenizer(settings.path, system=settings.system, thinking=settings.thinking)
     tokenizer.encode(prompts, settings.max_prompt_tokens)
-    if settings.max_new_tokens > config.prompts.max_tokens and not process_index():
+    window = config.prompts.max_tokens
+    if settings.max_new_tokens > window and not process_index():
         print(
             f"warning: config.rewriter.max_new_tokens is {settings.max_new_tokens}, but the image "
-            f"model reads {config.prompts.max_tokens} tokens (config.prompts.max_tokens); longer "
-            "rewrites are not drawn"
+            f"model reads {window} tokens (config.prompts.max_tokens), so a "
+            f"rewrite of full length would lose {1 - window / settings.max_new_tokens:.0%} of its "
+            "tokens; rewrites that do not fit are not drawn"
         )
     encoders = open_encoders(
         config.pretrained.model,

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from reward_bridge.adversary import Adversary
 from reward_bridge.devices import Allotment
 from reward_bridge.setup import (
+    encoder_problems,
     missing_rewards,
     negative_problems,
     open_rewards,
@@ -208,6 +209,24 @@ def test_every_reward_has_a_device(monkeypatch):
     problem = r"config\.reward\.devices has e, not among this run's rewards \(a, b, c, d\)"
     with pytest.raises(ValueError, match=problem):
         reward_devices(reward)
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "told"),
+    [
+        ("cuda:3", False, False),
+        ("cuda:1", False, True),
+        ("cuda:1", True, False),
+        ("cpu", False, False),
+    ],
+)
+def test_text_encoders_stay_on_a_gpu_of_the_rewards(monkeypatch, device, share, told):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    reward = reward_config(device="auto", share_gpu=share)
+    problems = encoder_problems(device, reward)
+    assert [f"{device!r}, a GPU that trains; expected" in line for line in problems] == [
+        True
+    ] * told
 
 
 def test_jax_is_kept_off_the_rewards_gpus_before_they_are_loaded(monkeypatch):

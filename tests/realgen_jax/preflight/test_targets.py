@@ -12,7 +12,7 @@ from realgen_jax.preflight.targets import CARDS, SLICES, target_devices
         ("rtx5090", 1, "'rtx5090'; choose from rtx4090, "),
         ("h200:2x2", 4, "'h200:2x2'; choose from"),
         ("v4", 4, "'v4'; choose from"),
-        ("h200", 12, "whole hosts of 8 GPUs, but the mesh has 12"),
+        ("h200", 13, "as many GPUs on each host, but the mesh has 13 on 2"),
         ("v5p", 7, "no slice has 7 chips; choose a mesh of 4, 8"),
     ],
 )
@@ -41,9 +41,11 @@ def test_every_card_is_a_gpu_of_its_compute_capability(target):
     assert {device.compute_capability for device in devices} == {capability}
 
 
-def test_sixteen_gpus_are_two_hosts():
-    devices = target_devices("h200", 16)
-    assert [device.process_index for device in devices] == [0] * 8 + [1] * 8
+@pytest.mark.parametrize("count", [14, 16])
+def test_more_than_eight_gpus_are_two_hosts(count):
+    devices = target_devices("h200", count)
+    half = count // 2
+    assert [device.process_index for device in devices] == [0] * half + [1] * half
 
 
 @pytest.mark.slow
