@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from realgen_jax.hosts import process_index
-from realgen_jax.nn.convert import save_folder
+from realgen_jax.nn.export import save_folder
 from realgen_jax.nn.lora import LoraConfig, save_lora, save_peft
 from realgen_jax.nn.lora_files import MERGE, MERGE_PEFT
 from realgen_jax.nn.tensors import read_json

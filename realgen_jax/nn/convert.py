@@ -4,20 +4,17 @@ Torch weights are [out, in, *window]; ours are [*window, in, out], with a leadin
 stacked blocks. Our fused projections have a separate axis for their parts; torch's are one matrix.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from realgen_jax.files import write_tensors, write_whole
-from realgen_jax.hosts import fetch, process_index, put
-from realgen_jax.nn.tensors import STEM, Tensors
+from realgen_jax.hosts import put
+from realgen_jax.nn.tensors import Tensors
 
 Sharding = Callable[[str, tuple[int, ...]], Any]  # (path, shape) -> jax sharding, device or None
 SUFFIXES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
@@ -110,7 +107,7 @@ def with_shardings(state: nnx.State, sharding: Sharding) -> nnx.State:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The tensors that fill one array of ours."""
 
     parts: tuple[Part, ...]
@@ -139,13 +136,13 @@ class _Source:
         return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def _source(leaf: str, table: Table) -> _Source:
+def source_of(leaf: str, table: Table) -> Source:
     """The row of the table for one of our arrays."""
     fused = next((axis for end, axis in table.fused.items() if leaf.endswith(end)), None)
     if leaf in table.cuts:
-        return _Source(table.rows[leaf], "", None, True, None, table.cuts[leaf])
+        return Source(table.rows[leaf], "", None, True, None, table.cuts[leaf])
     if leaf in table.bare:
-        return _Source(table.rows[leaf], "", fused, True, None)
+        return Source(table.rows[leaf], "", fused, True, None)
 
     module, _, kind = leaf.rpartition(".")
     if leaf in table.rows:  # a norm's scale, which is the torch module's only array
@@ -154,7 +151,7 @@ def _source(leaf: str, table: Table) -> _Source:
     if module not in table.rows or kind not in table.suffixes:
         raise ValueError(f"no row of the family's table fills {leaf}; add one")
     window = table.windows.get(module) if kind == "kernel" else None
-    return _Source(table.rows[module], table.suffixes[kind], fused, False, window)
+    return Source(table.rows[module], table.suffixes[kind], fused, False, window)
 
 
 def load(
@@ -185,7 +182,7 @@ def fill(
     wanted = leaves(state)
     placed = []
     for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):
-        host = _assemble(tensors, leaf, wanted[leaf], _source(leaf, table))
+        host = _assemble(tensors, leaf, wanted[leaf], source_of(leaf, table))
         placed.append((path, variable.replace(put(host, sharding(leaf, host.shape)))))
     return nnx.from_flat_state(placed)
 
@@ -193,7 +190,7 @@ def fill(
 def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
     """Raise ValueError unless every key has one place in an abstract state, and vice versa."""
     wanted = leaves(state)
-    sources = {leaf: _source(leaf, table) for leaf in wanted}
+    sources = {leaf: source_of(leaf, table) for leaf in wanted}
     expected = set()
     for leaf, source in sources.items():
         for layer in range(wanted[leaf].shape[0] if source.stacked else 1):
@@ -212,7 +209,7 @@ def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
 
 
 def _assemble(
-    tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source
+    tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: Source
 ) -> np.ndarray:
     """One array on the host, filled tensor by tensor."""
     if source.cut is not None:
@@ -247,7 +244,7 @@ def _assemble(
     return host
 
 
-def _cut(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source) -> np.ndarray:
+def _cut(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: Source) -> np.ndarray:
     """The array that is a part of one tensor."""
     ((key, _),) = source.keys(0)
     shape = tensors.shape(key)
@@ -268,83 +265,7 @@ def _to_ours(weight: np.ndarray, ndim: int) -> np.ndarray:
     return weight.transpose(*range(2, weight.ndim), 1, 0)
 
 
-def _to_torch(array: np.ndarray, window: tuple[int, int] | None) -> np.ndarray:
-    """[*window, in, out] -> [out, in, *window]."""
-    if array.ndim == 1:
-        return np.ascontiguousarray(array)
-    weight = array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
-    if window is not None:
-        weight = weight.reshape(len(weight), -1, *window)
-    return np.ascontiguousarray(weight)
-
-
 def _some(keys: list[str]) -> str:
     """The first keys of a list, for an error message."""
     text = ", ".join(keys[:3])
     return text if len(keys) <= 3 else f"{text} and {len(keys) - 3} more keys"
-
-
-def to_torch(state: nnx.State, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (key, array in torch's layout) for every tensor, fetching one of our arrays at a time.
-
-    All processes must iterate.
-    """
-    for leaf, value in leaves(state).items():
-        source = _source(leaf, table)
-        host = source.joined(fetch(value))
-        if source.cut is not None:
-            ((key, _),) = source.keys(0)
-            yield key, source.cut.restore(host)
-            continue
-        for layer, array in enumerate(host if source.stacked else host[None]):
-            pieces = np.split(array, len(source.parts), axis=-1)
-            for (key, _), piece in zip(source.keys(layer), pieces, strict=True):
-                yield key, piece if source.bare else _to_torch(piece, source.window)
-
-
-def save_folder(
-    folder: str | Path,
-    state: nnx.State,
-    table: Table,
-    config: Mapping[str, Any],
-    shard_bytes: int = 10**10,
-    stem: str = STEM,
-) -> None:
-    """Write a model folder that `from_pretrained` reads: `config` and the weights.
-
-    stem: the name of the files, a key of LIBRARIES in nn/tensors.py.
-
-    Every process must call this, since each holds a part of the weights; the first one writes.
-    """
-    if process_index():
-        for _ in to_torch(state, table):
-            pass
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    # Files of at most `shard_bytes`.
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for key, array in to_torch(state, table):
-        size = sum(tensor.nbytes for tensor in shards[-1].values())
-        if shards[-1] and size + array.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][key] = array
-
-    # The names that the library looks for, with an index if there are several files.
-    names = [f"{stem}.safetensors"]
-    if len(shards) > 1:
-        names = []
-        weight_map = {}
-        total = 0
-        for number, shard in enumerate(shards, start=1):
-            names.append(f"{stem}-{number:05}-of-{len(shards):05}.safetensors")
-            weight_map |= dict.fromkeys(shard, names[-1])
-            total += sum(tensor.nbytes for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        index_file = folder / f"{stem}.safetensors.index.json"
-        write_whole(index_file, json.dumps(index, indent=2) + "\n")
-
-    for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, {"format": "pt"})
-    write_whole(folder / "config.json", json.dumps(dict(config), indent=2) + "\n")

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.formats import file_config
-from realgen_jax.nn.convert import Table, abstract, save_folder, table_rows
+from realgen_jax.nn.convert import Table, abstract, table_rows
+from realgen_jax.nn.export import save_folder
 from realgen_jax.nn.layers import Linear
 from tests.helpers.goldens import PIPELINE
 

@@ -13,7 +13,7 @@ from realgen_jax.models.formats import file_config
 from realgen_jax.models.loading import load_model, load_transformer
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Lora, Trainable
-from realgen_jax.nn.convert import save_folder
+from realgen_jax.nn.export import save_folder
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import VaeConfig
 from realgen_jax.sharding import make_mesh

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from realgen_jax.models.language import abstract_language_model, load_language_model
 from realgen_jax.models.trainable import AllWeights, Lora
-from realgen_jax.nn.convert import leaves, to_torch
+from realgen_jax.nn.convert import leaves
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.lora import LoraConfig, lora_tensors
 from realgen_jax.rewriter.generate import generate
 from realgen_jax.sharding import abstract_mesh, make_mesh

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.flux.tables import DIFFUSERS
 from realgen_jax.models.flux.transformer import FluxConfig, FluxTransformer
-from realgen_jax.nn.convert import Table, abstract, leaves, load, table_rows, to_torch
+from realgen_jax.nn.convert import Table, abstract, leaves, load, table_rows
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.layers import Linear
 from realgen_jax.nn.tensors import Tensors
 from realgen_jax.nn.vae_files import load_vae

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from realgen_jax.advantages import group_advantages
 from realgen_jax.models.trainable import AllWeights
-from realgen_jax.nn.convert import to_torch
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.lora import lora_tensors
 from realgen_jax.objectives.token_grpo import TokenBatch, TokenGrpo
 from realgen_jax.rewriter.generate import Tokens, generate

@@ -20,7 +20,8 @@ from realgen_jax.models.sd3.family import SD3, SD3Schedule
 from realgen_jax.models.sd3.tables import RULES, diffusers_table, lora_targets
 from realgen_jax.models.sd3.transformer import Cond, SD3Config, SD3Transformer
 from realgen_jax.models.trainable import AllWeights, Lora
-from realgen_jax.nn.convert import abstract, leaves, save_folder, to_torch
+from realgen_jax.nn.convert import abstract, leaves
+from realgen_jax.nn.export import save_folder, to_torch
 from realgen_jax.nn.lora import DIFFUSERS_FILE, LoraConfig
 from realgen_jax.nn.lora_files import open_lora
 from realgen_jax.rollout import sample
