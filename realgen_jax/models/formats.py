@@ -11,7 +11,7 @@ from flax import nnx
 from realgen_jax.hosts import process_index
 from realgen_jax.nn.export import save_folder
 from realgen_jax.nn.lora import LoraConfig, save_lora, save_peft
-from realgen_jax.nn.lora_files import MERGE, MERGE_PEFT
+from realgen_jax.nn.lora_files import MERGE, MERGE_PEFT, MERGED
 from realgen_jax.nn.tensors import read_json
 
 # Fields of a family's Config that are not in config.json.
@@ -35,14 +35,15 @@ class Format:
     """How the trained part of a kind of model is written; `model` is the model it belongs to.
 
     save_adapters(model, folder, adapters, LoRA config): called by the first process. save_weights(
-    model, folder, weights): called by all processes. merge: what to do with a LoRA that is not
-    read; start: the option that names adapters to start from, weights: the one that names weights;
-    for error messages.
+    model, folder, weights): called by all processes. For error messages: merge, what to do with a
+    LoRA that is not read; merge_read, with one that is read but cannot be trained on; start, the
+    option that names adapters to start from; weights, the one that names weights.
     """
 
     save_adapters: Callable[[Any, Path, nnx.State, LoraConfig], None]
     save_weights: Callable[[Any, Path, nnx.State], None]
     merge: str
+    merge_read: str
     start: str
     weights: str
 
@@ -71,6 +72,7 @@ DIFFUSERS = Format(
     save_adapters=_save_diffusers_lora,
     save_weights=_save_diffusers_weights,
     merge=MERGE,
+    merge_read=f"merge it with scripts/export_lora.py --merge {MERGED}",
     start="config.pretrained.lora",
     weights="a transformer with config.pretrained.transformer",
 )
@@ -101,6 +103,7 @@ TRANSFORMERS = Format(
     save_adapters=_save_peft_lora,
     save_weights=_save_transformers_weights,
     merge=MERGE_PEFT,
+    merge_read=MERGE_PEFT,
     start="config.rewriter.adapter",
     weights="a folder with config.rewriter.path",
 )

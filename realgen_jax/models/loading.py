@@ -309,29 +309,46 @@ def transformer_config(
 ) -> tuple[Any, Table]:
     """Return config and table of a diffusers `transformer/` folder or a single file.
 
-    A publisher's file has its sizes in its shapes. One with diffusers' names has them in the
-    config.json beside it, or else in that of `base`, a `transformer/` folder. `overrides` are
-    fields of the family's Config (dtype, ...).
+    A publisher's file has its sizes in its shapes. Otherwise a file has them in the config.json
+    beside it, or else in that of `base`, a `transformer/` folder. `overrides` are fields of the
+    family's Config (dtype, ...).
 
     Raises FileNotFoundError for missing files and ValueError for those of another model.
     """
     path = Path(path)
     folder = path
+    make_table = family.table
     if path.is_file():
         tensors = Tensors(path)
-        if not any(key.startswith("transformer_blocks.") for key in tensors.keys()):  # noqa: SIM118
-            if family.single_file is None:
+        _check_relatives(family, tensors)
+        if not any(key.startswith(family.diffusers_key) for key in tensors.keys()):  # noqa: SIM118
+            if family.single_table is None:
                 raise ValueError(
                     f"{path} is a file; expected a {family.transformer} folder of diffusers"
                 )
-            return family.single_file(tensors, **overrides)
+            make_table = family.single_table
+            if family.single_config is not None:
+                config = family.single_config(tensors, **overrides)
+                return config, make_table(config)
         folder = path.parent if (path.parent / "config.json").exists() else base
 
     values = read_config(folder, family.transformer)
     fixed = family.config_entries
     file = folder / "config.json"
     config = config_from(family.Config, file, values, fixed, **overrides)
-    return config, family.table(config)
+    return config, make_table(config)
+
+
+def _check_relatives(family: Family, tensors: Tensors) -> None:
+    """Raise ValueError for a file of another model, which a key or the file's name tells."""
+    signs = tensors.keys()
+    name = tensors.path.name.lower()
+    for sign, relative in family.other_models.items():
+        if sign in name or sign in signs:
+            wanted = " or ".join(published.name for published in family.published)
+            raise ValueError(
+                f"{tensors.path} is {relative} ({sign}); expected {wanted} or a fine-tune of it"
+            )
 
 
 def _schedule(family: Family, folder: Path) -> Any:

@@ -4,7 +4,7 @@ Torch weights are [out, in, *window]; ours are [*window, in, out], with a leadin
 stacked blocks. Our fused projections have a separate axis for their parts; torch's are one matrix.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -36,6 +36,32 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a torch module's `rows`, which are our outputs [begin, end)."""
+
+    module: str
+    rows: int
+    start: int
+    stop: int
+    begin: int
+    end: int
+
+
+def pieces(parts: Sequence[Part], outputs: int, layer: int = 0) -> list[Piece]:
+    """The torch modules that hold the outputs of one of our arrays, in the order of our outputs."""
+    unit = outputs // sum(part.stop - part.start for part in parts)
+    result = []
+    end = 0
+    for part in parts:
+        begin = end
+        end = begin + (part.stop - part.start) * unit
+        module = part.module.format(layer + part.first)
+        rows = (part.of * unit, part.start * unit, part.stop * unit)
+        result.append(Piece(module, *rows, begin, end))
+    return result
+
+
+@dataclass(frozen=True)
 class Cut:
     """A tensor of which our array holds a part.
 
@@ -59,6 +85,7 @@ class Table:
     windows: our modules that store a convolution as a matmul over patches -> (height, width); the
         kernel's input is then ordered (channel, row, column).
     cuts: arrays that hold a part of a tensor without a suffix.
+    unused: keys that a file may hold and the network does not read.
     """
 
     rows: Mapping[str, tuple[Part, ...]]
@@ -67,6 +94,7 @@ class Table:
     bare: frozenset[str] = frozenset()
     windows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
 
 def table_rows(
@@ -128,12 +156,16 @@ class Source:
             keys.append((part.module.format(layer + part.first) + self.suffix, part))
         return keys
 
+    def joined_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of our array with a fused projection's parts side by side."""
+        if self.fused is None:
+            return shape
+        axis = self.fused + len(shape)
+        return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+
     def joined(self, array: np.ndarray) -> np.ndarray:
         """A view of our array with a fused projection's parts side by side, as torch has them."""
-        if self.fused is None:
-            return array
-        axis = self.fused + array.ndim
-        return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+        return array.reshape(self.joined_shape(array.shape))
 
 
 def source_of(leaf: str, table: Table) -> Source:
@@ -200,7 +232,7 @@ def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
         raise ValueError(
             f"{tensors.path} lacks {_some(missing)}; it is not a complete checkpoint of this model"
         )
-    unused = sorted(tensors.keys() - expected)
+    unused = sorted(tensors.keys() - expected - table.unused)
     if unused:
         raise ValueError(
             f"{tensors.path} holds {_some(unused)}, which this model does not have; "

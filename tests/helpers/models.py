@@ -77,7 +77,7 @@ def save_flux(folder: Path, config: Any, state: nnx.State, shard_bytes: int = 10
 def load_adapters(model: Model, path: Path, config: LoraConfig) -> tuple[Model, nnx.State]:
     """A LoRA file to train on, and the model with room for it."""
     model = model.with_trainable(Lora(config))
-    return model, model.trainable.load(model, path)
+    return model, model.trainable.load(model, path, jax.random.key(0))
 
 
 def fresh_adapters(model: Model, config: LoraConfig, key: jax.Array) -> tuple[Model, nnx.State]:

@@ -11,10 +11,16 @@ from jax import Array
 
 from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.flux import cost
-from realgen_jax.models.flux.tables import BFL, DIFFUSERS, LORA_TARGETS, RULES
+from realgen_jax.models.flux.tables import (
+    BFL,
+    DIFFUSERS,
+    LORA_TARGETS,
+    OTHER_MODELS,
+    RULES,
+    XLABS,
+)
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
 from realgen_jax.models.schedule import SCHEDULE_ENTRIES
-from realgen_jax.nn.convert import Table
 from realgen_jax.nn.tensors import Tensors, config_from
 
 
@@ -62,8 +68,8 @@ def cond_shapes(config: FluxConfig, n: int, max_tokens: int, dtype: Any) -> Cond
     )
 
 
-def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
-    """Return the sizes and the table for BFL's file. It has no config, so sizes come from shapes.
+def single_config(tensors: Tensors, **overrides: Any) -> FluxConfig:
+    """Return the sizes that BFL's file has in its shapes; it has no config.
 
     Raises ValueError for a file that is not BFL's FLUX.1.
     """
@@ -97,7 +103,7 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
         "guidance_embeds": "guidance_in.in_layer.weight" in tensors.keys(),  # noqa: SIM118
         "axes_dims_rope": (index_axis, side_axis, side_axis),
     }
-    return config_from(FluxConfig, tensors.path, sizes, {}, **overrides), BFL
+    return config_from(FluxConfig, tensors.path, sizes, {}, **overrides)
 
 
 FLUX = Family(
@@ -120,7 +126,10 @@ FLUX = Family(
     cost=cost,
     config_entries={"patch_size": 1},
     schedule_entries=SCHEDULE_ENTRIES,
-    single_file=single_file,
+    single_table=lambda config: BFL,
+    lora_tables=(XLABS,),
+    single_config=single_config,
+    other_models=OTHER_MODELS,
     download=(
         "For FLUX.1-dev accept its licence on the Hugging Face hub, run\n"
         "    hf download black-forest-labs/FLUX.1-dev --local-dir models/FLUX.1-dev\n"

@@ -344,7 +344,7 @@ def test_entries_that_a_file_lacks_are_those_of_sd3_medium(tmp_path):
 def adapted():
     """The golden pipeline for 5 x 3 tokens with peft's adapters."""
     model = resized(sd3_model(Lora(PEFT_CONFIG)), 5, 3)
-    return model, model.trainable.load(model, PEFT)
+    return model, model.trainable.load(model, PEFT, jax.random.key(0))
 
 
 def test_adapters_match_the_golden(adapted, recording):
