@@ -1,0 +1,213 @@
+"""LoRAs under the names of other programs, and checkpoints with them merged.
+
+The reference is written out: dense W + scale B A on the weights of the file, under its own names.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from realgen_jax.models.trainable import with_lora_file
+from realgen_jax.nn.lora import lora_tensors
+from tests.helpers.bfl_names import bfl_transformer
+from tests.helpers.comfyui_names import comfyui_zimage
+from tests.helpers.goldens import PIPELINE
+from tests.helpers.sd3 import SD3_PIPELINE, sd3_model
+from tests.helpers.stability_names import stability_transformer
+from tests.helpers.zimage import ZIMAGE, zimage_model
+
+FILE = "transformer/diffusion_pytorch_model.safetensors"
+SINGLE_FILE = {
+    "flux": bfl_transformer,
+    "sd3": stability_transformer,
+    "zimage": lambda weights, config: comfyui_zimage(weights),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """{family: (model, its weights under diffusers' names)}."""
+    folders = {"sd3": (sd3_model(), SD3_PIPELINE), "zimage": (zimage_model(), ZIMAGE)}
+    return {
+        name: (model, {key: array.astype(np.float32) for key, array in load_file(p / FILE).items()})
+        for name, (model, p) in folders.items()
+    }
+
+
+@pytest.fixture
+def get(models, tiny):
+    flux = {key: array.astype(np.float32) for key, array in load_file(PIPELINE / FILE).items()}
+    return {**models, "flux": (tiny, flux)}.__getitem__
+
+
+def factors(weights, rank=4):
+    """{module: (A, B)} of every matrix and convolution; `rank` may depend on the module's name."""
+    random = np.random.default_rng(0)
+    found = {}
+    for key, weight in weights.items():
+        if key.endswith(".weight") and weight.ndim > 1:
+            module = key.removesuffix(".weight")
+            r = rank(module) if callable(rank) else rank
+            a = random.normal(0, 0.1, (r, *weight.shape[1:])).astype(np.float32)
+            found[module] = (a, random.normal(0, 0.1, (len(weight), r)).astype(np.float32))
+    return found
+
+
+def merged(weights, pairs, alpha=None):
+    """W + alpha / r B A; without alpha, W + B A."""
+    result = dict(weights)
+    for module, (a, b) in pairs.items():
+        key = f"{module}.weight"
+        scale = np.float32(1 if alpha is None else alpha / len(a))
+        change = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
+        result[key] = weights[key] + scale * change.reshape(weights[key].shape)
+    return result
+
+
+def ours(model, path, weights):
+    """Weights under diffusers' names with our adapters of the file."""
+    _, adapters = with_lora_file(model, path)
+    tensors = lora_tensors(adapters, model.family.table(model.config))
+    names = {name.rpartition(".")[0] for name in tensors}
+    pairs = {name: tuple(tensors[f"{name}.lora_{letter}"] for letter in "AB") for name in names}
+    return merged(weights, pairs)
+
+
+def assert_close(got, want):
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        np.testing.assert_allclose(got[key], array, rtol=1e-6, atol=1e-6, err_msg=key)
+
+
+def named(pairs, prefix, a, b, flat=False, alpha=None, dtype=np.float32):
+    tensors = {}
+    for module, (down, up) in pairs.items():
+        name = prefix + (module.replace(".", "_") if flat else module)
+        tensors |= {f"{name}.{a}": down.astype(dtype), f"{name}.{b}": up.astype(dtype)}
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+    return tensors
+
+
+AB = ("lora_A.weight", "lora_B.weight")
+DOWN_UP = ("lora_down.weight", "lora_up.weight")
+
+
+@pytest.mark.parametrize("family", SINGLE_FILE)
+@pytest.mark.parametrize(
+    ("form", "alpha"),
+    [
+        # sd-scripts (kohya)
+        (lambda pairs: named(pairs, "lora_unet_", *DOWN_UP, flat=True, alpha=2), 2),
+        # ai-toolkit, ComfyUI
+        (lambda pairs: named(pairs, "diffusion_model.", *AB), None),
+        (lambda pairs: named(pairs, "", *AB), None),
+        (lambda pairs: named(pairs, "base_model.model.", *AB, alpha=4), 4),
+    ],
+)
+def test_the_publishers_names(family, form, alpha, get, tmp_path):
+    """Of every matrix, with two ranks; those of fused projections are split."""
+    model, weights = get(family)
+    single = SINGLE_FILE[family](weights, model.config)
+    pairs = factors(single, rank=lambda module: 8 if "qkv" in module else 4)
+    save_file(form(pairs), tmp_path / "lora.safetensors")
+
+    changed = ours(model, tmp_path / "lora.safetensors", weights)
+    got = SINGLE_FILE[family](changed, model.config)
+    assert_close(got, merged(single, pairs, alpha))
+
+
+@pytest.mark.parametrize("family", SINGLE_FILE)
+@pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_", "lora_unet_"])
+def test_diffusers_names_without_dots(family, prefix, get, tmp_path):
+    """As OneTrainer, LyCORIS and some files of sd-scripts have them."""
+    model, weights = get(family)
+    pairs = factors(weights)
+    save_file(named(pairs, prefix, *DOWN_UP, flat=True), tmp_path / "lora.safetensors")
+    assert_close(ours(model, tmp_path / "lora.safetensors", weights), merged(weights, pairs))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_factors_of_16_bits(dtype, get, tmp_path):
+    model, weights = get("flux")
+    pairs = {
+        module: tuple(factor.astype(dtype).astype(np.float32) for factor in pair)
+        for module, pair in factors(weights).items()
+    }
+    save_file(named(pairs, "transformer.", *AB, dtype=dtype), tmp_path / "lora.safetensors")
+    assert_close(ours(model, tmp_path / "lora.safetensors", weights), merged(weights, pairs))
+
+
+# XLabs' projection -> BFL's, and the share of its outputs.
+XLABS = {
+    "processor.qkv_lora1": ("img_attn.qkv", 1),
+    "processor.qkv_lora2": ("txt_attn.qkv", 1),
+    "processor.proj_lora1": ("img_attn.proj", 1),
+    "processor.proj_lora2": ("txt_attn.proj", 1),
+    "processor.qkv_lora": ("linear1", 3 / 7),
+    "processor.proj_lora": ("linear2", 1),
+}
+
+
+def test_xlabs_names(get, tmp_path):
+    model, weights = get("flux")
+    single = bfl_transformer(weights, model.config)
+    random = np.random.default_rng(0)
+    tensors = {}
+    want = dict(single)
+    for block in ("double_blocks.0", "single_blocks.0", "single_blocks.1"):
+        for theirs, (module, share) in XLABS.items():
+            weight = single.get(f"{block}.{module}.weight")
+            if weight is not None and theirs.endswith(("1", "2")) == block.startswith("double"):
+                rows = round(share * len(weight))
+                a = random.normal(0, 0.1, (4, weight.shape[1])).astype(np.float32)
+                b = random.normal(0, 0.1, (rows, 4)).astype(np.float32)
+                tensors |= {f"{block}.{theirs}.down.weight": a, f"{block}.{theirs}.up.weight": b}
+                change = np.zeros_like(weight)
+                change[:rows] = b @ a
+                want[f"{block}.{module}.weight"] = weight + change
+    assert len(tensors) == 2 * 8
+    save_file(tensors, tmp_path / "lora.safetensors")
+    got = ours(model, tmp_path / "lora.safetensors", weights)
+    assert_close(bfl_transformer(got, model.config), want)
+
+
+@pytest.mark.slow
+def test_diffusers_converts_to_the_same(get, tmp_path):
+    """Its own reading of sd-scripts' and XLabs' names, in the blocks of any size."""
+    diffusers, torch = (pytest.importorskip(name) for name in ("diffusers", "torch"))
+    pytest.importorskip("peft")
+    model, weights = get("flux")
+    single = bfl_transformer(weights, model.config)
+    blocks = {key: array for key, array in single.items() if "double_blocks." in key}
+    for tensors in (
+        named(factors(blocks), "lora_unet_", *DOWN_UP, flat=True, alpha=2),
+        {
+            f"double_blocks.0.{name}.{factor}.weight": np.full(shape, 0.1, np.float32)
+            for name in ("processor.qkv_lora1", "processor.qkv_lora2")
+            for factor, shape in (("down", (4, 64)), ("up", (192, 4)))
+        },
+    ):
+        save_file(tensors, tmp_path / "lora.safetensors")
+        state = {key: torch.tensor(array) for key, array in tensors.items()}
+        theirs = diffusers.FluxPipeline.lora_state_dict(state)
+        pairs = {}
+        for key, array in theirs.items():
+            if "lora_A" in key:
+                b = theirs[key.replace("lora_A", "lora_B")]
+                module = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+                pairs[module] = (array.numpy(), b.numpy())
+        got = ours(model, tmp_path / "lora.safetensors", weights)
+        assert_close(got, merged(weights, pairs))
+
+
+def test_two_namings_of_one_module_are_refused(get, tmp_path):
+    model, weights = get("flux")
+    single = bfl_transformer(weights, model.config)
+    one = named({"double_blocks.0.img_attn.proj": factors(single)["double_blocks.0.img_attn.proj"]},
+                "", *AB)  # fmt: skip
+    own = "transformer_blocks.0.attn.to_out.0"
+    save_file(one | named({own: factors(weights)[own]}, "", *AB), tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"holds two adapters of {own}"):
+        with_lora_file(model, tmp_path / "lora.safetensors")
