@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from realgen_jax.hosts import process_index
-from realgen_jax.nn.export import save_folder
+from realgen_jax.nn.export import save_folder, to_torch
 from realgen_jax.nn.lora import LoraConfig, save_lora, save_peft
 from realgen_jax.nn.lora_files import MERGE, MERGE_PEFT, MERGED
 from realgen_jax.nn.tensors import read_json
@@ -65,7 +65,7 @@ def _save_diffusers_weights(model: Any, folder: Path, weights: nnx.State) -> Non
     """Write `folder`/transformer."""
     config = file_config(model.family, model.config)
     table = model.family.table(model.config)
-    save_folder(Path(folder) / "transformer", weights, table, config)
+    save_folder(Path(folder) / "transformer", to_torch(weights, table), config)
 
 
 DIFFUSERS = Format(
@@ -91,7 +91,7 @@ def _save_transformers_weights(model: Any, folder: Path, weights: nnx.State) -> 
     config.pop("torch_dtype", None)  # the name of "dtype" before transformers 5
     config["dtype"] = "float32"
     table = model.family.table(model.config)
-    save_folder(folder, weights, table, config, stem="model")
+    save_folder(folder, to_torch(weights, table), config, stem="model")
 
     if process_index() == 0:
         for name in COMPANIONS:

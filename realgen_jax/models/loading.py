@@ -26,7 +26,7 @@ from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_config, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
-from realgen_jax.nn.vae_files import load_vae, vae_config
+from realgen_jax.nn.vae_files import load_vae, vae_config, vae_tensors
 from realgen_jax.sharding import param_sharding, replicated
 
 # Sections of the config with the size of pictures.
@@ -82,12 +82,15 @@ def model_folders(family: Family) -> list[str]:
 def model_files(pretrained: Any) -> list[Path]:
     """Return the files and folders in `config.pretrained.model` that determine its pictures.
 
-    The transformer is not among them if `config.pretrained.transformer` replaces it. Raises
-    FileNotFoundError if one of them is missing.
+    What `config.pretrained.transformer` and `config.pretrained.vae` replace is not among them.
+    Raises FileNotFoundError if one of them is missing.
     """
     names = ["model_index.json", *model_folders(find_family(pretrained))]
     if not pretrained.transformer:
         names.append("transformer")
+    if pretrained.vae:
+        names.remove("vae")
+        names.append("vae/config.json")
     paths = [Path(pretrained.model) / name for name in names]
     for path in paths:
         if not path.exists():
@@ -171,7 +174,12 @@ def load_model(
         family, source, folder / "transformer", param_sharding(mesh, family.rules), **overrides
     )
     everywhere = replicated(mesh)
-    _, vae_params = load_vae(folder / "vae", lambda path, shape: everywhere, dtype=model.vae.dtype)
+    _, vae_params = load_vae(
+        _vae_source(pretrained),
+        folder / "vae",
+        lambda path, shape: everywhere,
+        dtype=model.vae.dtype,
+    )
     return replace(model, params=params, vae_params=vae_params)
 
 
@@ -194,8 +202,14 @@ def abstract_model(
     folder = Path(pretrained.model)
 
     # The autoencoder, which determines the number of image tokens.
-    vae_dtype = jnp.dtype(pretrained.vae_dtype)
-    vae = vae_config(folder / "vae", dtype=vae_dtype) if on_disk else VaeConfig(dtype=vae_dtype)
+    vae = VaeConfig(dtype=jnp.dtype(pretrained.vae_dtype))
+    if on_disk:
+        vae_source = _vae_source(pretrained)
+        vae_folder = folder / "vae" if vae_source.is_file() else vae_source
+        vae = vae_config(vae_folder, dtype=vae.dtype)
+        if has_weights(vae_source):
+            tensors, table = vae_tensors(vae_source, vae)
+            check_keys(tensors, abstract(Autoencoder, vae)[1], table)
     width, height = _size_in_tokens(vae, size, key)
 
     # The transformer and the schedule.
@@ -285,6 +299,22 @@ def transformer_source(pretrained: Any) -> Path:
                 f"config.pretrained.transformer is {str(source)!r}, which is part of a {pipeline}; "
                 f"expected one for the {pipeline_class(base)} in {base}"
             )
+    return source
+
+
+def _vae_source(pretrained: Any) -> Path:
+    """The `vae/` folder or single file that `config.pretrained` names.
+
+    Raises FileNotFoundError if there is no such file or folder.
+    """
+    if not pretrained.vae:
+        return Path(pretrained.model) / "vae"
+    source = Path(pretrained.vae)
+    if not source.exists():
+        raise FileNotFoundError(
+            f"config.pretrained.vae is {str(source)!r}, which does not exist; expected a vae/ "
+            "folder of diffusers, BFL's ae.safetensors or ComfyUI's file of a whole pipeline"
+        )
     return source
 
 

@@ -20,7 +20,7 @@ from realgen_jax.hosts import process_index, put
 from realgen_jax.models.formats import DIFFUSERS, Format
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.layers import Fixed
-from realgen_jax.nn.lora import LoraConfig, with_lora
+from realgen_jax.nn.lora import LoraConfig, factors, with_lora
 from realgen_jax.nn.lora_files import LoraFile, open_lora, read_lora, renamed
 from realgen_jax.nn.names import Shares, all_names, projections
 from realgen_jax.sharding import replicated
@@ -105,7 +105,11 @@ class Lora:
         self.check_file(path, form)
         self.check_modules(model, path)
         file = renamed(open_lora(path, form.merge), module_names(model))
-        return self.read(model, file, self.init(model, key))
+        start = _zeros(model, self)
+        modules = len(factors(start, model.family.table(model.config))) // 2
+        if len(file.pairs) < modules or set(file.ranks.values()) != {self.rank}:
+            start = self.init(model, key)
+        return self.read(model, file, start)
 
     def read(self, model: Any, file: LoraFile, start: nnx.State) -> nnx.State:
         """The file's adapters, on those to begin with. Raises the errors of `read_lora`."""
@@ -165,13 +169,17 @@ def with_lora_file(model: Any, path: str | Path) -> tuple[Any, nnx.State]:
     covered = {places[module] for module in file.pairs}
     targets = tuple(target for target in dict.fromkeys(places.values()) if target in covered)
 
-    # Zeros stand for what the file lacks.
+    # What the file lacks is zero.
     rank = max(file.ranks.values())
     trainable = Lora(LoraConfig(rank, float(rank)), targets)
     model = model.with_trainable(trainable)
-    _, like = _with_adapters(model.family, model.config, trainable)
-    start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
-    return model, trainable.read(model, file, start)
+    return model, trainable.read(model, file, _zeros(model, trainable))
+
+
+def _zeros(model: Any, lora: Lora) -> nnx.State:
+    """Adapters that are zero, on the host."""
+    _, like = _with_adapters(model.family, model.config, lora)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
 
 
 def module_names(model: Any) -> Mapping[str, Shares]:

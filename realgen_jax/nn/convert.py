@@ -249,31 +249,35 @@ def _assemble(
     host = np.empty(wanted.shape, wanted.dtype)
     joined = source.joined(host)
     for layer, target in enumerate(joined if source.stacked else joined[None]):
-        end = 0
-        for key, part in source.keys(layer):
-            # The share of the tensor's outputs that belongs here.
-            shape = tensors.shape(key)
-            start = shape[0] * part.start // part.of
-            stop = shape[0] * part.stop // part.of
-            weight = tensors.read(key, start, stop)
-            if not source.bare:
-                weight = _to_ours(weight, target.ndim)
-
-            # Beside the parts before it, along the output axis.
-            begin = end
-            end = begin + weight.shape[-1]
-            if weight.shape != target[..., begin:end].shape:
-                raise ValueError(
-                    f"{key} in {tensors.path} has shape {shape}, "
-                    f"which does not fit {leaf} {target.shape}"
-                )
-            target[..., begin:end] = weight
-        if end != target.shape[-1]:
-            raise ValueError(
-                f"{key} in {tensors.path} has shape {shape}; {leaf} {target.shape} "
-                "needs more outputs"
-            )
+        fill_layer(tensors, leaf, target, source, layer)
     return host
+
+
+def fill_layer(tensors: Tensors, leaf: str, target: np.ndarray, source: Source, layer: int) -> None:
+    """Fill one layer of an array, with the parts side by side, from a file's tensors."""
+    end = 0
+    for key, part in source.keys(layer):
+        # The share of the tensor's outputs that belongs here.
+        shape = tensors.shape(key)
+        start = shape[0] * part.start // part.of
+        stop = shape[0] * part.stop // part.of
+        weight = tensors.read(key, start, stop)
+        if not source.bare:
+            weight = _to_ours(weight, target.ndim)
+
+        # Beside the parts before it, along the output axis.
+        begin = end
+        end = begin + weight.shape[-1]
+        if weight.shape != target[..., begin:end].shape:
+            raise ValueError(
+                f"{key} in {tensors.path} has shape {shape}, "
+                f"which does not fit {leaf} {target.shape}"
+            )
+        target[..., begin:end] = weight
+    if end != target.shape[-1]:
+        raise ValueError(
+            f"{key} in {tensors.path} has shape {shape}; {leaf} {target.shape} needs more outputs"
+        )
 
 
 def _cut(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: Source) -> np.ndarray:

@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from realgen_jax.files import write_tensors, write_whole
+from realgen_jax.files import write_whole
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.layers import Linear
+from realgen_jax.nn.stored import write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -155,6 +156,7 @@ def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table
     write_tensors(
         folder / DIFFUSERS_FILE,
         tensors,
+        tensors.items(),
         # One entry only: safetensors does not keep the order of several.
         {"lora_adapter_metadata": json.dumps(header)},
     )
@@ -188,5 +190,5 @@ def save_peft(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / PEFT_FILE, tensors, {"format": "pt"})
+    write_tensors(folder / PEFT_FILE, tensors, tensors.items(), {"format": "pt"})
     write_whole(folder / PEFT_CONFIG, json.dumps(settings, indent=2) + "\n")

@@ -66,8 +66,11 @@ def manifest(
     if is_hybrid(weights, config):
         transformers.append(config.pretrained.transformer)
     transformers = [expand_home(path) if path else model / "transformer" for path in transformers]
+    paths = [*transformers, *(model / name for name in model_folders(family))]
+    if config.pretrained.vae:
+        paths.append(expand_home(config.pretrained.vae))
     digest = hashlib.sha256()
-    for path in (*transformers, *(model / name for name in model_folders(family))):
+    for path in paths:
         for file in _files(path):
             digest.update(sampled_digest(file))
 

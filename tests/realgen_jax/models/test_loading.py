@@ -120,7 +120,8 @@ def index(tmp_path, content):
 
 
 BYTES = {"x_embedder.weight": np.zeros((64, 64), np.uint8)}
-SCALE = {"double_blocks.0.img_mod.lin.scale_weight": np.ones(1, np.float32)}
+SCALES = {"double_blocks.0.img_mod.lin.scale_weight": np.ones(2, np.float32)}
+PACKED = {"double_blocks.0.img_mod.lin.weight.quant_map": np.ones(16, np.float32)}
 
 
 @pytest.mark.parametrize(
@@ -128,9 +129,16 @@ SCALE = {"double_blocks.0.img_mod.lin.scale_weight": np.ones(1, np.float32)}
     [
         (lambda path: folder(path / "t", in_channels=384, out_channels=64), "FLUX.1-Fill"),
         (lambda path: single(path, BFL | wide(128)), "FLUX.1-Depth .128 and 64. a control picture"),
-        (gguf, "flux1-dev-Q4_0.gguf is a GGUF file, whose weights are quantized"),
+        (gguf, r"flux1-dev-Q4_0.gguf is not a complete GGUF file .*; download it again"),
         (lambda path: folder(path / "t", WEIGHTS | BYTES), "holds x_embedder.weight of dtype U8"),
-        (lambda path: single(path, BFL | SCALE), "scale_weight: scaled float8 weights"),
+        (lambda path: single(path, BFL | SCALES), r"scale_weight of dtype F32 and shape \(2,\)"),
+        (lambda path: single(path, BFL | PACKED), "quant_map of dtype F32; expected one of"),
+        (
+            lambda path: single(path, BFL | {"redux_up.weight": np.zeros((2, 2), np.float32)}),
+            r"is FLUX.1-Redux, which takes a picture .*; expected FLUX.1-dev or a fine-tune of it",
+        ),
+        (lambda path: single(path, BFL, "flux1-Kontext-dev.safetensors"), "is FLUX.1-Kontext"),
+        (lambda path: single(path, WEIGHTS, "kontext.safetensors"), "is FLUX.1-Kontext"),
         (lambda path: index(path, '{"metadata": {}}'), 'index.json has no "weight_map"'),
         (lambda path: index(path, "{"), "index.json is not JSON"),
         (

@@ -228,7 +228,7 @@ def random_file(folder, config):
     random = np.random.default_rng(0)
     state = abstract(SD3Transformer, config)[1]
     state = jax.tree.map(lambda a: random.normal(0, 0.2, a.shape).astype(a.dtype), state)
-    save_folder(folder, state, diffusers_table(config), file_config(SD3, config))
+    save_folder(folder, to_torch(state, diffusers_table(config)), file_config(SD3, config))
     return load_file(folder / FILE)
 
 
