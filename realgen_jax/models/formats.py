@@ -72,7 +72,7 @@ DIFFUSERS = Format(
     save_adapters=_save_diffusers_lora,
     save_weights=_save_diffusers_weights,
     merge=MERGE,
-    merge_read=f"merge it with scripts/export_lora.py --merge {MERGED}",
+    merge_read=f"merge it with scripts/export.py --merge {MERGED}",
     start="config.pretrained.lora",
     weights="a transformer with config.pretrained.transformer",
 )
@@ -80,7 +80,7 @@ DIFFUSERS = Format(
 
 def _save_peft_lora(model: Any, folder: Path, adapters: nnx.State, lora: LoraConfig) -> None:
     table = model.family.table(model.config)
-    save_peft(folder, adapters, lora, table, model.folder)
+    save_peft(folder, adapters, lora, table, model.folder, "CAUSAL_LM")
 
 
 def _save_transformers_weights(model: Any, folder: Path, weights: nnx.State) -> None:

@@ -168,7 +168,7 @@ def load_model(
     model = abstract_model(pretrained, size, mesh, trainable, key)
     folder = Path(pretrained.model)
     source = transformer_source(pretrained)
-    overrides = _overrides(family, pretrained, model.height, model.width)
+    overrides = config_overrides(family, pretrained, model.height, model.width)
 
     _, params = load_transformer(
         family, source, folder / "transformer", param_sharding(mesh, family.rules), **overrides
@@ -213,7 +213,7 @@ def abstract_model(
     width, height = _size_in_tokens(vae, size, key)
 
     # The transformer and the schedule.
-    overrides = _overrides(family, pretrained, height, width)
+    overrides = config_overrides(family, pretrained, height, width)
     if on_disk:
         source = transformer_source(pretrained)
         config, table = transformer_config(family, source, folder / "transformer", **overrides)
@@ -253,7 +253,7 @@ def with_size(model: Model, pretrained: Any, size: tuple[int, int], key: str) ->
     fixed = nnx.filter_state(other.params, Fixed)
     if jax.tree.leaves(fixed):
         source = transformer_source(pretrained)
-        overrides = _overrides(model.family, pretrained, other.height, other.width)
+        overrides = config_overrides(model.family, pretrained, other.height, other.width)
         base = Path(pretrained.model) / "transformer"
         _, table = transformer_config(model.family, source, base, **overrides)
         sharding = param_sharding(model.mesh, model.family.rules)
@@ -268,7 +268,7 @@ def load_tuned(model: Model, pretrained: Any) -> nnx.State:
     Sampling can then take them in some steps and the model's own in others. Raises the errors of
     `load_transformer`, and ValueError for a transformer of other sizes.
     """
-    overrides = _overrides(model.family, pretrained, model.height, model.width)
+    overrides = config_overrides(model.family, pretrained, model.height, model.width)
     sharding = param_sharding(model.mesh, model.family.rules)
     source = transformer_source(pretrained)
     base = Path(pretrained.model) / "transformer"
@@ -387,8 +387,8 @@ def _schedule(family: Family, folder: Path) -> Any:
     return config_from(family.Schedule, file, read_json(file), family.schedule_entries, entries)
 
 
-def _overrides(family: Family, pretrained: Any, height: int, width: int) -> dict[str, Any]:
-    """The fields of a family's Config that are not sizes in a file."""
+def config_overrides(family: Family, pretrained: Any, height: int, width: int) -> dict[str, Any]:
+    """Return the fields of a family's Config that are not sizes in a file."""
     overrides = {"remat": pretrained.remat}
     for name in ("dtype", "param_dtype"):
         overrides[name] = jnp.dtype(pretrained[name])

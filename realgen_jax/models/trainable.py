@@ -21,7 +21,7 @@ from realgen_jax.models.formats import DIFFUSERS, Format
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.lora import LoraConfig, factors, with_lora
-from realgen_jax.nn.lora_files import LoraFile, open_lora, read_lora, renamed
+from realgen_jax.nn.lora_files import open_lora, read_lora, renamed
 from realgen_jax.nn.names import Shares, all_names, projections
 from realgen_jax.sharding import replicated
 
@@ -93,7 +93,7 @@ class Lora:
             network = _network(model.family, model.config, self, key)
             return nnx.state(network, nnx.LoRAParam)
 
-        return self._placed(model, create(key))
+        return self.placed(model, create(key))
 
     def load(self, model: Any, path: str | Path, key: Array) -> nnx.State:
         """Load adapters to train on, at the strength that they have in the file.
@@ -109,12 +109,9 @@ class Lora:
         modules = len(factors(start, model.family.table(model.config))) // 2
         if len(file.pairs) < modules or set(file.ranks.values()) != {self.rank}:
             start = self.init(model, key)
-        return self.read(model, file, start)
-
-    def read(self, model: Any, file: LoraFile, start: nnx.State) -> nnx.State:
-        """The file's adapters, on those to begin with. Raises the errors of `read_lora`."""
         scale = self.config.alpha / self.config.rank
-        return self._placed(model, read_lora(file, start, model.family.table(model.config), scale))
+        adapters = read_lora(file, start, model.family.table(model.config), scale)
+        return self.placed(model, adapters)
 
     def check_file(self, path: str | Path, form: Format = DIFFUSERS) -> None:
         """Raise ValueError if a LoRA file has a larger rank; only its header is read."""
@@ -147,8 +144,8 @@ class Lora:
         if process_index() == 0:
             model.family.form.save_adapters(model, folder, state, self.config)
 
-    def _placed(self, model: Any, state: nnx.State) -> nnx.State:
-        """The same host values on every device of the mesh."""
+    def placed(self, model: Any, state: nnx.State) -> nnx.State:
+        """The same values on every device of the mesh."""
         everywhere = replicated(model.mesh)
         return jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), state)
 
@@ -156,8 +153,18 @@ class Lora:
 def with_lora_file(model: Any, path: str | Path) -> tuple[Any, nnx.State]:
     """Return the model with the adapters of any LoRA file on the modules that it covers.
 
-    This is for sampling: ranks may differ, and any projection may be covered. A text encoder's part
-    is left out, with a warning. Raises the errors of `open_lora` and `read_lora`.
+    This is for sampling. Raises the errors of `read_any_lora`.
+    """
+    trainable, adapters = read_any_lora(model, path)
+    model = model.with_trainable(trainable)
+    return model, trainable.placed(model, adapters)
+
+
+def read_any_lora(model: Any, path: str | Path) -> tuple[Lora, nnx.State]:
+    """Return the adapters of any LoRA file on the host, and the Lora that they are of.
+
+    Ranks may differ, and any projection may be covered. A text encoder's part is left out, with a
+    warning. The model may be abstract. Raises the errors of `open_lora` and `read_lora`.
     """
     file = open_lora(path, model.family.form.merge)
     if file.encoder:
@@ -172,8 +179,8 @@ def with_lora_file(model: Any, path: str | Path) -> tuple[Any, nnx.State]:
     # What the file lacks is zero.
     rank = max(file.ranks.values())
     trainable = Lora(LoraConfig(rank, float(rank)), targets)
-    model = model.with_trainable(trainable)
-    return model, trainable.read(model, file, _zeros(model, trainable))
+    table = model.family.table(model.config)
+    return trainable, read_lora(file, _zeros(model, trainable), table, scale=1.0)
 
 
 def _zeros(model: Any, lora: Lora) -> nnx.State:

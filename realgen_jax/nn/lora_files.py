@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -365,7 +364,7 @@ def renamed(file: LoraFile, names: Mapping[str, Shares]) -> LoraFile:
 
 
 def read_lora(file: LoraFile, start: nnx.State, table: Table, scale: float) -> nnx.State:
-    """Return adapters whose product, times `scale`, is the file's.
+    """Return adapters on the host whose product, times `scale`, is the file's.
 
     file: under diffusers' names (`renamed`). start: the adapters to begin with, whose B is zero.
     Modules that the file lacks, and ranks that it does not use, stay as they are there. B is
@@ -385,4 +384,4 @@ def read_lora(file: LoraFile, start: nnx.State, table: Table, scale: float) -> n
             )
         view_a[:, :rank] = a.T
         view_b[:rank] = b.T * np.float32(file.scales[module] / scale)
-    return jax.tree.map(jnp.asarray, adapters)
+    return adapters

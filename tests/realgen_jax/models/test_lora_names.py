@@ -1,97 +1,23 @@
-"""LoRAs under the names of other programs, and checkpoints with them merged.
-
-The reference is written out: dense W + scale B A on the weights of the file, under its own names.
-"""
+"""LoRAs under the names of other programs: merged weights beside dense ones."""
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from realgen_jax.models.trainable import with_lora_file
-from realgen_jax.nn.lora import lora_tensors
 from tests.helpers.bfl_names import bfl_transformer
-from tests.helpers.comfyui_names import comfyui_zimage
-from tests.helpers.goldens import PIPELINE
-from tests.helpers.sd3 import SD3_PIPELINE, sd3_model
-from tests.helpers.stability_names import stability_transformer
-from tests.helpers.zimage import ZIMAGE, zimage_model
-
-FILE = "transformer/diffusion_pytorch_model.safetensors"
-SINGLE_FILE = {
-    "flux": bfl_transformer,
-    "sd3": stability_transformer,
-    "zimage": lambda weights, config: comfyui_zimage(weights),
-}
-
-
-@pytest.fixture(scope="module")
-def models():
-    """{family: (model, its weights under diffusers' names)}."""
-    folders = {"sd3": (sd3_model(), SD3_PIPELINE), "zimage": (zimage_model(), ZIMAGE)}
-    return {
-        name: (model, {key: array.astype(np.float32) for key, array in load_file(p / FILE).items()})
-        for name, (model, p) in folders.items()
-    }
-
-
-@pytest.fixture
-def get(models, tiny):
-    flux = {key: array.astype(np.float32) for key, array in load_file(PIPELINE / FILE).items()}
-    return {**models, "flux": (tiny, flux)}.__getitem__
-
-
-def factors(weights, rank=4):
-    """{module: (A, B)} of every matrix and convolution; `rank` may depend on the module's name."""
-    random = np.random.default_rng(0)
-    found = {}
-    for key, weight in weights.items():
-        if key.endswith(".weight") and weight.ndim > 1:
-            module = key.removesuffix(".weight")
-            r = rank(module) if callable(rank) else rank
-            a = random.normal(0, 0.1, (r, *weight.shape[1:])).astype(np.float32)
-            found[module] = (a, random.normal(0, 0.1, (len(weight), r)).astype(np.float32))
-    return found
-
-
-def merged(weights, pairs, alpha=None):
-    """W + alpha / r B A; without alpha, W + B A."""
-    result = dict(weights)
-    for module, (a, b) in pairs.items():
-        key = f"{module}.weight"
-        scale = np.float32(1 if alpha is None else alpha / len(a))
-        change = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
-        result[key] = weights[key] + scale * change.reshape(weights[key].shape)
-    return result
-
-
-def ours(model, path, weights):
-    """Weights under diffusers' names with our adapters of the file."""
-    _, adapters = with_lora_file(model, path)
-    tensors = lora_tensors(adapters, model.family.table(model.config))
-    names = {name.rpartition(".")[0] for name in tensors}
-    pairs = {name: tuple(tensors[f"{name}.lora_{letter}"] for letter in "AB") for name in names}
-    return merged(weights, pairs)
-
-
-def assert_close(got, want):
-    assert got.keys() == want.keys()
-    for key, array in want.items():
-        np.testing.assert_allclose(got[key], array, rtol=1e-6, atol=1e-6, err_msg=key)
-
-
-def named(pairs, prefix, a, b, flat=False, alpha=None, dtype=np.float32):
-    tensors = {}
-    for module, (down, up) in pairs.items():
-        name = prefix + (module.replace(".", "_") if flat else module)
-        tensors |= {f"{name}.{a}": down.astype(dtype), f"{name}.{b}": up.astype(dtype)}
-        if alpha is not None:
-            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
-    return tensors
-
-
-AB = ("lora_A.weight", "lora_B.weight")
-DOWN_UP = ("lora_down.weight", "lora_up.weight")
+from tests.helpers.lora_names import (
+    AB,
+    DOWN_UP,
+    SINGLE_FILE,
+    assert_close,
+    factors,
+    family_model,
+    merged,
+    named,
+    ours,
+)
 
 
 @pytest.mark.parametrize("family", SINGLE_FILE)
@@ -106,9 +32,9 @@ DOWN_UP = ("lora_down.weight", "lora_up.weight")
         (lambda pairs: named(pairs, "base_model.model.", *AB, alpha=4), 4),
     ],
 )
-def test_the_publishers_names(family, form, alpha, get, tmp_path):
+def test_the_publishers_names(family, form, alpha, tmp_path):
     """Of every matrix, with two ranks; those of fused projections are split."""
-    model, weights = get(family)
+    model, weights = family_model(family)
     single = SINGLE_FILE[family](weights, model.config)
     pairs = factors(single, rank=lambda module: 8 if "qkv" in module else 4)
     save_file(form(pairs), tmp_path / "lora.safetensors")
@@ -120,17 +46,17 @@ def test_the_publishers_names(family, form, alpha, get, tmp_path):
 
 @pytest.mark.parametrize("family", SINGLE_FILE)
 @pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_", "lora_unet_"])
-def test_diffusers_names_without_dots(family, prefix, get, tmp_path):
+def test_diffusers_names_without_dots(family, prefix, tmp_path):
     """As OneTrainer, LyCORIS and some files of sd-scripts have them."""
-    model, weights = get(family)
+    model, weights = family_model(family)
     pairs = factors(weights)
     save_file(named(pairs, prefix, *DOWN_UP, flat=True), tmp_path / "lora.safetensors")
     assert_close(ours(model, tmp_path / "lora.safetensors", weights), merged(weights, pairs))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_factors_of_16_bits(dtype, get, tmp_path):
-    model, weights = get("flux")
+def test_factors_of_16_bits(dtype, tmp_path):
+    model, weights = family_model("flux")
     pairs = {
         module: tuple(factor.astype(dtype).astype(np.float32) for factor in pair)
         for module, pair in factors(weights).items()
@@ -150,8 +76,8 @@ XLABS = {
 }
 
 
-def test_xlabs_names(get, tmp_path):
-    model, weights = get("flux")
+def test_xlabs_names(tmp_path):
+    model, weights = family_model("flux")
     single = bfl_transformer(weights, model.config)
     random = np.random.default_rng(0)
     tensors = {}
@@ -174,11 +100,11 @@ def test_xlabs_names(get, tmp_path):
 
 
 @pytest.mark.slow
-def test_diffusers_converts_to_the_same(get, tmp_path):
+def test_diffusers_converts_to_the_same(tmp_path):
     """Its own reading of sd-scripts' and XLabs' names, in the blocks of any size."""
     diffusers, torch = (pytest.importorskip(name) for name in ("diffusers", "torch"))
     pytest.importorskip("peft")
-    model, weights = get("flux")
+    model, weights = family_model("flux")
     single = bfl_transformer(weights, model.config)
     blocks = {key: array for key, array in single.items() if "double_blocks." in key}
     for tensors in (
@@ -202,8 +128,8 @@ def test_diffusers_converts_to_the_same(get, tmp_path):
         assert_close(got, merged(weights, pairs))
 
 
-def test_two_namings_of_one_module_are_refused(get, tmp_path):
-    model, weights = get("flux")
+def test_two_namings_of_one_module_are_refused(tmp_path):
+    model, weights = family_model("flux")
     single = bfl_transformer(weights, model.config)
     one = named({"double_blocks.0.img_attn.proj": factors(single)["double_blocks.0.img_attn.proj"]},
                 "", *AB)  # fmt: skip

@@ -302,7 +302,7 @@ def test_what_is_not_read_is_named(make, message, tiny, tmp_path):
     [
         (named(MIXED), "has rank 8, but config.train.lora_rank is 4; expected 8 or more"),
         (named(SIMPLE) | TEXT, "holds adapters of a text encoder"),
-        (named(pairs(EVERY)), r"holds context_embedder .*scripts/export_lora.py --merge"),
+        (named(pairs(EVERY)), r"holds context_embedder .*scripts/export.py --merge"),
     ],
 )
 def test_training_refuses_other_modules_and_larger_ranks(tensors, message, tiny, tmp_path):
