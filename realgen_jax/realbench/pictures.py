@@ -26,7 +26,8 @@ from realgen_jax.models.loading import (
 )
 from realgen_jax.models.model import Model, tuned_steps
 from realgen_jax.models.trainable import Trainable, with_lora_file
-from realgen_jax.nn.lora_files import PEFT_CONFIG, open_lora
+from realgen_jax.nn.lora import PEFT_CONFIG
+from realgen_jax.nn.lora_files import open_lora
 from realgen_jax.realbench.entries import Weights
 from realgen_jax.realbench.picture_files import (
     Picture,
