@@ -7,8 +7,9 @@ from typing import Any
 from flax import nnx
 
 from realgen_jax.models.formats import file_config
-from realgen_jax.models.loading import config_overrides, transformer_config, transformer_source
+from realgen_jax.models.loading import config_overrides
 from realgen_jax.models.model import Model
+from realgen_jax.models.sources import transformer_config, transformer_source
 from realgen_jax.models.trainable import read_any_lora
 from realgen_jax.nn.convert import Table, abstract
 from realgen_jax.nn.export import TorchTensors, merged_tensors, save_folder

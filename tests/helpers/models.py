@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from realgen_jax.models.flux.family import FLUX, FluxSchedule
 from realgen_jax.models.formats import file_config
-from realgen_jax.models.loading import load_model, load_transformer
+from realgen_jax.models.loading import load_model
 from realgen_jax.models.model import Model
+from realgen_jax.models.sources import load_transformer
 from realgen_jax.models.trainable import AllWeights, Lora, Trainable
 from realgen_jax.nn.export import save_folder, to_torch
 from realgen_jax.nn.lora import LoraConfig

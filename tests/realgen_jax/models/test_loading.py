@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models import FAMILIES
 from realgen_jax.models.flux.family import FLUX
-from realgen_jax.models.loading import abstract_model, load_transformer, pipeline_class
+from realgen_jax.models.loading import abstract_model
+from realgen_jax.models.sources import load_transformer, pipeline_class
 from realgen_jax.nn.convert import leaves
 from realgen_jax.nn.vae_files import vae_config
 from tests.helpers.bfl_names import bfl_transformer

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from realgen_jax.models.loading import load_transformer
 from realgen_jax.models.sd3.family import SD3
+from realgen_jax.models.sources import load_transformer
 from realgen_jax.nn.convert import leaves
 from realgen_jax.nn.stored import write_tensors
 from realgen_jax.nn.tensors import Tensors

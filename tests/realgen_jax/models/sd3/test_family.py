@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.formats import file_config
 from realgen_jax.models.guidance import Guided
-from realgen_jax.models.loading import abstract_model, load_transformer, transformer_config
+from realgen_jax.models.loading import abstract_model
 from realgen_jax.models.sd3.family import SD3, SD3Schedule
 from realgen_jax.models.sd3.tables import RULES, diffusers_table, lora_targets
 from realgen_jax.models.sd3.transformer import Cond, SD3Config, SD3Transformer
+from realgen_jax.models.sources import load_transformer, transformer_config
 from realgen_jax.models.trainable import AllWeights, Lora
 from realgen_jax.nn.convert import abstract, leaves
 from realgen_jax.nn.export import save_folder, to_torch
