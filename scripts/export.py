@@ -38,7 +38,7 @@ from realgen_jax.sharding import abstract_mesh
 
 FLAGS = flags.FLAGS
 define_config("flux_grpo")
-flags.DEFINE_string("lora", "", "a peft folder, or a LoRA file or folder of any naming")
+flags.DEFINE_string("lora", "", "a LoRA: a peft folder, or a file of any naming")
 flags.DEFINE_enum("format", "comfyui", list(LORA_FORMS), "the programs to write for")
 flags.DEFINE_string("out", None, "the folder to write, or for comfyui the file; it must not exist")
 flags.DEFINE_bool("merge", False, "write the weights with the LoRA, instead of the LoRA")

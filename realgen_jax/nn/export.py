@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ def merged_tensors(
             return lambda layer: tensors.read(key)
         shape = source.joined_shape(values[leaf].shape)[1 if source.stacked else 0 :]
 
+        @lru_cache(maxsize=1)  # the parts of a fused projection follow one another
         def layer_of(layer: int) -> np.ndarray:
             array = np.empty(shape, np.float32)
             fill_layer(tensors, leaf, array, source, layer)

@@ -6,6 +6,7 @@ What is read is read right, and anything else is refused by name.
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -14,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models import FAMILIES
 from realgen_jax.models.flux.family import FLUX
-from realgen_jax.models.loading import abstract_model
+from realgen_jax.models.loading import abstract_model, load_model
 from realgen_jax.models.sources import load_transformer, pipeline_class
 from realgen_jax.nn.convert import leaves
-from realgen_jax.nn.vae_files import vae_config
+from realgen_jax.nn.vae_files import load_vae, vae_config
 from tests.helpers.bfl_names import bfl_transformer
 from tests.helpers.goldens import PIPELINE
 from tests.helpers.models import EXACT, load_flux, one_device, pretrained
@@ -103,6 +104,31 @@ def test_float8_is_read_as_it_was_cast(names, tmp_path):
     for name, want in leaves(PARAMS).items():
         low = np.asarray(want).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
         np.testing.assert_array_equal(leaves(params)[name], low, err_msg=name)
+
+
+def test_a_file_of_schnell_has_no_guidance(tmp_path):
+    weights = {key: array for key, array in BFL.items() if not key.startswith("guidance_in.")}
+    config, params = load_flux(single(tmp_path, weights))
+    assert config == replace(CONFIG, guidance_embeds=False)
+    assert leaves(PARAMS).keys() - leaves(params).keys() == {
+        f"guidance_in.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("kernel", "bias")
+    }
+
+
+def test_another_autoencoder_is_checked_before_weights_are_read(tmp_path):
+    weights = load_file(PIPELINE / "vae" / NAME)
+    good = single(tmp_path, {f"vae.{key}": array for key, array in weights.items()})
+    model = load_model(pretrained(vae=str(good)), (64, 64), one_device())
+    _, want = load_vae(PIPELINE / "vae", PIPELINE / "vae")
+    for name, array in leaves(want).items():
+        np.testing.assert_array_equal(leaves(model.vae_params)[name], array, err_msg=name)
+
+    del weights["decoder.conv_in.bias"]
+    bad = single(tmp_path, weights, "bad.safetensors")
+    with pytest.raises(ValueError, match=r"bad.safetensors lacks decoder.conv_in.bias"):
+        abstract_model(pretrained(vae=str(bad)), (64, 64), one_device())
+    with pytest.raises(FileNotFoundError, match=r"pretrained\.vae is .none., which does not"):
+        abstract_model(pretrained(vae="none"), (64, 64), one_device())
 
 
 def wide(channels):

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from realgen_jax.models.flux.family import FLUX
+from realgen_jax.models.sd3.family import SD3
 from realgen_jax.models.trainable import with_lora_file
+from realgen_jax.models.zimage.family import Z_IMAGE
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.names import flat, shares
 from tests.helpers.bfl_names import bfl_transformer
 from tests.helpers.lora_names import (
     AB,
@@ -18,6 +23,28 @@ from tests.helpers.lora_names import (
     named,
     ours,
 )
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        (FLUX, FLUX.Config()),
+        (SD3, SD3.Config(**SD3.published[0].sizes)),
+        (Z_IMAGE, Z_IMAGE.Config()),
+    ],
+)
+def test_a_name_means_one_module_and_modules_are_whole(family, config):
+    """In the published models, without dots, whatever the naming."""
+    state = abstract(family.Module, config)[1]
+    own = family.table(config)
+    outputs = {module: content.rows for module, content in shares(state, own, own).items()}
+    meanings = {}
+    for table in (own, *family.other_tables(config)):
+        for module, content in shares(state, own, table).items():
+            assert meanings.setdefault(flat(module), content) == content
+            for share in content.shares:
+                assert sum(stop - start for start, stop in share.spans) == outputs[share.module]
+    assert len(meanings) > len(outputs) > 200
 
 
 @pytest.mark.parametrize("family", SINGLE_FILE)

@@ -104,6 +104,10 @@ def alphas(value, modules=TRAINED):
 SIMPLE = pairs()
 MIXED = pairs(rank=rank_8_or_4)
 ATTENTION = pairs([module for module in EVERY if ".attn.to_" in module])
+TEXT_OF_KOHYA = {
+    f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{name}": np.ones((4, 8), np.float32)
+    for name in ("lora_down.weight", "lora_up.weight", "alpha")
+}
 TEXT = {"text_encoder.text_model.layers.0.q_proj.lora_A.weight": np.ones((4, 8), np.float32)}
 
 
@@ -210,8 +214,9 @@ def test_scales_are_pefts(settings, tiny, tmp_path):
     assert open_lora(folder).scales == scales
 
 
-def test_a_text_encoders_part_is_left_out_with_a_line(tiny, tmp_path, caplog):
-    path = write(tmp_path, named(SIMPLE) | TEXT)
+@pytest.mark.parametrize("text", [TEXT, TEXT_OF_KOHYA])
+def test_a_text_encoders_part_is_left_out_with_a_line(text, tiny, tmp_path, caplog):
+    path = write(tmp_path, named(SIMPLE) | text)
     with caplog.at_level(logging.WARNING):
         assert_adds(tiny, path, SIMPLE, 1)
     assert "holds adapters of a text encoder" in caplog.text
