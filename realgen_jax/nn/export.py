@@ -62,7 +62,7 @@ class TorchTensors:
         for key, places in self.plan.items():
             names = {place.leaf for place in places}
             if opened.keys() != names:
-                opened = {}  # frees the arrays before, unless other rows of them follow
+                opened = {}  # frees those before the next are fetched
                 opened = {leaf: self.read(leaf) for leaf in names}
             array = _gather(places, opened, self.shapes[key].shape)
             yield key, array.astype(self.shapes[key].dtype, copy=False)

@@ -55,7 +55,7 @@ OTHER_FORMATS = (
     (r"lora_magnitude_vector|dora_scale", "is a DoRA"),
     (r"\.hada_[wt]", "is a LoHa"),
     (r"\.lokr_[wt]", "is a LoKr"),
-    (r"\.oft_|\.oft_blocks|\.boft", "is an OFT"),
+    (r"\.b?oft_", "is an OFT"),
     (r"\.lora_mid\.", "is a LoCon with a third factor"),
     (r"\.[ab][12]\.weight$", "is a GLoRA"),
     (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "changes weights by more than adapters"),

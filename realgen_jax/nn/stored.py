@@ -159,8 +159,7 @@ def _open_gguf(file: Path) -> list[Stored]:
         import gguf
     except ImportError as error:
         raise ValueError(
-            f"{file} is a GGUF file; to read it, install the package gguf: "
-            "pip install realgen_jax[gguf]"
+            f'{file} is a GGUF file, which needs a package: pip install "realgen_jax[gguf]"'
         ) from error
     try:
         reader = gguf.GGUFReader(file)

@@ -18,7 +18,7 @@ Config = TypeVar("Config")
 LIBRARIES = {STEM: "diffusers", "model": "transformers"}
 
 # Prefixes of all names: of ComfyUI, torch.compile and DataParallel. ComfyUI's checkpoints of a
-# whole pipeline hold the autoencoder and the text encoders too, under prefixes of their own.
+# whole pipeline hold the autoencoder and the text encoders too; PARTS are the prefixes in these.
 PREFIXES = ("model.diffusion_model.", "_orig_mod.", "module.")
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 PARTS = (PREFIXES[0], *VAE_PREFIXES, "text_encoders.", "cond_stage_model.", "conditioner.")

@@ -1,13 +1,22 @@
 """LoRAs and merged weights for other programs, read by rules that are written out here."""
 
+import tracemalloc
+
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.exporting import export_lora, export_weights
+from realgen_jax.models.flux.tables import BFL, DIFFUSERS
+from realgen_jax.models.flux.transformer import FluxConfig, FluxTransformer
 from realgen_jax.models.trainable import with_lora_file
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.export import merged_tensors
 from realgen_jax.nn.lora import lora_tensors
+from realgen_jax.nn.stored import write_tensors
+from realgen_jax.nn.tensors import Tensors
 from tests.helpers.bfl_names import bfl_transformer
 from tests.helpers.goldens import PIPELINE
 from tests.helpers.lora_names import (
@@ -22,7 +31,7 @@ from tests.helpers.lora_names import (
     merged,
     named,
 )
-from tests.helpers.models import load_flux, pretrained
+from tests.helpers.models import EXACT, load_flux, pretrained, save_flux
 from tests.helpers.sd3 import SD3_PIPELINE, load_sd3
 from tests.helpers.zimage import ZIMAGE
 
@@ -135,6 +144,36 @@ def test_diffusers_and_peft_load_what_is_written(tmp_path):
     state = {key: array.numpy() for key, array in network.state_dict().items()}
     for key, array in merged(weights, pairs, alpha=6).items():
         np.testing.assert_allclose(state[key], array, atol=1e-5, err_msg=key)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    """Of a checkpoint of 12 MB, the largest of whose tensors has 0.5 MB."""
+    config = FluxConfig(
+        num_layers=4,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(8, 12, 12),
+        **EXACT,
+    )
+    state = abstract(FluxTransformer, config)[1]
+    weights = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), state)
+    save_flux(tmp_path, config, weights)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    largest = max(array.nbytes for array in load_file(file).values())
+    assert file.stat().st_size > 20 * largest
+
+    source = Tensors(file)
+    tracemalloc.start()
+    tensors = merged_tensors(source, state, DIFFUSERS, BFL, lambda target, layer: None, np.float32)
+    before = tracemalloc.get_traced_memory()[0]
+    write_tensors(tmp_path / "single.safetensors", tensors.shapes, tensors, {})
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert (tmp_path / "single.safetensors").stat().st_size > 20 * largest
+    assert largest < peak < 6 * largest
 
 
 def test_positions_of_sd3_are_written_as_they_were(tmp_path):

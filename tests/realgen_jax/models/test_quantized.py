@@ -187,6 +187,6 @@ def test_gguf_that_is_not_read_is_named(tmp_path, monkeypatch):
         Tensors(tmp_path / "a.gguf")
 
     monkeypatch.setitem(sys.modules, "gguf", None)
-    message = r"a.gguf is a GGUF file; to read it, install .*: pip install realgen_jax\[gguf\]$"
+    message = r"a.gguf is a GGUF file, which needs a package: pip install \"realgen_jax\[gguf\]\"$"
     with pytest.raises(ValueError, match=message):
         Tensors(tmp_path / "a.gguf")
