@@ -64,8 +64,8 @@ class Family:
         the embeddings.
     single_table(config): how the publisher's single file fills the network, which ComfyUI reads
         too; None if there is no such file. lora_tables: further names, in LoRAs only.
-    single_config(tensors, **overrides): the Config that the shapes in such a file say; None if they
-        do not say it all, so that the sizes are those of config.pretrained.model.
+    single_config(tensors, base, **overrides): the Config that the shapes in such a file say; base:
+        the config.json of config.pretrained.model's transformer, or {}. None: all sizes are base's.
     diffusers_key: how a key begins that only files with diffusers' names have.
     other_models: {key, or word in a file's name, of a relative's file: the relative}.
     cost: the module with the family's formulas for operations and bytes (cost.py).

@@ -97,9 +97,9 @@ def transformer_config(
 ) -> tuple[Any, Table]:
     """Return config and table of a diffusers `transformer/` folder or a single file.
 
-    A publisher's file has its sizes in its shapes. Otherwise a file has them in the config.json
-    beside it, or else in that of `base`, a `transformer/` folder. `overrides` are fields of the
-    family's Config (dtype, ...).
+    A publisher's file has its sizes in its shapes, and what no shape says in the config.json of
+    `base`, a `transformer/` folder. Other files have their sizes in the config.json beside them, or
+    else in that of `base`. `overrides` are fields of the family's Config (dtype, ...).
 
     Raises FileNotFoundError for missing files and ValueError for those of another model.
     """
@@ -116,7 +116,9 @@ def transformer_config(
                 )
             make_table = family.single_table
             if family.single_config is not None:
-                config = family.single_config(tensors, **overrides)
+                exists = (base / "config.json").exists()
+                values = read_config(base, family.transformer) if exists else {}
+                config = family.single_config(tensors, values, **overrides)
                 return config, make_table(config)
         folder = path.parent if (path.parent / "config.json").exists() else base
 

@@ -68,8 +68,10 @@ def cond_shapes(config: FluxConfig, n: int, max_tokens: int, dtype: Any) -> Cond
     )
 
 
-def single_config(tensors: Tensors, **overrides: Any) -> FluxConfig:
+def single_config(tensors: Tensors, base: Mapping[str, Any], **overrides: Any) -> FluxConfig:
     """Return the sizes that BFL's file has in its shapes; it has no config.
+
+    The split of a head's channels over the axes of positions is that of `base`, if it fits.
 
     Raises ValueError for a file that is not BFL's FLUX.1.
     """
@@ -89,8 +91,11 @@ def single_config(tensors: Tensors, **overrides: Any) -> FluxConfig:
         return len(numbers)
 
     # (16, 56, 56) of 128: an eighth for the index, the rest for row and column.
-    index_axis = head_dim // 16 * 2
-    side_axis = (head_dim - index_axis) // 2
+    axes = tuple(base.get("axes_dims_rope", ()))
+    if sum(axes) != head_dim:
+        index_axis = head_dim // 16 * 2
+        side_axis = (head_dim - index_axis) // 2
+        axes = (index_axis, side_axis, side_axis)
     sizes = {
         "in_channels": in_channels,
         "out_channels": None if out_channels == in_channels else out_channels,
@@ -101,7 +106,7 @@ def single_config(tensors: Tensors, **overrides: Any) -> FluxConfig:
         "joint_attention_dim": joint,
         "pooled_projection_dim": pooled,
         "guidance_embeds": "guidance_in.in_layer.weight" in tensors.keys(),  # noqa: SIM118
-        "axes_dims_rope": (index_axis, side_axis, side_axis),
+        "axes_dims_rope": axes,
     }
     return config_from(FluxConfig, tensors.path, sizes, {}, **overrides)
 

@@ -66,7 +66,7 @@ def cond_shapes(config: SD3Config, n: int, max_tokens: int, dtype: Any) -> Cond:
     )
 
 
-def single_config(tensors: Tensors, **overrides: Any) -> SD3Config:
+def single_config(tensors: Tensors, base: Mapping[str, Any], **overrides: Any) -> SD3Config:
     """Return the sizes that Stability's file has in its shapes; it has no config.
 
     Raises ValueError for a file that is not Stability's SD3 or SD3.5.

@@ -106,6 +106,17 @@ def test_float8_is_read_as_it_was_cast(names, tmp_path):
         np.testing.assert_array_equal(leaves(params)[name], low, err_msg=name)
 
 
+def test_axes_that_no_shape_says_are_those_of_the_model(tmp_path):
+    """If they fit the heads, else by the rule of the published models."""
+    file = single(tmp_path, BFL)
+    base = folder(tmp_path / "base", None, axes_dims_rope=[8, 12, 12])
+    config, _ = load_transformer(FLUX, file, base, **EXACT)
+    assert config == replace(CONFIG, axes_dims_rope=(8, 12, 12))
+    other = folder(tmp_path / "other", None, axes_dims_rope=[16, 56, 56])
+    config, _ = load_transformer(FLUX, file, other, **EXACT)
+    assert config == CONFIG
+
+
 def test_a_file_of_schnell_has_no_guidance(tmp_path):
     weights = {key: array for key, array in BFL.items() if not key.startswith("guidance_in.")}
     config, params = load_flux(single(tmp_path, weights))
