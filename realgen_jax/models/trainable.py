@@ -21,7 +21,7 @@ from realgen_jax.models.formats import DIFFUSERS, Format
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.lora import LoraConfig, factors, with_lora
-from realgen_jax.nn.lora_files import open_lora, read_lora, renamed
+from realgen_jax.nn.lora_files import LoraFile, open_lora, read_lora, renamed
 from realgen_jax.nn.names import Shares, all_names, projections
 from realgen_jax.sharding import replicated
 
@@ -101,10 +101,9 @@ class Lora:
         Modules and ranks that the file lacks start as new ones do, with B zero; with A zero too
         they would have no gradient. Raises the errors of `check_file` and `check_modules`.
         """
-        form = model.family.form
-        self.check_file(path, form)
+        self.check_file(path, model.family.form)
         self.check_modules(model, path)
-        file = renamed(open_lora(path, form.merge), module_names(model))
+        file = _open_for(model, path)
         start = _zeros(model, self)
         modules = len(factors(start, model.family.table(model.config))) // 2
         if len(file.pairs) < modules or set(file.ranks.values()) != {self.rank}:
@@ -125,14 +124,16 @@ class Lora:
         if file.encoder:
             raise ValueError(
                 f"{path} holds adapters of a text encoder ({file.encoder}), which are not trained; "
-                "go on from the transformer's part alone"
+                "go on from the transformer's part alone, which scripts/export.py writes"
             )
 
     def check_modules(self, model: Any, path: str | Path) -> None:
         """Raise ValueError if the file holds modules that are not trained."""
-        file = renamed(open_lora(path, model.family.form.merge), module_names(model))
+        file = renamed(
+            open_lora(path, model.family.form.merge), _module_names(model.family, model.config)
+        )
         targets = self.targets or model.family.lora_targets(model.config)
-        places = projection_paths(model)
+        places = _projection_paths(model)
         others = [module for module in file.pairs if places[module] not in targets]
         if others:
             raise ValueError(
@@ -166,13 +167,12 @@ def read_any_lora(model: Any, path: str | Path) -> tuple[Lora, nnx.State]:
     Ranks may differ, and any projection may be covered. A text encoder's part is left out, with a
     warning. The model may be abstract. Raises the errors of `open_lora` and `read_lora`.
     """
-    file = open_lora(path, model.family.form.merge)
+    file = _open_for(model, path)
     if file.encoder:
         logging.warning(
             "%s also holds adapters of a text encoder (%s), which are left out", path, file.encoder
         )
-    file = renamed(file, module_names(model))
-    places = projection_paths(model)
+    places = _projection_paths(model)
     covered = {places[module] for module in file.pairs}
     targets = tuple(target for target in dict.fromkeys(places.values()) if target in covered)
 
@@ -189,25 +189,26 @@ def _zeros(model: Any, lora: Lora) -> nnx.State:
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
 
 
-def module_names(model: Any) -> Mapping[str, Shares]:
-    """{a module's flat name in any naming of the family: what it holds of diffusers' modules}."""
-    return _module_names(model.family, model.config)
+def _open_for(model: Any, path: str | Path) -> LoraFile:
+    """A LoRA file under diffusers' names. Raises the errors of `open_lora` and `renamed`."""
+    names = _module_names(model.family, model.config)
+    return renamed(open_lora(path, model.family.form.merge), names)
 
 
 @cache
 def _module_names(family: Any, config: Any) -> Mapping[str, Shares]:
+    """{a module's flat name in any naming of the family: what it holds of diffusers' modules}."""
     state = abstract(family.Module, config)[1]
     return all_names(state, family.table(config), family.other_tables(config))
 
 
-def projection_paths(model: Any) -> dict[str, str]:
+def _projection_paths(model: Any) -> dict[str, str]:
     """{torch module, by its published name: path of the projection that holds it}."""
+    state = abstract(model.family.Module, model.config)[1]
     table = model.family.table(model.config)
     paths = {}
-    for target, _, pieces, _ in projections(
-        abstract(model.family.Module, model.config)[1], table, table
-    ):
-        for piece in pieces:
+    for target, _, own_pieces, _ in projections(state, table, table):
+        for piece in own_pieces:
             paths[piece.module] = target
     return paths
 
