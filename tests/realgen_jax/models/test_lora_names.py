@@ -72,12 +72,20 @@ def test_the_publishers_names(family, form, alpha, tmp_path):
 
 
 @pytest.mark.parametrize("family", SINGLE_FILE)
-@pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_", "lora_unet_"])
-def test_diffusers_names_without_dots(family, prefix, tmp_path):
-    """As OneTrainer, LyCORIS and some files of sd-scripts have them."""
+@pytest.mark.parametrize(
+    ("prefix", "is_flat"),
+    [
+        ("lora_transformer_", True),
+        ("lycoris_", True),
+        ("lora_unet_", True),
+        ("diffusion_model.", False),
+    ],
+)
+def test_diffusers_names(family, prefix, is_flat, tmp_path):
+    """As OneTrainer, LyCORIS, some files of sd-scripts, and ai-toolkit have them."""
     model, weights = family_model(family)
     pairs = factors(weights)
-    save_file(named(pairs, prefix, *DOWN_UP, flat=True), tmp_path / "lora.safetensors")
+    save_file(named(pairs, prefix, *DOWN_UP, flat=is_flat), tmp_path / "lora.safetensors")
     assert_close(ours(model, tmp_path / "lora.safetensors", weights), merged(weights, pairs))
 
 
