@@ -76,7 +76,8 @@ def _pretrained() -> ConfigDict:
     # published model, "StableDiffusion3Pipeline:SD3.5-L". Without the colon: the first of them.
     c.family = "FluxPipeline"
     c.transformer = ""  # replaces the transformer: a diffusers folder or a file (docs/files.md)
-    c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
+    c.vae = ""  # replaces the autoencoder: a diffusers folder or a file, such as ae.safetensors
+    c.lora = ""  # LoRA to start from: a peft folder or a file of any naming
     c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer
     c.param_dtype = "float32"  # float32, bfloat16: dtype of its frozen weights
     c.vae_dtype = "float32"  # float32, bfloat16

@@ -157,6 +157,7 @@ RANGES = {
     "pretrained.model": text(),
     "pretrained.family": text(),
     "pretrained.transformer": text(),
+    "pretrained.vae": text(),
     "pretrained.lora": text(),
     "pretrained.dtype": DTYPE,
     "pretrained.param_dtype": DTYPE,

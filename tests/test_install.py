@@ -18,6 +18,7 @@ COMMANDS = [
     "realgen-diagnose",
     "realgen-encode-prompts",
     "realgen-evaluate",
+    "realgen-export",
     "realgen-preflight",
     "realgen-profile-summary",
     "realgen-rewrite",
