@@ -32,7 +32,7 @@ def tables() -> str:
 
 def key_table(keys: Mapping[str, Key]) -> str:
     """Return the rows of a project's keys."""
-    rows = ["| theirs | ours | |", "|---|---|---|"]
+    rows = ["| theirs | ours | note |", "|---|---|---|"]
     for name, key in keys.items():
         ours = ", ".join(f"`config.{own}`" for own in key.ours)
         rows.append(f"| `{name}` | {ours or 'none'} | {key.note} |")
