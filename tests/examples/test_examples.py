@@ -42,7 +42,7 @@ def has_key(config: ConfigDict, key: str) -> bool:
 
 def keys_in(text: str) -> set[str]:
     """The config's keys that a text sets (--config.KEY) or names (`config.KEY`)."""
-    return set(re.findall(r"(?:--config|`config)\.([a-z_][a-z_.]*[a-z_])", text)) - {"json"}
+    return set(re.findall(r"(?:--config|`config)\.([a-z_][a-z0-9_.]*[a-z0-9_])", text)) - {"json"}
 
 
 def presets_in(text: str) -> set[str]:
