@@ -16,9 +16,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from realgen_jax.convert_config.conversion import Conversion, convert
 from realgen_jax.convert_config.page import tables
 from realgen_jax.convert_config.reading import preset_names, read_config
-from realgen_jax.convert_config.writing import Conversion, file_text, listing
+from realgen_jax.convert_config.writing import file_text, listing
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
         parser.error("name a file: FILE:PRESET")
 
     try:
-        out, conversion = convert(args.file, args.gpus, args.out)
+        out, conversion = write(args.file, args.gpus, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except RecursionError:
@@ -47,7 +48,7 @@ def main() -> None:
     print(f"wrote {out}", *listing(conversion), sep="\n")
 
 
-def convert(argument: str, gpus: int | None, out: Path | None) -> tuple[Path, Conversion]:
+def write(argument: str, gpus: int | None, out: Path | None) -> tuple[Path, Conversion]:
     """Write our config of "FILE:PRESET"; return its path and the conversion."""
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus is {gpus}; expected 1 or more")
@@ -59,9 +60,9 @@ def convert(argument: str, gpus: int | None, out: Path | None) -> tuple[Path, Co
             raise ValueError(f"{file} has presets; name one, {file}:NAME: {', '.join(presets)}")
         preset = "get_config"
 
-    theirs = read_config(file, preset)
+    theirs = read_config(file, preset, gpus)
     try:
-        conversion = Conversion(theirs, gpus)
+        conversion = convert(theirs)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
     out = out or Path(f"{preset}.py")

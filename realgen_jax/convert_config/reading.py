@@ -7,6 +7,7 @@ f-strings, and the calls in FUNCTIONS; anything else is a ValueError that names 
 """
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,18 @@ class Config:
         self.sections: set[str] = set()
         self.gpus: int | None = None  # the local variable gpu_number
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key; the default if it is None or not set."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a number. Raises ValueError if the value is something else."""
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{key} is {value!r}; expected a number")
+        return value
+
 
 class Node:
     """A part of a config, such as config.train."""
@@ -93,8 +106,8 @@ def preset_names(path: Path) -> list[str]:
     return [name for name, node in functions.items() if not node.args.args]
 
 
-def read_config(path: Path, preset: str) -> Config:
-    """Return the config of a preset.
+def read_config(path: Path, preset: str, gpus: int | None = None) -> Config:
+    """Return the config of a preset. gpus: replaces its gpu_number, from which sizes follow.
 
     Raises FileNotFoundError for a missing file, and ValueError in one line for an unknown preset or
     for code that is not read.
@@ -103,14 +116,15 @@ def read_config(path: Path, preset: str) -> Config:
     if preset not in names:
         choices = ", ".join(names) or "none"
         raise ValueError(f"{path} has no preset {preset!r}; its presets are {choices}")
-    return _Reader(_File(path)).call(preset)
+    return _Reader(_File(path), gpus).call(preset)
 
 
 class _Reader:
     """Follows the functions of a file."""
 
-    def __init__(self, file: _File, calls: tuple[str, ...] = ()) -> None:
+    def __init__(self, file: _File, gpus: int | None, calls: tuple[str, ...] = ()) -> None:
         self.file = file
+        self.gpus = gpus
         self.calls = calls  # the functions that are being read
 
     def call(self, name: str) -> Config:
@@ -120,7 +134,7 @@ class _Reader:
             raise self.refusal(node, f"{name}() calls itself")
         if node.args.args:
             raise self.refusal(node, f"{name}() takes arguments")
-        reader = _Reader(self.file, (*self.calls, name))
+        reader = _Reader(self.file, self.gpus, (*self.calls, name))
         return reader.run(node)
 
     def run(self, function: ast.FunctionDef) -> Config:
@@ -130,8 +144,8 @@ class _Reader:
                 result = self.value(statement.value, names) if statement.value else None
                 if not isinstance(result, Node) or result.path:
                     raise self.refusal(statement, f"{function.name}() does not return a config")
-                gpus = names.get("gpu_number", result.config.gpus)
-                result.config.gpus = gpus if type(gpus) is int else None
+                gpus = names.get("gpu_number", self.gpus or result.config.gpus)
+                result.config.gpus = gpus if type(gpus) is int and gpus > 0 else None
                 return result.config
             if isinstance(statement, ast.Assign):
                 self.assign(statement, names)
@@ -144,7 +158,8 @@ class _Reader:
         value = self.value(statement.value, names)
         for target in statement.targets:
             if isinstance(target, ast.Name):
-                names[target.id] = value
+                replaced = target.id == "gpu_number" and self.gpus
+                names[target.id] = self.gpus if replaced else value
             elif isinstance(target, ast.Attribute):
                 value = self.set_key(target, value, names)
             else:
@@ -251,7 +266,7 @@ class _Reader:
                 base = _File(self.file.path.with_name("base.py"), base=True)
                 if "get_config" not in base.functions:
                     raise ValueError(f"{base.path} has no get_config()")
-                return Node(_Reader(base).call("get_config"))
+                return Node(_Reader(base, self.gpus).call("get_config"))
             if name in self.file.functions:
                 return Node(self.call(name))
         if name.rpartition(".")[2] == "ConfigDict" and len(node.args) == 1:

@@ -12,7 +12,7 @@ from realgen_configs import flux_grpo, sd3_grpo
 from realgen_jax.config import adversary, base
 from realgen_jax.config_files import load_config
 from realgen_jax.config_ranges import wrong_values
-from realgen_jax.convert_config.__main__ import convert
+from realgen_jax.convert_config.__main__ import write
 from realgen_jax.convert_config.flow_factory import FLOW_FACTORY
 from realgen_jax.convert_config.keys import KEYS, REWARDS
 from realgen_jax.convert_config.page import tables
@@ -90,7 +90,7 @@ def windowed():
     config.sample.train_batch_size = 3
     config.sample.num_image_per_prompt = 24
     calls = int(48 / (gpu_number * config.sample.train_batch_size / 24))
-    config.sample.num_batches_per_epoch = calls if calls > 1 else 2
+    config.sample.num_batches_per_epoch = calls if calls > 1 else 1
     assert config.sample.num_batches_per_epoch % 2 == 0, "an even number"
     config.train.gradient_accumulation_steps = config.sample.num_batches_per_epoch//2
     config.sample.sde_window_size = 3
@@ -153,7 +153,7 @@ def file(tmp_path) -> Path:
 
 def converted(file: Path, preset: str, gpus: int | None = None):
     """The config that the written file makes, and the conversion."""
-    out, conversion = convert(f"{file}:{preset}", gpus, file.with_name(f"own_{preset}.py"))
+    out, conversion = write(f"{file}:{preset}", gpus, file.with_name(f"own_{preset}.py"))
     config = load_config(str(out))
     assert wrong_values(config) == []
     return config, conversion
@@ -166,6 +166,8 @@ def test_a_window_and_sizes_of_all_gpus(file):
     assert config.pretrained.model == "models/FLUX.1-dev"
     assert config.pretrained.dtype == config.prompts.dtype == "bfloat16"
     assert config.prompts.train == "dataset/pickscore/train.txt"
+    assert config.prompts.max_tokens == 128
+    assert config.reward.share_gpu
     assert config.sample.train_batch_size == 32 * 3
     assert config.sample.num_batches_per_epoch == 12
     assert config.train.gradient_accumulation_steps == 6
@@ -180,6 +182,14 @@ def test_a_window_and_sizes_of_all_gpus(file):
     text = file.with_name("own_windowed.py").read_text()
     for remark in (*conversion.remarks, *conversion.left_out):
         assert remark in text
+
+
+def test_other_gpus_keep_the_images_of_an_epoch(file):
+    config, _ = converted(file, "windowed", gpus=8)
+    assert config.sample.train_batch_size == 8 * 3
+    assert config.sample.num_batches_per_epoch == 48
+    assert config.train.gradient_accumulation_steps == 24
+    assert config.preflight.devices == 8
 
 
 def test_noise_in_all_steps_and_a_sum_of_rewards(file):
@@ -210,6 +220,7 @@ def test_a_sum_of_advantages_is_a_mean_of_smaller_ones(file):
     config, _ = converted(file, "summed")
     assert (config.train.adv_clip_max, config.train.max_grad_norm) == (2.5, 0.5)
     assert config.sample.branches == 3
+    assert not config.reward.share_gpu
     assert config.sample.sde_window_range == (0, 5)
 
 
@@ -218,7 +229,7 @@ def test_a_sum_of_advantages_is_a_mean_of_smaller_ones(file):
     [
         ("config.prompt_fn = open('x').read()", 8, "line 4: cannot read \"open('x').read()\""),
         ("config.reward_fn = {}", 8, "reward_fn is {}"),
-        ("config.reward_fn = {'geneval': 1.0}", 8, "expected one of the rewards pickscore"),
+        ("config.reward_fn = {'geneval': 1.0}", 8, "expected some of pickscore"),
         ("config.pretrained.model = 'Qwen/Qwen-Image'", 8, "pretrained.model is 'Qwen/Qwen-Image'"),
         ("config.resolution = 'big'", 8, "resolution is 'big'; expected a number"),
         ("config.mixed_precision = 'fp8'", 8, "mixed_precision is 'fp8'"),
@@ -238,24 +249,24 @@ def test_bad_input_is_one_line(file, change, gpus, message):
     bad = file.with_name("bad.py")
     bad.write_text(body + text)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        convert(f"{bad}:bad", gpus, None)
+        write(f"{bad}:bad", gpus, None)
     assert "\n" not in str(error.value)
 
 
 def test_files_and_presets_that_do_not_exist(file, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing.py: no such file"):
-        convert(str(tmp_path / "nothing.py"), 1, None)
+        write(str(tmp_path / "nothing.py"), 1, None)
     with pytest.raises(ValueError, match=r"has presets; name one.*common, windowed"):
-        convert(str(file), 1, None)
+        write(str(file), 1, None)
     with pytest.raises(ValueError, match="no preset 'other'; its presets are common"):
-        convert(f"{file}:other", 1, None)
+        write(f"{file}:other", 1, None)
     with pytest.raises(ValueError, match="no gpu_number; pass --gpus"):
-        convert(f"{file}:no_gpus", None, None)
+        write(f"{file}:no_gpus", None, None)
     with pytest.raises(ValueError, match="exists; name another file"):
-        convert(f"{file}:windowed", None, file)
+        write(f"{file}:windowed", None, file)
     (tmp_path / "base.py").unlink()
     with pytest.raises(FileNotFoundError, match=r"base.py: no such file"):
-        convert(f"{file}:windowed", None, None)
+        write(f"{file}:windowed", None, None)
     file.write_text("def (")
     with pytest.raises(ValueError, match=r"grpo.py, line 1: invalid syntax"):
         preset_names(file)
