@@ -12,7 +12,7 @@ from realgen_configs import flux_grpo, sd3_grpo
 from realgen_jax.config import adversary, base
 from realgen_jax.config_files import load_config
 from realgen_jax.config_ranges import wrong_values
-from realgen_jax.convert_config.__main__ import write
+from realgen_jax.convert_config.__main__ import main, write
 from realgen_jax.convert_config.flow_factory import FLOW_FACTORY
 from realgen_jax.convert_config.keys import KEYS, REWARDS
 from realgen_jax.convert_config.page import tables
@@ -279,15 +279,18 @@ def test_nothing_of_the_file_is_executed(file):
 
 
 def test_the_command(file, tmp_path):
-    command = [sys.executable, "-m", "realgen_jax.convert_config"]
-    done = subprocess.run(
-        [*command, "grpo.py:windowed"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout.startswith("wrote windowed.py\nDifferent:\n"), done.stderr
-    done = subprocess.run([*command, "grpo.py:other"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "realgen_jax.convert_config", "grpo.py:other"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: grpo.py has no preset")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_the_command_prints(file, monkeypatch, capsys):
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(sys, "argv", ["convert_config", "grpo.py:windowed"])
+    main()
+    assert capsys.readouterr().out.startswith("wrote windowed.py\nDifferent:\n")
 
 
 # -- The table
