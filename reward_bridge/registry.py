@@ -6,6 +6,7 @@ option `class` names a class outside the table, config.reward.options.NAME = {"c
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +27,30 @@ def find_class(kind: str, name: str, table: Mapping[str, str], options: Mapping[
             f"of your own: config.reward.options.{name} = {{'{CLASS}': 'package.module:Class'}}"
         )
     return _import(table[name], name)
+
+
+def check_packages(made: type, name: str) -> None:
+    """Raise ValueError if a package that a reward's class names in `packages` is not installed."""
+    for package in getattr(made, "packages", ()):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"the reward {name!r} needs the package {package}, which is not installed; install "
+                f"the extra, as in: pip install 'realgen_jax[{made.extra}]'"
+            )
+
+
+def check_interface(made: Any, name: str) -> None:
+    """Raise ValueError if a class of the user's own cannot be a reward."""
+    source = f"config.reward.options.{name}.{CLASS}"
+    if not inspect.isclass(made):
+        raise ValueError(f"{source} names a {type(made).__name__}; expected a class")
+    if not any("__call__" in base.__dict__ for base in made.__mro__) and not hasattr(
+        made, "score_groups"
+    ):
+        raise ValueError(
+            f"{source} names {made.__name__}, which has neither __call__(images, prompts) nor "
+            "score_groups(images, prompts, size); a reward needs one of them"
+        )
 
 
 def check_arguments(make: Callable, name: str, arguments: Mapping[str, Any]) -> None:
@@ -58,9 +83,10 @@ def _import(target: Any, source: str) -> type:
             f"{source} is {target!r}, and the module {module} cannot be imported ({error}); its "
             "folder must be that of the config file, or in PYTHONPATH"
         ) from error
-    except SyntaxError as error:
+    except Exception as error:  # whatever a module of the user's own raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{source} is {target!r}, and the module {module} cannot be imported ({error})"
+            f"{source} is {target!r}, and the module {module} cannot be imported ({reason})"
         ) from error
     if not hasattr(imported, name):
         raise ValueError(f"{source} is {target!r}, but the module {module} has no {name}")

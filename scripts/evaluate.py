@@ -59,6 +59,7 @@ from reward_bridge.devices import gpus_for_jax
 from reward_bridge.digests import score_keys, served_rewards
 from reward_bridge.groups import report_problems
 from reward_bridge.judges import make_judge
+from reward_bridge.prompts import prompt_problems
 from reward_bridge.reward import RewardError
 from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
 from reward_bridge.terminal import show_messages
@@ -144,6 +145,8 @@ def evaluate(config: ConfigDict, console: Console) -> None:
             judge.check_connection()
     missing = missing_rewards(config.reward, config.evaluate.scores)
     missing += report_problems(config.reward, config.evaluate.scores)
+    prompts = {f"config.evaluate.prompts.{part.name}": part.prompts for part in sets}
+    missing += prompt_problems(config.reward, config.evaluate.scores, prompts)
     if missing:
         raise ValueError("\n".join(missing))
     served = served_rewards(config.reward, config.evaluate.scores)

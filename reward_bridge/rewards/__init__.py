@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 
-from reward_bridge.registry import check_arguments, find_class, without_class
+from reward_bridge.registry import (
+    CLASS,
+    check_arguments,
+    check_interface,
+    check_packages,
+    find_class,
+    without_class,
+)
 from reward_bridge.reward import Reward
 
 REWARDS = {
@@ -19,6 +26,7 @@ REWARDS = {
     "hpsv3": "reward_bridge.rewards.hpsv3:Hpsv3",
     "pairwise_judge": "reward_bridge.rewards.pairwise_judge:PairwiseJudge",
     "vlm_judge": "reward_bridge.rewards.vlm_judge:VlmJudge",
+    "ocr": "reward_bridge.rewards.ocr:Ocr",
     "diversity": "reward_bridge.rewards.diversity:Diversity",
     "embedded_detector": "reward_bridge.rewards.embedded:EmbeddedDetector",
     "embedded_held_out": "reward_bridge.rewards.embedded:EmbeddedHeldOut",
@@ -48,6 +56,9 @@ def make_reward(name: str, device: str, options: Mapping[str, Any]) -> Reward:
         return RemoteReward(**arguments)
 
     make = find_class("reward", name, REWARDS, options)
+    if CLASS in options:
+        check_interface(make, name)
+    check_packages(make, name)
     arguments = {"device": device, **without_class(options)}
     check_arguments(make, name, arguments)
     try:
