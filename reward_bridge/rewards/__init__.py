@@ -19,6 +19,7 @@ REWARDS = {
     "clip_score": "reward_bridge.rewards.clip_score:ClipScore",
     "pickscore": "reward_bridge.rewards.pickscore:PickScore",
     "hpsv2": "reward_bridge.rewards.hpsv2:HPSv2",
+    "imagereward": "reward_bridge.rewards.imagereward:ImageReward",
     "longclip": "reward_bridge.rewards.longclip:LongClip",
     "aesthetic": "reward_bridge.rewards.aesthetic:Aesthetic",
     "jpeg_compressibility": "reward_bridge.rewards.jpeg_compressibility:JpegCompressibility",
