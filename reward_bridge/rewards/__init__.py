@@ -31,6 +31,7 @@ REWARDS = {
     "qwen_vl_score": "reward_bridge.rewards.ratings:QwenVlScore",
     "visualquality_r1": "reward_bridge.rewards.ratings:VisualQualityR1",
     "deqa": "reward_bridge.rewards.deqa:Deqa",
+    "brisque": "reward_bridge.rewards.brisque:Brisque",
     "ocr": "reward_bridge.rewards.ocr:Ocr",
     "diversity": "reward_bridge.rewards.diversity:Diversity",
     "embedded_detector": "reward_bridge.rewards.embedded:EmbeddedDetector",
