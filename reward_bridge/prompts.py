@@ -1,7 +1,8 @@
 """Which prompts a run's rewards cannot score, before anything is loaded."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,8 +15,8 @@ def prompt_problems(
 ) -> list[str]:
     """Return one line for each reward and source with a prompt that the reward cannot score.
 
-    A reward says so with a static method `check_prompt(prompt)`, which raises ValueError. Those
-    that learn or are computed by servers are not asked.
+    A reward says so with a static method `check_prompt(prompt, options)`, which raises ValueError;
+    options are those of the config. Those that learn or are computed by servers are not asked.
 
     reward: config.reward. prompts: {where they come from: the prompts that are scored}.
     """
@@ -32,7 +33,7 @@ def prompt_problems(
             continue
 
         for source, texts in prompts.items():
-            reasons = _reasons(check, texts)
+            reasons = _reasons(check, texts, own)
             if reasons:
                 problems.append(
                     f"{source}: {len(reasons)} of {len(texts)} prompts cannot be scored by "
@@ -41,12 +42,16 @@ def prompt_problems(
     return problems
 
 
-def _reasons(check, texts: Sequence[str]) -> list[str]:
+def _reasons(
+    check: Callable[[str, Mapping[str, Any]], None],
+    texts: Sequence[str],
+    options: Mapping[str, Any],
+) -> list[str]:
     """Why texts cannot be scored, one for each of those."""
     reasons = []
     for text in texts:
         try:
-            check(text)
+            check(text, options)
         except ValueError as error:
             reasons.append(str(error))
     return reasons

@@ -26,7 +26,7 @@ from reward_bridge.weights import expand_home
 AT_START = "_at_start"
 
 # Options of rewards that name files or folders.
-FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
+FILE_OPTIONS = ("base", "clip", "path", "prompts", "tokenizer")
 
 # Columns of a run's records that are not the scores of a single reward.
 COLUMNS = ("reward", "prompt_std")

@@ -32,6 +32,8 @@ REWARDS = {
     "visualquality_r1": "reward_bridge.rewards.ratings:VisualQualityR1",
     "deqa": "reward_bridge.rewards.deqa:Deqa",
     "brisque": "reward_bridge.rewards.brisque:Brisque",
+    "geneval": "reward_bridge.rewards.geneval:Geneval",
+    "dpg": "reward_bridge.rewards.dpg:Dpg",
     "ocr": "reward_bridge.rewards.ocr:Ocr",
     "diversity": "reward_bridge.rewards.diversity:Diversity",
     "embedded_detector": "reward_bridge.rewards.embedded:EmbeddedDetector",

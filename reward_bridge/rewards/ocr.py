@@ -1,7 +1,8 @@
 """How well a picture shows the text that its prompt quotes (Flow-GRPO's OCR reward, 2505.05470)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class Ocr:
         self.distance = Levenshtein.distance
 
     @staticmethod
-    def check_prompt(prompt: str) -> None:
+    def check_prompt(prompt: str, options: Mapping[str, Any]) -> None:
         """Raise ValueError for a prompt without a quoted text."""
         quoted_text(prompt)
 
