@@ -11,7 +11,7 @@ import torch
 from reward_bridge.rewards.yes_no import YesNoJudge
 from reward_bridge.weights import expand_home
 
-COLUMNS = ("text", "proposition_id", "dependency", "question_natural_language")
+COLUMNS = ("item_id", "text", "proposition_id", "dependency", "question_natural_language")
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,15 @@ class Dpg(YesNoJudge):
 
 
 def share(questions: Sequence[DpgQuestion], answers: Sequence[bool]) -> float:
-    """The share of questions answered with yes whose parents, in their order, are so too."""
+    """The share of questions answered with yes whose parents are so too, in the file's order.
+
+    Parents that the file lacks are ignored.
+    """
     holds: dict[int, bool] = {}
     for question, answer in zip(questions, answers, strict=True):
         holds[question.number] = answer
     for question in questions:
-        if not all(holds[parent] for parent in question.parents):
+        if not all(holds.get(parent, True) for parent in question.parents):
             holds[question.number] = False
     return sum(holds.values()) / len(holds)
 
@@ -125,6 +128,7 @@ def read_once(file: str) -> dict[str, list[DpgQuestion]]:
                 f"{file} has no column {', '.join(missing)}; expected DPG-Bench's dpg_bench.csv"
             )
         questions: dict[str, list[DpgQuestion]] = {}
+        items: dict[str, str] = {}  # of a prompt that several items have, the first one counts
         for row in reader:
             try:
                 prompt, question = _question(row)
@@ -132,16 +136,8 @@ def read_once(file: str) -> dict[str, list[DpgQuestion]]:
                 raise ValueError(
                     f"{file}, line {reader.line_num}, is no question of DPG-Bench ({error})"
                 ) from error
-            questions.setdefault(prompt, []).append(question)
-    for prompt, own in questions.items():
-        numbers = {question.number for question in own}
-        for question in own:
-            absent = set(question.parents) - numbers
-            if absent or len(numbers) < len(own):
-                raise ValueError(
-                    f"{file}: a question of the prompt {prompt[:60]!r} depends on {absent} or has "
-                    "the number of another one; download the file again"
-                )
+            if items.setdefault(prompt, row["item_id"]) == row["item_id"]:
+                questions.setdefault(prompt, []).append(question)
     if not questions:
         raise ValueError(f"{file} is empty; expected DPG-Bench's dpg_bench.csv")
     return questions
