@@ -18,6 +18,7 @@ COMMANDS = [
     "realgen-diagnose",
     "realgen-encode-prompts",
     "realgen-evaluate",
+    "realgen-make-references",
     "realgen-preflight",
     "realgen-profile-summary",
     "realgen-rewrite",
