@@ -45,6 +45,7 @@ class Geneval:
             )
         self.clip = load_folder(clip, "geneval.clip", device, "float32")
         self.tokenizer = load_tokenizer(clip, "geneval.clip", self.clip)
+        self.directions: dict[str, torch.Tensor] = {}  # {class: its colours' directions}
 
     @staticmethod
     def check_prompt(prompt: str, options: Mapping[str, Any]) -> None:
@@ -64,18 +65,22 @@ class Geneval:
 
     def colours(self, image: torch.Tensor, objects: Sequence[Detection], name: str) -> list[str]:
         """The colour of each object of a class in uint8 [3, h, w]."""
-        classes = []
-        for colour in COLOURS:
-            texts = [template.format(colour, name) for template in TEMPLATES]
-            features = F.normalize(text_features(self.clip, self.tokenizer, texts), dim=-1)
-            classes.append(features.mean(0))
-        directions = F.normalize(torch.stack(classes), dim=-1)
-
+        if name not in self.directions:
+            self.directions[name] = self._directions(name)
         nearest = []
         for item in objects:
             feature = F.normalize(image_features(self.clip, cut_out(image, item)[None]), dim=-1)
-            nearest.append(COLOURS[(feature @ directions.T).argmax().item()])
+            nearest.append(COLOURS[(feature @ self.directions[name].T).argmax().item()])
         return nearest
+
+    def _directions(self, name: str) -> torch.Tensor:
+        """The mean direction of each colour's descriptions of a class: float32 [colours, d]."""
+        means = []
+        for colour in COLOURS:
+            texts = [template.format(colour, name) for template in TEMPLATES]
+            features = F.normalize(text_features(self.clip, self.tokenizer, texts), dim=-1)
+            means.append(features.mean(0))
+        return F.normalize(torch.stack(means), dim=-1)
 
 
 def cut_out(image: torch.Tensor, item: Detection) -> torch.Tensor:
