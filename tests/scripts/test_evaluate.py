@@ -82,6 +82,33 @@ def test_evaluate_py_goes_on_after_a_kill(cache, tmp_path, words):
 
 
 @pytest.mark.slow
+def test_geneval_of_a_model(cache, tmp_path):
+    """Four pictures of each prompt, scored by a tiny random detector."""
+    from tests.helpers.tiny_detector import write_geneval
+
+    models = write_geneval(tmp_path)
+    options = {"path": str(models / "detector"), "clip": str(models / "clip"), "side": 64}
+    done = call(
+        "evaluate.py",
+        cache,
+        "--benchmark=geneval",
+        f"--config.run_root={tmp_path}",
+        "--config.run_name=run",
+        "--config.evaluate.batch_size=8",
+        f"--config.evaluate.benchmarks.geneval={models / 'metadata.jsonl'}",
+        f"--config.reward.options={ {'geneval': options} }",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Protocol: 2 prompts of 553 (not the published number) x 4 pictures, " in done.stdout
+    assert "base, geneval: geneval " in done.stdout  # the mean over both tasks
+    with (tmp_path / "run" / "report-geneval" / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["category"] for row in rows] == ["colors"] * 4 + ["single_object"] * 4
+    assert {row["geneval"] for row in rows} <= {"0.0", "1.0"}
+    assert len(list((tmp_path / "run" / "evaluation" / "base" / "geneval").glob("*.png"))) == 8
+
+
+@pytest.mark.slow
 def test_a_benchmark_on_pictures_whose_right_answer_is_known(cache, tmp_path):
     """Flow-GRPO's OCR prompts: one picture shows its text, the other one a letter too few."""
     pytest.importorskip("rapidocr")

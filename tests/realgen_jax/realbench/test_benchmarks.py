@@ -1,14 +1,18 @@
 """Benchmarks: their prompts, what they pin, and means over categories worked out by hand."""
 
 import hashlib
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.realbench.aggregate import CATEGORIES
 from realgen_jax.realbench.benchmarks import BENCHMARKS, open_benchmark
+from realgen_jax.realbench.summarize import print_category_means
+from tests.helpers.goldens import ROOT
 from tests.realgen_jax.realbench.test_report import one, rows_of, scored
 
 FILES = {
@@ -144,6 +148,25 @@ def test_intervals_of_a_mean_over_categories_are_those_of_normal_theory():
     assert row.value == pytest.approx((scores["x"].mean() + scores["y"].mean()) / 2)
     assert row.high - row.value == pytest.approx(1.96 * variance**0.5, rel=0.08)
     assert row.value - row.low == pytest.approx(1.96 * variance**0.5, rel=0.08)
+
+
+def test_means_over_categories_are_printed():
+    pictures = [scored("a", "short", line, 0, float(line < 3), 0.5) for line in range(4)]
+    rows = rows_of(pictures, categories=["x", "x", "y", "y"], entries="a", category_mean=True)
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_category_means(rows, console)
+    first, second = console.export_text().splitlines()
+    assert first == "a, short: detector 0.750 [0.500, 1.000], mean over categories"
+    assert second == "a, short: score 0.500 [0.500, 0.500], mean over categories"
+
+
+def test_the_page_lists_every_benchmark():
+    page = (ROOT / "docs" / "realbench.md").read_text()
+    for name, benchmark in BENCHMARKS.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert f"| {benchmark.copies} |" in row
+        if benchmark.prompts:
+            assert f"{benchmark.prompts:,}" in row
 
 
 def test_without_a_category_there_is_no_mean():

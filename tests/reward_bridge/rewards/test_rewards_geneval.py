@@ -8,47 +8,17 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers import (  # noqa: E402
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    SwinConfig,
-)
-
 from reward_bridge.detection import Detection, Detector  # noqa: E402
 from reward_bridge.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize  # noqa: E402
 from reward_bridge.rewards import make_reward  # noqa: E402
 from reward_bridge.rewards.geneval import Geneval, cut_out  # noqa: E402
 from tests.helpers.pictures import pictures  # noqa: E402
-from tests.helpers.tiny_clips import write_folder  # noqa: E402
-
-NAMES = ["dog", "cat", "mouse"]
-DOG = {"class": "dog", "count": 1}
+from tests.helpers.tiny_detector import NAMES, write_geneval  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a tiny Mask2Former and a tiny CLIP, and a file of two prompts."""
-    root = tmp_path_factory.mktemp("geneval")
-    torch.manual_seed(0)
-    backbone = SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, patch_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32,
-        encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2,
-        num_attention_heads=2, num_queries=12, id2label=dict(enumerate(NAMES)),
-        label2id={name: i for i, name in enumerate(NAMES)},
-    )  # fmt: skip
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(root / "detector")
-    (root / "clip").mkdir()
-    write_folder(root / "clip")
-    records = [
-        {"prompt": "a dog", "tag": "colors", "include": [{**DOG, "color": "red"}]},
-        {"prompt": "a cat", "tag": "single_object", "include": [{"class": "cat", "count": 1}]},
-    ]
-    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
-    return root
+    return write_geneval(tmp_path_factory.mktemp("geneval"))
 
 
 def options(models, **changed):
