@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 CLASS = "class"  # the option that names a class of the user's own
+LEARNS = ("prepare", "score", "loss")  # what a learner has (reward_bridge/learners)
 
 
 def find_class(kind: str, name: str, table: Mapping[str, str], options: Mapping[str, Any]) -> type:
@@ -39,12 +40,19 @@ def check_packages(made: type, name: str) -> None:
             )
 
 
-def check_interface(made: Any, name: str) -> None:
-    """Raise ValueError if a class of the user's own cannot be a reward."""
+def check_interface(made: Any, kind: str, name: str) -> None:
+    """Raise ValueError if a class of the user's own cannot be a reward, or a learner (`kind`)."""
     source = f"config.reward.options.{name}.{CLASS}"
     if not inspect.isclass(made):
         raise ValueError(f"{source} names a {type(made).__name__}; expected a class")
-    if not any("__call__" in base.__dict__ for base in made.__mro__) and not hasattr(
+    if kind == "learner":
+        missing = [method for method in LEARNS if not hasattr(made, method)]
+        if missing:
+            raise ValueError(
+                f"{source} names {made.__name__}, which has no {missing[0]}(); a learner has "
+                f"{', '.join(LEARNS)}"
+            )
+    elif not any("__call__" in base.__dict__ for base in made.__mro__) and not hasattr(
         made, "score_groups"
     ):
         raise ValueError(

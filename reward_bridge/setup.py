@@ -204,8 +204,8 @@ def _class_problems(kind: str, name: str, options: Mapping[str, Any]) -> list[st
     """Why the class of a reward or learner cannot be used, if so."""
     try:
         made = find_class(kind, name, REWARDS, options)
-        if kind == "reward" and CLASS in options:
-            check_interface(made, name)
+        if CLASS in options:
+            check_interface(made, kind, name)
         check_packages(made, name)
     except ValueError as error:
         return [str(error)]

@@ -65,7 +65,7 @@ def make_reward(name: str, device: str, options: Mapping[str, Any]) -> Reward:
 
     make = find_class("reward", name, REWARDS, options)
     if CLASS in options:
-        check_interface(make, name)
+        check_interface(make, "reward", name)
     check_packages(make, name)
     arguments = {"device": device, **without_class(options)}
     check_arguments(make, name, arguments)

@@ -130,6 +130,12 @@ def test_a_class_that_is_no_reward_is_named(own_module, target, message):
         make_reward("mine", "cpu", {"class": f"own_rewards:{target}"})
 
 
+def test_a_class_that_is_no_learner_is_named(own_module):
+    message = r"mine\.class names Constant, which has no prepare\(\); a learner has prepare, "
+    with pytest.raises(ValueError, match=message):
+        make_learner("mine", "cpu", {"class": "own_rewards:Constant", "value": 1.0})
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"'ocr' needs the package rapidocr.*realgen_jax\[ocr\]"):
