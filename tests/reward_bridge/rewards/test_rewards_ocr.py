@@ -1,5 +1,7 @@
 """The ocr reward reads text that Pillow has drawn, whose right score is known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -27,20 +29,31 @@ def drawn(*lines):
     return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())
 
 
-def test_scores_are_those_of_the_edit_distance(ocr):
+def test_text_is_read_and_compared(ocr):
     cases = [
-        (["Open 24 hours"], 'a door, "open 24 hours", at night', 1.0),  # spaces, capitals
         (["We are OPEN"], 'a sign that says "Open"', 1.0),  # part of what is read
         (["Fresh", "Bread"], "a shop sign, “fresh bread”", 1.0),  # two lines
         (["Coffee"], 'a cup with "Toffee"', 1 - 1 / 6),  # one letter of six
-        (["Tea"], 'a cup with "Team work"', 3 / 8),  # five of eight are missing
-        ([], 'a cup with "Tea"', 0.0),
-        (["MARKET"], 'a cup with "xyz"', 0.0),  # never below 0
     ]
     images = torch.stack([drawn(*lines) for lines, _, _ in cases])
     scores = ocr(images, [prompt for _, prompt, _ in cases])
     assert scores.dtype == torch.float32
     assert scores.tolist() == pytest.approx([score for _, _, score in cases])
+
+
+@pytest.mark.parametrize(
+    ("read", "quoted", "score"),
+    [
+        ("Open 24 hours", "OPEN 24 HOURS", 1.0),
+        ("the tea shop", "Tea", 1.0),  # more text is not punished
+        ("Tea", "Team work", 3 / 8),  # five of eight letters are missing
+        ("", "Tea", 0.0),
+        ("a long text without it", "xyz", 0.0),  # never below 0
+    ],
+)
+def test_scores_are_those_of_the_edit_distance(ocr, monkeypatch, read, quoted, score):
+    monkeypatch.setattr(ocr, "reader", lambda picture: SimpleNamespace(txts=read.split(" ")))
+    assert ocr(drawn()[None], [f'a sign "{quoted}"']).tolist() == pytest.approx([score])
 
 
 @pytest.mark.parametrize("prompt", ["a cat", 'an unfinished "quote', 'nothing " " inside', ""])
