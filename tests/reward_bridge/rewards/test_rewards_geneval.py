@@ -53,7 +53,7 @@ def test_detections_are_those_of_transformers(models):
     ours = sorted((NAMES.index(item.name), item.score) for item in detections)
     wanted = sorted((entry["label_id"], entry["score"]) for entry in theirs)
     assert [label for label, _ in ours] == [label for label, _ in wanted]
-    np.testing.assert_allclose([s for _, s in ours], [s for _, s in wanted], atol=2e-3)
+    np.testing.assert_allclose([s for _, s in ours], [s for _, s in wanted], atol=1e-4)
 
     # A threshold keeps the most certain ones.
     middle = detections[len(detections) // 2].score
