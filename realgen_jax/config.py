@@ -378,6 +378,16 @@ def _evaluate(rollouts: ConfigDict) -> ConfigDict:
     # {set: file}, .txt or .jsonl ("prompt", "category"). Line i of all sets describes one scene.
     c.prompts = ConfigDict()
     c.images_per_prompt = 1  # RealBench: 1
+    # {benchmark: file of its prompts}, for evaluate.py --benchmark; docs/realbench.md has sources.
+    c.benchmarks = ConfigDict(
+        {
+            "geneval": "dataset/geneval/evaluation_metadata.jsonl",
+            "dpg": "dataset/dpg_bench/dpg_bench.csv",
+            "partiprompts": "dataset/partiprompts/PartiPrompts.tsv",
+            "ocr": "dataset/ocr/test.txt",
+        }
+    )
+    c.category_mean = False  # True: also the mean over categories, each counted alike (GenEval)
     c.sample = _evaluation_sample(rollouts)
     c.batch_size = 8  # images that are generated and scored in one call
     c.scores = ()  # rewards

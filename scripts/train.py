@@ -95,6 +95,7 @@ from reward_bridge.digests import run_digests, score_keys, served_rewards
 from reward_bridge.encoders import TextEncoders, open_encoders, open_window
 from reward_bridge.groups import group_problems, report_problems
 from reward_bridge.judges import make_judge
+from reward_bridge.prompts import prompt_problems
 from reward_bridge.reward import RewardError
 from reward_bridge.setup import (
     Rewards,
@@ -347,8 +348,26 @@ def check_all(config: ConfigDict) -> dict[str, str]:
         problems += negative_problems(config.reward)
     check(config, problems)
     check_shapes(config, device_count(config.reward))
+    problems = prompt_problems(config.reward, run_rewards(config.reward), scored_prompts(config))
+    problems += prompt_problems(config.reward, report_scores, report_prompts(config))
+    if problems:
+        raise ValueError("\n".join(problems))
     names = [*run_rewards(config.reward), *report_scores]
     return served_rewards(config.reward, names)
+
+
+def scored_prompts(config: ConfigDict) -> dict[str, list[str]]:
+    """The prompts of training and evaluations as rewards see them, {key of the config: prompts}."""
+    read = read_originals if config.reward.score_original else read_prompts
+    return {f"config.prompts.{name}": read(config.prompts[name]) for name in ("train", "test")}
+
+
+def report_prompts(config: ConfigDict) -> dict[str, Sequence[str]]:
+    """The prompts of the report at the end, {key of the config: prompts}; {} without a report."""
+    if not reports(config):
+        return {}
+    sets = read_sets(config.evaluate.prompts)
+    return {f"config.evaluate.prompts.{part.name}": part.prompts for part in sets}
 
 
 def all_digests(config: ConfigDict, served: Mapping[str, str]) -> dict[str, str]:
@@ -366,15 +385,8 @@ def load_run(
     """
     prompts = read_prompts(config.prompts.train)
     test_prompts = read_prompts(config.prompts.test)
-    scored_prompts = prompts
-    scored_test_prompts = test_prompts
-    if config.reward.score_original:
-        scored_prompts = read_originals(config.prompts.train)
-        scored_test_prompts = read_originals(config.prompts.test)
-    sets = {}
-    if reports(config):
-        for prompt_set in read_sets(config.evaluate.prompts):
-            sets[f"config.evaluate.prompts.{prompt_set.name}"] = prompt_set.prompts
+    scored, scored_test = scored_prompts(config).values()
+    sets = report_prompts(config)
     tell_overlaps(prompts, test_prompts, sets)
     # The rewriter's texts are encoded when they are written.
     fixed = [] if config.stage == "rewriter" else [prompts, test_prompts]
@@ -387,7 +399,7 @@ def load_run(
         meet = partial(join, broadcast_text, coordinator_host(), process_index(), process_count())
     rewards = open_rewards(
         config.reward,
-        prompts=scored_prompts,
+        prompts=scored,
         hide_from_jax=hide_gpus,
         jax_platforms=jax.config.jax_platforms,
         meet=meet,
@@ -405,8 +417,8 @@ def load_run(
         scorer=rewards.bridge,
         learning=rewards.learning,
         metrics=rewards.metrics,
-        scored_prompts=scored_prompts,
-        scored_test_prompts=scored_test_prompts,
+        scored_prompts=scored,
+        scored_test_prompts=scored_test,
         tokenizer=tokenizer,
         encoders=encoders,
     )

@@ -19,6 +19,7 @@ COMMANDS = [
     "realgen-encode-prompts",
     "realgen-evaluate",
     "realgen-export",
+    "realgen-make-references",
     "realgen-preflight",
     "realgen-profile-summary",
     "realgen-rewrite",

@@ -28,6 +28,9 @@ class Frozen:
     def __call__(self, images, prompts):
         return self.scale * images.float().mean((1, 2, 3))
 
+class Silent:
+    pass
+
 class Learning(Brightness):
     def __init__(self, device, scale):
         super().__init__()
@@ -189,6 +192,9 @@ def test_classes_of_the_users_own_are_accepted_if_they_can_be_imported(own_modul
     assert [line[: len(problem)] for line in missing_rewards(reward, ["mine", "yours"])] == [
         problem
     ]
+    silent = reward_config(options={"mine": {"class": "own_setup:Silent"}})
+    (line,) = missing_rewards(silent, ["mine"])
+    assert line.startswith("config.reward.options.mine.class names Silent, which has neither")
 
 
 # -- Devices
