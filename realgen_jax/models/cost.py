@@ -243,10 +243,11 @@ def decode_bytes(work: Work, images: float) -> float:
     vae = work.vae
     at_once = decoded_at_once(vae, work.image_tokens, int(images))
 
-    # Three feature maps of the last level's input at full size.
+    # Feature maps of the last level's input at full size: three on a CPU. XLA's compiler for GPUs
+    # fuses more, and needs two and a fifth (benchmarks/compiled.py).
     widths = vae.block_out_channels
     wide = widths[min(1, len(widths) - 1)]
-    maps = 3 * work.pixels * wide * jnp.dtype(vae.dtype).itemsize
+    maps = (2.2 if work.flash else 3) * work.pixels * wide * jnp.dtype(vae.dtype).itemsize
 
     # Or the scores [P, P] of the attention over P positions, which does not use a flash kernel:
     # the logits, the weights and, for several images, a copy.

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from realgen_jax import process
 from tests.helpers.faults import closed_pipe, send_signal
 from tests.helpers.goldens import ROOT
 from tests.helpers.running import begin, until
@@ -154,3 +155,18 @@ def test_every_program_begins_like_that(script):
     _, imported, call, *_ = ast.parse((ROOT / "scripts" / script).read_text()).body
     assert ast.unparse(imported) == "from realgen_jax import process"
     assert ast.unparse(call) == "process.begin(__name__)"
+
+
+@pytest.mark.parametrize(
+    ("packages", "library", "only"),
+    [
+        ({"jax_cuda13_plugin"}, None, True),
+        ({"jax_cuda13_plugin", "nvidia", "nvidia.cudnn"}, None, False),
+        ({"jax_cuda13_plugin", "nvidia"}, "libcudnn.so.9", False),
+        (set(), None, False),
+    ],
+)
+def test_the_plugin_without_cudnn_only_compiles(monkeypatch, packages, library, only):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in packages or None)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: library)
+    assert process._only_compiles_for_cuda() == only

@@ -1,5 +1,6 @@
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -279,3 +280,10 @@ def test_products_in_bfloat16_are_computed_alone_on_cpus(monkeypatch, dtype, jax
     assert bool(options) == alone
     x = jnp.ones((2, 2), dtype)
     assert jax.jit(lambda a: a @ a, compiler_options=options)(x)[0, 0] == 2
+
+
+def test_gpus_take_deterministic_kernels():
+    """Else cuDNN's attention may add in another order each time in its backward pass."""
+    device = SimpleNamespace(platform="gpu")
+    mesh = SimpleNamespace(devices=np.array([device], object))
+    assert compiler_options(jnp.bfloat16, mesh) == {"xla_gpu_exclude_nondeterministic_ops": True}

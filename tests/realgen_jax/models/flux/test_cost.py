@@ -175,7 +175,8 @@ def test_the_decoder_is_xlas(widths, layers, side, n):
     decode = jax.jit(lambda state, latents: to_uint8(nnx.merge(graph, state).decode(latents)))
     program = decode.lower(state, latents).compile(QUICK)
 
-    work = replace(make_report(get_config(), 1).work, vae=config, image_tokens=side**2 // 4)
+    work = make_report(get_config(), 1).work
+    work = replace(work, vae=config, image_tokens=side**2 // 4, flash=False)
     assert_near(n * cost.decode_flops(work), program.cost_analysis()["flops"], 0.06)
     memory = program.memory_analysis().temp_size_in_bytes
     assert_near(cost.decode_bytes(work, n), memory, 0.15)
