@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from realgen_jax import process
+import realgen_jax.process
 from tests.helpers.faults import closed_pipe, send_signal
 from tests.helpers.goldens import ROOT
 from tests.helpers.running import begin, until
@@ -169,4 +169,4 @@ def test_every_program_begins_like_that(script):
 def test_the_plugin_without_cudnn_only_compiles(monkeypatch, packages, library, only):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in packages or None)
     monkeypatch.setattr("ctypes.util.find_library", lambda name: library)
-    assert process._only_compiles_for_cuda() == only
+    assert realgen_jax.process._only_compiles_for_cuda() == only
