@@ -69,18 +69,24 @@ def changed_recipe(recorded: Path, run: Path) -> list[str]:
 
 
 def compare_bits(recorded: Sequence[Mapping], rows: Sequence[Mapping]) -> Outcome:
-    """Compare every value of every row, but for those of TIMED."""
+    """Compare every recorded value of every row, but for those of TIMED.
+
+    Columns that did not exist when the run was recorded are told, but are no difference.
+    """
     if len(recorded) != len(rows):
         return Outcome(False, [f"{len(rows)} rows; the recorded run has {len(recorded)}"])
+    new: set[str] = set()
     for before, now in zip(recorded, rows, strict=True):
-        before, now = trained(before), trained(now)
-        for column in [*before, *(now.keys() - before.keys())]:
-            if before.get(column) != now.get(column):
+        new |= trained(now).keys() - before.keys()
+        for column, value in trained(before).items():
+            if now.get(column) != value:
                 place = f"epoch {before['epoch']}, {before['kind']}, {column}"
-                values = f"{now.get(column)}, recorded {before.get(column)}"
-                return Outcome(False, [f"{place}: {values}"])
-    kind = "the recorded kind of machine and versions"
-    return Outcome(True, [f"{kind}: all {len(rows)} rows are equal bit for bit"])
+                return Outcome(False, [f"{place}: {now.get(column)}, recorded {value}"])
+    equal = f"all {len(rows)} rows are equal bit for bit"
+    lines = [f"the recorded kind of machine and versions: {equal}"]
+    if new:
+        lines.append(f"columns that the recorded run does not have: {', '.join(sorted(new))}")
+    return Outcome(True, lines)
 
 
 def compare_nearly(

@@ -47,6 +47,12 @@ def changed(row: int, column: str, value: float) -> list[dict]:
     return rows
 
 
+def without(row: int, column: str) -> list[dict]:
+    rows = [dict(row) for row in ROWS]
+    del rows[row][column]
+    return rows
+
+
 def run_with(recorded: Path, rows: list[dict]) -> Path:
     """A run whose config.json has all keys, as train.py writes it."""
     run = write(recorded.with_name("run"), rows)
@@ -66,12 +72,18 @@ def test_equal_rows_on_the_same_machine(recorded):
     ]
 
 
+def test_a_new_column_is_no_difference(recorded):
+    outcome = compare(recorded, run_with(recorded, changed(1, "new", 0.1)), MACHINE)
+    assert outcome.equal
+    assert outcome.lines[1] == "columns that the recorded run does not have: new"
+
+
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
         (changed(2, "loss", 0.4 + 1e-16 * 2**20), "epoch 2, train, loss: 0.4"),
         (changed(3, "detector", 0.41), "epoch 2, eval, detector: 0.41, recorded 0.4"),
-        (changed(1, "new", 0.1), "epoch 1, train, new: 0.1, recorded None"),
+        (without(1, "loss"), "epoch 1, train, loss: None, recorded 0.5"),
         (ROWS[:3], "3 rows; the recorded run has 4"),
     ],
 )
