@@ -111,6 +111,10 @@ def compare_nearly(
 
     # -- The figures at the end.
     ends = [evaluations(log)[-1] for log in (recorded, rows)]
+    epochs = [end["epoch"] for end in ends]
+    if epochs[0] != epochs[1]:
+        lines.append(f"the last evaluation is of epoch {epochs[1]}, recorded {epochs[0]}")
+        return Outcome(False, lines)
     for column, seeds in figures.items():
         before, now = (figure(end, column) for end in ends)
         spread = max(seeds) - min(seeds)

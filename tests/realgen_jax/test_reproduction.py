@@ -112,6 +112,7 @@ def test_another_machine_may_round_differently(recorded):
         (changed(1, "loss", float("nan")), "largest difference inf"),
         (changed(3, "detector", 0.46), "NOT within"),
         (changed(3, "detector", 0.34), "NOT within"),
+        (ROWS[:3], "the last evaluation is of epoch 0, recorded 2"),
     ],
 )
 def test_a_run_that_learns_something_else_is_told_anywhere(recorded, rows, word):
