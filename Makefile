@@ -3,6 +3,7 @@
 # make test           set up, lint and run the tests
 # make test-slow      set up and run the slow tests
 # make test-gpu       set up and run the tests that need an NVIDIA GPU (EXTRAS=torch,test,cuda)
+# make reproduce      set up, train the recorded recipes of examples/ again and compare every row
 # make docs           set up and build the documentation site in site/
 # make test-install   set up, then install the wheel elsewhere and train with it (a minute)
 #
@@ -17,9 +18,14 @@ EXTRAS ?= torch,test
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo install test test-slow test-gpu test-install lint docs
+RECORDED ?= examples/embedded/demo examples/embedded/awm
+
+.PHONY: demo install test test-slow test-gpu test-install lint reproduce docs
 demo: install
 	$(BIN)/python scripts/train.py --config configs/flux_grpo.py
+
+reproduce: install
+	set -e; for folder in $(RECORDED); do $(BIN)/python scripts/reproduce.py $$folder; done
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
