@@ -197,6 +197,8 @@ REALGEN = {
 
 KEYS = {**FLOW_GRPO, **REALGEN}
 
+CHAT = "http://localhost:8000/v1"  # a server of the model, such as vLLM's
+
 # Their name of a reward -> ours, and the options that it needs. docs/rewards.md says where the
 # files come from.
 REWARDS = {
@@ -219,6 +221,15 @@ REWARDS = {
         },
     ),
     "jpeg_compressibility": ("jpeg_compressibility", {}),
+    "imagereward": (
+        "imagereward",
+        {"path": "models/ImageReward", "tokenizer": "models/bert-base-uncased"},
+    ),
+    "ocr": ("ocr", {}),
+    "unifiedreward": ("unifiedreward", {"url": CHAT, "model": "UnifiedReward-7b-v1.5"}),
+    "qwenvl": ("qwen_vl_score", {"url": CHAT, "model": "Qwen2.5-VL-7B-Instruct"}),
+    "deqa": ("deqa", {"url": CHAT, "model": "DeQA-Score-Mix3"}),
+    "visualquality": ("visualquality_r1", {"url": CHAT, "model": "VisualQuality-R1-7B"}),
     "forensic_chat": ("forensic_chat", {"path": "models/forensic_chat", "dtype": "bfloat16"}),
     "omniaid": ("omniaid", {"path": "models/omniaid", "routing": "patch_mean"}),
     "omniaid-dino": ("omniaid_dino", {"path": "models/omniaid"}),

@@ -82,13 +82,13 @@ def test_all_weights_of_the_language_model_train(words, cache, tmp_path):
 
 @pytest.mark.slow
 def test_rewrites_that_cannot_be_drawn_end_the_run(cache, tmp_path):
-    """A tab in every rewrite: evaluations draw the prompts, the first epoch is refused."""
-    folder = parrot(tmp_path / "tabs", ["c\ta"])
+    """A bell in every rewrite: evaluations draw the prompts, the first epoch is refused."""
+    folder = parrot(tmp_path / "bells", ["c\x07a"])
     options = [f"--config.rewriter.path={folder}", f"--config.run_root={tmp_path}"]
     done = call("train.py", cache, *options, config=CONFIG)
     assert done.returncode == 1
     assert "error: epoch 0: no rewrite can be drawn" in done.stderr
-    assert "for example 'c\\ta'" in done.stderr
+    assert "for example 'c\\x07a'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
