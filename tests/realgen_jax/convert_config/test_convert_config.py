@@ -210,7 +210,8 @@ def test_detectors_that_learn(file):
     assert config.train.loss == "guard"
     assert config.train.kl == "velocity"
     assert config.train.advantages == "per_reward"
-    assert set(config.reward.adversarial) == set(config.reward.fn) == {"omniaid", "omniaid_dino"}
+    assert set(config.reward.adversarial) == {"omniaid", "omniaid_dino"}
+    assert set(config.reward.fn) == {"omniaid", "omniaid_dino", "visualquality_r1"}
     learner = config.reward.adversarial.omniaid_dino
     assert (learner.learning_rate, learner.threshold) == (3e-5, 0.6)
     assert learner.batch_size == learner.history_batch_size == 16
