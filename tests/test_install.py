@@ -20,6 +20,7 @@ COMMANDS = [
     "realgen-evaluate",
     "realgen-preflight",
     "realgen-profile-summary",
+    "realgen-quantize",
     "realgen-rewrite",
     "realgen-run-stages",
     "realgen-sample",

@@ -11,23 +11,18 @@ from jax.sharding import Mesh
 
 from realgen_jax.models import FAMILIES, get_family
 from realgen_jax.models.family import Family, Published
+from realgen_jax.models.formats import file_config
 from realgen_jax.models.model import Model
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import (
-    Sharding,
-    Table,
-    abstract,
-    check_keys,
-    fill,
-    load,
-    with_shardings,
-)
+from realgen_jax.nn.convert import Sharding, Table, abstract, fill, with_shardings
 from realgen_jax.nn.layers import Fixed
+from realgen_jax.nn.quantize import FORMATS
+from realgen_jax.nn.quantized_files import check_quantized, load_quantized, save_quantized
 from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_config, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 from realgen_jax.nn.vae_files import load_vae, vae_config
-from realgen_jax.sharding import param_sharding, replicated
+from realgen_jax.sharding import abstract_mesh, param_sharding, replicated
 
 # Sections of the config with the size of pictures.
 ROLLOUTS = "config.sample"
@@ -204,7 +199,7 @@ def abstract_model(
         source = transformer_source(pretrained)
         config, table = transformer_config(family, source, folder / "transformer", **overrides)
         if has_weights(source):
-            check_keys(Tensors(source), abstract(family.Module, config)[1], table)
+            check_quantized(Tensors(source), family.Module, config, table)
         schedule = _schedule(family, folder)
     else:
         _, published = default_model(pretrained)
@@ -300,8 +295,26 @@ def load_transformer(
     base, overrides: as in `transformer_config`.
     """
     config, table = transformer_config(family, path, base, **overrides)
-    state = abstract(family.Module, config)[1]
-    return config, load(Tensors(Path(path)), state, table, sharding)
+    return config, load_quantized(Tensors(Path(path)), family.Module, config, table, sharding)
+
+
+def write_quantized(pretrained: Any, size: tuple[int, int], folder: str | Path) -> None:
+    """Write the transformer of `config.pretrained`, in its format, to a folder that loads it back.
+
+    size: (width, height) of pictures in pixels, for arrays that depend on it. Raises ValueError if
+    config.pretrained.quantization is empty, and the errors of `load_model`.
+    """
+    if not pretrained.quantization:
+        names = ", ".join(FORMATS)
+        raise ValueError(f"config.pretrained.quantization is ''; expected one of {names}")
+    family = find_family(pretrained)
+    config = abstract_model(pretrained, size, abstract_mesh(1, 1, 1, 1)).config
+
+    source = transformer_source(pretrained)
+    _, table = transformer_config(family, source, Path(pretrained.model) / "transformer")
+    tables = table, family.table(config)
+    entries = file_config(family, config)
+    save_quantized(folder, Tensors(source), family.Module, config, tables, entries)
 
 
 def transformer_config(
@@ -345,7 +358,15 @@ def _overrides(family: Family, pretrained: Any, height: int, width: int) -> dict
     overrides = {"remat": pretrained.remat}
     for name in ("dtype", "param_dtype"):
         overrides[name] = jnp.dtype(pretrained[name])
-    if "image_size" in {field.name for field in fields(family.Config)}:
+    names = {field.name for field in fields(family.Config)}
+    if "quantization" in names:
+        overrides["quantization"] = pretrained.quantization
+    elif pretrained.quantization:
+        raise ValueError(
+            f"config.pretrained.quantization is {pretrained.quantization!r}, which "
+            f"{family.pipeline} does not support; expected ''"
+        )
+    if "image_size" in names:
         overrides["image_size"] = (height, width)
     return overrides
 

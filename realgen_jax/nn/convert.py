@@ -5,7 +5,7 @@ stacked blocks. Our fused projections have a separate axis for their parts; torc
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -185,19 +185,28 @@ def fill(
     wanted = leaves(state)
     placed = []
     for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):
-        host = _assemble(tensors, leaf, wanted[leaf], _source(leaf, table))
+        host = assemble(tensors, leaf, wanted[leaf], table)
         placed.append((path, variable.replace(put(host, sharding(leaf, host.shape)))))
     return nnx.from_flat_state(placed)
 
 
 def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
     """Raise ValueError unless every key has one place in an abstract state, and vice versa."""
-    wanted = leaves(state)
-    sources = {leaf: _source(leaf, table) for leaf in wanted}
+    compare_keys(tensors, table_keys(leaves(state), table))
+
+
+def table_keys(wanted: Mapping[str, Any], table: Table) -> set[str]:
+    """Return the keys of the tensors that fill these arrays of ours, {path: array}."""
     expected = set()
-    for leaf, source in sources.items():
-        for layer in range(wanted[leaf].shape[0] if source.stacked else 1):
+    for leaf, array in wanted.items():
+        source = _source(leaf, table)
+        for layer in range(array.shape[0] if source.stacked else 1):
             expected |= {key for key, _ in source.keys(layer)}
+    return expected
+
+
+def compare_keys(tensors: Tensors, expected: set[str]) -> None:
+    """Raise ValueError unless a checkpoint has exactly the expected keys."""
     missing = sorted(expected - tensors.keys())
     if missing:
         raise ValueError(
@@ -211,10 +220,9 @@ def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
         )
 
 
-def _assemble(
-    tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source
-) -> np.ndarray:
-    """One array on the host, filled tensor by tensor."""
+def assemble(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, table: Table) -> np.ndarray:
+    """Return one array of ours on the host, filled tensor by tensor."""
+    source = _source(leaf, table)
     if source.cut is not None:
         return _cut(tensors, leaf, wanted, source)
     host = np.empty(wanted.shape, wanted.dtype)
@@ -312,20 +320,33 @@ def save_folder(
 ) -> None:
     """Write a model folder that `from_pretrained` reads: `config` and the weights.
 
-    stem: the name of the files, a key of LIBRARIES in nn/tensors.py.
-
     Every process must call this, since each holds a part of the weights; the first one writes.
     """
     if process_index():
         for _ in to_torch(state, table):
             pass
         return
+    write_folder(folder, to_torch(state, table), config, {"format": "pt"}, shard_bytes, stem)
+
+
+def write_folder(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    config: Mapping[str, Any],
+    header: Mapping[str, str],
+    shard_bytes: int = 10**10,
+    stem: str = STEM,
+) -> None:
+    """Write `config` and tensors, in safetensors files with this header.
+
+    stem: the name of the files, a key of LIBRARIES in nn/tensors.py.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     # Files of at most `shard_bytes`.
     shards: list[dict[str, np.ndarray]] = [{}]
-    for key, array in to_torch(state, table):
+    for key, array in tensors:
         size = sum(tensor.nbytes for tensor in shards[-1].values())
         if shards[-1] and size + array.nbytes > shard_bytes:
             shards.append({})
@@ -346,5 +367,5 @@ def save_folder(
         write_whole(index_file, json.dumps(index, indent=2) + "\n")
 
     for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, {"format": "pt"})
+        write_tensors(folder / name, shard, header)
     write_whole(folder / "config.json", json.dumps(dict(config), indent=2) + "\n")

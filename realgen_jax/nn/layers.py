@@ -17,6 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from realgen_jax.nn.quantize import dequantize, quantized_shapes
 from realgen_jax.sharding import constrain
 
 EPS = 1e-6  # default of all norms
@@ -32,7 +33,8 @@ class Fixed(nnx.Variable):
 class Linear(nnx.Module):
     """y = x W + b in `dtype`, with an optional LoRA: y += alpha/r (x A) B (arXiv 2106.09685).
 
-    kernel [*stack, *in, *out], bias [*stack, *out].
+    kernel [*stack, *in, *out], bias [*stack, *out]. With `quantization` (a key of FORMATS in
+    quantize.py), `kernel` holds codes that only a file can fill, and kernel_scale their scales.
 
     A fused projection has a separate axis for its parts, for instance (3, D) for qkv. The mesh axis
     `tensor` then splits each part separately and never cuts a head. Parts that are separate modules
@@ -50,16 +52,26 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         stack: tuple[int, ...] = (),
         bias: bool = True,
+        quantization: str = "",
     ):
-        shape_in = np.atleast_1d(n_in).tolist()
-        shape_out = np.atleast_1d(n_out).tolist()
+        self.shape_in = tuple(np.atleast_1d(n_in).tolist())
+        self.shape_out = tuple(np.atleast_1d(n_out).tolist())
+        self.stack = stack
         self.dtype = dtype
-        self.axes_in = len(shape_in)
-        self.axes_out = len(shape_out)
+        self.quantization = quantization
 
-        # The initial variance depends on the number of inputs, so draw the kernel as a matrix.
-        kernel = _lecun(rngs.params(), (*stack, np.prod(shape_in), np.prod(shape_out)), param_dtype)
-        self.kernel = nnx.Param(kernel.reshape(*stack, *shape_in, *shape_out))
+        shape_in = self.shape_in
+        shape_out = self.shape_out
+        if quantization:
+            codes, scales = quantized_shapes(quantization, stack, shape_in, shape_out)
+            self.kernel = nnx.Param(jnp.zeros(codes.shape, codes.dtype))
+            self.kernel_scale = nnx.Param(jnp.zeros(scales.shape, scales.dtype))
+        else:
+            # The initial variance depends on the number of inputs, so draw the kernel as a matrix.
+            matrix = (*stack, math.prod(shape_in), math.prod(shape_out))
+            kernel = _lecun(rngs.params(), matrix, param_dtype)
+            self.kernel = nnx.Param(kernel.reshape(*stack, *shape_in, *shape_out))
+            self.kernel_scale = None
         self.bias = nnx.Param(jnp.zeros((*stack, *shape_out), param_dtype)) if bias else None
 
         # Filled in by lora.with_lora.
@@ -70,53 +82,69 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, mesh: Mesh | None = None) -> Array:
         """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
         x = x.astype(self.dtype)
-        kernel = self.kernel[...].astype(self.dtype)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
         product = lora_product
-        if kernel.ndim > self.axes_in + self.axes_out:
+        if self.kernel.ndim > len(self.shape_in) + len(self.shape_out):
             product = jax.vmap(lora_product, (None, 0, 0))
-            y = _all_layers(x, kernel)
+            y = self._all_layers(x)
             bias = None if bias is None else bias[:, None]
         else:
+            kernel = self._kernel(self.kernel[...], self._scale())
             y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
         if bias is not None:
             y = y + bias
 
         if self.lora_a is not None:
-            flat = x.reshape(*x.shape[: x.ndim - self.axes_in], -1)
+            flat = x.reshape(*x.shape[: x.ndim - len(self.shape_in)], -1)
             delta = product(flat, self.lora_a[...], self.lora_b[...])
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
 
+    def _scale(self) -> Array | None:
+        return None if self.kernel_scale is None else self.kernel_scale[...]
+
+    def _kernel(self, kernel: Array, scale: Array | None) -> Array:
+        """The kernel of a layer, [*in, *out], in the compute dtype."""
+        if scale is None:
+            return kernel.astype(self.dtype)
+        axis = len(self.shape_in) - 1
+        return dequantize(kernel, scale, self.quantization, axis, self.dtype)
+
     def _product(self, x: Array, kernel: Array, mesh: Mesh | None) -> Array:
         """x W, [..., *in] -> [..., *out]."""
-        lead = x.shape[: x.ndim - self.axes_in]
-        shape_out = kernel.shape[self.axes_in :]
+        axes = len(self.shape_in)
+        lead = x.shape[: x.ndim - axes]
 
         # Gather each part of a kernel that `fsdp` splits behind its parts. NCCL gathers along the
         # first axis only: for the whole kernel, XLA would keep a transposed copy of all layers.
-        if self.axes_in > 1 and mesh is not None and mesh.shape["fsdp"] > 1:
+        if axes > 1 and mesh is not None and mesh.shape["fsdp"] > 1:
             kernel = jnp.stack([constrain(part, mesh, "tensor") for part in kernel])
 
         # If `tensor` does not split the parts, flatten them into one axis: with several axes, XLA's
         # CPU backend transposes the kernel for the gradient of x, which costs a sixth of the
         # product.
         if mesh is None or mesh.shape["tensor"] == 1:
-            y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(shape_out))
+            y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(self.shape_out))
         else:
-            y = jnp.tensordot(x, kernel, self.axes_in)
-        return y.reshape(*lead, *shape_out)
+            y = jnp.tensordot(x, kernel, axes)
+        return y.reshape(*lead, *self.shape_out)
 
+    def _all_layers(self, x: Array) -> Array:
+        """x W for the kernels of all layers: [n, in], [layers, in, out] -> [layers, n, out]."""
+        scale = self._scale()
+        if scale is not None:
+            # One at a time, so that only one dequantised kernel exists.
+            def one_layer(layer: tuple[Array, Array]) -> Array:
+                return x @ self._kernel(*layer)
 
-def _all_layers(x: Array, kernel: Array) -> Array:
-    """x W for the kernels of all layers: [n, in], [layers, in, out] -> [layers, n, out].
+            return jax.lax.map(jax.checkpoint(one_layer), (self.kernel[...], scale))
 
-    This is batched over the layers: for one large product, XLA would copy all kernels into another
-    layout in every call.
-    """
-    rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
-    return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,))))
+        # Batched over the layers: for one large product, XLA would copy all kernels into another
+        # layout in every call.
+        kernel = self._kernel(self.kernel[...], None)
+        rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
+        return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,))))
 
 
 @jax.custom_vjp

@@ -28,6 +28,11 @@ DTYPES = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 
+# The dtypes of codes, in files of scripts/quantize.py alone. Their header names the format.
+CODES = {"I8": np.int8, "U8": np.uint8}
+QUANTIZATION = "realgen_jax_quantization"
+QUANT_METHOD = "realgen_jax"  # in config.json, so that other programs do not read the codes
+
 # The last part of the names of the scales beside float8 weights.
 FLOAT8_SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "scale_input", "input_scale")
 
@@ -97,7 +102,8 @@ class Tensors:
                     f"{tensor.file} holds {tensor.key}: scaled float8 weights are not read; "
                     "expected bfloat16, or float8 without scales"
                 )
-            if tensor.dtype not in DTYPES:
+            allowed = {**DTYPES, **CODES} if self.quantization() else DTYPES
+            if tensor.dtype not in allowed:
                 raise ValueError(
                     f"{tensor.file} holds {tensor.key} of dtype {tensor.dtype}; expected one of "
                     f"{', '.join(DTYPES)}. Quantized weights are not read"
@@ -116,13 +122,17 @@ class Tensors:
         """The header's own entries; {} if there are none."""
         return self._metadata
 
+    def quantization(self) -> str:
+        """The format of codes in a file of scripts/quantize.py; "" for any other file."""
+        return self._metadata.get(QUANTIZATION, "")
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self._tensors[key].shape
 
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """Return a tensor, or its rows [start, stop). Nothing else is read from disk."""
         tensor = self._tensors[key]
-        dtype = np.dtype(DTYPES[tensor.dtype])
+        dtype = np.dtype({**DTYPES, **CODES}[tensor.dtype])
         shape = tensor.shape
         offset = tensor.offset
         if start is not None:
@@ -211,10 +221,11 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
     config = read_json(file)
     if config.get("_class_name") != class_name:
         raise ValueError(f"{file} describes a {config.get('_class_name')}; expected a {class_name}")
-    if config.get("quantization_config"):
+    quantization = config.pop("quantization_config", None)
+    if quantization and quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(
             f"{file} has quantization_config: quantized weights are not read; expected the model "
-            "in bfloat16"
+            "in bfloat16, or a folder of scripts/quantize.py"
         )
     return config
 
