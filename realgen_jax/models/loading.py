@@ -190,7 +190,8 @@ def abstract_model(
 
     # The autoencoder, which determines the number of image tokens.
     vae_dtype = jnp.dtype(pretrained.vae_dtype)
-    vae = vae_config(folder / "vae", dtype=vae_dtype) if on_disk else VaeConfig(dtype=vae_dtype)
+    autoencoder = {"dtype": vae_dtype, "tile": pretrained.vae_tile}
+    vae = vae_config(folder / "vae", **autoencoder) if on_disk else VaeConfig(**autoencoder)
     width, height = _size_in_tokens(vae, size, key)
 
     # The transformer and the schedule.

@@ -86,6 +86,7 @@ def manifest(
         "dtype": pretrained.dtype,
         "param_dtype": pretrained.param_dtype,
         "vae_dtype": pretrained.vae_dtype,
+        "vae_tile": pretrained.vae_tile,
         "quantization": pretrained.quantization,
         "max_tokens": config.prompts.max_tokens,
         "text_dtype": config.prompts.dtype,

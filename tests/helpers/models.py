@@ -31,7 +31,7 @@ def pretrained(model: Path = PIPELINE, **changes: Any) -> ConfigDict:
     values = {
         "model": str(model), "family": "FluxPipeline", "transformer": "", "lora": "",
         "dtype": "float32", "param_dtype": "float32", "vae_dtype": "float32", "remat": "full",
-        "quantization": "",
+        "vae_tile": 0, "quantization": "",
     }  # fmt: skip
     return ConfigDict({**values, **changes})
 
