@@ -3,6 +3,7 @@
 # make test           set up, lint and run the tests
 # make test-slow      set up and run the slow tests
 # make test-gpu       set up and run the tests that need an NVIDIA GPU (EXTRAS=torch,test,cuda)
+# make docs           set up and build the documentation site in site/
 # make test-install   set up, then install the wheel elsewhere and train with it (a minute)
 #
 # On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build, name PyTorch's CPU index:
@@ -16,9 +17,12 @@ EXTRAS ?= torch,test
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo install test test-slow test-gpu test-install lint
+.PHONY: demo install test test-slow test-gpu test-install lint docs
 demo: install
 	$(BIN)/python scripts/train.py --config configs/flux_grpo.py
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 install: $(STAMP)
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from rewriter_case import LEARNING_RATE, Case
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from realgen_jax.nn.convert import to_torch
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.lora import lora_tensors
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -208,11 +208,13 @@ def flux_adv_8xh200() -> ConfigDict:
     504 images of 24 prompts and 2 optimizer steps an epoch.
 
     Differences from RealGen-V2: 7 GPUs train and the last one holds the rewards, while RealGen-V2
-    uses all 8 for both, so groups have 21 images instead of 24. VisualQuality-R1, which samples its
-    answers, is left out. Real and generated images pass the same JPEG codec before the detectors
-    see them.
+    uses all 8 for both, so groups have 21 images instead of 24. VisualQuality-R1 is served by
+    another program on the last GPU or elsewhere, its instruction is ours, and an answer of it
+    without a number is an error instead of a score of 1. Real and generated images pass the same
+    JPEG codec before the detectors see them.
 
-    Command: python scripts/train.py --config configs/flux_grpo.py:flux_adv_8xh200
+    Command: start VisualQuality-R1 (docs/rewards.md, "Other questions to a chat model"), then
+    python scripts/train.py --config configs/flux_grpo.py:flux_adv_8xh200
     Machine: 8 H200s.
     Time: 8.7 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
     """
@@ -223,12 +225,24 @@ def flux_adv_8xh200() -> ConfigDict:
     c.sample.sde_window_range = (0, 14)
     c.train.clip_range = 4e-6
 
-    c.reward.fn = ConfigDict({"omniaid": 1.0, "omniaid_dino": 1.0, "longclip": 1.0})
+    c.reward.fn = ConfigDict(
+        {"omniaid": 1.0, "omniaid_dino": 1.0, "visualquality_r1": 1.0, "longclip": 1.0}
+    )
     # Checks that do not move: the detectors as they are before they learn.
     c.reward.held_out = ("omniaid_at_start", "omniaid_dino_at_start")
     c.reward.options = ConfigDict()
     c.reward.options.omniaid = ConfigDict({"path": "models/omniaid"})
     c.reward.options.omniaid_dino = ConfigDict({"path": "models/omniaid"})
+    # Answers of up to 512 tokens take a while; up to 32 questions are asked at a time.
+    c.reward.options.visualquality_r1 = ConfigDict(
+        {
+            "url": "http://localhost:8000/v1",
+            "model": "VisualQuality-R1-7B",
+            "concurrency": 32,
+            "timeout": 120.0,
+            "deadline": 500.0,
+        }
+    )
     c.reward.options.longclip = ConfigDict({"path": "models/longclip", "dtype": "float16"})
     c.reward.adversarial.omniaid = adversary()
     c.reward.adversarial.omniaid_dino = adversary()

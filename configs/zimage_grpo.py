@@ -21,8 +21,8 @@ def realgen_v2_base_8xh200() -> ConfigDict:
     one holds the rewards too.
 
     Differences from RealGen-V2:
-    - The reward visualquality (VisualQuality-R1, which samples its answers) is missing; the other
-      three are there.
+    - VisualQuality-R1 is served by another program on the last GPU or elsewhere, its instruction is
+      ours, and an answer of it without a number is an error instead of a score of 1.
     - 39 steps: the last of their 40 goes from noise level 0 to 0.
     - The time stays in float32. Theirs is float32 in the rollout but bfloat16 in the update, which
       alone moves the ratio by several times clip_range (D48).
@@ -32,7 +32,8 @@ def realgen_v2_base_8xh200() -> ConfigDict:
     - Every picture of an evaluation has noise of its own (theirs: seed 42 for all, D43). RealGen's
       benchmark takes 50 steps.
 
-    Command: python scripts/train.py --config configs/zimage_grpo.py:realgen_v2_base_8xh200, with
+    Command: start VisualQuality-R1 (docs/rewards.md, "Other questions to a chat model"), then
+    python scripts/train.py --config configs/zimage_grpo.py:realgen_v2_base_8xh200, with
     XLA_CLIENT_MEM_FRACTION in the environment. scripts/preflight.py computes its value.
     Machine: 8 H200s.
     Time: 20 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.
@@ -72,7 +73,8 @@ def realgen_v2_turbo_8xh200() -> ConfigDict:
     merge into the model for training is not used. At a scale above 0 and up to 1, diffusers'
     pipeline takes two passes and RealGen's update one (D50); here both take two.
 
-    Command: python scripts/train.py --config configs/zimage_grpo.py:realgen_v2_turbo_8xh200, with
+    Command: start VisualQuality-R1 as for `realgen_v2_base_8xh200`, then
+    python scripts/train.py --config configs/zimage_grpo.py:realgen_v2_turbo_8xh200, with
     XLA_CLIENT_MEM_FRACTION in the environment. scripts/preflight.py computes its value.
     Machine: 8 H200s.
     Time: 4 minutes an epoch by scripts/preflight.py, at 40 % of the peak; not measured.

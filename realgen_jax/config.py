@@ -76,7 +76,8 @@ def _pretrained() -> ConfigDict:
     # published model, "StableDiffusion3Pipeline:SD3.5-L". Without the colon: the first of them.
     c.family = "FluxPipeline"
     c.transformer = ""  # replaces the transformer: a diffusers folder or a file (docs/files.md)
-    c.lora = ""  # LoRA to start from: a peft folder or a diffusers file
+    c.vae = ""  # replaces the autoencoder: a diffusers folder or a file, such as ae.safetensors
+    c.lora = ""  # LoRA to start from: a peft folder or a file of any naming
     c.dtype = "float32"  # float32, bfloat16: compute dtype of the transformer
     c.param_dtype = "float32"  # float32, bfloat16: dtype of its frozen weights
     c.vae_dtype = "float32"  # float32, bfloat16
@@ -381,6 +382,16 @@ def _evaluate(rollouts: ConfigDict) -> ConfigDict:
     # {set: file}, .txt or .jsonl ("prompt", "category"). Line i of all sets describes one scene.
     c.prompts = ConfigDict()
     c.images_per_prompt = 1  # RealBench: 1
+    # {benchmark: file of its prompts}, for evaluate.py --benchmark; docs/realbench.md has sources.
+    c.benchmarks = ConfigDict(
+        {
+            "geneval": "dataset/geneval/evaluation_metadata.jsonl",
+            "dpg": "dataset/dpg_bench/dpg_bench.csv",
+            "partiprompts": "dataset/partiprompts/PartiPrompts.tsv",
+            "ocr": "dataset/ocr/test.txt",
+        }
+    )
+    c.category_mean = False  # True: also the mean over categories, each counted alike (GenEval)
     c.sample = _evaluation_sample(rollouts)
     c.batch_size = 8  # images that are generated and scored in one call
     c.scores = ()  # rewards

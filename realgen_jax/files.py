@@ -5,15 +5,13 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 if TYPE_CHECKING:  # benchmarks/flux_gpu.py runs on machines without Pillow
     from PIL import Image
@@ -35,13 +33,13 @@ def expand_home(path: str | Path) -> Path:
 def writing(path: Path) -> Iterator[None]:
     """Name the file or folder that is written in the errors of the block, such as a full disk.
 
-    Many errors of writing lack the name. Raises OSError for them, and for those of safetensors.
+    Many errors of writing lack the name. Raises OSError.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         is_named = getattr(error, "filename", None) is not None or str(path) in str(error)
-        if is_named and isinstance(error, OSError):
+        if is_named:
             raise
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{path} could not be written: {reason}") from error
@@ -67,12 +65,6 @@ def write_image(file: Path, image: "Image.Image") -> None:
     stream = io.BytesIO()
     image.save(stream, "PNG")
     write_whole(file, stream.getvalue())
-
-
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
-    """Write a safetensors file with this metadata. Raises OSError, which names the file."""
-    with writing(file):
-        save_file(dict(tensors), file, metadata=dict(header))
 
 
 def append(file: Path, text: str) -> None:

@@ -6,7 +6,9 @@ it waits for the main thread, which may be in a library, and JAX's callbacks swa
 """
 
 import contextlib
+import ctypes.util
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -41,11 +43,24 @@ def begin(module: str) -> None:
     """
     if module != "__main__" and not Path(sys.argv[0]).name.startswith(COMMAND):
         return
+    if _only_compiles_for_cuda():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         on_signal(number, stop)
     sys.stdout = _guarded(sys.stdout)
     sys.stderr = _guarded(sys.stderr)
     sys.excepthook = _show_error
+
+
+def _only_compiles_for_cuda() -> bool:
+    """Return whether JAX's CUDA plugin is here without cuDNN, which it needs to run anything.
+
+    The extra aot-cuda installs as much. JAX would print a traceback and use the CPU.
+    """
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return False
+    in_python = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
+    return not in_python and ctypes.util.find_library("cudnn") is None
 
 
 # -- Signals

@@ -261,8 +261,11 @@ def policy_step(velocity: Velocity, x: Array, step: Steps, cond: Any) -> tuple[A
     return jax.lax.optimization_barrier(step.mean(x, v)), v
 
 
-def compiler_options(dtype: Any, mesh: Mesh) -> dict[str, str]:
+def compiler_options(dtype: Any, mesh: Mesh) -> dict[str, str | bool]:
     """Return the `compiler_options` of jax.jit for every program that calls `policy_step`.
+
+    On GPUs, XLA takes no kernel that adds in another order each time: otherwise cuDNN's attention
+    may do so in its backward pass, and a resumed run would not repeat the last bits.
 
     XLA's library for CPUs, YNNPACK, computes a product together with its neighbours and then skips
     roundings to bfloat16 between them. Rollout and update have other neighbours, so their means
@@ -271,9 +274,12 @@ def compiler_options(dtype: Any, mesh: Mesh) -> dict[str, str]:
 
     dtype: what the model computes in.
     """
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu":
+        return {"xla_gpu_exclude_nondeterministic_ops": True}
+
     series = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    if not on_cpu or jnp.dtype(dtype) != jnp.bfloat16 or series > LAST_JAXLIB:
+    if platform != "cpu" or jnp.dtype(dtype) != jnp.bfloat16 or series > LAST_JAXLIB:
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 

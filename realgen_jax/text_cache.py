@@ -293,7 +293,9 @@ def ensure_encoded(
     """Return the complete cache of these prompts; encode missing rows in a subprocess.
 
     Args:
-      prompts, model, encoders: as for `open_cache`.
+      prompts: as for `open_cache`.
+      model: as for `open_cache`.
+      encoders: as for `open_cache`.
       settings: as for `open_cache`, plus the `device` that the encoders run on.
       command: the encoding program, such as [sys.executable, "scripts/encode_prompts.py"]. It is
         called with --model, --folder, --encoders, --max_tokens, --dtype and --device.

@@ -1,6 +1,6 @@
 """A client for OpenAI-compatible chat endpoints, with bounded retries and rate limits.
 
-The arena's judge (judges/api.py) and the reward `vlm_judge` (rewards/vlm_judge.py) use it. No
+The arena's judge (judges/api.py) and the rewards by chat models (rewards/chat_judge.py) use it. No
 message of this module contains the endpoint's address or key.
 """
 

@@ -18,7 +18,7 @@ from reward_bridge.devices import check_room, reserve, resolve
 from reward_bridge.learners import LEARNERS, make_learner
 from reward_bridge.metrics import METRICS, Metric, make_metric
 from reward_bridge.references import References
-from reward_bridge.registry import CLASS, find_class
+from reward_bridge.registry import CLASS, check_interface, check_packages, find_class
 from reward_bridge.rewards import REWARDS, make_reward
 from reward_bridge.weights import expand_home
 
@@ -26,7 +26,7 @@ from reward_bridge.weights import expand_home
 AT_START = "_at_start"
 
 # Options of rewards that name files or folders.
-FILE_OPTIONS = ("base", "clip", "path", "tokenizer")
+FILE_OPTIONS = ("base", "clip", "path", "prompts", "tokenizer")
 
 # Columns of a run's records that are not the scores of a single reward.
 COLUMNS = ("reward", "prompt_std")
@@ -121,12 +121,12 @@ def missing_rewards(reward: ConfigDict, names: Sequence[str]) -> list[str]:
         if name in reward.adversarial:
             own_options = learner_options(reward, name)
             if CLASS in own_options:
-                problems += _class_problems(name, own_options)
+                problems += _class_problems("learner", name, own_options)
             elif name not in LEARNERS:
                 unknown_learners.append(name)
-        elif CLASS in reward_options:
-            problems += _class_problems(name, reward_options)
-        elif name not in REWARDS:
+        elif CLASS in reward_options or name in REWARDS:
+            problems += _class_problems("reward", name, reward_options)
+        else:
             unknown_rewards.append(name)
 
     if unknown_rewards:
@@ -188,6 +188,22 @@ def _device_problems(reward: ConfigDict) -> list[str]:
     return []
 
 
+def encoder_problems(device: str, reward: ConfigDict) -> list[str]:
+    """Why resident text encoders cannot run on `device` (config.prompts.device), if so.
+
+    On a GPU without rewards they would meet JAX, which claims most of its memory.
+    """
+    used = {resolve(reward.device), *reward_devices(reward).values()}
+    wanted = resolve(device)
+    if not wanted.startswith("cuda") or wanted in used or reward.share_gpu:
+        return []
+    return [
+        f"config.prompts.device is {device!r}, a GPU that trains; expected that of a reward "
+        f"({', '.join(sorted(used))}), where the text encoders stay during the run, or "
+        "config.reward.share_gpu=True"
+    ]
+
+
 def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
     problems = []
     for option in FILE_OPTIONS:
@@ -200,10 +216,13 @@ def _missing_files(name: str, options: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _class_problems(name: str, options: Mapping[str, Any]) -> list[str]:
-    """Why the class in the option `class` cannot be used, if so."""
+def _class_problems(kind: str, name: str, options: Mapping[str, Any]) -> list[str]:
+    """Why the class of a reward or learner cannot be used, if so."""
     try:
-        find_class("reward", name, {}, options)
+        made = find_class(kind, name, REWARDS, options)
+        if CLASS in options:
+            check_interface(made, kind, name)
+        check_packages(made, name)
     except ValueError as error:
         return [str(error)]
     return []

@@ -25,8 +25,8 @@ from realgen_jax.data import read_prompts
 from realgen_jax.files import expand_home
 from realgen_jax.models import get_family
 from realgen_jax.models.family import Encoder
-from realgen_jax.models.loading import pipeline_class
 from realgen_jax.models.prompts import check_max_tokens
+from realgen_jax.models.sources import pipeline_class
 from realgen_jax.text_cache import TextCache, encoders_from_json, open_cache
 from realgen_jax.training.progress import progress_bars
 from reward_bridge.devices import resolve

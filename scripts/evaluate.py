@@ -7,6 +7,9 @@
     python scripts/evaluate.py --config configs/rewriter_grpo.py --rewriter runs/ONE/rewriter \\
         --lora runs/TWO/lora
 
+    python scripts/evaluate.py --config configs/sd3_grpo.py:flow_grpo_sd3_pickscore \\
+        --lora runs/NAME/lora --benchmark geneval
+
 With a rewriter, every model also draws the prompts that it rewrites; all are scored against the
 prompts themselves.
 
@@ -22,6 +25,7 @@ process.begin(__name__)  # before the imports that take seconds
 import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -42,6 +46,7 @@ from realgen_jax.hosts import (
 )
 from realgen_jax.models.prompts import embed_prompts
 from realgen_jax.realbench.arena import check_arena
+from realgen_jax.realbench.benchmarks import BENCHMARKS, open_benchmark
 from realgen_jax.realbench.entries import read_entries
 from realgen_jax.realbench.evaluate import evaluate_entries
 from realgen_jax.realbench.prompts import read_sets
@@ -59,6 +64,7 @@ from reward_bridge.devices import gpus_for_jax
 from reward_bridge.digests import score_keys, served_rewards
 from reward_bridge.groups import report_problems
 from reward_bridge.judges import make_judge
+from reward_bridge.prompts import prompt_problems
 from reward_bridge.reward import RewardError
 from reward_bridge.setup import missing_rewards, open_rewards, reward_devices
 from reward_bridge.terminal import show_messages
@@ -95,6 +101,13 @@ flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=2**32 - 1,
 )
+flags.DEFINE_enum(
+    "benchmark",
+    None,
+    sorted(BENCHMARKS),
+    "evaluate a published benchmark: its prompts (config.evaluate.benchmarks), pictures per prompt "
+    "and score",
+)
 flags.DEFINE_bool("remake", False, "replace pictures that were made with other settings")
 flags.DEFINE_string(
     "judge",
@@ -123,7 +136,12 @@ def run(_: Sequence[str]) -> None:
 def evaluate(config: ConfigDict, console: Console) -> None:
     """Check the flags, evaluate the entries they name, and write the report."""
     # -- Check everything that does not need a model.
-    sets = read_sets(config.evaluate.prompts)
+    facts = ()
+    if FLAGS.benchmark:
+        opened = open_benchmark(FLAGS.benchmark, config, FLAGS.seed)
+        config, sets, facts = opened.config, opened.sets, opened.facts
+    else:
+        sets = read_sets(config.evaluate.prompts)
     if FLAGS.rewriter and len(sets) > 1:
         print(f"--rewriter: only the set {sets[0].name}, whose prompts are the shortest, is used")
         sets = sets[:1]
@@ -144,6 +162,8 @@ def evaluate(config: ConfigDict, console: Console) -> None:
             judge.check_connection()
     missing = missing_rewards(config.reward, config.evaluate.scores)
     missing += report_problems(config.reward, config.evaluate.scores)
+    prompts = {source_of(part): part.prompts for part in sets}
+    missing += prompt_problems(config.reward, config.evaluate.scores, prompts)
     if missing:
         raise ValueError("\n".join(missing))
     served = served_rewards(config.reward, config.evaluate.scores)
@@ -190,6 +210,8 @@ def evaluate(config: ConfigDict, console: Console) -> None:
         )
 
         # -- Compare them.
+        if FLAGS.benchmark:
+            results = replace(results, facts=facts, report=f"report-{FLAGS.benchmark}")
         if process_index() == 0:
             index = summarize(
                 config, results, folder, judge=judge, seed=FLAGS.seed, console=console
@@ -203,11 +225,17 @@ def tell_overlaps(config: ConfigDict, sets: Sequence[PromptSet]) -> None:
 
     The training prompts are not needed otherwise, and may be on another machine.
     """
-    others = {f"config.evaluate.prompts.{prompts.name}": prompts.prompts for prompts in sets}
+    others = {source_of(prompts): prompts.prompts for prompts in sets}
     with contextlib.suppress(ValueError, OSError):
         trained = read_prompts(config.prompts.train)
         for line in overlaps("config.prompts.train", trained, others):
             print(f"warning: {line}")
+
+
+def source_of(prompts: PromptSet) -> str:
+    """The config's key for the file of a set."""
+    group = "benchmarks" if prompts.name == FLAGS.benchmark else "prompts"
+    return f"config.evaluate.{group}.{prompts.name}"
 
 
 def load_scorer(config: ConfigDict) -> RewardBridge:

@@ -20,7 +20,8 @@ from absl import app, flags
 
 from realgen_jax.command_line import define_config, parse_flags
 from realgen_jax.files import whole_folder
-from realgen_jax.models.loading import size_of, write_quantized
+from realgen_jax.models.exporting import write_quantized
+from realgen_jax.models.loading import size_of
 
 FLAGS = flags.FLAGS
 define_config()

@@ -31,7 +31,7 @@ from realgen_jax.files import content_digest, file_lock
 from realgen_jax.hosts import start_devices
 from realgen_jax.models import get_family
 from realgen_jax.models.language import load_with_adapter
-from realgen_jax.models.loading import pipeline_class
+from realgen_jax.models.sources import pipeline_class
 from realgen_jax.rewriter.files import Rewriter, open_rewriter
 from realgen_jax.rewriter.output import WRITTEN, Line, Output, plan_lines
 from realgen_jax.rewriter.writer import Fits, Rewrite, Writer, whole_batch

@@ -54,7 +54,7 @@ flags.DEFINE_string(
     "prompts", None, "a prompt file (.txt, .jsonl) instead of prompts on the command line"
 )
 flags.DEFINE_string(
-    "lora", None, "a peft folder, or a LoRA file or folder of diffusers (config.pretrained.lora)"
+    "lora", None, "a LoRA: a peft folder, or a file of any naming (config.pretrained.lora)"
 )
 flags.DEFINE_string("rewriter", None, "a run's rewriter/, which rewrites the prompts first")
 flags.DEFINE_bool("no-rewrite", False, "with --rewriter: draw the prompts as they are, to compare")

@@ -95,9 +95,11 @@ from reward_bridge.digests import run_digests, score_keys, served_rewards
 from reward_bridge.encoders import TextEncoders, open_encoders, open_window
 from reward_bridge.groups import group_problems, report_problems
 from reward_bridge.judges import make_judge
+from reward_bridge.prompts import prompt_problems
 from reward_bridge.reward import RewardError
 from reward_bridge.setup import (
     Rewards,
+    encoder_problems,
     negative_problems,
     open_rewards,
     reward_devices,
@@ -338,14 +340,34 @@ def check_all(config: ConfigDict) -> dict[str, str]:
     """
     report_scores = list(config.evaluate.scores) if reports(config) else []
     problems = reward_problems(config.reward, report_scores)
+    if config.stage == "rewriter" and not problems:
+        problems += encoder_problems(config.prompts.device, config.reward)
     problems += group_problems(config.reward, config.sample, process_count())
     problems += report_problems(config.reward, report_scores)
     if config.train.advantages == "paco":
         problems += negative_problems(config.reward)
     check(config, problems)
     check_shapes(config, device_count(config.reward))
+    problems = prompt_problems(config.reward, run_rewards(config.reward), scored_prompts(config))
+    problems += prompt_problems(config.reward, report_scores, report_prompts(config))
+    if problems:
+        raise ValueError("\n".join(problems))
     names = [*run_rewards(config.reward), *report_scores]
     return served_rewards(config.reward, names)
+
+
+def scored_prompts(config: ConfigDict) -> dict[str, list[str]]:
+    """The prompts of training and evaluations as rewards see them, {key of the config: prompts}."""
+    read = read_originals if config.reward.score_original else read_prompts
+    return {f"config.prompts.{name}": read(config.prompts[name]) for name in ("train", "test")}
+
+
+def report_prompts(config: ConfigDict) -> dict[str, Sequence[str]]:
+    """The prompts of the report at the end, {key of the config: prompts}; {} without a report."""
+    if not reports(config):
+        return {}
+    sets = read_sets(config.evaluate.prompts)
+    return {f"config.evaluate.prompts.{part.name}": part.prompts for part in sets}
 
 
 def all_digests(config: ConfigDict, served: Mapping[str, str]) -> dict[str, str]:
@@ -363,15 +385,8 @@ def load_run(
     """
     prompts = read_prompts(config.prompts.train)
     test_prompts = read_prompts(config.prompts.test)
-    scored_prompts = prompts
-    scored_test_prompts = test_prompts
-    if config.reward.score_original:
-        scored_prompts = read_originals(config.prompts.train)
-        scored_test_prompts = read_originals(config.prompts.test)
-    sets = {}
-    if reports(config):
-        for prompt_set in read_sets(config.evaluate.prompts):
-            sets[f"config.evaluate.prompts.{prompt_set.name}"] = prompt_set.prompts
+    scored, scored_test = scored_prompts(config).values()
+    sets = report_prompts(config)
     tell_overlaps(prompts, test_prompts, sets)
     # The rewriter's texts are encoded when they are written.
     fixed = [] if config.stage == "rewriter" else [prompts, test_prompts]
@@ -384,7 +399,7 @@ def load_run(
         meet = partial(join, broadcast_text, coordinator_host(), process_index(), process_count())
     rewards = open_rewards(
         config.reward,
-        prompts=scored_prompts,
+        prompts=scored,
         hide_from_jax=hide_gpus,
         jax_platforms=jax.config.jax_platforms,
         meet=meet,
@@ -402,8 +417,8 @@ def load_run(
         scorer=rewards.bridge,
         learning=rewards.learning,
         metrics=rewards.metrics,
-        scored_prompts=scored_prompts,
-        scored_test_prompts=scored_test_prompts,
+        scored_prompts=scored,
+        scored_test_prompts=scored_test,
         tokenizer=tokenizer,
         encoders=encoders,
     )
@@ -418,11 +433,13 @@ def open_texts(config: ConfigDict, prompts: Sequence[str]) -> tuple[ChatTokenize
     settings = config.rewriter
     tokenizer = ChatTokenizer(settings.path, system=settings.system, thinking=settings.thinking)
     tokenizer.encode(prompts, settings.max_prompt_tokens)
-    if settings.max_new_tokens > config.prompts.max_tokens and not process_index():
+    window = config.prompts.max_tokens
+    if settings.max_new_tokens > window and not process_index():
         print(
             f"warning: config.rewriter.max_new_tokens is {settings.max_new_tokens}, but the image "
-            f"model reads {config.prompts.max_tokens} tokens (config.prompts.max_tokens); longer "
-            "rewrites are not drawn"
+            f"model reads {window} tokens (config.prompts.max_tokens), so a "
+            f"rewrite of full length would lose {1 - window / settings.max_new_tokens:.0%} of its "
+            "tokens; rewrites that do not fit are not drawn"
         )
     encoders = open_encoders(
         config.pretrained.model,

@@ -18,6 +18,8 @@ COMMANDS = [
     "realgen-diagnose",
     "realgen-encode-prompts",
     "realgen-evaluate",
+    "realgen-export",
+    "realgen-make-references",
     "realgen-preflight",
     "realgen-profile-summary",
     "realgen-quantize",

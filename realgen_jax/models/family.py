@@ -63,7 +63,12 @@ class Family:
         image slot. arrays: {array of the cache: [n, ...]}, guidance float32 [n].
     cond_shapes(config, n, max_tokens, dtype): the same as jax.ShapeDtypeStructs; dtype is that of
         the embeddings.
-    single_file(tensors, **overrides): (config, table) of the publisher's single file, or None.
+    single_table(config): how the publisher's single file fills the network, which ComfyUI reads
+        too; None if there is no such file. lora_tables: further names, in LoRAs only.
+    single_config(tensors, base, **overrides): the Config that the shapes in such a file say; base:
+        the config.json of config.pretrained.model's transformer, or {}. None: all sizes are base's.
+    diffusers_key: how a key begins that only files with diffusers' names have.
+    other_models: {key, or word in a file's name, of a relative's file: the relative}.
     cost: the module with the family's formulas for operations and bytes (cost.py).
     download: how to get the published model, for error messages.
     negative_prompt, guidance_offset: classifier-free guidance (guidance.py) with the scale
@@ -92,5 +97,14 @@ class Family:
     guidance_offset: float = 0.0
     config_entries: Mapping[str, Any] = field(default_factory=dict)
     schedule_entries: Mapping[str, Any] = field(default_factory=dict)
-    single_file: Callable[..., tuple[Any, Table]] | None = None
+    single_table: Callable[[Any], Table] | None = None
+    lora_tables: tuple[Table, ...] = ()
+    single_config: Callable[..., Any] | None = None
+    diffusers_key: str = "transformer_blocks."
+    other_models: Mapping[str, str] = field(default_factory=dict)
     form: Format = DIFFUSERS
+
+    def other_tables(self, config: Any) -> tuple[Table, ...]:
+        """The namings other than `table` that LoRAs have."""
+        single = (self.single_table(config),) if self.single_table else ()
+        return (*single, *self.lora_tables)

@@ -44,6 +44,10 @@ class LanguageFamily:
     download: str
     form: Format = TRANSFORMERS
 
+    def other_tables(self, config: Any) -> tuple[Table, ...]:
+        """The namings other than `table` that LoRAs have; there is only one."""
+        return ()
+
 
 def get_language(name: str) -> LanguageFamily:
     """Return the family of a model_type in LANGUAGES, importing it on first use."""

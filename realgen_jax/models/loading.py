@@ -11,18 +11,23 @@ from jax.sharding import Mesh
 
 from realgen_jax.models import FAMILIES, get_family
 from realgen_jax.models.family import Family, Published
-from realgen_jax.models.formats import file_config
 from realgen_jax.models.model import Model
+from realgen_jax.models.sources import (
+    load_transformer,
+    pipeline_class,
+    transformer_config,
+    transformer_source,
+    vae_source,
+)
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import Sharding, Table, abstract, fill, with_shardings
+from realgen_jax.nn.convert import abstract, check_keys, fill, with_shardings
 from realgen_jax.nn.layers import Fixed
-from realgen_jax.nn.quantize import FORMATS
-from realgen_jax.nn.quantized_files import check_quantized, load_quantized, save_quantized
-from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_config, read_json
+from realgen_jax.nn.quantized_files import check_quantized
+from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
-from realgen_jax.nn.vae_files import load_vae, vae_config
-from realgen_jax.sharding import abstract_mesh, param_sharding, replicated
+from realgen_jax.nn.vae_files import load_vae, vae_config, vae_tensors
+from realgen_jax.sharding import param_sharding, replicated
 
 # Sections of the config with the size of pictures.
 ROLLOUTS = "config.sample"
@@ -39,34 +44,6 @@ def find_family(pretrained: Any) -> Family:
     return get_family(pipeline_class(Path(pretrained.model)))
 
 
-def pipeline_class(folder: Path) -> str:
-    """Return the "_class_name" of a pipeline folder, which must be one of FAMILIES.
-
-    Raises FileNotFoundError for a folder without model_index.json, ValueError for another class.
-    """
-    index = folder / "model_index.json"
-    if not index.exists():
-        raise FileNotFoundError(f"{folder} holds no model_index.json of diffusers")
-    pipeline = read_json(index).get("_class_name")
-    if pipeline not in FAMILIES:
-        raise ValueError(
-            f'{index} has "_class_name" {pipeline!r}; expected a text-to-image pipeline, one of '
-            f"{', '.join(FAMILIES)}{_relative(pipeline)}"
-        )
-    return pipeline
-
-
-def _relative(pipeline: Any) -> str:
-    """Name the family whose name begins an unknown pipeline's, as Flux does FluxKontextPipeline."""
-    for known in FAMILIES:
-        if str(pipeline).startswith(known.removesuffix("Pipeline")):
-            names = [published.name for published in get_family(known).published]
-            return (
-                f". {pipeline} is another model, or takes more than text; take {' or '.join(names)}"
-            )
-    return ""
-
-
 def model_folders(family: Family) -> list[str]:
     """Return the subfolders of a model, other than the transformer, that determine its pictures."""
     tokenizers = sorted({encoder.tokenizer for encoder in family.encoders})
@@ -77,12 +54,15 @@ def model_folders(family: Family) -> list[str]:
 def model_files(pretrained: Any) -> list[Path]:
     """Return the files and folders in `config.pretrained.model` that determine its pictures.
 
-    The transformer is not among them if `config.pretrained.transformer` replaces it. Raises
-    FileNotFoundError if one of them is missing.
+    What `config.pretrained.transformer` and `config.pretrained.vae` replace is not among them.
+    Raises FileNotFoundError if one of them is missing.
     """
     names = ["model_index.json", *model_folders(find_family(pretrained))]
     if not pretrained.transformer:
         names.append("transformer")
+    if pretrained.vae:
+        names.remove("vae")
+        names.append("vae/config.json")
     paths = [Path(pretrained.model) / name for name in names]
     for path in paths:
         if not path.exists():
@@ -160,13 +140,18 @@ def load_model(
     model = abstract_model(pretrained, size, mesh, trainable, key)
     folder = Path(pretrained.model)
     source = transformer_source(pretrained)
-    overrides = _overrides(family, pretrained, model.height, model.width)
+    overrides = config_overrides(family, pretrained, model.height, model.width)
 
     _, params = load_transformer(
         family, source, folder / "transformer", param_sharding(mesh, family.rules), **overrides
     )
     everywhere = replicated(mesh)
-    _, vae_params = load_vae(folder / "vae", lambda path, shape: everywhere, dtype=model.vae.dtype)
+    _, vae_params = load_vae(
+        vae_source(pretrained),
+        folder / "vae",
+        lambda path, shape: everywhere,
+        dtype=model.vae.dtype,
+    )
     return replace(model, params=params, vae_params=vae_params)
 
 
@@ -189,13 +174,18 @@ def abstract_model(
     folder = Path(pretrained.model)
 
     # The autoencoder, which determines the number of image tokens.
-    vae_dtype = jnp.dtype(pretrained.vae_dtype)
-    autoencoder = {"dtype": vae_dtype, "tile": pretrained.vae_tile}
-    vae = vae_config(folder / "vae", **autoencoder) if on_disk else VaeConfig(**autoencoder)
+    autoencoder = {"dtype": jnp.dtype(pretrained.vae_dtype), "tile": pretrained.vae_tile}
+    vae = VaeConfig(**autoencoder)
+    if on_disk:
+        source = vae_source(pretrained)
+        vae = vae_config(folder / "vae" if source.is_file() else source, **autoencoder)
+        if has_weights(source):
+            tensors, table = vae_tensors(source, vae)
+            check_keys(tensors, abstract(Autoencoder, vae)[1], table)
     width, height = _size_in_tokens(vae, size, key)
 
     # The transformer and the schedule.
-    overrides = _overrides(family, pretrained, height, width)
+    overrides = config_overrides(family, pretrained, height, width)
     if on_disk:
         source = transformer_source(pretrained)
         config, table = transformer_config(family, source, folder / "transformer", **overrides)
@@ -235,7 +225,7 @@ def with_size(model: Model, pretrained: Any, size: tuple[int, int], key: str) ->
     fixed = nnx.filter_state(other.params, Fixed)
     if jax.tree.leaves(fixed):
         source = transformer_source(pretrained)
-        overrides = _overrides(model.family, pretrained, other.height, other.width)
+        overrides = config_overrides(model.family, pretrained, other.height, other.width)
         base = Path(pretrained.model) / "transformer"
         _, table = transformer_config(model.family, source, base, **overrides)
         sharding = param_sharding(model.mesh, model.family.rules)
@@ -250,7 +240,7 @@ def load_tuned(model: Model, pretrained: Any) -> nnx.State:
     Sampling can then take them in some steps and the model's own in others. Raises the errors of
     `load_transformer`, and ValueError for a transformer of other sizes.
     """
-    overrides = _overrides(model.family, pretrained, model.height, model.width)
+    overrides = config_overrides(model.family, pretrained, model.height, model.width)
     sharding = param_sharding(model.mesh, model.family.rules)
     source = transformer_source(pretrained)
     base = Path(pretrained.model) / "transformer"
@@ -263,99 +253,14 @@ def load_tuned(model: Model, pretrained: Any) -> nnx.State:
     return nnx.filter_state(params, nnx.Param)
 
 
-def transformer_source(pretrained: Any) -> Path:
-    """Return the `transformer/` folder or single file that `config.pretrained` names.
-
-    Raises ValueError if it lies in another kind of pipeline than `config.pretrained.model`. That is
-    all that tells FLUX.1-Kontext from FLUX.1-dev: their transformers have the same sizes.
-    """
-    base = Path(pretrained.model)
-    if not pretrained.transformer:
-        return base / "transformer"
-
-    source = Path(pretrained.transformer)
-    if (source.parent / "model_index.json").exists():
-        pipeline = pipeline_class(source.parent)
-        if pipeline != pipeline_class(base):
-            raise ValueError(
-                f"config.pretrained.transformer is {str(source)!r}, which is part of a {pipeline}; "
-                f"expected one for the {pipeline_class(base)} in {base}"
-            )
-    return source
-
-
-def load_transformer(
-    family: Family,
-    path: str | Path,
-    base: Path,
-    sharding: Sharding = lambda path, shape: None,
-    **overrides: Any,
-) -> tuple[Any, nnx.State]:
-    """Return config and weights of a diffusers `transformer/` folder or a single file.
-
-    base, overrides: as in `transformer_config`.
-    """
-    config, table = transformer_config(family, path, base, **overrides)
-    return config, load_quantized(Tensors(Path(path)), family.Module, config, table, sharding)
-
-
-def write_quantized(pretrained: Any, size: tuple[int, int], folder: str | Path) -> None:
-    """Write the transformer of `config.pretrained`, in its format, to a folder that loads it back.
-
-    size: (width, height) of pictures in pixels, for arrays that depend on it. Raises ValueError if
-    config.pretrained.quantization is empty, and the errors of `load_model`.
-    """
-    if not pretrained.quantization:
-        names = ", ".join(FORMATS)
-        raise ValueError(f"config.pretrained.quantization is ''; expected one of {names}")
-    family = find_family(pretrained)
-    config = abstract_model(pretrained, size, abstract_mesh(1, 1, 1, 1)).config
-
-    source = transformer_source(pretrained)
-    _, table = transformer_config(family, source, Path(pretrained.model) / "transformer")
-    tables = table, family.table(config)
-    entries = file_config(family, config)
-    save_quantized(folder, Tensors(source), family.Module, config, tables, entries)
-
-
-def transformer_config(
-    family: Family, path: str | Path, base: Path, **overrides: Any
-) -> tuple[Any, Table]:
-    """Return config and table of a diffusers `transformer/` folder or a single file.
-
-    A publisher's file has its sizes in its shapes. One with diffusers' names has them in the
-    config.json beside it, or else in that of `base`, a `transformer/` folder. `overrides` are
-    fields of the family's Config (dtype, ...).
-
-    Raises FileNotFoundError for missing files and ValueError for those of another model.
-    """
-    path = Path(path)
-    folder = path
-    if path.is_file():
-        tensors = Tensors(path)
-        if not any(key.startswith("transformer_blocks.") for key in tensors.keys()):  # noqa: SIM118
-            if family.single_file is None:
-                raise ValueError(
-                    f"{path} is a file; expected a {family.transformer} folder of diffusers"
-                )
-            return family.single_file(tensors, **overrides)
-        folder = path.parent if (path.parent / "config.json").exists() else base
-
-    values = read_config(folder, family.transformer)
-    fixed = family.config_entries
-    file = folder / "config.json"
-    config = config_from(family.Config, file, values, fixed, **overrides)
-    return config, family.table(config)
-
-
 def _schedule(family: Family, folder: Path) -> Any:
     file = folder / "scheduler" / "scheduler_config.json"
     entries = [field.name for field in fields(family.Schedule)]
     return config_from(family.Schedule, file, read_json(file), family.schedule_entries, entries)
 
 
-def _overrides(family: Family, pretrained: Any, height: int, width: int) -> dict[str, Any]:
-    """The fields of a family's Config that are not sizes in a file."""
+def config_overrides(family: Family, pretrained: Any, height: int, width: int) -> dict[str, Any]:
+    """Return the fields of a family's Config that are not sizes in a file."""
     overrides = {"remat": pretrained.remat}
     for name in ("dtype", "param_dtype"):
         overrides[name] = jnp.dtype(pretrained[name])

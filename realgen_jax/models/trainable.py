@@ -3,6 +3,7 @@
 Both classes have the same methods; `model` is the Model that they belong to.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +18,11 @@ from jax import Array
 
 from realgen_jax.hosts import process_index, put
 from realgen_jax.models.formats import DIFFUSERS, Format
-from realgen_jax.nn.convert import abstract, leaves
+from realgen_jax.nn.convert import abstract, file_state
 from realgen_jax.nn.layers import Fixed
-from realgen_jax.nn.lora import LoraConfig, with_lora
-from realgen_jax.nn.lora_files import LoraFile, check_modules, open_lora, read_lora
+from realgen_jax.nn.lora import LoraConfig, factors, with_lora
+from realgen_jax.nn.lora_files import LoraFile, open_lora, read_lora, renamed
+from realgen_jax.nn.names import Shares, all_names, projections
 from realgen_jax.sharding import replicated
 
 
@@ -43,8 +45,8 @@ class Trainable(Protocol):
     def init(self, model: Any, key: Array) -> nnx.State:
         """Return the initial state. It depends on the key but not on the mesh."""
 
-    def load(self, model: Any, path: str | Path) -> nnx.State:
-        """Load a state to start from."""
+    def load(self, model: Any, path: str | Path, key: Array) -> nnx.State:
+        """Load a state to start from. key: of the random numbers for what the file lacks."""
 
     def check_file(self, path: str | Path, form: Format = DIFFUSERS) -> None:
         """Raise ValueError or FileNotFoundError for a file that `load` can take for no model.
@@ -91,61 +93,60 @@ class Lora:
             network = _network(model.family, model.config, self, key)
             return nnx.state(network, nnx.LoRAParam)
 
-        return self._placed(model, create(key))
+        return self.placed(model, create(key))
 
-    def load(self, model: Any, path: str | Path) -> nnx.State:
+    def load(self, model: Any, path: str | Path, key: Array) -> nnx.State:
         """Load adapters to train on, at the strength that they have in the file.
 
-        Raises ValueError for another rank or other modules than these targets.
+        Modules and ranks that the file lacks start as new ones do, with B zero; with A zero too
+        they would have no gradient. Raises the errors of `check_file` and `check_modules`.
         """
-        form = model.family.form
-        self.check_file(path, form)
+        self.check_file(path, model.family.form)
         self.check_modules(model, path)
-        return self.read(model, open_lora(path, form.merge))
-
-    def read(self, model: Any, file: LoraFile) -> nnx.State:
-        """The file's adapters. Raises the errors of `read_lora`."""
-        _, like = _with_adapters(model.family, model.config, self)
+        file = _open_for(model, path)
+        start = _zeros(model, self)
+        modules = len(factors(start, model.family.table(model.config))) // 2
+        if len(file.pairs) < modules or set(file.ranks.values()) != {self.rank}:
+            start = self.init(model, key)
         scale = self.config.alpha / self.config.rank
-        return self._placed(model, read_lora(file, like, model.family.table(model.config), scale))
+        adapters = read_lora(file, start, model.family.table(model.config), scale)
+        return self.placed(model, adapters)
 
     def check_file(self, path: str | Path, form: Format = DIFFUSERS) -> None:
-        """Raise ValueError if a LoRA file has another rank; only its header is read."""
+        """Raise ValueError if a LoRA file has a larger rank; only its header is read."""
         file = open_lora(path, form.merge)
-        ranks = sorted(set(file.ranks.values()))
-        if ranks != [self.config.rank]:
+        rank = max(file.ranks.values())
+        if rank > self.config.rank:
             raise ValueError(
-                f"{path} has rank {', '.join(map(str, ranks))}, but config.train.lora_rank is "
-                f"{self.config.rank}; training goes on from a LoRA of one rank, the config's"
+                f"{path} has rank {rank}, but config.train.lora_rank is {self.config.rank}; "
+                f"expected {rank} or more to go on from this LoRA"
             )
         if file.encoder:
             raise ValueError(
                 f"{path} holds adapters of a text encoder ({file.encoder}), which are not trained; "
-                "go on from the transformer's part alone"
+                "go on from the transformer's part alone, which scripts/export.py writes"
             )
 
     def check_modules(self, model: Any, path: str | Path) -> None:
-        """Raise ValueError unless the file holds exactly the modules that are trained."""
-        file = open_lora(path, model.family.form.merge)
-        names = _torch_names(model)
+        """Raise ValueError if the file holds modules that are not trained."""
+        file = renamed(
+            open_lora(path, model.family.form.merge), _module_names(model.family, model.config)
+        )
         targets = self.targets or model.family.lora_targets(model.config)
-        wanted = {name for name, target in names.items() if target in targets}
-        for problem, modules in (
-            ("lacks", wanted - file.pairs.keys()),
-            ("holds", file.pairs.keys() - wanted),
-        ):
-            if modules:
-                raise ValueError(
-                    f"{path} {problem} {min(modules)} ({len(modules)} such modules); training goes "
-                    "on from a LoRA of the modules that are trained"
-                )
+        places = _projection_paths(model)
+        others = [module for module in file.pairs if places[module] not in targets]
+        if others:
+            raise ValueError(
+                f"{path} holds {min(others)} ({len(others)} such modules), which is not trained; "
+                f"{model.family.form.merge_read}"
+            )
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
         if process_index() == 0:
             model.family.form.save_adapters(model, folder, state, self.config)
 
-    def _placed(self, model: Any, state: nnx.State) -> nnx.State:
-        """The same host values on every device of the mesh."""
+    def placed(self, model: Any, state: nnx.State) -> nnx.State:
+        """The same values on every device of the mesh."""
         everywhere = replicated(model.mesh)
         return jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), state)
 
@@ -153,38 +154,63 @@ class Lora:
 def with_lora_file(model: Any, path: str | Path) -> tuple[Any, nnx.State]:
     """Return the model with the adapters of any LoRA file on the modules that it covers.
 
-    This is for sampling: ranks may differ, and any projection may be covered. A text encoder's part
-    is left out, with a warning. Raises the errors of `open_lora` and `read_lora`.
+    This is for sampling. Raises the errors of `read_any_lora`.
     """
-    file = open_lora(path, model.family.form.merge)
+    trainable, adapters = read_any_lora(model, path)
+    model = model.with_trainable(trainable)
+    return model, trainable.placed(model, adapters)
+
+
+def read_any_lora(model: Any, path: str | Path) -> tuple[Lora, nnx.State]:
+    """Return the adapters of any LoRA file on the host, and the Lora that they are of.
+
+    Ranks may differ, and any projection may be covered. A text encoder's part is left out, with a
+    warning. The model may be abstract. Raises the errors of `open_lora` and `read_lora`.
+    """
+    file = _open_for(model, path)
     if file.encoder:
         logging.warning(
             "%s also holds adapters of a text encoder (%s), which are left out", path, file.encoder
         )
-    names = _torch_names(model)
-    check_modules(file, names)
-    covered = {names[module] for module in file.pairs}
-    targets = tuple(target for target in dict.fromkeys(names.values()) if target in covered)
+    places = _projection_paths(model)
+    covered = {places[module] for module in file.pairs}
+    targets = tuple(target for target in dict.fromkeys(places.values()) if target in covered)
 
+    # What the file lacks is zero.
     rank = max(file.ranks.values())
     trainable = Lora(LoraConfig(rank, float(rank)), targets)
-    model = model.with_trainable(trainable)
-    return model, trainable.read(model, file)
-
-
-def _torch_names(model: Any) -> dict[str, str]:
-    """{torch module, by its published name: path of the projection that holds it}."""
     table = model.family.table(model.config)
-    names = {}
-    for leaf, array in leaves(abstract(model.family.Module, model.config)[1]).items():
-        target, _, kind = leaf.rpartition(".")
-        if kind != "kernel":
-            continue
-        for part in table.rows[target]:
-            layers = array.shape[0] if "{}" in part.module else 1
-            for layer in range(layers):
-                names[part.module.format(layer + part.first)] = target
-    return names
+    return trainable, read_lora(file, _zeros(model, trainable), table, scale=1.0)
+
+
+def _zeros(model: Any, lora: Lora) -> nnx.State:
+    """Adapters that are zero, on the host."""
+    _, like = _with_adapters(model.family, model.config, lora)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
+
+
+def _open_for(model: Any, path: str | Path) -> LoraFile:
+    """A LoRA file under diffusers' names. Raises the errors of `open_lora` and `renamed`."""
+    names = _module_names(model.family, model.config)
+    return renamed(open_lora(path, model.family.form.merge), names)
+
+
+@cache
+def _module_names(family: Any, config: Any) -> Mapping[str, Shares]:
+    """{a module's flat name in any naming of the family: what it holds of diffusers' modules}."""
+    state = file_state(family.Module, config)
+    return all_names(state, family.table(config), family.other_tables(config))
+
+
+def _projection_paths(model: Any) -> dict[str, str]:
+    """{torch module, by its published name: path of the projection that holds it}."""
+    state = file_state(model.family.Module, model.config)
+    table = model.family.table(model.config)
+    paths = {}
+    for target, _, own_pieces, _ in projections(state, table, table):
+        for piece in own_pieces:
+            paths[piece.module] = target
+    return paths
 
 
 @dataclass(frozen=True)
@@ -211,7 +237,7 @@ class AllWeights:
         weights = nnx.filter_state(model.params, nnx.Param)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
 
-    def load(self, model: Any, path: str | Path) -> nnx.State:
+    def load(self, model: Any, path: str | Path, key: Array) -> nnx.State:
         self.check_file(path, model.family.form)
 
     def check_file(self, path: str | Path, form: Format = DIFFUSERS) -> None:
@@ -221,7 +247,7 @@ class AllWeights:
         )
 
     def check_modules(self, model: Any, path: str | Path) -> None:
-        self.load(model, path)
+        self.check_file(path, model.family.form)
 
     def save(self, model: Any, folder: Path, state: nnx.State) -> None:
         model.family.form.save_weights(model, folder, self._whole(model, state))

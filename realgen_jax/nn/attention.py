@@ -6,7 +6,6 @@ outputs for padding tokens are computed but meaningless.
 """
 
 import re
-from dataclasses import fields
 from functools import partial
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from realgen_jax.sharding import BATCH_AXES, constrain
 
+SPLASH = "splash"  # checkpoint name of the TPU kernel's output and softmax sums
 LANES = 128  # width of a TPU's vector register
 SPLASH_BLOCKS = (512, 256, LANES)  # tile sizes of the TPU kernel; the first that divides t is used
 
@@ -36,12 +36,10 @@ def attention(
 
     k and v may have another number of tokens than q.
 
-    The kernel depends on the device that the program is for:
+    The kernel depends on the device that the program is for, the first of `mesh`:
 
-    - NVIDIA GPU: cuDNN's flash kernel, if it takes the inputs (`takes_cudnn`). Chosen during
-      tracing, because it cannot be traced where cuDNN is not installed.
-    - TPU with as many keys as queries and sizes that fill its tiles: Pallas' splash kernel. Chosen
-      during lowering, so that programs for TPUs can be built on any machine.
+    - NVIDIA GPU: cuDNN's flash kernel, if it takes the inputs (`takes_cudnn`).
+    - TPU with as many keys as queries and sizes that fill its tiles: Pallas' splash kernel.
     - Otherwise: XLA.
     """
     q = constrain(q, mesh, BATCH_AXES, None, "tensor")
@@ -50,12 +48,22 @@ def attention(
 
     if takes_cudnn(q, mesh):
         out = cudnn_attention(q, k, v, lengths)
-    elif q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3]):
-        on_tpu = partial(splash_attention, mesh=mesh)
-        out = jax.lax.platform_dependent(q, k, v, lengths, tpu=on_tpu, default=plain_attention)
+    elif takes_splash(q, k, mesh):
+        out = splash_attention(q, k, v, lengths, mesh)
     else:
         out = plain_attention(q, k, v, lengths)
     return out.reshape(*out.shape[:2], -1)
+
+
+def target(mesh: Mesh | None) -> jax.Device:
+    """The device that a program is for: the first of the mesh, or JAX's default device."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def takes_splash(q: Array, k: Array, mesh: Mesh | None) -> bool:
+    """Return whether Pallas' splash kernel runs: q [n, t, h, d], k [n, s, h, d] on a TPU."""
+    on_tpu = target(mesh).platform == "tpu"
+    return on_tpu and q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3])
 
 
 def takes_cudnn(q: Array, mesh: Mesh | None) -> bool:
@@ -63,9 +71,9 @@ def takes_cudnn(q: Array, mesh: Mesh | None) -> bool:
 
     It takes 16-bit inputs and heads of a multiple of 8 channels, at most 128 (256 from compute
     capability 9.0 on). A warning is logged for heads of other sizes: XLA's attention writes the
-    scores to memory. Without a mesh, JAX's default device is meant.
+    scores to memory.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = target(mesh)
     if device.platform != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
 
@@ -168,12 +176,22 @@ def _splash_on_one_device(
     """The kernel on this device's rows and heads: [n, t, h, d] -> [n, t, h, d]."""
     tokens, heads, channels = q.shape[1:]
 
-    # All tiles of the forward and backward kernels get the same size.
+    # All tiles get the same size. One backward kernel computes dq, dk and dv: five products instead
+    # of the seven that two kernels take.
     block = next(size for size in SPLASH_BLOCKS if tokens % size == 0)
-    names = [field.name for field in fields(splash.BlockSizes) if field.name.startswith("block_")]
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=sizes,
+        residual_checkpoint_name=SPLASH,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -4,20 +4,17 @@ Torch weights are [out, in, *window]; ours are [*window, in, out], with a leadin
 stacked blocks. Our fused projections have a separate axis for their parts; torch's are one matrix.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from realgen_jax.files import write_tensors, write_whole
-from realgen_jax.hosts import fetch, process_index, put
-from realgen_jax.nn.tensors import STEM, Tensors
+from realgen_jax.hosts import put
+from realgen_jax.nn.tensors import Tensors
 
 Sharding = Callable[[str, tuple[int, ...]], Any]  # (path, shape) -> jax sharding, device or None
 SUFFIXES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
@@ -36,6 +33,32 @@ class Part:
     stop: int = 1
     of: int = 1
     first: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a torch module's `rows`, which are our outputs [begin, end)."""
+
+    module: str
+    rows: int
+    start: int
+    stop: int
+    begin: int
+    end: int
+
+
+def pieces(parts: Sequence[Part], outputs: int, layer: int = 0) -> list[Piece]:
+    """The torch modules that hold the outputs of one of our arrays, in the order of our outputs."""
+    unit = outputs // sum(part.stop - part.start for part in parts)
+    result = []
+    end = 0
+    for part in parts:
+        begin = end
+        end = begin + (part.stop - part.start) * unit
+        module = part.module.format(layer + part.first)
+        rows = (part.of * unit, part.start * unit, part.stop * unit)
+        result.append(Piece(module, *rows, begin, end))
+    return result
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,7 @@ class Table:
     windows: our modules that store a convolution as a matmul over patches -> (height, width); the
         kernel's input is then ordered (channel, row, column).
     cuts: arrays that hold a part of a tensor without a suffix.
+    unused: keys that a file may hold and the network does not read.
     """
 
     rows: Mapping[str, tuple[Part, ...]]
@@ -70,6 +94,7 @@ class Table:
     bare: frozenset[str] = frozenset()
     windows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
 
 def table_rows(
@@ -91,6 +116,13 @@ def abstract(cls: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, nnx.Stat
     return nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(0))))
 
 
+def file_state(cls: type[nnx.Module], config: Any) -> nnx.State:
+    """Return the abstract state as files hold it: without quantisation (nn/quantize.py)."""
+    if getattr(config, "quantization", ""):
+        config = replace(config, quantization="")
+    return abstract(cls, config)[1]
+
+
 def leaves(state: nnx.State) -> dict[str, Any]:
     """Return {dotted path: array} of a state, in the state's own order."""
     flat = nnx.to_flat_state(state)
@@ -110,7 +142,7 @@ def with_shardings(state: nnx.State, sharding: Sharding) -> nnx.State:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The tensors that fill one array of ours."""
 
     parts: tuple[Part, ...]
@@ -131,21 +163,25 @@ class _Source:
             keys.append((part.module.format(layer + part.first) + self.suffix, part))
         return keys
 
+    def joined_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of our array with a fused projection's parts side by side."""
+        if self.fused is None:
+            return shape
+        axis = self.fused + len(shape)
+        return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+
     def joined(self, array: np.ndarray) -> np.ndarray:
         """A view of our array with a fused projection's parts side by side, as torch has them."""
-        if self.fused is None:
-            return array
-        axis = self.fused + array.ndim
-        return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+        return array.reshape(self.joined_shape(array.shape))
 
 
-def _source(leaf: str, table: Table) -> _Source:
+def source_of(leaf: str, table: Table) -> Source:
     """The row of the table for one of our arrays."""
     fused = next((axis for end, axis in table.fused.items() if leaf.endswith(end)), None)
     if leaf in table.cuts:
-        return _Source(table.rows[leaf], "", None, True, None, table.cuts[leaf])
+        return Source(table.rows[leaf], "", None, True, None, table.cuts[leaf])
     if leaf in table.bare:
-        return _Source(table.rows[leaf], "", fused, True, None)
+        return Source(table.rows[leaf], "", fused, True, None)
 
     module, _, kind = leaf.rpartition(".")
     if leaf in table.rows:  # a norm's scale, which is the torch module's only array
@@ -154,7 +190,7 @@ def _source(leaf: str, table: Table) -> _Source:
     if module not in table.rows or kind not in table.suffixes:
         raise ValueError(f"no row of the family's table fills {leaf}; add one")
     window = table.windows.get(module) if kind == "kernel" else None
-    return _Source(table.rows[module], table.suffixes[kind], fused, False, window)
+    return Source(table.rows[module], table.suffixes[kind], fused, False, window)
 
 
 def load(
@@ -192,27 +228,27 @@ def fill(
 
 def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
     """Raise ValueError unless every key has one place in an abstract state, and vice versa."""
-    compare_keys(tensors, table_keys(leaves(state), table))
+    compare_keys(tensors, table_keys(leaves(state), table), table)
 
 
 def table_keys(wanted: Mapping[str, Any], table: Table) -> set[str]:
     """Return the keys of the tensors that fill these arrays of ours, {path: array}."""
     expected = set()
     for leaf, array in wanted.items():
-        source = _source(leaf, table)
+        source = source_of(leaf, table)
         for layer in range(array.shape[0] if source.stacked else 1):
             expected |= {key for key, _ in source.keys(layer)}
     return expected
 
 
-def compare_keys(tensors: Tensors, expected: set[str]) -> None:
-    """Raise ValueError unless a checkpoint has exactly the expected keys."""
+def compare_keys(tensors: Tensors, expected: set[str], table: Table) -> None:
+    """Raise ValueError unless a checkpoint has exactly the expected keys, and some unused ones."""
     missing = sorted(expected - tensors.keys())
     if missing:
         raise ValueError(
             f"{tensors.path} lacks {_some(missing)}; it is not a complete checkpoint of this model"
         )
-    unused = sorted(tensors.keys() - expected)
+    unused = sorted(tensors.keys() - expected - table.unused)
     if unused:
         raise ValueError(
             f"{tensors.path} holds {_some(unused)}, which this model does not have; "
@@ -222,40 +258,44 @@ def compare_keys(tensors: Tensors, expected: set[str]) -> None:
 
 def assemble(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, table: Table) -> np.ndarray:
     """Return one array of ours on the host, filled tensor by tensor."""
-    source = _source(leaf, table)
+    source = source_of(leaf, table)
     if source.cut is not None:
         return _cut(tensors, leaf, wanted, source)
     host = np.empty(wanted.shape, wanted.dtype)
     joined = source.joined(host)
     for layer, target in enumerate(joined if source.stacked else joined[None]):
-        end = 0
-        for key, part in source.keys(layer):
-            # The share of the tensor's outputs that belongs here.
-            shape = tensors.shape(key)
-            start = shape[0] * part.start // part.of
-            stop = shape[0] * part.stop // part.of
-            weight = tensors.read(key, start, stop)
-            if not source.bare:
-                weight = _to_ours(weight, target.ndim)
-
-            # Beside the parts before it, along the output axis.
-            begin = end
-            end = begin + weight.shape[-1]
-            if weight.shape != target[..., begin:end].shape:
-                raise ValueError(
-                    f"{key} in {tensors.path} has shape {shape}, "
-                    f"which does not fit {leaf} {target.shape}"
-                )
-            target[..., begin:end] = weight
-        if end != target.shape[-1]:
-            raise ValueError(
-                f"{key} in {tensors.path} has shape {shape}; {leaf} {target.shape} "
-                "needs more outputs"
-            )
+        fill_layer(tensors, leaf, target, source, layer)
     return host
 
 
-def _cut(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: _Source) -> np.ndarray:
+def fill_layer(tensors: Tensors, leaf: str, target: np.ndarray, source: Source, layer: int) -> None:
+    """Fill one layer of an array, with the parts side by side, from a file's tensors."""
+    end = 0
+    for key, part in source.keys(layer):
+        # The share of the tensor's outputs that belongs here.
+        shape = tensors.shape(key)
+        start = shape[0] * part.start // part.of
+        stop = shape[0] * part.stop // part.of
+        weight = tensors.read(key, start, stop)
+        if not source.bare:
+            weight = _to_ours(weight, target.ndim)
+
+        # Beside the parts before it, along the output axis.
+        begin = end
+        end = begin + weight.shape[-1]
+        if weight.shape != target[..., begin:end].shape:
+            raise ValueError(
+                f"{key} in {tensors.path} has shape {shape}, "
+                f"which does not fit {leaf} {target.shape}"
+            )
+        target[..., begin:end] = weight
+    if end != target.shape[-1]:
+        raise ValueError(
+            f"{key} in {tensors.path} has shape {shape}; {leaf} {target.shape} needs more outputs"
+        )
+
+
+def _cut(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: Source) -> np.ndarray:
     """The array that is a part of one tensor."""
     ((key, _),) = source.keys(0)
     shape = tensors.shape(key)
@@ -276,96 +316,7 @@ def _to_ours(weight: np.ndarray, ndim: int) -> np.ndarray:
     return weight.transpose(*range(2, weight.ndim), 1, 0)
 
 
-def _to_torch(array: np.ndarray, window: tuple[int, int] | None) -> np.ndarray:
-    """[*window, in, out] -> [out, in, *window]."""
-    if array.ndim == 1:
-        return np.ascontiguousarray(array)
-    weight = array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
-    if window is not None:
-        weight = weight.reshape(len(weight), -1, *window)
-    return np.ascontiguousarray(weight)
-
-
 def _some(keys: list[str]) -> str:
     """The first keys of a list, for an error message."""
     text = ", ".join(keys[:3])
     return text if len(keys) <= 3 else f"{text} and {len(keys) - 3} more keys"
-
-
-def to_torch(state: nnx.State, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (key, array in torch's layout) for every tensor, fetching one of our arrays at a time.
-
-    All processes must iterate.
-    """
-    for leaf, value in leaves(state).items():
-        source = _source(leaf, table)
-        host = source.joined(fetch(value))
-        if source.cut is not None:
-            ((key, _),) = source.keys(0)
-            yield key, source.cut.restore(host)
-            continue
-        for layer, array in enumerate(host if source.stacked else host[None]):
-            pieces = np.split(array, len(source.parts), axis=-1)
-            for (key, _), piece in zip(source.keys(layer), pieces, strict=True):
-                yield key, piece if source.bare else _to_torch(piece, source.window)
-
-
-def save_folder(
-    folder: str | Path,
-    state: nnx.State,
-    table: Table,
-    config: Mapping[str, Any],
-    shard_bytes: int = 10**10,
-    stem: str = STEM,
-) -> None:
-    """Write a model folder that `from_pretrained` reads: `config` and the weights.
-
-    Every process must call this, since each holds a part of the weights; the first one writes.
-    """
-    if process_index():
-        for _ in to_torch(state, table):
-            pass
-        return
-    write_folder(folder, to_torch(state, table), config, {"format": "pt"}, shard_bytes, stem)
-
-
-def write_folder(
-    folder: str | Path,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    config: Mapping[str, Any],
-    header: Mapping[str, str],
-    shard_bytes: int = 10**10,
-    stem: str = STEM,
-) -> None:
-    """Write `config` and tensors, in safetensors files with this header.
-
-    stem: the name of the files, a key of LIBRARIES in nn/tensors.py.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    # Files of at most `shard_bytes`.
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for key, array in tensors:
-        size = sum(tensor.nbytes for tensor in shards[-1].values())
-        if shards[-1] and size + array.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][key] = array
-
-    # The names that the library looks for, with an index if there are several files.
-    names = [f"{stem}.safetensors"]
-    if len(shards) > 1:
-        names = []
-        weight_map = {}
-        total = 0
-        for number, shard in enumerate(shards, start=1):
-            names.append(f"{stem}-{number:05}-of-{len(shards):05}.safetensors")
-            weight_map |= dict.fromkeys(shard, names[-1])
-            total += sum(tensor.nbytes for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        index_file = folder / f"{stem}.safetensors.index.json"
-        write_whole(index_file, json.dumps(index, indent=2) + "\n")
-
-    for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, header)
-    write_whole(folder / "config.json", json.dumps(dict(config), indent=2) + "\n")

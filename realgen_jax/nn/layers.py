@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from realgen_jax.nn.quantize import dequantize, quantized_shapes
-from realgen_jax.sharding import constrain
+from realgen_jax.sharding import BATCH_AXES, constrain
 
 EPS = 1e-6  # default of all norms
 TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of noise level and guidance
@@ -52,12 +52,15 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         stack: tuple[int, ...] = (),
         bias: bool = True,
+        inputs_split: bool = False,
         quantization: str = "",
     ):
+        """inputs_split: `tensor` splits the inputs, as behind heads and hidden layers."""
         self.shape_in = tuple(np.atleast_1d(n_in).tolist())
         self.shape_out = tuple(np.atleast_1d(n_out).tolist())
         self.stack = stack
         self.dtype = dtype
+        self.inputs_split = inputs_split
         self.quantization = quantization
 
         shape_in = self.shape_in
@@ -82,16 +85,24 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, mesh: Mesh | None = None) -> Array:
         """[..., *in] -> [..., *out]; with a stacked kernel, [n, in] -> [layers, n, out]."""
         x = x.astype(self.dtype)
+        if self.inputs_split:
+            x = constrain(x, mesh, BATCH_AXES, *[None] * (x.ndim - 2), "tensor")
+        kernel = self.kernel[...]
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
         product = lora_product
-        if self.kernel.ndim > len(self.shape_in) + len(self.shape_out):
+        if kernel.ndim > len(self.shape_in) + len(self.shape_out):
             product = jax.vmap(lora_product, (None, 0, 0))
-            y = self._all_layers(x)
+            if scale is None:
+                y = _all_layers(x, kernel.astype(self.dtype))
+            else:
+                y = self._layer_by_layer(x, kernel, scale)
             bias = None if bias is None else bias[:, None]
         else:
-            kernel = self._kernel(self.kernel[...], self._scale())
-            y = checkpoint_name(self._product(x, kernel, mesh), PROJECTION)
+            if scale is not None:
+                kernel = self._dequantized(kernel, scale)
+            y = checkpoint_name(matmul(partial(self._product, mesh=mesh), x, kernel), PROJECTION)
         if bias is not None:
             y = y + bias
 
@@ -101,25 +112,32 @@ class Linear(nnx.Module):
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
 
-    def _scale(self) -> Array | None:
-        return None if self.kernel_scale is None else self.kernel_scale[...]
-
-    def _kernel(self, kernel: Array, scale: Array | None) -> Array:
+    def _dequantized(self, kernel: Array, scale: Array) -> Array:
         """The kernel of a layer, [*in, *out], in the compute dtype."""
-        if scale is None:
-            return kernel.astype(self.dtype)
         axis = len(self.shape_in) - 1
         return dequantize(kernel, scale, self.quantization, axis, self.dtype)
 
+    def _layer_by_layer(self, x: Array, kernel: Array, scale: Array) -> Array:
+        """`_all_layers` for codes, one layer at a time: only one dequantised kernel exists."""
+
+        def product(layer: tuple[Array, Array]) -> Array:
+            return x @ self._dequantized(*layer)
+
+        return jax.lax.map(jax.checkpoint(product), (kernel, scale))
+
     def _product(self, x: Array, kernel: Array, mesh: Mesh | None) -> Array:
-        """x W, [..., *in] -> [..., *out]."""
+        """x W in x's dtype, [..., *in] -> [..., *out]."""
+        kernel = kernel.astype(x.dtype)
         axes = len(self.shape_in)
         lead = x.shape[: x.ndim - axes]
 
-        # Gather each part of a kernel that `fsdp` splits behind its parts. NCCL gathers along the
-        # first axis only: for the whole kernel, XLA would keep a transposed copy of all layers.
-        if axes > 1 and mesh is not None and mesh.shape["fsdp"] > 1:
-            kernel = jnp.stack([constrain(part, mesh, "tensor") for part in kernel])
+        # Gather a kernel that is split on its input side, part by part: NCCL gathers along the
+        # first axis only, so for all parts at once XLA would keep a transposed copy of all layers.
+        if self.inputs_split and mesh is not None and mesh.shape["fsdp"] > 1:
+            if axes == 1:
+                kernel = _gather(kernel, mesh)
+            else:
+                kernel = jnp.stack([_gather(part, mesh) for part in kernel])
 
         # If `tensor` does not split the parts, flatten them into one axis: with several axes, XLA's
         # CPU backend transposes the kernel for the gradient of x, which costs a sixth of the
@@ -130,21 +148,69 @@ class Linear(nnx.Module):
             y = jnp.tensordot(x, kernel, axes)
         return y.reshape(*lead, *self.shape_out)
 
-    def _all_layers(self, x: Array) -> Array:
-        """x W for the kernels of all layers: [n, in], [layers, in, out] -> [layers, n, out]."""
-        scale = self._scale()
-        if scale is not None:
-            # One at a time, so that only one dequantised kernel exists.
-            def one_layer(layer: tuple[Array, Array]) -> Array:
-                return x @ self._kernel(*layer)
 
-            return jax.lax.map(jax.checkpoint(one_layer), (self.kernel[...], scale))
+def matmul(product: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
+    """product(x, kernel): x [..., *in], kernel [*in, *out] -> [..., *out].
 
-        # Batched over the layers: for one large product, XLA would copy all kernels into another
-        # layout in every call.
-        kernel = self._kernel(self.kernel[...], None)
-        rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
-        return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,))))
+    The gradient of a float32 kernel is a float32 sum, whatever x's dtype. Autodiff would round it
+    to x's dtype on each device before it is summed over devices and microbatches.
+    """
+    if kernel.dtype == x.dtype or kernel.dtype != jnp.float32:
+        return product(x, kernel)
+    return _with_float32_gradient(product, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_float32_gradient(
+    product: Callable[[Array, Array], Array], x: Array, kernel: Array
+) -> Array:
+    return product(x, kernel)
+
+
+def _float32_backward(
+    product: Callable[[Array, Array], Array], saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    (g_x,) = jax.vjp(lambda x: product(x, kernel), x)[1](g)
+
+    # Sums over all axes of x and g that the kernel does not have.
+    rows = list(range((x.ndim + g.ndim - kernel.ndim) // 2))
+    g_kernel = jax.lax.dot_general(
+        x, g, ((rows, rows), ([], [])), preferred_element_type=jnp.float32
+    )
+    return g_x, g_kernel
+
+
+_with_float32_gradient.defvjp(
+    lambda product, x, kernel: (product(x, kernel), (x, kernel)), _float32_backward
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(kernel: Array, mesh: Mesh) -> Array:
+    """Gather a kernel [in, ...] over fsdp, which splits its first axis, behind `tensor`.
+
+    The gradient is split in the same way, so that its sum over devices is a reduce-scatter; the
+    transpose of a plain constraint would sum it whole on every device.
+    """
+    return constrain(kernel, mesh, "tensor")
+
+
+def _scatter(mesh: Mesh, _: None, g: Array) -> tuple[Array]:
+    return (constrain(g, mesh, ("tensor", "fsdp")),)
+
+
+_gather.defvjp(lambda kernel, mesh: (_gather(kernel, mesh), None), _scatter)
+
+
+def _all_layers(x: Array, kernel: Array) -> Array:
+    """x W for the kernels of all layers: [n, in], [layers, in, out] -> [layers, n, out].
+
+    This is batched over the layers: for one large product, XLA would copy all kernels into another
+    layout in every call.
+    """
+    rows = jnp.broadcast_to(x, (len(kernel), *x.shape))
+    return jax.lax.dot_general(rows, kernel, (((2,), (1,)), ((0,), (0,))))
 
 
 @jax.custom_vjp
@@ -204,10 +270,10 @@ class MLP(nnx.Module):
     ):
         self.activation = activation
         self.fc1 = Linear(n_in, n_hidden, **kw)
-        self.fc2 = Linear(n_hidden, n_out, **kw)
+        self.fc2 = Linear(n_hidden, n_out, inputs_split=True, **kw)
 
-    def __call__(self, x: Array) -> Array:
-        return self.fc2(self.activation(self.fc1(x)))
+    def __call__(self, x: Array, mesh: Mesh | None = None) -> Array:
+        return self.fc2(self.activation(self.fc1(x)), mesh)
 
 
 class QKNorm(nnx.Module):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from realgen_jax.files import write_tensors, write_whole
+from realgen_jax.files import write_whole
 from realgen_jax.nn.convert import Table
 from realgen_jax.nn.layers import Linear
+from realgen_jax.nn.names import Shares
+from realgen_jax.nn.stored import write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -93,6 +95,7 @@ class Factor:
     layer: int | None
     part: int
     letter: str  # A or B
+    window: tuple[int, int] | None = None  # of a convolution
 
     def view(self) -> np.ndarray:
         """The factor in its array: A [in, r] or B [r, out]; torch's layout is its transpose."""
@@ -101,6 +104,14 @@ class Factor:
             array = array[self.layer]
         return array[:, self.part] if self.letter == "A" else array[self.part]
 
+    def torch(self) -> np.ndarray:
+        """A [r, in] or B [out, r]; [r, channels, *window] and [out, r, 1, 1] of a convolution."""
+        array = self.view().T
+        if self.window is not None:
+            window = self.window if self.letter == "A" else (1, 1)
+            array = array.reshape(len(array), -1, *window)
+        return np.ascontiguousarray(array)
+
 
 def factors(adapters: nnx.State, table: Table) -> dict[str, Factor]:
     """{"torch module.lora_A" or "….lora_B": factor} of all adapters, by diffusers' names."""
@@ -108,21 +119,43 @@ def factors(adapters: nnx.State, table: Table) -> dict[str, Factor]:
     for path, variable in nnx.to_flat_state(adapters):
         *target, name = map(str, path)
         letter = name[-1].upper()
+        window = table.windows.get(".".join(target))
         stacked = len(variable.shape) == 4
         for layer in range(variable.shape[0]) if stacked else (None,):
             for number, part in enumerate(table.rows[".".join(target)]):
                 module = part.module.format(layer + part.first) if stacked else part.module
-                found[f"{module}.lora_{letter}"] = Factor(variable, layer, number, letter)
+                found[f"{module}.lora_{letter}"] = Factor(variable, layer, number, letter, window)
     return found
 
 
 def lora_tensors(adapters: nnx.State, table: Table) -> dict[str, np.ndarray]:
-    """{"torch module.lora_A" or "….lora_B": array}, A [r, in] and B [out, r]."""
+    """{"torch module.lora_A" or "….lora_B": array}, in torch's layout (Factor.torch)."""
     hosts = jax.tree.map(np.asarray, adapters)
-    tensors = {}
-    for name, factor in factors(hosts, table).items():
-        tensors[name] = np.ascontiguousarray(factor.view().T)
-    return tensors
+    return {name: factor.torch() for name, factor in factors(hosts, table).items()}
+
+
+def lora_changes(
+    adapters: nnx.State, config: LoraConfig
+) -> Callable[[str, int], np.ndarray | None]:
+    """Return (path of a projection, layer) -> alpha / r A B, [in, out], or None without adapters.
+
+    The parts of a fused projection are side by side.
+    """
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for path, variable in nnx.to_flat_state(adapters):
+        *target, name = map(str, path)
+        pairs.setdefault(".".join(target), {})[name] = np.asarray(variable.get_value())
+    scale = np.float32(config.alpha / config.rank)
+
+    def change(target: str, layer: int) -> np.ndarray | None:
+        if target not in pairs:
+            return None
+        a, b = (pairs[target][name] for name in ("lora_a", "lora_b"))
+        if a.ndim == 4:
+            a, b = a[layer], b[layer]
+        return scale * np.concatenate([a[:, part] @ b[part] for part in range(len(b))], axis=1)
+
+    return change
 
 
 def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table: Table) -> None:
@@ -152,28 +185,34 @@ def save_lora(folder: str | Path, adapters: nnx.State, config: LoraConfig, table
     write_tensors(
         folder / DIFFUSERS_FILE,
         tensors,
+        tensors.items(),
         # One entry only: safetensors does not keep the order of several.
         {"lora_adapter_metadata": json.dumps(header)},
     )
 
 
 def save_peft(
-    folder: str | Path, adapters: nnx.State, config: LoraConfig, table: Table, base: str
+    folder: str | Path,
+    adapters: nnx.State,
+    config: LoraConfig,
+    table: Table,
+    base: str,
+    task: str | None = None,
 ) -> None:
     """Write a folder for peft's `PeftModel.from_pretrained`: the factors, with the scale alpha / r.
 
-    base: name or folder of the model that the adapters belong to.
+    base: name or folder of the model that the adapters belong to. task: peft's name of what the
+    model is for, or None.
     """
     tensors = {}
     targets = set()
     for name, array in lora_tensors(adapters, table).items():
-        module = name.rpartition(".lora_")[0]
-        targets.add(module.rpartition(".")[2])
+        targets.add(name.rpartition(".lora_")[0])
         tensors[f"base_model.model.{name}.weight"] = array
 
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.rank,
@@ -185,5 +224,51 @@ def save_peft(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / PEFT_FILE, tensors, {"format": "pt"})
+    write_tensors(folder / PEFT_FILE, tensors, tensors.items(), {"format": "pt"})
     write_whole(folder / PEFT_CONFIG, json.dumps(settings, indent=2) + "\n")
+
+
+def save_comfyui(
+    file: str | Path,
+    adapters: nnx.State,
+    config: LoraConfig,
+    table: Table,
+    shares: Mapping[str, Shares],
+) -> None:
+    """Write a file under ComfyUI's own names of the modules, with the scale alpha / r in B.
+
+    shares: {ComfyUI's module: what it holds of diffusers'}, as `shares` (names.py) returns them. A
+    fused module's A are one below the other and its B are blocks, so that its rank is the sum.
+    Equal A are written once.
+    """
+    trained = lora_tensors(adapters, table)
+    scale = np.float32(config.alpha / config.rank)
+    tensors = {}
+    for module, content in shares.items():
+        downs: list[np.ndarray] = []
+        ups: list[np.ndarray] = []
+        for share in content.shares:
+            if f"{share.module}.lora_A" not in trained:
+                continue
+            a, b = (trained[f"{share.module}.lora_{letter}"] for letter in "AB")
+            a, b = (factor.reshape(len(factor), -1) for factor in (a, b))
+
+            # B's rows, at their places in the fused module.
+            up = np.zeros((content.rows, b.shape[1]), np.float32)
+            end = 0
+            for start, stop in share.spans:
+                begin = end
+                end = begin + stop - start
+                up[start:stop] = scale * b[begin:end]
+
+            # Beside the others, or added to those of an equal A.
+            equal = [index for index, down in enumerate(downs) if np.array_equal(down, a)]
+            if equal:
+                ups[equal[0]] += up
+            else:
+                downs.append(a)
+                ups.append(up)
+        if downs:
+            tensors[f"diffusion_model.{module}.lora_A.weight"] = np.concatenate(downs)
+            tensors[f"diffusion_model.{module}.lora_B.weight"] = np.concatenate(ups, axis=1)
+    write_tensors(Path(file), tensors, tensors.items(), {"format": "pt"})

@@ -56,7 +56,7 @@ class Stream(Heads):
 
     def __init__(self, dim: int, head_dim: int, qk_norm: bool = True, **kw: Any):
         super().__init__(dim, head_dim, qk_norm, **kw)
-        self.proj = Linear(dim, dim, **kw)
+        self.proj = Linear(dim, dim, inputs_split=True, **kw)
         self.mlp = MLP(dim, 4 * dim, dim, gelu, **kw)
 
     def __call__(
@@ -66,6 +66,6 @@ class Stream(Heads):
 
         attended [n, tokens, D]: the heads' outputs for this stream's tokens. gate [n, D].
         """
-        x = x + gate[:, None] * self.proj(attended)
+        x = x + gate[:, None] * self.proj(attended, mesh)
         x = pin_rows(x, mesh)
-        return x + mlp.gate[:, None] * self.mlp(modulated_norm(x, mlp.shift, mlp.scale))
+        return x + mlp.gate[:, None] * self.mlp(modulated_norm(x, mlp.shift, mlp.scale), mesh)

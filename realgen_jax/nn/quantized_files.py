@@ -5,8 +5,8 @@ wrote them: codes and scales under the paths and in the layout of our arrays, ev
 the model's own files.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from realgen_jax.nn.convert import (
     abstract,
     assemble,
     compare_keys,
+    file_state,
     leaves,
     table_keys,
-    to_torch,
-    write_folder,
 )
+from realgen_jax.nn.export import save_folder, to_torch
 from realgen_jax.nn.quantize import BLOCK, quantize
-from realgen_jax.nn.tensors import QUANT_METHOD, QUANTIZATION, Tensors
+from realgen_jax.nn.stored import QUANTIZATION
+from realgen_jax.nn.tensors import QUANT_METHOD, Tensors
 
 SCALE = "_scale"  # after the path of a kernel: its scales
 
@@ -46,7 +47,7 @@ def check_quantized(
     """
     name = format_of(config)
     state = abstract(cls, config)[1]
-    dense = abstract(cls, replace(config, quantization=""))[1] if name else state
+    dense = file_state(cls, config)
     stored = tensors.quantization()
     if stored not in ("", name):
         raise ValueError(
@@ -58,7 +59,7 @@ def check_quantized(
     kernels = _kernels(state) if stored else set()
     plain = {leaf: array for leaf, array in leaves(dense).items() if leaf not in kernels}
     own = kernels | {leaf + SCALE for leaf in kernels}
-    compare_keys(tensors, table_keys(plain, table) | own)
+    compare_keys(tensors, table_keys(plain, table) | own, table)
     return dense, state
 
 
@@ -79,7 +80,7 @@ def load_quantized(
     """
     dense, state = check_quantized(tensors, cls, config, table)
     placed = {}
-    for leaf, host in _arrays(tensors, dense, state, table, format_of(config)):
+    for leaf, host in _arrays(tensors, dense, state, table, format_of(config), leaves(dense)):
         placed[leaf] = put(host, sharding(leaf, host.shape))
 
     flat = []
@@ -103,21 +104,41 @@ def save_quantized(
     """
     name = format_of(config)
     dense, state = check_quantized(tensors, cls, config, tables[0])
+    wanted = leaves(state)
     kernels = _kernels(state)
-    variables = dict(zip(leaves(dense), nnx.to_flat_state(dense), strict=True))
 
-    def written() -> Iterator[tuple[str, np.ndarray]]:
-        for leaf, host in _arrays(tensors, dense, state, tables[0], name):
-            if leaf.removesuffix(SCALE) in kernels:
-                yield leaf, host
-            else:
-                path, variable = variables[leaf]
-                plain = nnx.from_flat_state([(path, variable.replace(host))])
-                yield from to_torch(plain, tables[1])
+    # Everything else, which is small, under the model's names.
+    flat = []
+    for (leaf, like), (path, variable) in zip(
+        leaves(dense).items(), nnx.to_flat_state(dense), strict=True
+    ):
+        if leaf not in kernels:
+            host = assemble(tensors, leaf, like, tables[0])
+            flat.append((path, variable.replace(host)))
+    plain = to_torch(nnx.from_flat_state(flat), tables[1])
+
+    # Then the kernels, one at a time.
+    own = {leaf: wanted[leaf] for leaf in wanted if leaf.removesuffix(SCALE) in kernels}
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        yield from plain
+        yield from _arrays(tensors, dense, state, tables[0], name, kernels)
 
     quantization = {"quant_method": QUANT_METHOD, "format": name, "block": BLOCK}
     config_file = {**entries, "quantization_config": quantization}
-    write_folder(folder, written(), config_file, {QUANTIZATION: name})
+    written = _Tensors({**plain.shapes, **own}, arrays)
+    save_folder(folder, written, config_file, header={QUANTIZATION: name})
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """What `save_folder` writes, in the order of `shapes`."""
+
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    arrays: Callable[[], Iterator[tuple[str, np.ndarray]]]
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        return self.arrays()
 
 
 def _kernels(state: nnx.State) -> set[str]:
@@ -127,12 +148,19 @@ def _kernels(state: nnx.State) -> set[str]:
 
 
 def _arrays(
-    tensors: Tensors, dense: nnx.State, state: nnx.State, table: Table, name: str
+    tensors: Tensors,
+    dense: nnx.State,
+    state: nnx.State,
+    table: Table,
+    name: str,
+    chosen: Collection[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, array on the host) of the whole state, quantising one kernel at a time."""
+    """Yield (path, array on the host) of the chosen arrays, quantising one kernel at a time."""
     wanted = leaves(state)
     kernels = _kernels(state)
     for leaf, like in leaves(dense).items():
+        if leaf not in chosen:
+            continue
         if leaf not in kernels:
             yield leaf, assemble(tensors, leaf, like, table)
             continue

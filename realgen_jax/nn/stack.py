@@ -12,14 +12,18 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from realgen_jax.nn.attention import SPLASH
 from realgen_jax.nn.layers import PROJECTION, Linear, modulated_norm
 from realgen_jax.nn.quantize import check_format
 from realgen_jax.sharding import BATCH_AXES, constrain
 
+_splash = jax.checkpoint_policies.save_only_these_names(SPLASH)
 
-def _flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Remat policy: save the outputs of cuDNN's forward kernel, so that it does not run twice."""
-    return primitive.name.startswith("dot_product_attention_fwd")
+
+def _flash_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Remat policy: save what a flash kernel returns, so that its forward does not run twice."""
+    cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return cudnn or _splash(primitive, *args, **params)
 
 
 # The adapters' products are not saved: they are cheap to recompute and as large as the projections.
@@ -29,7 +33,7 @@ _projections = jax.checkpoint_policies.save_only_these_names(PROJECTION)
 REMAT_POLICIES = {
     # Only the block's input.
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Also the output of attention, on a GPU.
+    # Also the output of attention, where a flash kernel runs.
     "attention": _flash_attention,
     # Also the outputs of the projections.
     "dots": jax.checkpoint_policies.save_from_both_policies(_projections, _flash_attention),

@@ -1,16 +1,15 @@
-"""Reading published checkpoints: safetensors files, and the JSON files beside them."""
+"""Reading published checkpoints: their tensors, and the JSON files beside them."""
 
 import json
-import math
 from collections.abc import Collection, Mapping, Set
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+
+from realgen_jax.nn.stored import DTYPES, QUANTIZATION, Stored, open_tensors
 
 STEM = "diffusion_pytorch_model"
 Config = TypeVar("Config")
@@ -18,95 +17,81 @@ Config = TypeVar("Config")
 # Names of the files of weights in a folder, without ".safetensors" -> the library that writes them.
 LIBRARIES = {STEM: "diffusers", "model": "transformers"}
 
-# The dtypes of weights, by their names in safetensors files. Float8 is a plain cast of the weights.
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-}
-
-# The dtypes of codes, in files of scripts/quantize.py alone. Their header names the format.
-CODES = {"I8": np.int8, "U8": np.uint8}
-QUANTIZATION = "realgen_jax_quantization"
-QUANT_METHOD = "realgen_jax"  # in config.json, so that other programs do not read the codes
-
-# The last part of the names of the scales beside float8 weights.
-FLOAT8_SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "scale_input", "input_scale")
-
-# How files of other formats begin.
-OTHER_FORMATS = {
-    b"GGUF": "is a GGUF file, whose weights are quantized; expected safetensors in bfloat16",
-    b"PK\3\4": "is a PyTorch pickle; expected a safetensors file",
-    b"\x80": "is a pickle; expected a safetensors file",
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; run git lfs pull",
-}
-
 # Prefixes of all names: of ComfyUI, torch.compile and DataParallel. ComfyUI's checkpoints of a
-# whole pipeline hold the autoencoder and the text encoders too, under names of their own.
+# whole pipeline hold the autoencoder and the text encoders too; PARTS are the prefixes in these.
 PREFIXES = ("model.diffusion_model.", "_orig_mod.", "module.")
-COMPANIONS = ("vae.", "text_encoders.", "first_stage_model.", "cond_stage_model.")
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+PARTS = (PREFIXES[0], *VAE_PREFIXES, "text_encoders.", "cond_stage_model.", "conditioner.")
 
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor's place in its file."""
-
-    file: Path
-    key: str  # its name in the file
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # of its first byte
+# The names, after a module's, of the scale of a float8 weight: ComfyUI's older and newer one.
+SCALES = ("scale_weight", "weight_scale")
+# Beside them: scales of the inputs, for products in float8, and notes. Weights do not need them.
+SCALE_NOTES = ("scaled_fp8", "comfy_quant", "scale_input", "input_scale")
+# What other ways of quantizing write beside a weight.
+QUANTIZED = ("weight_scale_2", "pre_quant_scale", "weight_scale_inv", "absmax", "quant_map")
+# In the config.json of scripts/quantize.py, so that other programs do not read its codes.
+QUANT_METHOD = "realgen_jax"
 
 
 class Tensors:
-    """The tensors of a safetensors file, or of a folder with one such file or an index of several.
+    """The tensors of a file, or of a folder with one such file or an index of several.
 
-    stem: a key of LIBRARIES, the name of a folder's files. Names come without the prefixes that
-    other programs put before all of them. Raises FileNotFoundError for a missing file and
-    ValueError for one that is incomplete, of another format, or not of floating-point weights.
+    stem: a key of LIBRARIES, the name of a folder's files. prefixes: those that other programs put
+    before all names; names come without them. Tensors that are quantized in a GGUF file, or float8
+    with a scale, are read as float32. Raises FileNotFoundError for a missing file and ValueError
+    for one that is incomplete, of another format, or not of floating-point weights.
     """
 
-    def __init__(self, path: Path, stem: str = STEM):
+    def __init__(self, path: Path, stem: str = STEM, prefixes: tuple[str, ...] = PREFIXES):
         self.path = path
         self._metadata: dict[str, str] = {}
-        self._tensors: dict[str, _Tensor] = {}
+        self._tensors: dict[str, Stored] = {}
         for file in _files(path, stem):
-            header, start = _read_header(file)
-            self._metadata |= header.pop("__metadata__", {})
-            for key, entry in header.items():
-                offset = start + entry["data_offsets"][0]
-                tensor = _Tensor(file, key, entry["dtype"], tuple(entry["shape"]), offset)
-                if key in self._tensors:
-                    raise ValueError(f"{file} and {self._tensors[key].file} both hold {key}")
-                self._tensors[key] = tensor
+            metadata, tensors = open_tensors(file)
+            self._metadata |= metadata
+            for tensor in tensors:
+                other = self._tensors.get(tensor.key)
+                if other is not None:
+                    raise ValueError(f"{file} and {other.file} both hold {tensor.key}")
+                self._tensors[tensor.key] = tensor
 
-        self._remove_prefix()
+        self._remove_prefix(prefixes)
+        self._apply_scales()
         self._check_dtypes()
 
-    def _remove_prefix(self) -> None:
-        for prefix in PREFIXES:
+    def _remove_prefix(self, prefixes: tuple[str, ...]) -> None:
+        others = tuple(part for part in PARTS if part not in prefixes)
+        for prefix in prefixes:
             if any(key.startswith(prefix) for key in self._tensors):
                 self._tensors = {
                     key.removeprefix(prefix): tensor
                     for key, tensor in self._tensors.items()
-                    if not key.startswith(COMPANIONS)
+                    if not key.startswith(others)
                 }
+
+    def _apply_scales(self) -> None:
+        """Multiply weights by their scales when they are read; drop what is not needed then."""
+        for key in list(self._tensors):
+            module, _, name = key.rpartition(".")
+            if name in SCALE_NOTES:
+                del self._tensors[key]
+            elif name in SCALES:
+                scale = self._tensors.pop(key)
+                weight = self._tensors.get(f"{module}.weight")
+                if weight is None or np.prod(scale.shape) != 1 or not scale.readable:
+                    raise ValueError(
+                        f"{scale.file} holds {scale.key} of dtype {scale.dtype} and shape "
+                        f"{scale.shape}; expected one number for a weight, as in ComfyUI's scaled "
+                        "float8. Other quantized weights are not read"
+                    )
+                self._tensors[f"{module}.weight"] = _scaled(weight, float(scale.read().ravel()[0]))
 
     def _check_dtypes(self) -> None:
         for key, tensor in self._tensors.items():
-            if key.rpartition(".")[2] in FLOAT8_SCALES:
-                raise ValueError(
-                    f"{tensor.file} holds {tensor.key}: scaled float8 weights are not read; "
-                    "expected bfloat16, or float8 without scales"
-                )
-            allowed = {**DTYPES, **CODES} if self.quantization() else DTYPES
-            if tensor.dtype not in allowed:
+            if not tensor.readable or key.rpartition(".")[2] in QUANTIZED:
                 raise ValueError(
                     f"{tensor.file} holds {tensor.key} of dtype {tensor.dtype}; expected one of "
-                    f"{', '.join(DTYPES)}. Quantized weights are not read"
+                    f"{', '.join(DTYPES)}. Quantized weights are read from GGUF files only"
                 )
 
     def keys(self) -> Set[str]:
@@ -132,38 +117,16 @@ class Tensors:
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """Return a tensor, or its rows [start, stop). Nothing else is read from disk."""
         tensor = self._tensors[key]
-        dtype = np.dtype({**DTYPES, **CODES}[tensor.dtype])
-        shape = tensor.shape
-        offset = tensor.offset
-        if start is not None:
-            row = math.prod(shape[1:]) * dtype.itemsize
-            offset += start * row
-            shape = (stop - start, *shape[1:])
-        size = math.prod(shape) * dtype.itemsize
-        content = np.fromfile(tensor.file, np.uint8, size, offset=offset)
-        return content.view(dtype).reshape(shape)
+        return tensor.read() if start is None else tensor.rows(start, stop)
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its tensors begin.
+def _scaled(weight: Stored, scale: float) -> Stored:
+    """A float8 weight times its scale, in float32."""
 
-    The safetensors library checks it. It cannot tell numpy's float8 dtypes, so we read the tensors.
-    """
-    try:
-        with safe_open(file, framework="np"), file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            return json.loads(stream.read(size)), 8 + size
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} is missing") from error
-    except SafetensorError as error:
-        with file.open("rb") as stream:
-            content = stream.read(64)
-        for start, problem in OTHER_FORMATS.items():
-            if content.startswith(start):
-                raise ValueError(f"{file} {problem}") from error
-        raise ValueError(
-            f"{file} is not a complete safetensors file ({error}); download it again"
-        ) from error
+    def rows(start: int, stop: int) -> np.ndarray:
+        return weight.rows(start, stop).astype(np.float32) * np.float32(scale)
+
+    return replace(weight, rows=rows)
 
 
 def has_weights(path: Path, stem: str = STEM) -> bool:

@@ -1,4 +1,4 @@
-"""Loading the autoencoder: a `vae/` folder of diffusers or BFL's `ae.safetensors`."""
+"""Loading the autoencoder: a `vae/` folder of diffusers, or one file such as `ae.safetensors`."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from realgen_jax.nn.convert import Sharding, Table, abstract, leaves, load, table_rows
-from realgen_jax.nn.tensors import Tensors, config_from, read_config
+from realgen_jax.nn.tensors import VAE_PREFIXES, Tensors, config_from, read_config
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 
 # BFL's names as edits of diffusers' names, which are also ours. BFL's decoder numbers its levels in
@@ -78,19 +78,28 @@ def vae_config(folder: Path, **overrides: Any) -> VaeConfig:
     return config_from(VaeConfig, file, sizes, fixed, NOT_IN_SHAPES, **overrides)
 
 
+def vae_tensors(path: Path, config: VaeConfig) -> tuple[Tensors, Table]:
+    """Return the tensors of a folder or file and their table, by the names in it.
+
+    A file has diffusers' or BFL's names; ComfyUI's file of a whole pipeline holds BFL's.
+    """
+    tensors = Tensors(path, prefixes=VAE_PREFIXES)
+    is_diffusers = any(key.startswith("encoder.down_blocks.") for key in tensors.keys())  # noqa: SIM118
+    return tensors, vae_table(config, "diffusers" if is_diffusers else "bfl")
+
+
 def load_vae(
-    path: str | Path, sharding: Sharding = lambda leaf, shape: None, **overrides: Any
+    path: str | Path,
+    base: Path,
+    sharding: Sharding = lambda leaf, shape: None,
+    **overrides: Any,
 ) -> tuple[VaeConfig, nnx.State]:
     """Return the autoencoder's config and weights; `overrides` are VaeConfig fields.
 
-    Raises the errors of `load` and `vae_config`.
+    base: the `vae/` folder of diffusers with the sizes of a file. Raises the errors of `load` and
+    `vae_config`.
     """
     path = Path(path)
-    if path.is_file():
-        config = VaeConfig(**overrides)
-        layout = "bfl"
-    else:
-        config = vae_config(path, **overrides)
-        layout = "diffusers"
-    state = abstract(Autoencoder, config)[1]
-    return config, load(Tensors(path), state, vae_table(config, layout), sharding)
+    config = vae_config(base if path.is_file() else path, **overrides)
+    tensors, table = vae_tensors(path, config)
+    return config, load(tensors, abstract(Autoencoder, config)[1], table, sharding)

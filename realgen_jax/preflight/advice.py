@@ -127,6 +127,7 @@ def advice(
         "the GPU; they get the rest.",
         *attention_on_tpu(report),
         *learners(report.recipe),
+        *endpoints(report.recipe),
     ]
     for estimate in accelerators:
         if not estimate.fits:
@@ -196,6 +197,22 @@ def learners(recipe: Recipe) -> list[str]:
         elif settings.skip_generator:
             line += f" The generator rests in the epochs in which {name} learns."
         lines.append(line)
+    return lines
+
+
+def endpoints(recipe: Recipe) -> list[str]:
+    """Return a line for each trained or watched reward that another program's model computes."""
+    lines = []
+    reward = recipe.config.reward
+    pictures = recipe.layout.calls * recipe.layout.images
+    for name in dict.fromkeys([*reward.fn, *reward.watched]):
+        options = reward.options.get(name, {})
+        if "url" in options and name not in reward.adversarial:
+            lines.append(
+                f"{name} asks {options['model']} at {options['url']} about each of an epoch's "
+                f"{pictures:,} pictures. That program's memory and time are not counted; if it "
+                "shares a GPU with the training, leave it its part of the memory."
+            )
     return lines
 
 

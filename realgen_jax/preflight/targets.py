@@ -98,12 +98,12 @@ def target_devices(target: str, count: int) -> list[jax.Device]:
 
 
 def _gpus(card: Card, count: int) -> list[jax.Device]:
-    """NVIDIA GPUs, eight to a host."""
+    """NVIDIA GPUs, up to eight to a host: 14 are 7 on each of two."""
     _check_packages("aot-cuda", CUDA_PACKAGES)
     hosts = math.ceil(count / GPUS_OF_A_HOST)
-    if count > GPUS_OF_A_HOST and count % GPUS_OF_A_HOST:
+    if count % hosts:
         raise ValueError(
-            f"--compile_for needs whole hosts of {GPUS_OF_A_HOST} GPUs, but the mesh has {count}"
+            f"--compile_for needs as many GPUs on each host, but the mesh has {count} on {hosts}"
         )
     _stand_in_for_cudnn()
     description = topologies.get_topology_desc(

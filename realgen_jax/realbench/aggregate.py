@@ -6,12 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 from ml_collections import ConfigDict
 
-from realgen_jax.realbench.bootstrap import draw_in_blocks, ratio_intervals
+from realgen_jax.realbench.bootstrap import (
+    draw_in_blocks,
+    percentile_interval,
+    ratio_intervals,
+    resampled_ratios,
+)
 from realgen_jax.realbench.results import Results
 
 ALL = "all"  # all sets together
 MEAN = "mean"
 SHARE = "share above 0.5"
+CATEGORIES = "mean over categories"
 Measure = tuple[str, str]  # reward; MEAN or SHARE
 
 
@@ -27,7 +33,7 @@ class Row:
     set: str  # ALL: every set
     category: str  # "": every category
     measure: str  # a reward
-    kind: str  # MEAN, SHARE
+    kind: str  # MEAN, SHARE, CATEGORIES
     value: float  # over pictures
     low: float
     high: float
@@ -56,6 +62,9 @@ def leaderboard(results: Results, settings: ConfigDict, rng: np.random.Generator
     Values are means over the pictures that exist, as in RealBench. Intervals resample prompts, not
     pictures: all copies of a prompt and its short and long variants stay together. Apart from the
     first entry, a row does not depend on other entries.
+
+    With settings.category_mean, there are rows of the kind CATEGORIES too: the mean of the
+    categories' means.
     """
     measures = _measures(results, settings)
     lines = max((len(prompt_set.prompts) for prompt_set in results.sets), default=0)
@@ -75,28 +84,56 @@ def leaderboard(results: Results, settings: ConfigDict, rng: np.random.Generator
             if entry != first:
                 differences = _estimate(_gaps(table, reference), lines, settings, seed)
             numbers[entry] = (table, values, differences)
+        rows += _rows(set_name, category, measures, numbers)
 
-        # -- One row for each measure and entry.
-        for m, (measure, kind) in enumerate(measures):
-            for entry, (table, values, differences) in numbers.items():
-                value, low, high = values[:, m].tolist()
-                difference, difference_low, difference_high = differences[:, m].tolist()
-                row = Row(
-                    entry=entry,
-                    set=set_name,
-                    category=category,
-                    measure=measure,
-                    kind=kind,
-                    value=value,
-                    low=low,
-                    high=high,
-                    pictures=int(table.counts.sum()),
-                    prompts=int((table.counts > 0).sum()),
-                    difference=difference,
-                    difference_low=difference_low,
-                    difference_high=difference_high,
-                )
-                rows.append(row)
+        # -- The same, with each category counted alike.
+        if settings.category_mean and not category:
+            parts = _categories_of(results, set_name, lines)
+            by_category = [(name, CATEGORIES) for name, kind in measures if kind == MEAN]
+            kept = [m for m, (_, kind) in enumerate(measures) if kind == MEAN]
+            numbers = {}
+            for entry, whole in tables.items():
+                values = _balanced(whole, parts, lines, settings, seed)[:, kept]
+                differences = np.full_like(values, np.nan)
+                if entry != first:
+                    gaps = _gaps(whole, tables[first])
+                    differences = _balanced(gaps, parts, lines, settings, seed)[:, kept]
+                numbers[entry] = (whole.only(units), values, differences)
+            rows += _rows(set_name, category, by_category, numbers)
+    return rows
+
+
+def _rows(
+    set_name: str,
+    category: str,
+    measures: list[Measure],
+    numbers: dict[str, tuple[_Table, np.ndarray, np.ndarray]],
+) -> list[Row]:
+    """One row for each measure and entry.
+
+    numbers: {entry: (table, values [3, measures], differences [3, measures])}.
+    """
+    rows = []
+    for m, (measure, kind) in enumerate(measures):
+        for entry, (table, values, differences) in numbers.items():
+            value, low, high = values[:, m].tolist()
+            difference, difference_low, difference_high = differences[:, m].tolist()
+            row = Row(
+                entry=entry,
+                set=set_name,
+                category=category,
+                measure=measure,
+                kind=kind,
+                value=value,
+                low=low,
+                high=high,
+                pictures=int(table.counts.sum()),
+                prompts=int((table.counts > 0).sum()),
+                difference=difference,
+                difference_low=difference_low,
+                difference_high=difference_high,
+            )
+            rows.append(row)
     return rows
 
 
@@ -161,16 +198,57 @@ def _slices(results: Results, lines: int) -> Iterator[tuple[str, str, np.ndarray
             yield set_name, category, (in_set & in_category).ravel()
 
 
+def _categories_of(results: Results, set_name: str, lines: int) -> list[np.ndarray]:
+    """The units of each category of a set, bool [sets * lines]."""
+    parts = []
+    for name, category, units in _slices(results, lines):
+        if name == set_name and category:
+            parts.append(units)
+    return parts
+
+
+def _balanced(
+    table: _Table, parts: list[np.ndarray], lines: int, settings: ConfigDict, seed: int
+) -> np.ndarray:
+    """[3, measures]: the means of the parts' means, and both ends of their intervals.
+
+    nan without parts, or if one of them has no pictures. Lines are resampled within each part.
+    """
+    means = []
+    resamples = []
+    for number, part in enumerate(parts):
+        sums, counts = _by_line(table.only(part), lines)
+        if len(counts) == 0:
+            means = []
+            break
+        means.append(sums.sum(axis=0) / counts.sum())
+        if len(counts) > 1 and settings.resamples > 0:
+            rng = np.random.default_rng((seed, number, len(counts)))
+            draws = draw_in_blocks(len(counts), settings.resamples, rng)
+            resamples.append(resampled_ratios(draws, sums, counts))
+
+    estimate = np.full((3, table.sums.shape[1]), np.nan)
+    if means:
+        estimate[0] = np.mean(means, axis=0)
+        if len(resamples) == len(means):
+            estimate[1:] = percentile_interval(np.mean(resamples, axis=0), settings.confidence)
+    return estimate
+
+
+def _by_line(table: _Table, lines: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sums [n, measures] and counts [n] of the n lines that have pictures, over all sets."""
+    sums = table.sums.reshape(-1, lines, table.sums.shape[-1]).sum(axis=0)
+    counts = table.counts.reshape(-1, lines).sum(axis=0)
+    return sums[counts > 0], counts[counts > 0]
+
+
 def _estimate(table: _Table, lines: int, settings: ConfigDict, seed: int) -> np.ndarray:
     """[3, measures]: the means over pictures and both ends of their intervals.
 
     Resampling draws lines, each with all its units. Lines without pictures are left out, so that no
     resample is empty.
     """
-    sums = table.sums.reshape(-1, lines, table.sums.shape[-1]).sum(axis=0)
-    counts = table.counts.reshape(-1, lines).sum(axis=0)
-    sums = sums[counts > 0]
-    counts = counts[counts > 0]
+    sums, counts = _by_line(table, lines)
 
     estimate = np.full((3, sums.shape[1]), np.nan)
     if len(counts) == 0:

@@ -32,8 +32,18 @@ def ratio_intervals(
 ) -> np.ndarray:
     """Return float64 [2, m]: the intervals of sums.sum(0) / counts.sum() over the resamples.
 
-    draws: blocks of counts [resamples, units]; sums [units, m]; counts [units]. Resamples without
-    any count are left out.
+    Arguments as of `resampled_ratios`. Resamples without any count are left out.
+    """
+    return percentile_interval(resampled_ratios(draws, sums, counts), confidence)
+
+
+def resampled_ratios(
+    draws: Iterable[np.ndarray], sums: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Return float64 [resamples, m]: sums.sum(0) / counts.sum() of each resample.
+
+    draws: blocks of counts [resamples, units]; sums [units, m]; counts [units]. nan for a resample
+    without any count.
     """
     columns = np.column_stack([sums, counts])
     ratios = []
@@ -41,7 +51,7 @@ def ratio_intervals(
         totals = block @ columns
         with np.errstate(invalid="ignore"):
             ratios.append(totals[:, :-1] / totals[:, -1:])
-    return percentile_interval(np.concatenate(ratios), confidence)
+    return np.concatenate(ratios)
 
 
 def percentile_interval(values: np.ndarray, confidence: float) -> np.ndarray:

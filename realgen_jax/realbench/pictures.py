@@ -26,7 +26,8 @@ from realgen_jax.models.loading import (
 )
 from realgen_jax.models.model import Model, tuned_steps
 from realgen_jax.models.trainable import Trainable, with_lora_file
-from realgen_jax.nn.lora_files import PEFT_CONFIG, open_lora
+from realgen_jax.nn.lora import PEFT_CONFIG
+from realgen_jax.nn.lora_files import open_lora
 from realgen_jax.realbench.entries import Weights
 from realgen_jax.realbench.picture_files import (
     Picture,
@@ -66,8 +67,11 @@ def manifest(
     if is_hybrid(weights, config):
         transformers.append(config.pretrained.transformer)
     transformers = [expand_home(path) if path else model / "transformer" for path in transformers]
+    paths = [*transformers, *(model / name for name in model_folders(family))]
+    if config.pretrained.vae:
+        paths.append(expand_home(config.pretrained.vae))
     digest = hashlib.sha256()
-    for path in (*transformers, *(model / name for name in model_folders(family))):
+    for path in paths:
         for file in _files(path):
             digest.update(sampled_digest(file))
 

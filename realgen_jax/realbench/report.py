@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from realgen_jax.files import expand_home, write_whole
 from realgen_jax.models.model import tuned_steps
 from realgen_jax.realbench import plots
-from realgen_jax.realbench.aggregate import ALL, MEAN, SHARE, Row
+from realgen_jax.realbench.aggregate import ALL, CATEGORIES, MEAN, SHARE, Row
 from realgen_jax.realbench.formatting import number, percent, points, signed
 from realgen_jax.realbench.markdown import markdown
 from realgen_jax.realbench.page import main_measure, page_data
@@ -55,7 +55,8 @@ def write_report(
     *,
     seed: int,
 ) -> Path:
-    """Write index.html, report.md, leaderboard.csv and scores.csv to folder/report.
+    """Write index.html, report.md, leaderboard.csv and scores.csv to folder/report, or
+    the folder of `results.report`.
 
     Returns the path of the page. standings: None without an arena; seed: the evaluation's seed. If
     `folder` is a run folder, the page includes its reward curves. Raises ValueError if no picture
@@ -64,7 +65,7 @@ def write_report(
     if not results.pictures:
         names = ", ".join(entry.name for entry in results.entries)
         raise ValueError(f"no picture of {names} was scored, so there is nothing to report")
-    report = folder / "report"
+    report = folder / results.report
     report.mkdir(parents=True, exist_ok=True)
 
     # -- CSV, for programs.
@@ -173,6 +174,7 @@ def _page(
         colours=(plots.COLOURS, plots.DARK_COLOURS),
         plotly=Markup(get_plotlyjs()),
         share=SHARE,
+        by_category=CATEGORIES,
     )
 
 
@@ -240,7 +242,7 @@ def _facts(config: ConfigDict, results: Results, seed: int) -> list[tuple[str, s
             ("Seed", f"{seed}"),
         ]
     intervals = f"{100 * settings.confidence:g} %, {settings.resamples:,} resamples"
-    return [*facts, ("Intervals", intervals)]
+    return [*facts, ("Intervals", intervals), *results.facts]
 
 
 def _leads(results: Results, rows: Sequence[Row], settings: ConfigDict) -> list[dict[str, Any]]:

@@ -68,6 +68,8 @@ class Results:
     rewards: Sequence[str]
     pictures: Sequence[ScoredPicture]  # ordered by entry, set, line and copy
     problems: Sequence[Problem]
+    facts: Sequence[tuple[str, str]] = ()  # (name, value): of a benchmark
+    report: str = "report"  # the name of the report's folder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from realgen_jax.realbench.aggregate import ALL, MEAN, Row, leaderboard
+from realgen_jax.realbench.aggregate import ALL, CATEGORIES, MEAN, Row, leaderboard
 from realgen_jax.realbench.arena import judge_all, protocol_for
 from realgen_jax.realbench.interfaces import Judge
 from realgen_jax.realbench.results import Judgement, Problem, Results
@@ -40,6 +40,9 @@ def summarize(
     # -- Leaderboard.
     rows = leaderboard(results, config.evaluate, generator(seed, RESAMPLES))
     print_leaderboard(rows, results, console)
+    print_category_means(rows, console)
+    for name, value in results.facts:
+        console.print(f"{name}: {value}", soft_wrap=True)
     print_problems(results.problems, console)
 
     # -- Arena.
@@ -119,6 +122,19 @@ def print_leaderboard(rows: Sequence[Row], results: Results, console: Console) -
             "no interval: that needs pictures of two prompts and config.evaluate.resamples",
             soft_wrap=True,
         )
+
+
+def print_category_means(rows: Sequence[Row], console: Console) -> None:
+    """Print one line for each mean over categories, if there are any."""
+    for row in rows:
+        if row.kind == CATEGORIES:
+            has_interval = not math.isnan(row.low)
+            interval = f" [{row.low:.3f}, {row.high:.3f}]" if has_interval else ""
+            console.print(
+                f"{row.entry}, {row.set}: {short_name(row.measure)} {row.value:.3f}{interval}, "
+                "mean over categories",
+                soft_wrap=True,
+            )
 
 
 def print_problems(problems: Sequence[Problem], console: Console) -> None:

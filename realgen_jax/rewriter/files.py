@@ -12,7 +12,7 @@ from typing import Any
 
 from realgen_jax.files import content_digest, expand_home, write_whole
 from realgen_jax.input_files import check_text
-from realgen_jax.nn.lora_files import PEFT_CONFIG
+from realgen_jax.nn.lora import PEFT_CONFIG
 
 FILE = "rewriter.json"
 

@@ -19,7 +19,7 @@ def input_digests(config: ConfigDict) -> dict[str, str]:
     # The model.
     pretrained = config.pretrained
     files: dict[str, list[Path]] = {"pretrained.model": model_files(pretrained)}
-    for name in ("transformer", "lora"):
+    for name in ("transformer", "vae", "lora"):
         if pretrained[name]:
             files[f"pretrained.{name}"] = [expand_home(pretrained[name])]
 

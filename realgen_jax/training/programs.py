@@ -306,7 +306,7 @@ def first_state(recipe: Recipe, model: Any, key: Array, file: str = "") -> Train
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model))
     if file:
-        trainable = recipe.trainable.load(model, file)
+        trainable = recipe.trainable.load(model, file, key)
     else:
         trainable = recipe.trainable.init(model, key)
 

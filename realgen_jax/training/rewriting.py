@@ -117,8 +117,7 @@ class RewriterStage:
             rewrites = self._rewrite(
                 state.trainable, prompts, rewrite_keys(text_key, len(rows), size)
             )
-        logits = 0.0 if rewrites.finite else float("nan")
-        stop_if_not_finite({"logits": logits}, epoch, "rollout (language model)", run)
+        self._stop_if_not_finite(epoch, "rollout", rewrites)
         self._stop_if_none_usable(epoch, rewrites)
 
         # Draw and score; the text encoders and the rewards work on other calls meanwhile.
@@ -202,6 +201,7 @@ class RewriterStage:
 
     def after_evaluation(self, epoch: int, trainable: Any, evaluation: Any) -> dict[str, float]:
         """Record the rewrites, and measure whether rewrites differ by more than their pictures."""
+        self._stop_if_not_finite(epoch, "evaluation", evaluation.drawn.own)
         self._record(epoch, evaluation)
         return self._signal(epoch, trainable)
 
@@ -247,6 +247,10 @@ class RewriterStage:
         texts = [rewrite.text for rewrite in rewrites]
         good = np.array([rewrite.usable for rewrite in rewrites])
         return Rewrites(prompts, texts, good, parts[0], keys, np.all(finite))
+
+    def _stop_if_not_finite(self, epoch: int, phase: str, rewrites: Rewrites) -> None:
+        logits = 0.0 if rewrites.finite else float("nan")
+        stop_if_not_finite({"logits": logits}, epoch, f"{phase} (language model)", self.run)
 
     def _stop_if_none_usable(self, epoch: int, rewrites: Rewrites) -> None:
         if not rewrites.usable.any():

@@ -10,7 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from reward_bridge.registry import check_arguments, find_class, without_class
+from reward_bridge.registry import (
+    CLASS,
+    check_arguments,
+    check_interface,
+    find_class,
+    without_class,
+)
 
 LEARNERS = {
     "omniaid": "reward_bridge.learners.omniaid:OmniAIDLearner",
@@ -57,6 +63,8 @@ def make_learner(name: str, device: str, options: Mapping[str, Any]) -> Learner:
     ValueError if there is no such learner, or if an option is unknown or missing.
     """
     make = find_class("learner", name, LEARNERS, options)
+    if CLASS in options:
+        check_interface(make, "learner", name)
     arguments = {"device": device, **without_class(options)}
     check_arguments(make, name, arguments)
     return make(**arguments)

@@ -5,13 +5,21 @@ from typing import Any
 
 import torch
 
-from reward_bridge.registry import check_arguments, find_class, without_class
+from reward_bridge.registry import (
+    CLASS,
+    check_arguments,
+    check_interface,
+    check_packages,
+    find_class,
+    without_class,
+)
 from reward_bridge.reward import Reward
 
 REWARDS = {
     "clip_score": "reward_bridge.rewards.clip_score:ClipScore",
     "pickscore": "reward_bridge.rewards.pickscore:PickScore",
     "hpsv2": "reward_bridge.rewards.hpsv2:HPSv2",
+    "imagereward": "reward_bridge.rewards.imagereward:ImageReward",
     "longclip": "reward_bridge.rewards.longclip:LongClip",
     "aesthetic": "reward_bridge.rewards.aesthetic:Aesthetic",
     "jpeg_compressibility": "reward_bridge.rewards.jpeg_compressibility:JpegCompressibility",
@@ -19,6 +27,14 @@ REWARDS = {
     "hpsv3": "reward_bridge.rewards.hpsv3:Hpsv3",
     "pairwise_judge": "reward_bridge.rewards.pairwise_judge:PairwiseJudge",
     "vlm_judge": "reward_bridge.rewards.vlm_judge:VlmJudge",
+    "unifiedreward": "reward_bridge.rewards.ratings:UnifiedReward",
+    "qwen_vl_score": "reward_bridge.rewards.ratings:QwenVlScore",
+    "visualquality_r1": "reward_bridge.rewards.ratings:VisualQualityR1",
+    "deqa": "reward_bridge.rewards.deqa:Deqa",
+    "brisque": "reward_bridge.rewards.brisque:Brisque",
+    "geneval": "reward_bridge.rewards.geneval:Geneval",
+    "dpg": "reward_bridge.rewards.dpg:Dpg",
+    "ocr": "reward_bridge.rewards.ocr:Ocr",
     "diversity": "reward_bridge.rewards.diversity:Diversity",
     "embedded_detector": "reward_bridge.rewards.embedded:EmbeddedDetector",
     "embedded_held_out": "reward_bridge.rewards.embedded:EmbeddedHeldOut",
@@ -48,6 +64,9 @@ def make_reward(name: str, device: str, options: Mapping[str, Any]) -> Reward:
         return RemoteReward(**arguments)
 
     make = find_class("reward", name, REWARDS, options)
+    if CLASS in options:
+        check_interface(make, "reward", name)
+    check_packages(make, name)
     arguments = {"device": device, **without_class(options)}
     check_arguments(make, name, arguments)
     try:

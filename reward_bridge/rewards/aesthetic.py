@@ -34,11 +34,15 @@ class Aesthetic:
     def __init__(self, device: str, path: str, clip: str, dtype: str = "float32"):
         file = find(path, "aesthetic.path", "sac+logos+ava1-l14-linearMSE.pth")
         self.model = load_folder(clip, "aesthetic.clip", device, dtype)
-        widths = (self.model.config.projection_dim, 1024, 128, 64, 16, 1)
-        layers = [nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths)]
-        head = nn.Sequential(*layers)
+        head = linear_layers(self.model.config.projection_dim)
         self.head = load_strict(head, rename(read(file), TABLE, file), file).to(device)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         features = image_features(self.model, images)
         return self.head(F.normalize(features, dim=-1)).squeeze(1)
+
+
+def linear_layers(width: int) -> nn.Sequential:
+    """The layers from a feature of this width to a score. ImageReward has the same ones."""
+    widths = (width, 1024, 128, 64, 16, 1)
+    return nn.Sequential(*(nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(widths)))

@@ -1,6 +1,7 @@
-"""Yes/no questions about pictures to a model behind an OpenAI-compatible endpoint (vLLM, ...).
+"""Questions about pictures to a model behind an OpenAI-compatible endpoint (vLLM, ...).
 
-What the rewards `vlm_judge` (one picture a question) and `pairwise_judge` (two) share.
+What the rewards by chat models share. What they ask, and how an answer becomes a score, is in
+yes_no.py (P(yes)), deqa.py (words for levels) and ratings.py (numbers).
 """
 
 import asyncio
@@ -28,21 +29,13 @@ from reward_bridge.openai_chat import (
     data_url,
 )
 from reward_bridge.reward import RewardError
-from reward_bridge.rewards.yes_no import (
-    ANSWER_TOKENS,
-    LEAST_MASS,
-    no_answer,
-    p_answer,
-    p_yes,
-    top_tokens,
-)
 
 # The pictures of a question, uint8 [h, w, 3] each, and their prompt.
 Question = tuple[Sequence[np.ndarray], str]
 
 
 class Refusal(Exception):
-    """An answer that is neither yes nor no. The argument says what it was."""
+    """An answer that gives no score. The argument says what it was."""
 
 
 class RefusalError(RewardError, ValueError):
@@ -50,12 +43,9 @@ class RefusalError(RewardError, ValueError):
 
 
 class ChatJudge:
-    """Asks yes/no questions about pictures. The answer is P(yes) of its first word.
+    """Asks questions about pictures and makes a score of each answer, with `read`.
 
-    P(yes) = p(yes) / (p(yes) + p(no)), where each term sums the spellings, in upper or lower case
-    and with or without leading spaces, among the 20 most likely tokens. Tokens without a letter or
-    digit before the word, as in "**Yes**", are stepped over (`top_tokens`). `{prompt}` in the
-    question is replaced by the pictures' prompt.
+    `{prompt}` in the question is replaced by the pictures' prompt.
 
     `url` is the endpoint up to and including /v1, and `api_key_env` the environment variable that
     holds its key, if it needs one. Up to `concurrency` requests run at a time. Each waits up to
@@ -63,15 +53,22 @@ class ChatJudge:
     is busy (429), broken (5xx), silent or unreachable. The whole call fails after `deadline`
     seconds; keep that below config.reward.deadline. `device` is not used; "cpu" saves GPU memory.
 
-    An answer is a refusal if it is neither yes nor no, if p(yes) + p(no) is below LEAST_MASS, or if
-    a content filter rejects the pictures. It is an error, unless `refusal_score` says what it
-    counts. Then up to the share `max_refused` of a call's questions may be refused. `refused` is
-    the number of refusals so far; they are logged whenever it has doubled.
+    `request` holds entries of the requests that replace `sampling`'s or are added to them; None
+    removes one. With "n" above 1, a score is the mean over the answers of a request.
+
+    An answer is a refusal if `read` makes no score of it, or if a content filter rejects the
+    pictures. It is an error, unless `refusal_score` says what it counts. Then up to the share
+    `max_refused` of a call's questions may be refused. `refused` is the number of refusals so far;
+    they are logged whenever it has doubled.
     """
 
     name = ""  # of the reward, for errors
     asks = ""  # the question, unless the option `question` has another one
     shown = 1  # pictures in a question
+    expected = ""  # what the question must make the model answer, for errors
+    needs = ""  # what an answer of the endpoint must hold, for errors
+    place = ""  # where in the answer that is, and what helps if it is not there
+    sampling: Mapping[str, Any] = {}  # entries of a request besides model and messages
 
     def __init__(
         self,
@@ -86,6 +83,7 @@ class ChatJudge:
         deadline: float = 100.0,
         refusal_score: float | None = None,
         max_refused: float = 0.1,
+        request: Mapping[str, Any] | None = None,
     ):
         self.options = f"config.reward.options.{self.name}"
         if not is_address(url):
@@ -108,6 +106,8 @@ class ChatJudge:
         self.deadline = deadline
         self.refusal_score = refusal_score
         self.max_refused = max_refused
+        entries = {**self.sampling, **(request or {})}
+        self.request = {key: value for key, value in entries.items() if value is not None}
         self.refused = 0
         self._refused_when_told = 0
 
@@ -124,8 +124,23 @@ class ChatJudge:
             except RequestFailed as error:
                 raise self._failure(error) from error
 
-    def p_yes(self, questions: Sequence[Question]) -> torch.Tensor:
-        """P(yes) of n questions: float32 [n].
+    def read(self, choice: Mapping[str, Any]) -> float:
+        """The score of a choice of a chat completion.
+
+        Raises Refusal if it gives none, and ValueError, LookupError, TypeError or AttributeError if
+        it lacks what `needs` names.
+        """
+        raise NotImplementedError
+
+    def ask_each(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Ask about each picture, uint8 [n, 3, h, w]: float32 [n]. Raises as `ask` does."""
+        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+        return self.ask(
+            [((picture,), text) for picture, text in zip(pictures, prompts, strict=True)]
+        )
+
+    def ask(self, questions: Sequence[Question]) -> torch.Tensor:
+        """The scores of n questions' answers: float32 [n].
 
         Raises ValueError if the endpoint fails or is too slow, and RefusalError for more refusals
         than the options allow.
@@ -153,7 +168,7 @@ class ChatJudge:
         )
 
     async def _answers(self, questions: Sequence[Question]) -> list[float | Refusal]:
-        """P(yes) of each question, or a refusal."""
+        """The score of each question's answer, or a refusal."""
         gate = asyncio.Semaphore(self.concurrency)
         client = self._client()
         answers = [self._ask(client, gate, question) for question in questions]
@@ -169,7 +184,7 @@ class ChatJudge:
     async def _ask(
         self, client: ChatClient, gate: asyncio.Semaphore, question: Question
     ) -> float | Refusal:
-        """P(yes) of a question, or a refusal."""
+        """The score of a question's answer, or a refusal."""
         # Pictures are encoded inside the gate, so that only `concurrency` questions are in memory.
         async with gate:
             try:
@@ -182,43 +197,28 @@ class ChatJudge:
                 raise self._failure(error, f"; the prompt was {question[1]!r}") from error
 
     def _read(self, response: httpx2.Response) -> float:
-        """P(yes) of an answer. Raises Refusal, or ValueError without log-probabilities."""
+        """The mean score of an answer's choices. Raises Refusal, or ValueError without `needs`."""
         try:
-            choice = response.json()["choices"][0]
-            raise_if_filtered(choice)
-            tokens = top_tokens(choice)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            scores = []
+            for choice in response.json()["choices"]:
+                raise_if_filtered(choice)
+                scores.append(self.read(choice))
+            return sum(scores) / len(scores)
+        except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             text = self.endpoint.scrub(response.text)[:200]
             raise ValueError(
-                f"{response.url} answered without the first token's log-probabilities: {text!r}; "
-                "expected choices[0].logprobs.content[0].top_logprobs: use a server and a model "
-                "that return log-probabilities"
+                f"{response.url} answered without {self.needs}: {text!r}; expected {self.place}"
             ) from error
 
-        mass = p_answer(tokens)
-        if mass < LEAST_MASS:
-            answer = str(choice["message"].get("content"))[:200]
-            raise Refusal(
-                f"answered {answer!r}: it {no_answer(tokens)}, and P(yes) + P(no) = {mass:.2g} is "
-                f"less than {LEAST_MASS}"
-            )
-        return p_yes(tokens)
-
     def _body(self, question: Question) -> dict[str, Any]:
-        """The request: pictures, question, and the log-probabilities of the first tokens."""
+        """The request: pictures, question, and how the model shall answer."""
         pictures, prompt = question
         content: list[dict[str, Any]] = []
         for picture in pictures:
             url = data_url(_png(picture), "png")
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": self.question.replace("{prompt}", prompt)})
-        return {
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": ANSWER_TOKENS,
-            "temperature": 0,
-            "logprobs": True,
-            "top_logprobs": 20,
-        }
+        return {"messages": [{"role": "user", "content": content}], **self.request}
 
     def _count(self, refusals: Mapping[int, Refusal], questions: Sequence[Question]) -> None:
         """Count refusals {number of the question: refusal}. Raises RefusalError for too many."""
@@ -250,7 +250,8 @@ class ChatJudge:
         elif self.refusal_score is None:
             raise RefusalError(
                 f"reward {self.name!r}: {said}; phrase {self.options}.question so that the model "
-                f"has to answer yes or no, use another model, or set {self.options}.refusal_score"
+                f"has to answer {self.expected}, use another model, or set "
+                f"{self.options}.refusal_score"
             )
         else:
             raise RefusalError(

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.utils.logging import disable_progress_bar
 
 from reward_bridge.rewards.qwen_vl import QwenInputs
 from reward_bridge.rewards.yes_no import LEAST_MASS
-from reward_bridge.weights import find, read, torch_dtype
+from reward_bridge.transformers_folder import load_model
+from reward_bridge.weights import torch_dtype
 
 QUESTION = (
     "Analyze the provided image. Decide whether it is a real photograph or AI-generated. "
@@ -34,24 +34,14 @@ class ForensicChat:
         self.fake = token_ids(self.inputs, FAKE, device)
         self.real = token_ids(self.inputs, REAL, device)
 
-        disable_progress_bar()  # loading would draw over the run's own progress bar
-        file = find(path, "forensic_chat.path", "model.safetensors", "pytorch_model.bin")
-        model, mismatches = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            None,
-            config=Qwen2_5_VLConfig.from_pretrained(self.inputs.folder),
-            state_dict=read(file),
-            dtype=torch_dtype(dtype),
+        self.model = load_model(
+            Qwen2_5_VLForConditionalGeneration,
+            Qwen2_5_VLConfig,
+            path,
+            "forensic_chat.path",
+            torch_dtype(dtype),
             attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with missing and unexpected keys
-        )
-        wrong = {kind: sorted(keys, key=str)[:3] for kind, keys in mismatches.items() if keys}
-        if wrong:
-            raise ValueError(
-                f"the weights in {self.inputs.folder} do not fit its config.json: {wrong}; "
-                "download the folder again"
-            )
-        self.model = model.eval().requires_grad_(False).to(device)
+        ).to(device)
         self._warned = False
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from reward_bridge.groups import win_rates
-from reward_bridge.rewards.chat_judge import ChatJudge
+from reward_bridge.rewards.yes_no import YesNoJudge
 
 
-class PairwiseJudge(ChatJudge):
+class PairwiseJudge(YesNoJudge):
     """The share of the other pictures of its prompt that a picture beats.
 
     Each question shows two pictures; "yes" means that the first one wins. Every pair is asked in
@@ -27,7 +27,7 @@ class PairwiseJudge(ChatJudge):
     shown = 2
 
     def score_groups(self, images: torch.Tensor, prompts: Sequence[str], size: int) -> torch.Tensor:
-        """uint8 [groups * size, 3, h, w] -> float32 [groups * size]. Raises as `p_yes` does."""
+        """uint8 [groups * size, 3, h, w] -> float32 [groups * size]. Raises as `ask` does."""
         pictures = images.permute(0, 2, 3, 1).cpu().numpy()
         pairs = list(itertools.permutations(range(size), 2))
 
@@ -37,7 +37,7 @@ class PairwiseJudge(ChatJudge):
             for first, second in pairs:
                 pair = (pictures[start + first], pictures[start + second])
                 questions.append((pair, prompts[start]))
-        answers = self.p_yes(questions).numpy().reshape(-1, len(pairs))
+        answers = self.ask(questions).numpy().reshape(-1, len(pairs))
 
         # first_wins [groups, first, second]: 1, 0, or 0.5 where an answer does not decide.
         first_wins = np.full((len(answers), size, size), 0.5)

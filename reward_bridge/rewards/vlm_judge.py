@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from reward_bridge.rewards.chat_judge import ChatJudge
+from reward_bridge.rewards.yes_no import YesNoJudge
 
 
-class VlmJudge(ChatJudge):
+class VlmJudge(YesNoJudge):
     """Asks a yes/no question about each picture. The score is P(yes) of the answer's first word."""
 
     name = "vlm_judge"
@@ -17,8 +17,5 @@ class VlmJudge(ChatJudge):
     )
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """uint8 [n, 3, h, w] and n prompts -> float32 [n]. Raises as `p_yes` does."""
-        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-        return self.p_yes(
-            [((picture,), text) for picture, text in zip(pictures, prompts, strict=True)]
-        )
+        """uint8 [n, 3, h, w] and n prompts -> float32 [n]. Raises as `ask` does."""
+        return self.ask_each(images, prompts)

@@ -1,9 +1,11 @@
-"""Reads P(yes) from the log-probabilities of a chat model's first tokens."""
+"""Reads words, and P(yes), from the log-probabilities of a chat model's first tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+from reward_bridge.rewards.chat_judge import ChatJudge, Refusal
 
 SPACES = " \t\r\n▁Ġ"  # the last two mark a leading space in token vocabularies
 ANSWER_TOKENS = 5  # enough for marks before the word, as in "**Yes"
@@ -11,6 +13,45 @@ ANSWER_TOKENS = 5  # enough for marks before the word, as in "**Yes"
 # The least P(yes) + P(no) of an answer. Below it the model begins its answer otherwise in 99 of 100
 # cases, and the rest tells nothing about the picture.
 LEAST_MASS = 0.01
+
+# What a request for the first tokens' log-probabilities holds, and what the answer must hold.
+FIRST_TOKENS = {
+    "max_tokens": ANSWER_TOKENS,
+    "temperature": 0,
+    "logprobs": True,
+    "top_logprobs": 20,
+}
+FIRST_TOKENS_PLACE = (
+    "choices[0].logprobs.content[0].top_logprobs: use a server and a model that return "
+    "log-probabilities"
+)
+
+
+class YesNoJudge(ChatJudge):
+    """Asks yes/no questions about pictures. The score is P(yes) of the answer's first word.
+
+    P(yes) = p(yes) / (p(yes) + p(no)), where each term sums the spellings, in upper or lower case
+    and with or without leading spaces, among the 20 most likely tokens. Tokens without a letter or
+    digit before the word, as in "**Yes**", are stepped over (`top_tokens`). An answer with
+    p(yes) + p(no) below LEAST_MASS is a refusal.
+    """
+
+    expected = "yes or no"
+    needs = "the first token's log-probabilities"
+    place = FIRST_TOKENS_PLACE
+    sampling = FIRST_TOKENS
+
+    def read(self, choice: Mapping[str, Any]) -> float:
+        """P(yes) of a choice. Raises as `ChatJudge.read` does."""
+        tokens = top_tokens(choice)
+        mass = p_answer(tokens)
+        if mass < LEAST_MASS:
+            answer = str(choice["message"].get("content"))[:200]
+            raise Refusal(
+                f"answered {answer!r}: it {no_answer(tokens)}, and P(yes) + P(no) = {mass:.2g} is "
+                f"less than {LEAST_MASS}"
+            )
+        return p_yes(tokens)
 
 
 def top_tokens(choice: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -121,7 +121,7 @@ def generated_pictures(
     # The pipeline in float32, and the LoRA at every scale.
     mesh = make_mesh(-1, 1, 1, jax.devices())
     exact = dict.fromkeys(("dtype", "param_dtype", "vae_dtype"), "float32")
-    names = {"model": str(pipeline), "family": "FluxPipeline", "transformer": ""}
+    names = {"model": str(pipeline), "family": "FluxPipeline", "transformer": "", "vae": ""}
     pretrained = ConfigDict({**names, "remat": "full", **exact})
     model = load_model(pretrained, (SIZE, SIZE), mesh)
     versions = [None]

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.formats import file_config
-from realgen_jax.nn.convert import Table, abstract, save_folder, table_rows
+from realgen_jax.nn.convert import Table, abstract, table_rows
+from realgen_jax.nn.export import save_folder, to_torch
 from realgen_jax.nn.layers import Linear
 from tests.helpers.goldens import PIPELINE
 
@@ -125,4 +126,4 @@ def write_model(folder: Path) -> None:
         lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(np.float32),
         abstract(Network, config)[1],
     )
-    save_folder(folder / "transformer", state, TABLE, file_config(MADE_UP, config))
+    save_folder(folder / "transformer", to_torch(state, TABLE), file_config(MADE_UP, config))

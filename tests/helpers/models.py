@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from realgen_jax.models.flux.family import FLUX, FluxSchedule
 from realgen_jax.models.formats import file_config
-from realgen_jax.models.loading import load_model, load_transformer
+from realgen_jax.models.loading import load_model
 from realgen_jax.models.model import Model
+from realgen_jax.models.sources import load_transformer
 from realgen_jax.models.trainable import AllWeights, Lora, Trainable
-from realgen_jax.nn.convert import save_folder
+from realgen_jax.nn.export import save_folder, to_torch
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import VaeConfig
 from realgen_jax.sharding import make_mesh
@@ -29,7 +30,7 @@ def one_device() -> jax.sharding.Mesh:
 def pretrained(model: Path = PIPELINE, **changes: Any) -> ConfigDict:
     """A `config.pretrained` in float32."""
     values = {
-        "model": str(model), "family": "FluxPipeline", "transformer": "", "lora": "",
+        "model": str(model), "family": "FluxPipeline", "transformer": "", "vae": "", "lora": "",
         "dtype": "float32", "param_dtype": "float32", "vae_dtype": "float32", "remat": "full",
         "vae_tile": 0, "quantization": "",
     }  # fmt: skip
@@ -72,13 +73,14 @@ def load_flux(path: Path, **overrides: Any) -> tuple[Any, nnx.State]:
 
 def save_flux(folder: Path, config: Any, state: nnx.State, shard_bytes: int = 10**10) -> None:
     """A `transformer/` folder of diffusers."""
-    save_folder(folder, state, FLUX.table(config), file_config(FLUX, config), shard_bytes)
+    tensors = to_torch(state, FLUX.table(config))
+    save_folder(folder, tensors, file_config(FLUX, config), shard_bytes)
 
 
 def load_adapters(model: Model, path: Path, config: LoraConfig) -> tuple[Model, nnx.State]:
     """A LoRA file to train on, and the model with room for it."""
     model = model.with_trainable(Lora(config))
-    return model, model.trainable.load(model, path)
+    return model, model.trainable.load(model, path, jax.random.key(0))
 
 
 def fresh_adapters(model: Model, config: LoraConfig, key: jax.Array) -> tuple[Model, nnx.State]:

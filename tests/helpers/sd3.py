@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from realgen_jax.models.loading import load_model, load_transformer
+from realgen_jax.models.loading import load_model
 from realgen_jax.models.model import Model
 from realgen_jax.models.sd3.family import SD3
+from realgen_jax.models.sources import load_transformer
 from realgen_jax.models.trainable import Trainable
 from tests.helpers.goldens import GOLDENS
 from tests.helpers.models import EXACT, one_device, pretrained

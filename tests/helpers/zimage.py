@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from realgen_jax.models.loading import load_model, load_transformer
+from realgen_jax.models.loading import load_model
 from realgen_jax.models.model import Model
+from realgen_jax.models.sources import load_transformer
 from realgen_jax.models.trainable import Trainable
 from realgen_jax.models.zimage.family import Z_IMAGE
 from realgen_jax.models.zimage.transformer import Cond

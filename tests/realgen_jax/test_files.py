@@ -21,9 +21,9 @@ from realgen_jax.files import (
     sha256_file,
     whole_folder,
     write_image,
-    write_tensors,
     write_whole,
 )
+from realgen_jax.nn.stored import write_tensors
 from realgen_jax.training.tensorboard import Board
 from tests.helpers.faults import changed as changed_file
 from tests.helpers.faults import full_disk
@@ -55,7 +55,8 @@ def test_a_folder_is_replaced_only_without_an_error(tmp_path):
 
 def write_lora(folder):
     with whole_folder(folder) as part:
-        write_tensors(part / "lora.safetensors", {"a": np.random.rand(9000)}, {})
+        tensors = {"a": np.random.rand(9000)}
+        write_tensors(part / "lora.safetensors", tensors, tensors.items(), {})
 
 
 def write_figures(folder):
@@ -95,7 +96,8 @@ def test_a_full_disk_keeps_what_was_exported_before(tmp_path):
     write_whole(file, "old")
     folder = tmp_path / "lora"
     with whole_folder(folder) as part:
-        write_tensors(part / "lora.safetensors", {"a": np.zeros(3)}, {})
+        tensors = {"a": np.zeros(3)}
+        write_tensors(part / "lora.safetensors", tensors, tensors.items(), {})
     before = (folder / "lora.safetensors").read_bytes()
 
     with full_disk():

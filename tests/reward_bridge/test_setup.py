@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from reward_bridge.adversary import Adversary
 from reward_bridge.devices import Allotment
 from reward_bridge.setup import (
+    encoder_problems,
     missing_rewards,
     negative_problems,
     open_rewards,
@@ -26,6 +27,9 @@ class Frozen:
 
     def __call__(self, images, prompts):
         return self.scale * images.float().mean((1, 2, 3))
+
+class Silent:
+    pass
 
 class Learning(Brightness):
     def __init__(self, device, scale):
@@ -188,6 +192,9 @@ def test_classes_of_the_users_own_are_accepted_if_they_can_be_imported(own_modul
     assert [line[: len(problem)] for line in missing_rewards(reward, ["mine", "yours"])] == [
         problem
     ]
+    silent = reward_config(options={"mine": {"class": "own_setup:Silent"}})
+    (line,) = missing_rewards(silent, ["mine"])
+    assert line.startswith("config.reward.options.mine.class names Silent, which has neither")
 
 
 # -- Devices
@@ -208,6 +215,24 @@ def test_every_reward_has_a_device(monkeypatch):
     problem = r"config\.reward\.devices has e, not among this run's rewards \(a, b, c, d\)"
     with pytest.raises(ValueError, match=problem):
         reward_devices(reward)
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "told"),
+    [
+        ("cuda:3", False, False),
+        ("cuda:1", False, True),
+        ("cuda:1", True, False),
+        ("cpu", False, False),
+    ],
+)
+def test_text_encoders_stay_on_a_gpu_of_the_rewards(monkeypatch, device, share, told):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    reward = reward_config(device="auto", share_gpu=share)
+    problems = encoder_problems(device, reward)
+    assert [f"{device!r}, a GPU that trains; expected" in line for line in problems] == [
+        True
+    ] * told
 
 
 def test_jax_is_kept_off_the_rewards_gpus_before_they_are_loaded(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.numpy import load_file
 
 from tests.helpers.chat import parrot
 from tests.helpers.goldens import TESTS
@@ -50,6 +51,33 @@ def test_a_run_trains_the_rewriter(words, cache, tmp_path):
     start = [record for record in records if (record["epoch"], record["kind"]) == (0, "eval")]
     assert {record["rewrite"] for record in start} == {"cat"}  # the likeliest
     assert all((folder / record["picture"]).exists() for record in start)
+
+
+@pytest.mark.slow
+def test_all_weights_of_the_language_model_train(words, cache, tmp_path):
+    """The exported folder is a whole model; a window that is too short is told before the run."""
+    done = call(
+        "train.py",
+        cache,
+        f"--config.rewriter.path={words}",
+        f"--config.run_root={tmp_path}",
+        "--config.run_name=x",
+        "--config.num_epochs=1",
+        "--config.train.lora=False",
+        "--config.prompts.max_tokens=6",
+        config=CONFIG,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a rewrite of full length would lose 25% of its tokens" in done.stdout
+    (trained,) = [row for row in rows(tmp_path / "x") if row["kind"] == "train"]
+    assert trained["first_ratio_deviation"] == 0
+    assert trained["grad_norm"] > 0
+
+    before = load_file(words / "model.safetensors")
+    after = load_file(tmp_path / "x" / "rewriter" / "model.safetensors")
+    assert before.keys() <= after.keys()
+    moved = [name for name in before if (before[name] != after[name]).any()]
+    assert len(moved) > 0.5 * len(before)
 
 
 @pytest.mark.slow

@@ -11,10 +11,16 @@ from jax import Array
 
 from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.flux import cost
-from realgen_jax.models.flux.tables import BFL, DIFFUSERS, LORA_TARGETS, RULES
+from realgen_jax.models.flux.tables import (
+    BFL,
+    DIFFUSERS,
+    LORA_TARGETS,
+    OTHER_MODELS,
+    RULES,
+    XLABS,
+)
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
 from realgen_jax.models.schedule import SCHEDULE_ENTRIES
-from realgen_jax.nn.convert import Table
 from realgen_jax.nn.tensors import Tensors, config_from
 
 
@@ -62,8 +68,10 @@ def cond_shapes(config: FluxConfig, n: int, max_tokens: int, dtype: Any) -> Cond
     )
 
 
-def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
-    """Return the sizes and the table for BFL's file. It has no config, so sizes come from shapes.
+def single_config(tensors: Tensors, base: Mapping[str, Any], **overrides: Any) -> FluxConfig:
+    """Return the sizes that BFL's file has in its shapes; it has no config.
+
+    The split of a head's channels over the axes of positions is that of `base`, if it fits.
 
     Raises ValueError for a file that is not BFL's FLUX.1.
     """
@@ -83,8 +91,11 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
         return len(numbers)
 
     # (16, 56, 56) of 128: an eighth for the index, the rest for row and column.
-    index_axis = head_dim // 16 * 2
-    side_axis = (head_dim - index_axis) // 2
+    axes = tuple(base.get("axes_dims_rope", ()))
+    if sum(axes) != head_dim:
+        index_axis = head_dim // 16 * 2
+        side_axis = (head_dim - index_axis) // 2
+        axes = (index_axis, side_axis, side_axis)
     sizes = {
         "in_channels": in_channels,
         "out_channels": None if out_channels == in_channels else out_channels,
@@ -95,9 +106,9 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[FluxConfig, Table]:
         "joint_attention_dim": joint,
         "pooled_projection_dim": pooled,
         "guidance_embeds": "guidance_in.in_layer.weight" in tensors.keys(),  # noqa: SIM118
-        "axes_dims_rope": (index_axis, side_axis, side_axis),
+        "axes_dims_rope": axes,
     }
-    return config_from(FluxConfig, tensors.path, sizes, {}, **overrides), BFL
+    return config_from(FluxConfig, tensors.path, sizes, {}, **overrides)
 
 
 FLUX = Family(
@@ -120,7 +131,10 @@ FLUX = Family(
     cost=cost,
     config_entries={"patch_size": 1},
     schedule_entries=SCHEDULE_ENTRIES,
-    single_file=single_file,
+    single_table=lambda config: BFL,
+    lora_tables=(XLABS,),
+    single_config=single_config,
+    other_models=OTHER_MODELS,
     download=(
         "For FLUX.1-dev accept its licence on the Hugging Face hub, run\n"
         "    hf download black-forest-labs/FLUX.1-dev --local-dir models/FLUX.1-dev\n"

@@ -95,6 +95,28 @@ _BFL_ROWS = {
 }
 BFL = Table(table_rows(_BFL_ROWS), FUSED, {**SUFFIXES, "scale": ".scale"})
 
+# XLabs' names of the projections that its LoRAs are for. The factors of the single blocks' second
+# projection take what linear2 takes.
+_XLABS_ROWS = {
+    "double.img.qkv": _DOUBLE + "processor.qkv_lora1",
+    "double.txt.qkv": _DOUBLE + "processor.qkv_lora2",
+    "double.img.proj": _DOUBLE + "processor.proj_lora1",
+    "double.txt.proj": _DOUBLE + "processor.proj_lora2",
+    "single.qkv": _SINGLE + "processor.qkv_lora",
+    "single.proj": _SINGLE + "processor.proj_lora",
+}
+XLABS = Table(table_rows(_XLABS_ROWS), FUSED)
+
+# Keys of files that are not FLUX.1's, though they are named like it, and words in files' names.
+OTHER_MODELS = {
+    "redux_up.weight": "FLUX.1-Redux, which takes a picture",
+    "kontext": "FLUX.1-Kontext, which takes a picture",
+    "double_stream_modulation_img.lin.weight": "FLUX.2",
+    "distilled_guidance_layer.in_proj.weight": "Chroma, which has other modulations",
+    "controlnet_blocks.0.weight": "a ControlNet",
+    "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": "an IP-Adapter",
+}
+
 # How each array is sharded, by a pattern of its path; exactly one rule matches. Stacked arrays have
 # a leading layer axis and fused projections an axis for their parts; the layer axis is never split.
 # Projections into the heads or the feed-forward split their outputs (and bias) over `tensor`;

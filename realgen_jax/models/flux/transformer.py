@@ -158,7 +158,7 @@ class SingleBlock(Heads):
         dim = config.hidden_dim
         super().__init__(dim, config.attention_head_dim, **kw)
         self.mlp = Linear(dim, (4, dim), **kw)
-        self.proj = Linear((5, dim), dim, **kw)
+        self.proj = Linear((5, dim), dim, inputs_split=True, **kw)
 
     @jax.named_scope("single")
     def __call__(self, x: Array, mod: Array, rope: Rope, mesh: Mesh | None) -> Array:

@@ -111,13 +111,13 @@ class Block(nnx.Module):
         self.v = Linear(hidden, kv_size, **kw)
         self.q_norm = scale(config.head_dim)
         self.k_norm = scale(config.head_dim)
-        self.o = Linear(q_size, hidden, **kw)
+        self.o = Linear(q_size, hidden, inputs_split=True, **kw)
 
         # Feed-forward.
         self.mlp_norm = scale(hidden)
         self.gate = Linear(hidden, inner, **kw)
         self.up = Linear(hidden, inner, **kw)
-        self.down = Linear(inner, hidden, **kw)
+        self.down = Linear(inner, hidden, inputs_split=True, **kw)
 
     def heads(self, x: Array, rope: Rope, mesh: Mesh | None) -> tuple[Array, Array, Array]:
         """x [n, t, D] -> queries [n, t, h, d], keys and values [n, t, k, d].

@@ -18,7 +18,6 @@ from realgen_jax.models.sd3.tables import (
     stability_table,
 )
 from realgen_jax.models.sd3.transformer import Cond, SD3Config, SD3Transformer
-from realgen_jax.nn.convert import Table
 from realgen_jax.nn.tensors import Tensors, config_from
 
 CLIP_TOKENS = 77  # tokens of both CLIPs, padding included
@@ -67,8 +66,8 @@ def cond_shapes(config: SD3Config, n: int, max_tokens: int, dtype: Any) -> Cond:
     )
 
 
-def single_file(tensors: Tensors, **overrides: Any) -> tuple[SD3Config, Table]:
-    """Return the sizes and the table for Stability's file. It has no config: sizes are its shapes.
+def single_config(tensors: Tensors, base: Mapping[str, Any], **overrides: Any) -> SD3Config:
+    """Return the sizes that Stability's file has in its shapes; it has no config.
 
     Raises ValueError for a file that is not Stability's SD3 or SD3.5.
     """
@@ -110,8 +109,7 @@ def single_file(tensors: Tensors, **overrides: Any) -> tuple[SD3Config, Table]:
         "dual_attention_layers": tuple(blocks_with("x_block.attn2.qkv.weight")),
         "qk_norm": "rms_norm" if norms else None,
     }
-    config = config_from(SD3Config, tensors.path, sizes, {}, **overrides)
-    return config, stability_table(config)
+    return config_from(SD3Config, tensors.path, sizes, {}, **overrides)
 
 
 # Sizes of the published models, where they differ from SD3-Medium's.
@@ -171,7 +169,8 @@ SD3 = Family(
     negative_prompt="",
     config_entries={"patch_size": 2},
     schedule_entries=STATIC_ENTRIES,
-    single_file=single_file,
+    single_table=stability_table,
+    single_config=single_config,
     download=(
         "For SD3.5-M accept its licence on the Hugging Face hub, run\n"
         "    hf download stabilityai/stable-diffusion-3.5-medium --local-dir models/SD3.5-M\n"

@@ -158,12 +158,12 @@ class SecondAttention(Heads):
 
     def __init__(self, dim: int, head_dim: int, qk_norm: bool, **kw: Any):
         super().__init__(dim, head_dim, qk_norm, **kw)
-        self.proj = Linear(dim, dim, **kw)
+        self.proj = Linear(dim, dim, inputs_split=True, **kw)
 
     def __call__(self, x: Array, mesh: Mesh | None) -> Array:
         """x [n, s, D] -> the same."""
         q, k, v = self.heads(x, mesh)
-        return self.proj(attention(q, k, v, mesh))
+        return self.proj(attention(q, k, v, mesh), mesh)
 
 
 class JointBlock(nnx.Module):

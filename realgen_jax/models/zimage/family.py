@@ -12,7 +12,7 @@ from jax import Array
 from realgen_jax.models.family import Encoder, Family, Published
 from realgen_jax.models.schedule import STATIC_ENTRIES, static_sigmas
 from realgen_jax.models.zimage import cost
-from realgen_jax.models.zimage.tables import DIFFUSERS, LORA_TARGETS, RULES
+from realgen_jax.models.zimage.tables import COMFYUI, DIFFUSERS, LORA_TARGETS, RULES
 from realgen_jax.models.zimage.transformer import Cond, ZImageConfig, ZImageTransformer, padded
 
 
@@ -81,6 +81,8 @@ Z_IMAGE = Family(
     guidance_offset=1.0,
     config_entries=CONFIG_ENTRIES,
     schedule_entries=STATIC_ENTRIES,
+    single_table=lambda config: COMFYUI,
+    diffusers_key="all_x_embedder.",
     download=(
         "Run\n"
         "    hf download Tongyi-MAI/Z-Image-Turbo --local-dir models/Z-Image-Turbo\n"

@@ -1,4 +1,6 @@
-"""The names of our modules in diffusers' Z-Image checkpoints. Data only; nn/convert.py reads it."""
+"""The names of our modules in published Z-Image checkpoints. Data only; nn/convert.py reads it."""
+
+from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +20,8 @@ FUSED = {"qkv.kernel": -2, "mlp.fc1.kernel": -2}
 # Stored as a tensor [1, D] without a suffix.
 BARE = frozenset({"x_pad", "cap_pad"})
 
-_ROWS = {
+# diffusers' names, and ComfyUI's where they differ.
+_DIFFUSERS_ENDS = {
     "img_in": "all_x_embedder.2-1",
     "x_pad": "x_pad_token",
     "cap_norm": "cap_embedder.0",
@@ -29,30 +32,53 @@ _ROWS = {
     "final_mod": "all_final_layer.2-1.adaLN_modulation.1",
     "proj_out": "all_final_layer.2-1.linear",
 }
+_COMFYUI_ENDS = {
+    "img_in": "x_embedder",
+    "final_mod": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+# `context` has no modulation, and so no array reads that row.
+_DIFFUSERS_BLOCK = {
+    "_mod": "adaLN_modulation.0",
+    ".qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    ".norm.query": "attention.norm_q",
+    ".norm.key": "attention.norm_k",
+    ".proj": "attention.to_out.0",
+    ".mlp.fc1": ("feed_forward.w1", "feed_forward.w3"),
+    ".mlp.fc2": "feed_forward.w2",
+    ".norm1": "attention_norm1",
+    ".norm2": "attention_norm2",
+    ".norm3": "ffn_norm1",
+    ".norm4": "ffn_norm2",
+}
+_COMFYUI_BLOCK = {
+    ".qkv": "attention.qkv",
+    ".norm.query": "attention.q_norm",
+    ".norm.key": "attention.k_norm",
+    ".proj": "attention.out",
+}
 
 
-def _block_rows(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
-    """The rows of one stack of blocks. `context` has no modulation, and so no array reads that."""
-    attention = theirs + "attention."
-    feed_forward = theirs + "feed_forward."
-    return {
-        f"{ours}_mod": theirs + "adaLN_modulation.0",
-        f"{ours}.qkv": (attention + "to_q", attention + "to_k", attention + "to_v"),
-        f"{ours}.norm.query": attention + "norm_q",
-        f"{ours}.norm.key": attention + "norm_k",
-        f"{ours}.proj": attention + "to_out.0",
-        f"{ours}.mlp.fc1": (feed_forward + "w1", feed_forward + "w3"),
-        f"{ours}.mlp.fc2": feed_forward + "w2",
-        f"{ours}.norm1": theirs + "attention_norm1",
-        f"{ours}.norm2": theirs + "attention_norm2",
-        f"{ours}.norm3": theirs + "ffn_norm1",
-        f"{ours}.norm4": theirs + "ffn_norm2",
-    }
+def _table(
+    ends: Mapping[str, str],
+    block: Mapping[str, str | tuple[str, ...]],
+    unused: frozenset[str] = frozenset(),
+) -> Table:
+    """The table of a naming: names outside the blocks, and inside."""
+    rows = dict(ends)
+    for stack, prefix in STACKS.items():
+        for ours, names in block.items():
+            parts = names if isinstance(names, tuple) else (names,)
+            rows[stack + ours] = tuple(prefix + part for part in parts)
+    return Table(table_rows(rows), FUSED, bare=BARE, unused=unused)
 
 
-for _ours, _theirs in STACKS.items():
-    _ROWS |= _block_rows(_ours, _theirs)
-DIFFUSERS = Table(table_rows(_ROWS), FUSED, bare=BARE)
+DIFFUSERS = _table(_DIFFUSERS_ENDS, _DIFFUSERS_BLOCK)
+COMFYUI = _table(
+    _DIFFUSERS_ENDS | _COMFYUI_ENDS,
+    _DIFFUSERS_BLOCK | _COMFYUI_BLOCK,
+    unused=frozenset({"norm_final.weight"}),
+)
 
 # How each array is sharded, by a pattern of its path; exactly one rule matches. Stacked arrays have
 # a leading layer axis and fused projections an axis for their parts; the layer axis is never split.

@@ -178,11 +178,11 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, dim: int, hidden: int, **kw: Any):
         self.fc1 = Linear(dim, (2, hidden), bias=False, **kw)
-        self.fc2 = Linear(hidden, dim, bias=False, **kw)
+        self.fc2 = Linear(hidden, dim, bias=False, inputs_split=True, **kw)
 
     def __call__(self, x: Array, mesh: Mesh | None) -> Array:
         both = self.fc1(x, mesh)
-        return self.fc2(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
+        return self.fc2(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], mesh)
 
 
 class Block(Heads):
@@ -192,7 +192,7 @@ class Block(Heads):
         dim = config.dim
         norms = {"param_dtype": kw["param_dtype"], "stack": kw["stack"]}
         super().__init__(dim, config.attention_head_dim, eps=EPS, bias=False, **kw)
-        self.proj = Linear(dim, dim, bias=False, **kw)
+        self.proj = Linear(dim, dim, bias=False, inputs_split=True, **kw)
         self.mlp = GatedMLP(dim, config.mlp_dim, **kw)
 
         # Before and after the attention, before and after the feed-forward.
@@ -215,7 +215,7 @@ class Block(Heads):
         y = rms_norm(x, self.norm1[...], EPS) * scale_attention
         q, k, v = self.heads(y, mesh)
         attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh, lengths)
-        x = x + gate_attention * rms_norm(self.proj(attended), self.norm2[...], EPS)
+        x = x + gate_attention * rms_norm(self.proj(attended, mesh), self.norm2[...], EPS)
         x = pin_rows(x, mesh)
 
         # Feed-forward.

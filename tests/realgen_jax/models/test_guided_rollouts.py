@@ -15,7 +15,8 @@ from realgen_jax.models.guidance import GRADIENTS, Guided
 from realgen_jax.models.loading import load_model
 from realgen_jax.models.sd3 import transformer as sd3
 from realgen_jax.models.zimage import transformer as zimage
-from realgen_jax.nn.convert import abstract, to_torch
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.tokens import pack, unpack
 from realgen_jax.nn.vae import Autoencoder
 from realgen_jax.rollout import make_plan, rollout, sample

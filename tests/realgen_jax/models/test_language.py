@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from realgen_jax.models.language import abstract_language_model, load_language_model
 from realgen_jax.models.trainable import AllWeights, Lora
-from realgen_jax.nn.convert import leaves, to_torch
+from realgen_jax.nn.convert import leaves
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.lora import LoraConfig, lora_tensors
 from realgen_jax.rewriter.generate import generate
 from realgen_jax.sharding import abstract_mesh, make_mesh
@@ -33,6 +34,7 @@ from tests.helpers.language import (
 )
 from tests.helpers.models import one_device
 
+KEY = jax.random.key(0)
 GATE = "model.layers.1.mlp.gate_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -204,14 +206,14 @@ def test_an_exported_adapter_continues_in_peft_as_here(tmp_path):
     assert entries["base_model_name_or_path"] == str(TIED)
 
     # And back, to the bit.
-    again = lora.load(model, tmp_path)
+    again = lora.load(model, tmp_path, KEY)
     for a, b in zip(jax.tree.leaves(adapters), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_an_adapter_of_peft_is_read():
     model = golden_language(TIED, LORA)
-    ours = lora_tensors(LORA.load(model, ADAPTER), model.family.table(model.config))
+    ours = lora_tensors(LORA.load(model, ADAPTER, KEY), model.family.table(model.config))
     theirs = load_file(ADAPTER / "adapter_model.safetensors")
     assert len(theirs) == len(ours) == 28
     for name, array in ours.items():
@@ -220,22 +222,22 @@ def test_an_adapter_of_peft_is_read():
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     model = golden_language()
-    with pytest.raises(ValueError, match=r"has rank 4, but config.train.lora_rank is 8"):
-        Lora(LoraConfig(8, 8.0)).load(model, ADAPTER)
+    with pytest.raises(ValueError, match=r"has rank 4, but config.train.lora_rank is 2"):
+        Lora(LoraConfig(2, 8.0)).load(model, ADAPTER, KEY)
 
     few = Lora(LoraConfig(4, 8.0), targets=("layers.q",))
     with pytest.raises(ValueError, match=r"holds model.layers.0.mlp.down_proj"):
-        few.load(model, ADAPTER)
+        few.load(model, ADAPTER, KEY)
 
     with pytest.raises(ValueError, match=r"config.rewriter.adapter is set, but config.train.lora="):
-        AllWeights().load(model, ADAPTER)
+        AllWeights().load(model, ADAPTER, KEY)
 
     dora = tmp_path / "dora"
     shutil.copytree(ADAPTER, dora)
     entries = json.loads((dora / "adapter_config.json").read_text()) | {"use_dora": True}
     (dora / "adapter_config.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=r"a DoRA is not read; merge it with peft .*rewriter.path"):
-        LORA.load(model, dora)
+        LORA.load(model, dora, KEY)
 
 
 # -- All weights

@@ -6,6 +6,7 @@ What is read is read right, and anything else is refused by name.
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -14,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models import FAMILIES
 from realgen_jax.models.flux.family import FLUX
-from realgen_jax.models.loading import abstract_model, load_transformer, pipeline_class
+from realgen_jax.models.loading import abstract_model, load_model
+from realgen_jax.models.sources import load_transformer, pipeline_class
 from realgen_jax.nn.convert import leaves
-from realgen_jax.nn.vae_files import vae_config
+from realgen_jax.nn.vae_files import load_vae, vae_config
 from tests.helpers.bfl_names import bfl_transformer
 from tests.helpers.goldens import PIPELINE
 from tests.helpers.models import EXACT, load_flux, one_device, pretrained
@@ -104,6 +106,42 @@ def test_float8_is_read_as_it_was_cast(names, tmp_path):
         np.testing.assert_array_equal(leaves(params)[name], low, err_msg=name)
 
 
+def test_axes_that_no_shape_says_are_those_of_the_model(tmp_path):
+    """If they fit the heads, else by the rule of the published models."""
+    file = single(tmp_path, BFL)
+    base = folder(tmp_path / "base", None, axes_dims_rope=[8, 12, 12])
+    config, _ = load_transformer(FLUX, file, base, **EXACT)
+    assert config == replace(CONFIG, axes_dims_rope=(8, 12, 12))
+    other = folder(tmp_path / "other", None, axes_dims_rope=[16, 56, 56])
+    config, _ = load_transformer(FLUX, file, other, **EXACT)
+    assert config == CONFIG
+
+
+def test_a_file_of_schnell_has_no_guidance(tmp_path):
+    weights = {key: array for key, array in BFL.items() if not key.startswith("guidance_in.")}
+    config, params = load_flux(single(tmp_path, weights))
+    assert config == replace(CONFIG, guidance_embeds=False)
+    assert leaves(PARAMS).keys() - leaves(params).keys() == {
+        f"guidance_in.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("kernel", "bias")
+    }
+
+
+def test_another_autoencoder_is_checked_before_weights_are_read(tmp_path):
+    weights = load_file(PIPELINE / "vae" / NAME)
+    good = single(tmp_path, {f"vae.{key}": array for key, array in weights.items()})
+    model = load_model(pretrained(vae=str(good)), (64, 64), one_device())
+    _, want = load_vae(PIPELINE / "vae", PIPELINE / "vae")
+    for name, array in leaves(want).items():
+        np.testing.assert_array_equal(leaves(model.vae_params)[name], array, err_msg=name)
+
+    del weights["decoder.conv_in.bias"]
+    bad = single(tmp_path, weights, "bad.safetensors")
+    with pytest.raises(ValueError, match=r"bad.safetensors lacks decoder.conv_in.bias"):
+        abstract_model(pretrained(vae=str(bad)), (64, 64), one_device())
+    with pytest.raises(FileNotFoundError, match=r"pretrained\.vae is .none., which does not"):
+        abstract_model(pretrained(vae="none"), (64, 64), one_device())
+
+
 def wide(channels):
     return {"img_in.weight": np.zeros((64, channels), np.float32)}
 
@@ -120,7 +158,8 @@ def index(tmp_path, content):
 
 
 BYTES = {"x_embedder.weight": np.zeros((64, 64), np.uint8)}
-SCALE = {"double_blocks.0.img_mod.lin.scale_weight": np.ones(1, np.float32)}
+SCALES = {"double_blocks.0.img_mod.lin.scale_weight": np.ones(2, np.float32)}
+PACKED = {"double_blocks.0.img_mod.lin.weight.quant_map": np.ones(16, np.float32)}
 
 
 @pytest.mark.parametrize(
@@ -128,9 +167,16 @@ SCALE = {"double_blocks.0.img_mod.lin.scale_weight": np.ones(1, np.float32)}
     [
         (lambda path: folder(path / "t", in_channels=384, out_channels=64), "FLUX.1-Fill"),
         (lambda path: single(path, BFL | wide(128)), "FLUX.1-Depth .128 and 64. a control picture"),
-        (gguf, "flux1-dev-Q4_0.gguf is a GGUF file, whose weights are quantized"),
+        (gguf, r"flux1-dev-Q4_0.gguf is not a complete GGUF file .*; download it again"),
         (lambda path: folder(path / "t", WEIGHTS | BYTES), "holds x_embedder.weight of dtype U8"),
-        (lambda path: single(path, BFL | SCALE), "scale_weight: scaled float8 weights"),
+        (lambda path: single(path, BFL | SCALES), r"scale_weight of dtype F32 and shape \(2,\)"),
+        (lambda path: single(path, BFL | PACKED), "quant_map of dtype F32; expected one of"),
+        (
+            lambda path: single(path, BFL | {"redux_up.weight": np.zeros((2, 2), np.float32)}),
+            r"is FLUX.1-Redux, which takes a picture .*; expected FLUX.1-dev or a fine-tune of it",
+        ),
+        (lambda path: single(path, BFL, "flux1-Kontext-dev.safetensors"), "is FLUX.1-Kontext"),
+        (lambda path: single(path, WEIGHTS, "kontext.safetensors"), "is FLUX.1-Kontext"),
         (lambda path: index(path, '{"metadata": {}}'), 'index.json has no "weight_map"'),
         (lambda path: index(path, "{"), "index.json is not JSON"),
         (

@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.models import FAMILIES as FAMILY_TABLE
-from realgen_jax.models.loading import abstract_model, load_model, write_quantized
+from realgen_jax.models.exporting import write_quantized
+from realgen_jax.models.loading import abstract_model, load_model
 from realgen_jax.nn.convert import leaves
 from realgen_jax.nn.quantize import FORMATS
 from realgen_jax.nn.tensors import QUANTIZATION, STEM, Tensors
@@ -123,7 +124,7 @@ def test_a_folder_without_a_scale_is_refused(tmp_path):
 
     # Without its header, the file is like those of other programs.
     save_file(rest, file)
-    with pytest.raises(ValueError, match=r"of dtype I8; .* Quantized weights are not read"):
+    with pytest.raises(ValueError, match=r"of dtype I8; .* Quantized weights are read from"):
         abstract_model(config, SIZE, one_device())
 
 

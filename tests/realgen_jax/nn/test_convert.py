@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.flux.tables import DIFFUSERS
 from realgen_jax.models.flux.transformer import FluxConfig, FluxTransformer
-from realgen_jax.nn.convert import Table, abstract, leaves, load, table_rows, to_torch
+from realgen_jax.nn.convert import Table, abstract, leaves, load, table_rows
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.layers import Linear
 from realgen_jax.nn.tensors import Tensors
 from realgen_jax.nn.vae_files import load_vae
@@ -96,8 +97,7 @@ def test_reads_bfls_autoencoder(tmp_path):
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    sizes = {"block_out_channels": widths, "latent_channels": 4, "norm_num_groups": 4}
-    config, want = load_vae(tmp_path / "vae")
+    config, want = load_vae(tmp_path / "vae", tmp_path)
     bfl = {}
     for key, value in vae.state_dict().items():
         part, *rest = key.split(".")
@@ -129,7 +129,21 @@ def test_reads_bfls_autoencoder(tmp_path):
         square = "attn_1" in name and value.ndim == 2
         bfl[f"{part}.{name}"] = np.ascontiguousarray(value[:, :, None, None] if square else value)
     save_file(bfl, tmp_path / "ae.safetensors")
-    _, got = load_vae(tmp_path / "ae.safetensors", **sizes)
+    _, got = load_vae(tmp_path / "ae.safetensors", tmp_path / "vae")
+    assert_same(got, want)
+
+    # As ComfyUI has it beside the transformer and the text encoders.
+    for prefix in ("first_stage_model.", "vae."):
+        whole = {prefix + key: array for key, array in bfl.items()}
+        whole["model.diffusion_model.img_in.weight"] = np.zeros((2, 2), np.float32)
+        whole["text_encoders.t5xxl.shared.weight"] = np.zeros((2, 2), np.float32)
+        save_file(whole, tmp_path / "whole.safetensors")
+        _, got = load_vae(tmp_path / "whole.safetensors", tmp_path / "vae")
+        assert_same(got, want)
+
+    # One file with diffusers' names.
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    _, got = load_vae(file, tmp_path / "vae")
     assert_same(got, want)
     assert config.scaling_factor == 0.3611
 
@@ -185,7 +199,7 @@ def test_wrong_files_are_named(folder, tmp_path):
     vae = json.loads((GOLDENS / "02_vae" / "c8_16_l1" / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**vae, "use_quant_conv": True}))
     with pytest.raises(ValueError, match="has use_quant_conv True; expected False"):
-        load_vae(tmp_path)
+        load_vae(tmp_path, tmp_path)
 
 
 def test_places_arrays_where_they_are_wanted():

@@ -81,3 +81,19 @@ def test_sinusoidal_embeddings_have_the_frequencies_of_torch():
     actual = np.asarray(sinusoidal_embedding(jnp.asarray(t)))
     np.testing.assert_array_equal(actual[0, 128:], expected[0, 128:])
     np.testing.assert_allclose(actual, expected, atol=3e-7)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(32, 16), (32, (3, 8)), ((5, 8), 16)])
+def test_the_gradient_of_a_float32_master_is_not_rounded(n_in, n_out):
+    """In bfloat16: float32 values between those of bfloat16, near the float32 model's gradient."""
+    x = jax.random.normal(jax.random.key(0), (4, 7, *np.atleast_1d(n_in)), jnp.bfloat16)
+
+    def gradient(dtype):
+        layer = Linear(n_in, n_out, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+        loss = lambda layer: jnp.sum(layer(x.astype(dtype)).astype(jnp.float32) ** 2)  # noqa: E731
+        return np.asarray(nnx.grad(loss)(layer).kernel[...])
+
+    ours = gradient(jnp.bfloat16)
+    assert ours.dtype == np.float32
+    assert (ours.view(np.uint32) & 0xFFFF).any()
+    np.testing.assert_allclose(ours, gradient(jnp.float32), rtol=0, atol=0.01 * np.abs(ours).max())

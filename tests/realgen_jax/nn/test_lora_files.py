@@ -75,7 +75,7 @@ def assert_adds(model, path, factors, scale):
     tensors = lora_tensors(adapters, DIFFUSERS)
     for module in {name.rpartition(".")[0] for name in tensors}:
         got = tensors[f"{module}.lora_B"] @ tensors[f"{module}.lora_A"]
-        if module not in factors:
+        if factors.get(module) is None:
             assert not got.any()
             continue
         a, b = factors[module]
@@ -104,6 +104,10 @@ def alphas(value, modules=TRAINED):
 SIMPLE = pairs()
 MIXED = pairs(rank=rank_8_or_4)
 ATTENTION = pairs([module for module in EVERY if ".attn.to_" in module])
+TEXT_OF_KOHYA = {
+    f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{name}": np.ones((4, 8), np.float32)
+    for name in ("lora_down.weight", "lora_up.weight", "alpha")
+}
 TEXT = {"text_encoder.text_model.layers.0.q_proj.lora_A.weight": np.ones((4, 8), np.float32)}
 
 
@@ -210,29 +214,38 @@ def test_scales_are_pefts(settings, tiny, tmp_path):
     assert open_lora(folder).scales == scales
 
 
-def test_a_text_encoders_part_is_left_out_with_a_line(tiny, tmp_path, caplog):
-    path = write(tmp_path, named(SIMPLE) | TEXT)
+@pytest.mark.parametrize("text", [TEXT, TEXT_OF_KOHYA])
+def test_a_text_encoders_part_is_left_out_with_a_line(text, tiny, tmp_path, caplog):
+    path = write(tmp_path, named(SIMPLE) | text)
     with caplog.at_level(logging.WARNING):
         assert_adds(tiny, path, SIMPLE, 1)
     assert "holds adapters of a text encoder" in caplog.text
 
 
-BFL = {"double_blocks.0.img_attn.qkv": SIMPLE[TRAINED[0]]}
-KOHYA = {"lora_unet_double_blocks_0_img_attn_qkv": SIMPLE[TRAINED[0]]}
-XLABS = {"double_blocks.0.processor.qkv_lora1.down.weight": np.ones((4, 64), np.float32)}
 ONE = f"transformer.{TRAINED[0]}"
 VECTOR = {f"base_model.model.{TRAINED[0]}.lora_magnitude_vector": np.ones(64, np.float32)}
+
+
+NOT_READ = (
+    ("lora_unet_double_blocks_0_img_attn_qkv.dora_scale", "is a DoRA .*merge it with ComfyUI"),
+    ("lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a", "is a LoHa"),
+    ("lora_unet_double_blocks_0_img_attn_qkv.lokr_w1", "is a LoKr"),
+    ("lora_unet_double_blocks_0_img_attn_qkv.lora_mid.weight", "is a LoCon with a third factor"),
+    ("lora_unet_double_blocks_0_img_attn_qkv.oft_blocks", "is an OFT"),
+    ("lora_unet_double_blocks_0_img_attn_qkv.a1.weight", "is a GLoRA"),
+    ("diffusion_model.img_in.diff", "changes weights by more than adapters"),
+    ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX.1-Canny's and -Depth's LoRAs"),
+    ("double_blocks.0.img_attn.proj.lora_B.bias", "FLUX.1-Canny's and -Depth's LoRAs"),
+)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda path: write(path, named(KOHYA, "", "lora_down.weight", "lora_up.weight")),
-            r"sd-scripts \(kohya\) .*lora_unet_.* convert it with sd-scripts",
+        *(
+            (lambda path, key=key: write(path, {key: np.ones(4, np.float32)}), message)
+            for key, message in NOT_READ
         ),
-        (lambda path: write(path, named(BFL, "diffusion_model.")), "has BFL's names"),
-        (lambda path: write(path, XLABS), "has the names of XLabs"),
         (lambda path: peft(path, SIMPLE, VECTOR), "is a DoRA .*lora_magnitude_vector"),
         (lambda path: peft(path, SIMPLE, use_dora=True), "use_dora True: a DoRA is not read"),
         (lambda path: peft(path, SIMPLE, lora_bias=True), "lora_bias True: it is not read"),
@@ -263,7 +276,7 @@ VECTOR = {f"base_model.model.{TRAINED[0]}.lora_magnitude_vector": np.ones(64, np
         ),
         (
             lambda path: write(path, named({TRAINED[0]: (np.ones((4, 64)), np.ones((63, 4)))})),
-            r"factors A \(4, 64\) and B \(63, 4\); expected",
+            r"has a factor B \(63, 4\); expected \(64, rank\)",
         ),
         (
             lambda path: write(
@@ -292,15 +305,36 @@ def test_what_is_not_read_is_named(make, message, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (named(MIXED), "has rank 4, 8, but config.train.lora_rank is 4"),
+        (named(MIXED), "has rank 8, but config.train.lora_rank is 4; expected 8 or more"),
         (named(SIMPLE) | TEXT, "holds adapters of a text encoder"),
-        (named(ATTENTION), "lacks transformer_blocks.0.attn.add_k_proj"),
-        (named(pairs(EVERY)), "holds context_embedder"),
+        (named(pairs(EVERY)), r"holds context_embedder .*scripts/export.py --merge"),
     ],
 )
-def test_training_goes_on_from_the_modules_and_the_rank_it_trains(tensors, message, tiny, tmp_path):
+def test_training_refuses_other_modules_and_larger_ranks(tensors, message, tiny, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_adapters(tiny, write(tmp_path, tensors), CONFIG)
+
+
+@pytest.mark.parametrize("factors", [MIXED, ATTENTION])
+def test_training_goes_on_from_a_part_of_the_modules_and_ranks(factors, tiny, tmp_path):
+    """What the file lacks starts as new adapters do, with B zero and A that is not."""
+    file = write(tmp_path, named(factors))
+    own, adapters = load_adapters(tiny, file, LoraConfig(rank=8, alpha=16.0))
+    tensors = lora_tensors(adapters, DIFFUSERS)
+    assert {name.rpartition(".")[0] for name in tensors} == set(TRAINED)
+    for module in TRAINED:
+        a = tensors[f"{module}.lora_A"]
+        b = tensors[f"{module}.lora_B"]
+        rank = len(factors[module][0]) if module in factors else 0
+        assert not b[:, rank:].any()
+        assert (np.abs(a[rank:]).max(axis=1) > 0.01).all()
+        if rank:
+            np.testing.assert_array_equal(a[:rank], factors[module][0])
+            np.testing.assert_array_equal(2 * b[:, :rank], factors[module][1])
+
+    # It samples as the file does, and so does what it exports.
+    own.trainable.save(own, tmp_path / "again", adapters)
+    assert_adds(tiny, tmp_path / "again", {**dict.fromkeys(TRAINED), **factors}, 1)
 
 
 @pytest.mark.parametrize("alpha", [8.0, 4.0, 6.0])
@@ -315,7 +349,7 @@ def test_training_goes_on_at_the_files_strength(alpha, tiny, tmp_path):
 
     # What it exports is loaded again as it was.
     own.trainable.save(own, tmp_path, adapters)
-    again = Lora(LoraConfig(4, alpha)).load(own, tmp_path)
+    again = Lora(LoraConfig(4, alpha)).load(own, tmp_path, jax.random.key(0))
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(adapters), strict=True):
         np.testing.assert_allclose(a, b, rtol=0 if alpha != 6.0 else 1e-6)
 

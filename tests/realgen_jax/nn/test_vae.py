@@ -27,7 +27,7 @@ def channels_last(x):
 
 
 def load(folder):
-    config, params = load_vae(folder)
+    config, params = load_vae(folder, folder)
     return nnx.merge(abstract(Autoencoder, config)[0], params)
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from realgen_jax.advantages import group_advantages
 from realgen_jax.models.trainable import AllWeights
-from realgen_jax.nn.convert import to_torch
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.lora import lora_tensors
 from realgen_jax.objectives.token_grpo import TokenBatch, TokenGrpo
 from realgen_jax.rewriter.generate import Tokens, generate
@@ -118,7 +118,7 @@ def test_the_gradient_of_an_adapter_matches_the_golden():
     case = golden("15_rewriter/grpo.npz")
     objective = TokenGrpo(**{**PLAIN, **VARIANTS["token_kl"]})
     model = golden_language(TIED, LORA)
-    adapters = LORA.load(model, ADAPTER)
+    adapters = LORA.load(model, ADAPTER, jax.random.key(0))
     grads, metrics = gradient(objective, model, adapters, golden_batch(objective))
     ours = lora_tensors(grads, model.family.table(model.config))
     check(metrics, ours, case, "lora_token_kl")

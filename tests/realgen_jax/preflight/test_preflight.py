@@ -13,7 +13,7 @@ import pytest
 from realgen_configs import flux_objectives, sd3_grpo, small_cards, zimage_grpo
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.models.cost import decode_flops, velocity_flops
-from realgen_jax.preflight.advice import changes, learners
+from realgen_jax.preflight.advice import changes, endpoints, learners
 from realgen_jax.preflight.report import make_report
 from realgen_jax.preflight.tables import show
 from realgen_jax.training.programs import make_recipe
@@ -296,6 +296,15 @@ def test_rewards_that_learn_are_counted():
             f"{name} learns: up to 640 steps per epoch, on 16 + 16 pairs each, over all processes. "
             "Its history takes up to 1.5 GiB per process, in host memory and in every checkpoint."
         )
+
+
+def test_rewards_of_other_programs_are_named():
+    (line,) = endpoints(make_recipe(get_config("flux_adv_8xh200")))
+    assert line.startswith(
+        "visualquality_r1 asks VisualQuality-R1-7B at http://localhost:8000/v1 about each of an "
+        "epoch's 504 pictures."
+    )
+    assert endpoints(make_recipe(get_config("flux_dev_8xh200_remote"))) == []
 
 
 def test_epochs_in_which_the_generator_rests_are_counted():

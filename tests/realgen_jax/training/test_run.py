@@ -126,12 +126,12 @@ def test_a_mistake_is_one_line(changes, message):
 
 
 def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path):
-    module = "transformer.transformer_blocks.0.attn.to_q"
-    factors = {f"{module}.lora_A.weight": np.ones((4, 64), np.float32)}
+    module = "transformer.context_embedder"
+    factors = {f"{module}.lora_A.weight": np.ones((4, 48), np.float32)}
     factors |= {f"{module}.lora_B.weight": np.ones((64, 4), np.float32)}
     save_file(factors, tmp_path / "lora.safetensors")
     refusal = refusals(pretrained__lora=str(tmp_path / "lora.safetensors"))
-    assert "lacks single_transformer_blocks.0.attn.to_k (17 such modules)" in refusal
+    assert "holds context_embedder (1 such modules), which is not trained" in refusal
 
     shutil.copy(PIPELINE / "transformer" / "config.json", tmp_path)
     save_file(factors, tmp_path / "diffusion_pytorch_model.safetensors")

@@ -56,6 +56,10 @@ class Constant:
     def __call__(self, images, prompts):
         return torch.full((len(prompts),), self.value)
 
+class Silent:
+    def __init__(self, device):
+        pass
+
 broken = 1
 """
 
@@ -65,9 +69,10 @@ def own_module(tmp_path, monkeypatch):
     """A module of the user's own, own_rewards."""
     (tmp_path / "own_rewards.py").write_text(OWN)
     (tmp_path / "broken_rewards.py").write_text("class Broken(\n")
+    (tmp_path / "failing_rewards.py").write_text("undefined\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    for name in ("own_rewards", "broken_rewards"):
+    for name in ("own_rewards", "broken_rewards", "failing_rewards"):
         sys.modules.pop(name, None)
 
 
@@ -96,6 +101,10 @@ def test_a_class_of_the_users_own(own_module):
             "broken_rewards:Broken",
             r"is .*, and the module broken_rewards cannot be imported \(.*never closed",
         ),
+        (
+            "failing_rewards:X",
+            r"is .*, and the module failing_rewards cannot be imported \(NameError: name 'undef",
+        ),
         ("own_rewards:Missing", r"is .*, but the module own_rewards has no Missing$"),
     ],
 )
@@ -107,6 +116,30 @@ def test_a_class_that_cannot_be_used_is_named(own_module, target, message):
     ) as error:
         make_learner("mine", "cpu", {"class": target})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("Silent", r"names Silent, which has neither __call__\(images, prompts\) nor score_groups"),
+        ("broken", r"names a int; expected a class$"),
+    ],
+)
+def test_a_class_that_is_no_reward_is_named(own_module, target, message):
+    with pytest.raises(ValueError, match=rf"^config\.reward\.options\.mine\.class {message}"):
+        make_reward("mine", "cpu", {"class": f"own_rewards:{target}"})
+
+
+def test_a_class_that_is_no_learner_is_named(own_module):
+    message = r"mine\.class names Constant, which has no prepare\(\); a learner has prepare, "
+    with pytest.raises(ValueError, match=message):
+        make_learner("mine", "cpu", {"class": "own_rewards:Constant", "value": 1.0})
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'ocr' needs the package rapidocr.*realgen_jax\[ocr\]"):
+        make_reward("ocr", "cpu", {})
 
 
 def test_jpeg_compressibility_is_minus_the_files_size():

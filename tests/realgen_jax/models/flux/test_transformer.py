@@ -10,7 +10,8 @@ from flax import nnx
 
 from realgen_jax.models.flux.tables import DIFFUSERS
 from realgen_jax.models.flux.transformer import Cond, FluxConfig, FluxTransformer
-from realgen_jax.nn.convert import abstract, to_torch
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.export import to_torch
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import GOLDENS, golden
 from tests.helpers.models import load_flux

@@ -15,12 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.formats import file_config
 from realgen_jax.models.guidance import Guided
-from realgen_jax.models.loading import abstract_model, load_transformer, transformer_config
+from realgen_jax.models.loading import abstract_model
 from realgen_jax.models.sd3.family import SD3, SD3Schedule
 from realgen_jax.models.sd3.tables import RULES, diffusers_table, lora_targets
 from realgen_jax.models.sd3.transformer import Cond, SD3Config, SD3Transformer
+from realgen_jax.models.sources import load_transformer, transformer_config
 from realgen_jax.models.trainable import AllWeights, Lora
-from realgen_jax.nn.convert import abstract, leaves, save_folder, to_torch
+from realgen_jax.nn.convert import abstract, leaves
+from realgen_jax.nn.export import save_folder, to_torch
 from realgen_jax.nn.lora import DIFFUSERS_FILE, LoraConfig
 from realgen_jax.nn.lora_files import open_lora
 from realgen_jax.rollout import sample
@@ -227,7 +229,7 @@ def random_file(folder, config):
     random = np.random.default_rng(0)
     state = abstract(SD3Transformer, config)[1]
     state = jax.tree.map(lambda a: random.normal(0, 0.2, a.shape).astype(a.dtype), state)
-    save_folder(folder, state, diffusers_table(config), file_config(SD3, config))
+    save_folder(folder, to_torch(state, diffusers_table(config)), file_config(SD3, config))
     return load_file(folder / FILE)
 
 
@@ -343,7 +345,7 @@ def test_entries_that_a_file_lacks_are_those_of_sd3_medium(tmp_path):
 def adapted():
     """The golden pipeline for 5 x 3 tokens with peft's adapters."""
     model = resized(sd3_model(Lora(PEFT_CONFIG)), 5, 3)
-    return model, model.trainable.load(model, PEFT)
+    return model, model.trainable.load(model, PEFT, jax.random.key(0))
 
 
 def test_adapters_match_the_golden(adapted, recording):

@@ -8,7 +8,8 @@ from flax import nnx
 
 from realgen_jax.models.sd3.family import SD3
 from realgen_jax.models.sd3.transformer import Cond, SD3Config, SD3Transformer
-from realgen_jax.nn.convert import abstract, to_torch
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.export import to_torch
 from realgen_jax.nn.stack import modulation_of_layers
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import GOLDENS, golden

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from realgen_jax.models.guidance import Guided
 from realgen_jax.models.loading import abstract_model
+from realgen_jax.models.sources import load_transformer
 from realgen_jax.models.trainable import AllWeights, Lora
 from realgen_jax.models.zimage.family import Z_IMAGE, ZImageSchedule
 from realgen_jax.models.zimage.tables import LORA_TARGETS, RULES
@@ -23,14 +25,16 @@ from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.rollout import sample
 from realgen_jax.sde import ode_steps
 from realgen_jax.sharding import batch_sharding, make_mesh, param_sharding
+from tests.helpers.comfyui_names import comfyui_zimage
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import GOLDENS, golden
-from tests.helpers.models import load_adapters, one_device, pretrained
+from tests.helpers.models import EXACT, load_adapters, one_device, pretrained
 from tests.helpers.zimage import (
     ZIMAGE,
     captions,
     diffusers_velocity,
     latents,
+    load_zimage,
     tokens,
     zimage_model,
 )
@@ -221,6 +225,21 @@ def test_diffusers_loads_the_weights_that_we_write(tmp_path):
     written = json.loads((tmp_path / "transformer" / "config.json").read_text())
     source = json.loads((ZIMAGE / "transformer" / "config.json").read_text())
     assert {**source, **written} == source
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_reads_comfyuis_file(prefix, tmp_path):
+    """Its sizes are those of the folder that the config names."""
+    weights = load_file(ZIMAGE / "transformer" / "diffusion_pytorch_model.safetensors")
+    content = comfyui_zimage(weights) | {"norm_final.weight": np.ones(48, np.float32)}
+    content = {prefix + key: array for key, array in content.items()}
+    save_file(content, tmp_path / "z_image.safetensors")
+    base = ZIMAGE / "transformer"
+    config, params = load_transformer(Z_IMAGE, tmp_path / "z_image.safetensors", base, **EXACT)
+    expected_config, expected = load_zimage()
+    assert config == expected_config
+    for path, array in leaves(expected).items():
+        np.testing.assert_array_equal(leaves(params)[path], array, err_msg=path)
 
 
 @pytest.mark.parametrize(

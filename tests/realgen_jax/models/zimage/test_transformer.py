@@ -10,7 +10,8 @@ from flax import nnx
 
 from realgen_jax.models.zimage.tables import DIFFUSERS
 from realgen_jax.models.zimage.transformer import ZImageConfig, ZImageTransformer
-from realgen_jax.nn.convert import abstract, to_torch
+from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.export import to_torch
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import golden
 from tests.helpers.zimage import captions, diffusers_velocity, latents, load_zimage, tokens

@@ -1,0 +1,117 @@
+"""What XLA's compilers make of the recipes, beside preflight's formulas: no GPU or TPU is needed.
+
+    python benchmarks/compiled.py [--target h200] [--only flux_grpo:flux_dev_1xh200 ...] [--again]
+
+Runs scripts/preflight.py --compile_for for each recipe (1 GB of memory and about a minute of a CPU
+core each for GPUs, 4 GB and ten minutes for TPUs) and prints temporaries by the compiler and by
+formula. Figures that benchmarks/results/compiled_TARGET.json already has are kept, so that a run
+can be continued, unless --again is given.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import measure
+
+GIB = 2**30
+RECIPES = (
+    "flux_grpo:flux_dev_8xh200",
+    "flux_grpo:flux_dev_8xh200_remote",
+    "flux_grpo:flux_dev_6x2",
+    "flux_grpo:flux_dev_1xh200",
+    "flux_grpo:flux_dev_16xh200",
+    "flux_grpo:flux_dev_full_8xh200",
+    "flux_grpo:flux_adv_8xh200",
+    "flux_grpo:flux_dino_adv",
+    "flux_objectives:flux_nft_8xh200",
+    "flux_objectives:flux_awm_8xh200",
+    "flux_objectives:flux_mix_8xh200",
+    "sd3_grpo:adv_dino_8xh200",
+    "sd3_grpo:adv_pickscore_8xh200",
+    "sd3_grpo:adv_dino_1xh200",
+    "sd3_grpo:flow_grpo_sd3_pickscore",
+    "sd3_grpo:realgen_sd3_large_8xh200",
+    "zimage_grpo:realgen_v2_base_8xh200",
+    "zimage_grpo:realgen_v2_turbo_8xh200",
+)
+HEADER = (
+    "recipe",
+    "devices",
+    "sampling",
+    "formula",
+    "",
+    "update",
+    "formula",
+    "",
+    "total",
+    "attention",
+)
+
+
+def compile_recipe(recipe: str, target: str, options: list[str]) -> dict[str, Any]:
+    """Preflight's figures of a recipe, as its --json has them."""
+    name, preset = recipe.split(":")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        command = [
+            sys.executable,
+            str(measure.ROOT / "scripts" / "preflight.py"),
+            "--config",
+            f"{measure.ROOT}/configs/{name}.py:{preset}",
+            f"--compile_for={target}",
+            f"--json={file}",
+            *options,
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        figures = json.loads(file.read_text())
+    keep = ("preset", "devices", "mesh", "compiled")
+    return {key: figures[key] for key in keep}
+
+
+def row_of(recipe: str, figures: dict[str, Any]) -> list[str]:
+    """A line of the table; sizes in GiB of one device."""
+    cells = [recipe, str(figures["devices"])]
+    for program in figures["compiled"].values():
+        compiler = program["bytes"]["temporaries"]
+        formula = program["temporaries_by_formula"]
+        cells += [
+            f"{compiler / GIB:.2f}",
+            f"{formula / GIB:.2f}",
+            f"{formula / compiler - 1:+.1%}",
+        ]
+    totals = [program["total"] for program in figures["compiled"].values()]
+    kernels = figures["compiled"]["update"]["attention"]
+    return [*cells, f"{max(totals) / GIB:.1f}", " + ".join(map(str, kernels.values()))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", default="h200")
+    parser.add_argument("--only", nargs="+", default=RECIPES, metavar="RECIPE")
+    parser.add_argument("--again", action="store_true")
+    args, options = parser.parse_known_args()
+
+    file = measure.RESULTS / f"compiled_{args.target.replace(':', '_')}.json"
+    recipes = json.loads(file.read_text())["recipes"] if file.exists() else {}
+    for recipe in args.only:
+        name = " ".join([recipe, *options])
+        if args.again or name not in recipes:
+            recipes[name] = compile_recipe(recipe, args.target, options)
+            file.write_text(
+                json.dumps({"target": args.target, "recipes": recipes}, indent=1) + "\n"
+            )
+        print("  ".join(row_of(name, recipes[name])), flush=True)
+
+    measure.print_table(HEADER, [row_of(name, figures) for name, figures in recipes.items()])
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()

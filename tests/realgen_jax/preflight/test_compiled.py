@@ -1,0 +1,119 @@
+"""The real CUDA compiler's programs for GPUs that are not here: the extra aot-cuda, no driver."""
+
+from collections import Counter
+
+import pytest
+
+from realgen_configs import flux_grpo
+from realgen_jax.preflight.compiled import compile_programs
+from realgen_jax.preflight.hlo import FREE, arrays, read_module, signature
+from realgen_jax.preflight.report import make_report
+from realgen_jax.preflight.targets import target_devices
+from realgen_jax.profiling.programs import scope_of
+from tests.helpers.costs import write_model
+
+slow = pytest.mark.slow
+FLUX = {"_class_name": "FluxTransformer2DModel", "num_layers": 7, "num_single_layers": 11}
+SCHEDULE = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "use_dynamic_shifting": True,
+    "shift": 3.0,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """FLUX of 7 and 11 blocks at full width, 6 images of 1024 pixels, split over 2 H200s."""
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, "FluxPipeline", FLUX, SCHEDULE, (8, 8, 8, 8))
+    config = flux_grpo.get_config("flux_dev_8xh200_remote").unlock()
+    config.pretrained.model = str(folder)
+    config.mesh.data, config.mesh.fsdp = 1, 2
+    config.sample.train_batch_size = config.sample.num_image_per_prompt = 6
+    config.sample.num_batches_per_epoch = config.train.gradient_accumulation_steps = 4
+    config.prompts.max_tokens = 512
+    report = make_report(config, 2, target_devices("h200", 2))
+    return report, compile_programs(report)
+
+
+def blocks(program):
+    """{path of a block's attention: (module, the computation that runs the block)}."""
+    module = read_module(program.text)
+    return {
+        instruction.path: (module, computation)
+        for computation, instruction in module.kernels()
+        if instruction.target == "__cudnn$fmhaSoftmax"
+    }
+
+
+def kernels(module, computation):
+    """The kernels of a computation: {what it computes: how often}."""
+    return Counter(
+        signature(module, instruction)
+        for instruction in module.computations[computation].values()
+        if instruction.opcode not in FREE
+    )
+
+
+def assert_equal_kernels(compiled):
+    """Each kind of block runs the same kernels in the rollout's window and in the update's policy.
+
+    The update also stores what the backward pass needs.
+    """
+    window = {path: block for path, block in blocks(compiled["sample"]).items() if "window" in path}
+    policy = {
+        path: block for path, block in blocks(compiled["update"]).items() if "jvp(policy)" in path
+    }
+    kinds = {scope_of(path)[-2] for path in window}
+    assert kinds
+    assert kinds == {scope_of(path)[-2] for path in policy}
+    for kind in kinds:
+        ours, theirs = (
+            sum((kernels(*block) for path, block in of.items() if f"/{kind}/" in path), Counter())
+            for of in (window, policy)
+        )
+        assert sum(ours.values()) > 20
+        assert not ours - theirs, kind
+        stored = theirs - ours
+        assert all(name.startswith("fusion") for name in stored)
+
+
+def test_rollout_and_update_run_the_same_kernels(split):
+    """By canonicalised HLO; which tiles a GPU's autotuner takes is not seen."""
+    _, compiled = split
+    assert_equal_kernels(compiled)
+
+
+def test_cudnn_attends_once_forward_and_once_backward(split):
+    """Prefix, window and suffix of two kinds of blocks; policy and reference, backward."""
+    _, compiled = split
+    assert compiled["sample"].attention == {"cuDNN forward": 6}
+    assert compiled["update"].attention == {"cuDNN forward": 4, "cuDNN backward": 2}
+
+
+def test_split_weights_have_no_second_copy(split):
+    """Outside of the loops over blocks, no array holds the kernels of all layers of a kind."""
+    report, compiled = split
+    model = report.model.config
+    layers = {model.num_layers, model.num_single_layers}
+    for program in compiled.values():
+        module = read_module(program.text)
+        copies = []
+        for computation, instruction in module.kernels():
+            for kind, sizes in arrays(instruction.shape):
+                of_all_layers = kind == "bf16" and layers & set(sizes) and 3072 in sizes
+                if of_all_layers and module.runs[computation] == 1:
+                    copies.append(f"{instruction.name} {kind}{sizes}")
+        assert not copies
+
+
+def test_bytes_are_the_formulas(split):
+    report, compiled = split
+    update = compiled["update"]
+    assert update.formula == pytest.approx(update.memory["temporaries"], rel=0.05)
+    held = report.held["transformer"] + report.held["autoencoder"] + report.held["trained"]
+    assert compiled["sample"].memory["arguments"] == pytest.approx(held, rel=0.01)
