@@ -32,13 +32,13 @@ from realgen_jax.sharding import make_mesh
 
 ENCODE = (sys.executable, str(measure.ROOT / "scripts" / "encode_prompts.py"))
 STEPS = 10
-IMAGES = 16
+IMAGES = 8
 GUIDANCE = 3.5
 RANDOM = FluxConfig(
     num_layers=3,
     num_single_layers=6,
     attention_head_dim=64,
-    num_attention_heads=6,
+    num_attention_heads=4,
     joint_attention_dim=256,
     pooled_projection_dim=64,
     axes_dims_rope=(16, 24, 24),
@@ -81,7 +81,7 @@ def embedded(dtype: str) -> tuple[Any, Any]:
 
 
 def random(dtype: str) -> tuple[Any, Any]:
-    """A model of 41 M random weights on 16 x 16 tokens, and random embeddings."""
+    """A model of random weights on 16 x 16 tokens, and random embeddings."""
     base, _ = embedded(dtype)
     kinds = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     config = replace(RANDOM, in_channels=base.config.in_channels, **kinds)
@@ -91,7 +91,7 @@ def random(dtype: str) -> tuple[Any, Any]:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), draw())
     model = replace(base, config=config, params=params, height=16, width=16)
 
-    images = 4
+    images = 2
     states = jax.random.normal(jax.random.key(1), (images, TEXT, config.joint_attention_dim))
     pooled = jax.random.normal(jax.random.key(2), (images, config.pooled_projection_dim))
     return model, Cond(states, pooled, jnp.full(images, GUIDANCE))

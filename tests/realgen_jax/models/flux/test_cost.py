@@ -124,9 +124,9 @@ def test_operations_are_xlas(compiled, case, options):
         slow("broad", {"calls": 2}),
         slow("deep", {"remat": "dots"}),
         slow("deep", {"remat": "attention"}),
+        # Not fp8: XLA's CPU compiler holds all of it in a wider dtype.
         slow("broad", {"quantization": "nf4"}),
         slow("broad", {"quantization": "int8", "remat": "dots"}),
-        slow("text", {"quantization": "fp8"}),
         slow("scores", {"remat": "dots"}),
         slow("long", {"remat": "none"}),
         slow("broad", {"remat": "none"}),
@@ -192,7 +192,8 @@ def test_the_decoder_is_xlas(widths, layers, side, n, tile):
     program = decode.lower(state, latents).compile(QUICK)
 
     work = replace(make_report(get_config(), 1).work, vae=config, image_tokens=side**2 // 4)
-    assert_near(n * cost.decode_flops(work), program.cost_analysis()["flops"], 0.06)
+    if not tile:  # XLA counts the body of a loop over tiles once
+        assert_near(n * cost.decode_flops(work), program.cost_analysis()["flops"], 0.06)
     memory = program.memory_analysis().temp_size_in_bytes
     assert_near(cost.decode_bytes(work, n), memory, 0.15)
 
