@@ -119,3 +119,13 @@ def test_a_format_needs_a_name_and_a_remat_that_drops_the_kernels():
         check_remat("full", "nf8")
     with pytest.raises(ValueError, match=r"remat is 'none'.*with quantization 'int8' choose"):
         check_remat("none", "int8")
+
+
+@pytest.mark.parametrize(("name", "error"), [("int8", 0.0085), ("fp8", 0.0265), ("nf4", 0.092)])
+def test_the_error_of_normal_weights_is_the_documented_one(name, error):
+    """RMS, relative to that of the weights, of 3072 inputs as FLUX.1-dev has (docs/clusters.md)."""
+    kernel = kernel_of(4, 1, 3072, 64)
+    values = restored(*stored(kernel, name, 1), name, 1)
+    assert np.sqrt(((values - kernel) ** 2).mean() / (kernel**2).mean()) == pytest.approx(
+        error, 0.03
+    )
