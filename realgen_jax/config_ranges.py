@@ -162,6 +162,8 @@ RANGES = {
     "pretrained.dtype": DTYPE,
     "pretrained.param_dtype": DTYPE,
     "pretrained.vae_dtype": DTYPE,
+    "pretrained.vae_tile": integer(0),
+    "pretrained.quantization": choice("", "fp8", "int8", "nf4"),
     "pretrained.remat": choice("full", "attention", "dots", "none"),
     "prompts.train": text(),
     "prompts.test": text(),

@@ -80,25 +80,31 @@ def batch_devices(mesh: Mesh | AbstractMesh) -> int:
 def param_sharding(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Return a function (dotted path, shape) -> sharding of a parameter, by a family's rules.
 
-    The function raises ValueError unless exactly one rule matches the path, and if a dimension is
-    not divisible by its mesh axis.
+    The scales of a quantised kernel (nn/quantize.py) are split as the kernel is; an axis of one
+    scale is not. The function raises ValueError unless exactly one rule matches the path, and if a
+    dimension is not divisible by its mesh axis.
     """
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        specs = [spec for pattern, spec in rules if re.fullmatch(pattern, path)]
+        ruled = path.removesuffix("_scale")
+        specs = [spec for pattern, spec in rules if re.fullmatch(pattern, ruled)]
         if len(specs) != 1:
             raise ValueError(
                 f"{len(specs)} sharding rules of the model family match the parameter {path}; "
                 "expected exactly one"
             )
-        for size, axes in zip(shape, specs[0], strict=False):
+        spec = specs[0]
+        if ruled != path:
+            pairs = zip(shape, spec, strict=False)
+            spec = P(*(axes if size > 1 else None for size, axes in pairs))
+        for size, axes in zip(shape, spec, strict=False):
             names = (axes,) if isinstance(axes, str) else axes or ()
             if size % math.prod(mesh.shape[axis] for axis in names):
                 split = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
                 raise ValueError(
                     f"{path} {shape} cannot be split: {size} is not divisible by mesh axis {split}"
                 )
-        return NamedSharding(mesh, specs[0])
+        return NamedSharding(mesh, spec)
 
     return sharding
 

@@ -22,6 +22,7 @@ COMMANDS = [
     "realgen-make-references",
     "realgen-preflight",
     "realgen-profile-summary",
+    "realgen-quantize",
     "realgen-rewrite",
     "realgen-run-stages",
     "realgen-sample",

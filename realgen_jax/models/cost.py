@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from realgen_jax.nn.tiles import tile_starts
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import VaeConfig, decoded_at_once
 
@@ -163,17 +164,25 @@ def update_bytes(work: Work, images: float) -> float:
 
 
 def decode_flops(work: Work) -> float:
-    """Operations of decoding one image.
+    """Operations of decoding one image, which is taken as a square if it is decoded in tiles."""
+    side = round((4 * work.image_tokens) ** 0.5)
+    tile = work.vae.tile // work.vae.factor
+    if not tile:
+        return _decode_flops(work.vae, 4 * work.image_tokens)
+    sides = [min(tile, side - start) for start in tile_starts(tile, side)]
+    return sum(_decode_flops(work.vae, height * width) for height in sides for width in sides)
+
+
+def _decode_flops(vae: VaeConfig, positions: int) -> float:
+    """Operations of decoding this many latents.
 
     A k x k convolution takes 2 k^2 in out for each position; one behind an upsampling counts as
     k = 2 with four times the outputs (see vae.Upsample).
     """
-    vae = work.vae
     widths = vae.block_out_channels[::-1]
     width = widths[0]
 
     # The coarsest level: conv_in, and two residual blocks with two convolutions each.
-    positions = work.image_tokens * 4
     total = 18.0 * positions * width * (vae.latent_channels + 4 * width)
 
     # Its attention over all positions, and that attention's four projections.
@@ -243,18 +252,26 @@ def decode_bytes(work: Work, images: float) -> float:
     vae = work.vae
     at_once = decoded_at_once(vae, work.image_tokens, int(images))
 
+    # All of an image, or a tile and the decoded tiles in float32.
+    pixels = work.pixels
+    positions = 4 * work.image_tokens
+    whole = 0.0
+    if vae.tile:
+        whole = 2 * 3 * F32 * pixels
+        pixels = min(pixels, vae.tile**2)
+        positions = min(positions, (vae.tile // vae.factor) ** 2)
+
     # Feature maps of the last level's input at full size: three on a CPU. XLA's compiler for GPUs
     # fuses more, and needs two and a fifth (benchmarks/compiled.py).
     widths = vae.block_out_channels
     wide = widths[min(1, len(widths) - 1)]
-    maps = (2.2 if work.flash else 3) * work.pixels * wide * jnp.dtype(vae.dtype).itemsize
+    maps = (2.2 if work.flash else 3) * pixels * wide * jnp.dtype(vae.dtype).itemsize
 
     # Or the scores [P, P] of the attention over P positions, which does not use a flash kernel:
     # the logits, the weights and, for several images, a copy.
-    positions = 4 * work.image_tokens
     scores = positions**2 * F32 * (2 + (at_once > 1))
 
-    return at_once * max(maps, scores)
+    return at_once * (max(maps, scores) + whole)
 
 
 def rollout_bytes(work: Work, parts: int) -> dict[str, float]:

@@ -7,16 +7,19 @@ from typing import Any
 from flax import nnx
 
 from realgen_jax.models.formats import file_config
-from realgen_jax.models.loading import config_overrides
+from realgen_jax.models.loading import abstract_model, config_overrides, find_family
 from realgen_jax.models.model import Model
 from realgen_jax.models.sources import transformer_config, transformer_source
 from realgen_jax.models.trainable import read_any_lora
-from realgen_jax.nn.convert import Table, abstract
+from realgen_jax.nn.convert import Table, file_state
 from realgen_jax.nn.export import TorchTensors, merged_tensors, save_folder
 from realgen_jax.nn.lora import LoraConfig, lora_changes, save_comfyui, save_lora, save_peft
 from realgen_jax.nn.names import shares
+from realgen_jax.nn.quantize import FORMATS
+from realgen_jax.nn.quantized_files import save_quantized
 from realgen_jax.nn.stored import write_tensors
 from realgen_jax.nn.tensors import Tensors
+from realgen_jax.sharding import abstract_mesh
 
 
 def export_lora(model: Model, file: str | Path, form: str, out: Path) -> None:
@@ -39,7 +42,7 @@ def _lora_of_peft(model: Model, out: Path, adapters: nnx.State, lora: LoraConfig
 
 
 def _lora_of_comfyui(model: Model, out: Path, adapters: nnx.State, lora: LoraConfig) -> None:
-    state = abstract(model.family.Module, model.config)[1]
+    state = file_state(model.family.Module, model.config)
     own = model.family.table(model.config)
     save_comfyui(out, adapters, lora, own, shares(state, own, _single_table(model)))
 
@@ -71,12 +74,31 @@ def export_weights(
     source = transformer_source(pretrained)
     base = Path(pretrained.model) / "transformer"
     config, own = transformer_config(family, source, base, **overrides)
-    state = abstract(family.Module, config)[1]
+    state = file_state(family.Module, config)
 
     def tensors(table: Table) -> TorchTensors:
         return merged_tensors(Tensors(source), state, own, table, changes, dtype)
 
     WEIGHT_FORMS[form](model, out, tensors)
+
+
+def write_quantized(pretrained: Any, size: tuple[int, int], folder: str | Path) -> None:
+    """Write the transformer of `config.pretrained`, in its format, to a folder that loads it back.
+
+    size: (width, height) of pictures in pixels, for arrays that depend on it. Raises ValueError if
+    config.pretrained.quantization is empty, and the errors of `load_model`.
+    """
+    if not pretrained.quantization:
+        names = ", ".join(FORMATS)
+        raise ValueError(f"config.pretrained.quantization is ''; expected one of {names}")
+    family = find_family(pretrained)
+    config = abstract_model(pretrained, size, abstract_mesh(1, 1, 1, 1)).config
+
+    source = transformer_source(pretrained)
+    _, table = transformer_config(family, source, Path(pretrained.model) / "transformer")
+    tables = table, family.table(config)
+    entries = file_config(family, config)
+    save_quantized(folder, Tensors(source), family.Module, config, tables, entries)
 
 
 def _no_changes(target: str, layer: int) -> None:

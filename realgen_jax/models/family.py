@@ -44,7 +44,8 @@ class Family:
         transformer/config.json.
     published: the published models. The first is assumed where no model is on disk.
     Config: dataclass of the transformer's sizes under diffusers' names, with num_attention_heads,
-        and dtype, param_dtype and remat.
+        and dtype, param_dtype and remat; with quantization, if the Module can hold quantised
+        weights (nn/quantize.py).
     Module: Module(config, rngs) is the network, (x [n, s, c], sigma float32 [n], cond, height,
         width, mesh) -> velocity float32 [n, s, c]. If Config has a field image_size, it is set to
         (height, width) of the run's pictures.

@@ -15,7 +15,7 @@ from realgen_jax.nn.lora_files import MERGE, MERGE_PEFT, MERGED
 from realgen_jax.nn.tensors import read_json
 
 # Fields of a family's Config that are not in config.json.
-NOT_SIZES = ("dtype", "param_dtype", "remat", "image_size")
+NOT_SIZES = ("dtype", "param_dtype", "remat", "quantization", "image_size")
 
 # Files of a language model's folder, other than its weights, that belong to an exported folder too.
 COMPANIONS = (

@@ -20,13 +20,9 @@ from realgen_jax.models.sources import (
     vae_source,
 )
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import (
-    abstract,
-    check_keys,
-    fill,
-    with_shardings,
-)
+from realgen_jax.nn.convert import abstract, check_keys, fill, with_shardings
 from realgen_jax.nn.layers import Fixed
+from realgen_jax.nn.quantized_files import check_quantized
 from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
@@ -178,10 +174,11 @@ def abstract_model(
     folder = Path(pretrained.model)
 
     # The autoencoder, which determines the number of image tokens.
-    vae = VaeConfig(dtype=jnp.dtype(pretrained.vae_dtype))
+    autoencoder = {"dtype": jnp.dtype(pretrained.vae_dtype), "tile": pretrained.vae_tile}
+    vae = VaeConfig(**autoencoder)
     if on_disk:
         source = vae_source(pretrained)
-        vae = vae_config(folder / "vae" if source.is_file() else source, dtype=vae.dtype)
+        vae = vae_config(folder / "vae" if source.is_file() else source, **autoencoder)
         if has_weights(source):
             tensors, table = vae_tensors(source, vae)
             check_keys(tensors, abstract(Autoencoder, vae)[1], table)
@@ -193,7 +190,7 @@ def abstract_model(
         source = transformer_source(pretrained)
         config, table = transformer_config(family, source, folder / "transformer", **overrides)
         if has_weights(source):
-            check_keys(Tensors(source), abstract(family.Module, config)[1], table)
+            check_quantized(Tensors(source), family.Module, config, table)
         schedule = _schedule(family, folder)
     else:
         _, published = default_model(pretrained)
@@ -267,7 +264,15 @@ def config_overrides(family: Family, pretrained: Any, height: int, width: int) -
     overrides = {"remat": pretrained.remat}
     for name in ("dtype", "param_dtype"):
         overrides[name] = jnp.dtype(pretrained[name])
-    if "image_size" in {field.name for field in fields(family.Config)}:
+    names = {field.name for field in fields(family.Config)}
+    if "quantization" in names:
+        overrides["quantization"] = pretrained.quantization
+    elif pretrained.quantization:
+        raise ValueError(
+            f"config.pretrained.quantization is {pretrained.quantization!r}, which "
+            f"{family.pipeline} does not support; expected ''"
+        )
+    if "image_size" in names:
         overrides["image_size"] = (height, width)
     return overrides
 

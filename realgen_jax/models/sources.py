@@ -7,7 +7,8 @@ from flax import nnx
 
 from realgen_jax.models import FAMILIES, get_family
 from realgen_jax.models.family import Family
-from realgen_jax.nn.convert import Sharding, Table, abstract, load
+from realgen_jax.nn.convert import Sharding, Table
+from realgen_jax.nn.quantized_files import load_quantized
 from realgen_jax.nn.tensors import Tensors, config_from, read_config, read_json
 
 
@@ -88,8 +89,7 @@ def load_transformer(
     base, overrides: as in `transformer_config`.
     """
     config, table = transformer_config(family, path, base, **overrides)
-    state = abstract(family.Module, config)[1]
-    return config, load(Tensors(Path(path)), state, table, sharding)
+    return config, load_quantized(Tensors(Path(path)), family.Module, config, table, sharding)
 
 
 def transformer_config(

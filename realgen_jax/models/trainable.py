@@ -18,7 +18,7 @@ from jax import Array
 
 from realgen_jax.hosts import process_index, put
 from realgen_jax.models.formats import DIFFUSERS, Format
-from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.convert import abstract, file_state
 from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.lora import LoraConfig, factors, with_lora
 from realgen_jax.nn.lora_files import LoraFile, open_lora, read_lora, renamed
@@ -198,13 +198,13 @@ def _open_for(model: Any, path: str | Path) -> LoraFile:
 @cache
 def _module_names(family: Any, config: Any) -> Mapping[str, Shares]:
     """{a module's flat name in any naming of the family: what it holds of diffusers' modules}."""
-    state = abstract(family.Module, config)[1]
+    state = file_state(family.Module, config)
     return all_names(state, family.table(config), family.other_tables(config))
 
 
 def _projection_paths(model: Any) -> dict[str, str]:
     """{torch module, by its published name: path of the projection that holds it}."""
-    state = abstract(model.family.Module, model.config)[1]
+    state = file_state(model.family.Module, model.config)
     table = model.family.table(model.config)
     paths = {}
     for target, _, own_pieces, _ in projections(state, table, table):

@@ -5,7 +5,7 @@ stacked blocks. Our fused projections have a separate axis for their parts; torc
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -116,6 +116,13 @@ def abstract(cls: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, nnx.Stat
     return nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(0))))
 
 
+def file_state(cls: type[nnx.Module], config: Any) -> nnx.State:
+    """Return the abstract state as files hold it: without quantisation (nn/quantize.py)."""
+    if getattr(config, "quantization", ""):
+        config = replace(config, quantization="")
+    return abstract(cls, config)[1]
+
+
 def leaves(state: nnx.State) -> dict[str, Any]:
     """Return {dotted path: array} of a state, in the state's own order."""
     flat = nnx.to_flat_state(state)
@@ -214,19 +221,28 @@ def fill(
     wanted = leaves(state)
     placed = []
     for leaf, (path, variable) in zip(wanted, nnx.to_flat_state(state), strict=True):
-        host = _assemble(tensors, leaf, wanted[leaf], source_of(leaf, table))
+        host = assemble(tensors, leaf, wanted[leaf], table)
         placed.append((path, variable.replace(put(host, sharding(leaf, host.shape)))))
     return nnx.from_flat_state(placed)
 
 
 def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
     """Raise ValueError unless every key has one place in an abstract state, and vice versa."""
-    wanted = leaves(state)
-    sources = {leaf: source_of(leaf, table) for leaf in wanted}
+    compare_keys(tensors, table_keys(leaves(state), table), table)
+
+
+def table_keys(wanted: Mapping[str, Any], table: Table) -> set[str]:
+    """Return the keys of the tensors that fill these arrays of ours, {path: array}."""
     expected = set()
-    for leaf, source in sources.items():
-        for layer in range(wanted[leaf].shape[0] if source.stacked else 1):
+    for leaf, array in wanted.items():
+        source = source_of(leaf, table)
+        for layer in range(array.shape[0] if source.stacked else 1):
             expected |= {key for key, _ in source.keys(layer)}
+    return expected
+
+
+def compare_keys(tensors: Tensors, expected: set[str], table: Table) -> None:
+    """Raise ValueError unless a checkpoint has exactly the expected keys, and some unused ones."""
     missing = sorted(expected - tensors.keys())
     if missing:
         raise ValueError(
@@ -240,10 +256,9 @@ def check_keys(tensors: Tensors, state: nnx.State, table: Table) -> None:
         )
 
 
-def _assemble(
-    tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, source: Source
-) -> np.ndarray:
-    """One array on the host, filled tensor by tensor."""
+def assemble(tensors: Tensors, leaf: str, wanted: jax.ShapeDtypeStruct, table: Table) -> np.ndarray:
+    """Return one array of ours on the host, filled tensor by tensor."""
+    source = source_of(leaf, table)
     if source.cut is not None:
         return _cut(tensors, leaf, wanted, source)
     host = np.empty(wanted.shape, wanted.dtype)

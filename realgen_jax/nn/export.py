@@ -31,6 +31,8 @@ from realgen_jax.nn.convert import (
 from realgen_jax.nn.stored import write_tensors
 from realgen_jax.nn.tensors import STEM, Tensors
 
+READABLE = {"format": "pt"}  # what transformers expects in a header
+
 # (a path of our arrays) -> a function of the layer that returns it with a fused projection's parts
 # side by side. It returns the file's whole tensor for an array that holds a part of one.
 Reader = Callable[[str], Callable[[int], np.ndarray]]
@@ -185,10 +187,11 @@ def save_folder(
     config: Mapping[str, Any],
     shard_bytes: int = 10**10,
     stem: str = STEM,
+    header: Mapping[str, str] = READABLE,
 ) -> None:
     """Write a model folder that `from_pretrained` reads: `config` and the weights.
 
-    stem: the name of the files, a key of LIBRARIES in nn/tensors.py.
+    stem: the name of the files, a key of LIBRARIES in nn/tensors.py. header: their own entries.
 
     Every process must call this, since each holds a part of the weights; the first one writes.
     """
@@ -224,5 +227,5 @@ def save_folder(
 
     iterator = iter(tensors)
     for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, islice(iterator, len(shard)), {"format": "pt"})
+        write_tensors(folder / name, shard, islice(iterator, len(shard)), header)
     write_whole(folder / "config.json", json.dumps(dict(config), indent=2) + "\n")

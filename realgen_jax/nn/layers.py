@@ -17,6 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from realgen_jax.nn.quantize import dequantize, quantized_shapes
 from realgen_jax.sharding import BATCH_AXES, constrain
 
 EPS = 1e-6  # default of all norms
@@ -32,7 +33,8 @@ class Fixed(nnx.Variable):
 class Linear(nnx.Module):
     """y = x W + b in `dtype`, with an optional LoRA: y += alpha/r (x A) B (arXiv 2106.09685).
 
-    kernel [*stack, *in, *out], bias [*stack, *out].
+    kernel [*stack, *in, *out], bias [*stack, *out]. With `quantization` (a key of FORMATS in
+    quantize.py), `kernel` holds codes that only a file can fill, and kernel_scale their scales.
 
     A fused projection has a separate axis for its parts, for instance (3, D) for qkv. The mesh axis
     `tensor` then splits each part separately and never cuts a head. Parts that are separate modules
@@ -51,18 +53,28 @@ class Linear(nnx.Module):
         stack: tuple[int, ...] = (),
         bias: bool = True,
         inputs_split: bool = False,
+        quantization: str = "",
     ):
         """inputs_split: `tensor` splits the inputs, as behind heads and hidden layers."""
-        shape_in = np.atleast_1d(n_in).tolist()
-        shape_out = np.atleast_1d(n_out).tolist()
+        self.shape_in = tuple(np.atleast_1d(n_in).tolist())
+        self.shape_out = tuple(np.atleast_1d(n_out).tolist())
+        self.stack = stack
         self.dtype = dtype
-        self.axes_in = len(shape_in)
-        self.axes_out = len(shape_out)
         self.inputs_split = inputs_split
+        self.quantization = quantization
 
-        # The initial variance depends on the number of inputs, so draw the kernel as a matrix.
-        kernel = _lecun(rngs.params(), (*stack, np.prod(shape_in), np.prod(shape_out)), param_dtype)
-        self.kernel = nnx.Param(kernel.reshape(*stack, *shape_in, *shape_out))
+        shape_in = self.shape_in
+        shape_out = self.shape_out
+        if quantization:
+            codes, scales = quantized_shapes(quantization, stack, shape_in, shape_out)
+            self.kernel = nnx.Param(jnp.zeros(codes.shape, codes.dtype))
+            self.kernel_scale = nnx.Param(jnp.zeros(scales.shape, scales.dtype))
+        else:
+            # The initial variance depends on the number of inputs, so draw the kernel as a matrix.
+            matrix = (*stack, math.prod(shape_in), math.prod(shape_out))
+            kernel = _lecun(rngs.params(), matrix, param_dtype)
+            self.kernel = nnx.Param(kernel.reshape(*stack, *shape_in, *shape_out))
+            self.kernel_scale = None
         self.bias = nnx.Param(jnp.zeros((*stack, *shape_out), param_dtype)) if bias else None
 
         # Filled in by lora.with_lora.
@@ -76,34 +88,53 @@ class Linear(nnx.Module):
         if self.inputs_split:
             x = constrain(x, mesh, BATCH_AXES, *[None] * (x.ndim - 2), "tensor")
         kernel = self.kernel[...]
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
         bias = None if self.bias is None else self.bias[...].astype(self.dtype)
 
         product = lora_product
-        if kernel.ndim > self.axes_in + self.axes_out:
+        if kernel.ndim > len(self.shape_in) + len(self.shape_out):
             product = jax.vmap(lora_product, (None, 0, 0))
-            y = _all_layers(x, kernel.astype(self.dtype))
+            if scale is None:
+                y = _all_layers(x, kernel.astype(self.dtype))
+            else:
+                y = self._layer_by_layer(x, kernel, scale)
             bias = None if bias is None else bias[:, None]
         else:
+            if scale is not None:
+                kernel = self._dequantized(kernel, scale)
             y = checkpoint_name(matmul(partial(self._product, mesh=mesh), x, kernel), PROJECTION)
         if bias is not None:
             y = y + bias
 
         if self.lora_a is not None:
-            flat = x.reshape(*x.shape[: x.ndim - self.axes_in], -1)
+            flat = x.reshape(*x.shape[: x.ndim - len(self.shape_in)], -1)
             delta = product(flat, self.lora_a[...], self.lora_b[...])
             y = y + self.lora_scale * delta.reshape(y.shape)
         return y
 
+    def _dequantized(self, kernel: Array, scale: Array) -> Array:
+        """The kernel of a layer, [*in, *out], in the compute dtype."""
+        axis = len(self.shape_in) - 1
+        return dequantize(kernel, scale, self.quantization, axis, self.dtype)
+
+    def _layer_by_layer(self, x: Array, kernel: Array, scale: Array) -> Array:
+        """`_all_layers` for codes, one layer at a time: only one dequantised kernel exists."""
+
+        def product(layer: tuple[Array, Array]) -> Array:
+            return x @ self._dequantized(*layer)
+
+        return jax.lax.map(jax.checkpoint(product), (kernel, scale))
+
     def _product(self, x: Array, kernel: Array, mesh: Mesh | None) -> Array:
         """x W in x's dtype, [..., *in] -> [..., *out]."""
         kernel = kernel.astype(x.dtype)
-        lead = x.shape[: x.ndim - self.axes_in]
-        shape_out = kernel.shape[self.axes_in :]
+        axes = len(self.shape_in)
+        lead = x.shape[: x.ndim - axes]
 
         # Gather a kernel that is split on its input side, part by part: NCCL gathers along the
         # first axis only, so for all parts at once XLA would keep a transposed copy of all layers.
         if self.inputs_split and mesh is not None and mesh.shape["fsdp"] > 1:
-            if self.axes_in == 1:
+            if axes == 1:
                 kernel = _gather(kernel, mesh)
             else:
                 kernel = jnp.stack([_gather(part, mesh) for part in kernel])
@@ -112,10 +143,10 @@ class Linear(nnx.Module):
         # CPU backend transposes the kernel for the gradient of x, which costs a sixth of the
         # product.
         if mesh is None or mesh.shape["tensor"] == 1:
-            y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(shape_out))
+            y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(self.shape_out))
         else:
-            y = jnp.tensordot(x, kernel, self.axes_in)
-        return y.reshape(*lead, *shape_out)
+            y = jnp.tensordot(x, kernel, axes)
+        return y.reshape(*lead, *self.shape_out)
 
 
 def matmul(product: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:

@@ -65,12 +65,9 @@ def with_lora(
     """
     for number, (path, parts) in enumerate(targets.items()):
         linear = _submodule(network, path)
-        shape = linear.kernel.shape
-        first_in = len(shape) - linear.axes_in - linear.axes_out
-        first_out = first_in + linear.axes_in
-        stack = shape[:first_in]
-        n_in = math.prod(shape[first_in:first_out])
-        n_out = math.prod(shape[first_out:]) // parts
+        stack = linear.stack
+        n_in = math.prod(linear.shape_in)
+        n_out = math.prod(linear.shape_out) // parts
 
         start = INITS[config.init]
         shape_a = (*stack, n_in, parts, config.rank)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from realgen_jax.nn.attention import SPLASH
 from realgen_jax.nn.layers import PROJECTION, Linear, modulated_norm
+from realgen_jax.nn.quantize import check_format
 from realgen_jax.sharding import BATCH_AXES, constrain
 
 _splash = jax.checkpoint_policies.save_only_these_names(SPLASH)
@@ -41,10 +42,16 @@ REMAT_POLICIES = {
 }
 
 
-def check_remat(remat: str) -> None:
-    """Raise ValueError for an unknown policy."""
+def check_remat(remat: str, quantization: str = "") -> None:
+    """Raise ValueError for an unknown policy or format, and for two that do not go together."""
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+    check_format(quantization)
+    if quantization and remat == "none":
+        raise ValueError(
+            "remat is 'none', which would keep the dequantised weights of all blocks; with "
+            f"quantization {quantization!r} choose one of full, attention, dots"
+        )
 
 
 def pin_rows(tree: Any, mesh: Mesh | None) -> Any:

@@ -22,7 +22,11 @@ DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+# The dtypes of codes, in files of scripts/quantize.py alone. Their header names the format.
+CODES = {"I8": np.int8, "U8": np.uint8}
+QUANTIZATION = "realgen_jax_quantization"
+_ALL = {**DTYPES, **CODES}
+_NAMES = {np.dtype(dtype): name for name, dtype in _ALL.items()}
 
 # How files of other formats begin.
 OTHER_FORMATS = {
@@ -89,13 +93,14 @@ def _open_safetensors(file: Path) -> tuple[dict[str, str], list[Stored]]:
             f"{file} is not a complete safetensors file ({error}); download it again"
         ) from error
     metadata = header.pop("__metadata__", {})
+    known = _ALL if QUANTIZATION in metadata else DTYPES
     tensors = []
     for key, entry in header.items():
         offset = 8 + size + entry["data_offsets"][0]
         shape = tuple(entry["shape"])
         dtype = entry["dtype"]
         rows = _safetensors_rows(file, dtype, shape, offset)
-        tensors.append(Stored(file, key, dtype, shape, dtype in DTYPES, rows))
+        tensors.append(Stored(file, key, dtype, shape, dtype in known, rows))
     return metadata, tensors
 
 
@@ -103,7 +108,7 @@ def _safetensors_rows(
     file: Path, dtype_name: str, shape: tuple[int, ...], offset: int
 ) -> Callable[[int, int], np.ndarray]:
     def rows(start: int, stop: int) -> np.ndarray:
-        dtype = np.dtype(DTYPES[dtype_name])
+        dtype = np.dtype(_ALL[dtype_name])
         row = math.prod(shape[1:]) * dtype.itemsize
         content = np.fromfile(file, np.uint8, (stop - start) * row, offset=offset + start * row)
         return content.view(dtype).reshape(stop - start, *shape[1:])

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from realgen_jax.nn.stored import DTYPES, Stored, open_tensors
+from realgen_jax.nn.stored import DTYPES, QUANTIZATION, Stored, open_tensors
 
 STEM = "diffusion_pytorch_model"
 Config = TypeVar("Config")
@@ -29,6 +29,8 @@ SCALES = ("scale_weight", "weight_scale")
 SCALE_NOTES = ("scaled_fp8", "comfy_quant", "scale_input", "input_scale")
 # What other ways of quantizing write beside a weight.
 QUANTIZED = ("weight_scale_2", "pre_quant_scale", "weight_scale_inv", "absmax", "quant_map")
+# In the config.json of scripts/quantize.py, so that other programs do not read its codes.
+QUANT_METHOD = "realgen_jax"
 
 
 class Tensors:
@@ -105,6 +107,10 @@ class Tensors:
         """The header's own entries; {} if there are none."""
         return self._metadata
 
+    def quantization(self) -> str:
+        """The format of codes in a file of scripts/quantize.py; "" for any other file."""
+        return self._metadata.get(QUANTIZATION, "")
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self._tensors[key].shape
 
@@ -178,10 +184,11 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
     config = read_json(file)
     if config.get("_class_name") != class_name:
         raise ValueError(f"{file} describes a {config.get('_class_name')}; expected a {class_name}")
-    if config.get("quantization_config"):
+    quantization = config.pop("quantization_config", None)
+    if quantization and quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(
             f"{file} has quantization_config: quantized weights are not read; expected the model "
-            "in bfloat16"
+            "in bfloat16, or a folder of scripts/quantize.py"
         )
     return config
 

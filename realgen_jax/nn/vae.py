@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from realgen_jax.nn.layers import EPS, Linear
+from realgen_jax.nn.tiles import decode_tiled
 from realgen_jax.nn.tokens import unpack
 from realgen_jax.sharding import BATCH_AXES, batch_devices, constrain
 
@@ -25,7 +26,10 @@ DECODE_BYTES = 2**23
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Sizes under diffusers' names (`vae/config.json`); the defaults are those of FLUX.1-dev."""
+    """Sizes under diffusers' names (`vae/config.json`); the defaults are those of FLUX.1-dev.
+
+    tile is in no file. Raises ValueError if it is no whole number of latents with a quarter.
+    """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -34,6 +38,19 @@ class VaeConfig:
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
     dtype: Any = jnp.float32  # compute and weight dtype
+    tile: int = 0  # side of the tiles that pictures are decoded in, in pixels; 0: as a whole
+
+    def __post_init__(self):
+        if self.tile % (4 * self.factor):
+            raise ValueError(
+                f"config.pretrained.vae_tile is {self.tile}; expected a multiple of "
+                f"{4 * self.factor} pixels, or 0"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture's side for each latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -331,6 +348,8 @@ def decoded_at_once(config: VaeConfig, image_tokens: int, images: int) -> int:
     # map has the full size and the channels of the level before the last.
     widths = config.block_out_channels
     pixels = image_tokens * 4 ** len(widths)
+    if config.tile:
+        pixels = min(pixels, config.tile**2)
     channels = widths[min(1, len(widths) - 1)]
     largest = pixels * channels * jnp.dtype(config.dtype).itemsize
 
@@ -355,6 +374,8 @@ def decode_tokens(
 
     def decode(tokens: Array) -> Array:
         latents = unpack(tokens, height, width).astype(vae.config.dtype)
+        if vae.config.tile:
+            return to_uint8(decode_tiled(vae.decode, latents, vae.config.tile, vae.config.factor))
         return to_uint8(vae.decode(latents))
 
     # Each round takes the next few images of each device.

@@ -10,10 +10,13 @@ from realgen_jax.preflight.report import Report, on_tpu
 GIB = 2**30
 TERA = 1e12
 
-# name: (dense bf16 TFLOP/s, GiB that a program can see). Sources: NVIDIA's data sheets of the A100
-# (2021), H100 SXM and H200 SXM (2024); cloud.google.com/tpu/docs, "TPU v5p" and "TPU v6e", per
-# chip.
+# name: (dense bf16 TFLOP/s, GiB that a program can see). Sources: NVIDIA's Ada GPU architecture
+# whitepaper (RTX 4090, with float32 sums), data sheets of the L40S (2023), A100 (2020, 2021), H100
+# SXM and H200 SXM (2024); cloud.google.com/tpu/docs, "TPU v5p" and "TPU v6e", per chip.
 ACCELERATORS = {
+    "RTX 4090": (165, 23.6),
+    "L40S": (362, 44.4),
+    "A100 40 GB": (312, 39.4),
     "A100 80 GB": (312, 79.0),
     "H100 SXM": (989, 78.0),
     "H200 SXM": (989, 139.0),

@@ -25,9 +25,11 @@ from realgen_jax.training.programs import (
 )
 from realgen_jax.training.progress import plain_console
 
-# TB/s of memory. Sources: NVIDIA's data sheets of the A100 80 GB SXM (2021), H100 SXM and H200 SXM
-# (2024); cloud.google.com/tpu/docs, "TPU v5p" and "TPU v6e".
+# TB/s of memory. Sources: as of ACCELERATORS (figures.py).
 BANDWIDTH = {
+    "RTX 4090": 1.008,
+    "L40S": 0.864,
+    "A100 40 GB": 1.555,
     "A100 80 GB": 2.039,
     "H100 SXM": 3.35,
     "H200 SXM": 4.8,

@@ -90,6 +90,8 @@ def manifest(
         "dtype": pretrained.dtype,
         "param_dtype": pretrained.param_dtype,
         "vae_dtype": pretrained.vae_dtype,
+        "vae_tile": pretrained.vae_tile,
+        "quantization": pretrained.quantization,
         "max_tokens": config.prompts.max_tokens,
         "text_dtype": config.prompts.dtype,
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),

@@ -75,6 +75,11 @@ def _image_parts(config: ConfigDict) -> tuple[Layout, Objective]:
         previews=sample.scout.previews,
     )
     _check_scout(sample)
+    if config.pretrained.quantization and not config.train.lora:
+        raise ValueError(
+            f"config.pretrained.quantization is {config.pretrained.quantization!r}, but "
+            "config.train.lora=False trains all weights, which codes cannot hold; expected ''"
+        )
     steps = config.train.gradient_accumulation_steps
     if layout.calls % steps:
         raise ValueError(

@@ -16,6 +16,7 @@ from realgen_configs import (
     rewriter_grpo,
     sd3_grpo,
     serve_rewards,
+    small_cards,
     zimage_grpo,
 )
 from tests.helpers.goldens import ROOT
@@ -47,7 +48,8 @@ def keys_in(text: str) -> set[str]:
 
 def presets_in(text: str) -> set[str]:
     """The presets that follow a colon (flux_grpo.py:PRESET) or begin a row of a table."""
-    named = re.findall(r"(?:flux|sd3|zimage|rewriter)_grpo(?:\.py)?:([a-z0-9_]+)", text)
+    names = r"(?:(?:flux|sd3|zimage|rewriter)_grpo|small_cards)(?:\.py)?:([a-z0-9_]+)"
+    named = re.findall(names, text)
     in_tables = re.findall(r"^\| `(\w+_\d+x\w+)`", text, re.MULTILINE)
     return {*named, *in_tables}
 
@@ -65,7 +67,7 @@ def test_every_key_and_preset_exists(file):
     configs = (flux_grpo.get_config(), serve_rewards.get_config())
     for key in keys_in(text):
         assert any(has_key(config, key) for config in configs), key
-    files = (flux_grpo, flux_objectives, rewriter_grpo, sd3_grpo, zimage_grpo)
+    files = (flux_grpo, flux_objectives, rewriter_grpo, sd3_grpo, small_cards, zimage_grpo)
     presets = {name for file in files for name in file.PRESETS}
     assert presets_in(text) <= presets
 

@@ -66,6 +66,7 @@ def report_of(
     branches=1,
     guidance=1.0,
     gradient="",
+    quantization="",
 ):
     """The report of a run with the model in `folder`, with attention as on a CPU.
 
@@ -75,6 +76,7 @@ def report_of(
     config = get_config().unlock()
     config.pretrained.model = str(folder)
     config.pretrained.remat = remat
+    config.pretrained.quantization = quantization
     config.prompts.max_tokens = case.text
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
     config.sample.update(

@@ -26,6 +26,7 @@ from realgen_jax.sharding import batch_sharding, param_sharding
 from realgen_jax.update import Batch, EmaConfig, TrainState, make_optimizer, update
 from tests.helpers.models import fresh_adapters
 from tests.helpers.objectives import grpo
+from tests.helpers.quantized import SMALL_FLUX, quantized
 
 SCALE = 4.5  # of guidance
 OPTIMIZER = make_optimizer(1e-3, 0.9, 0.999, 1e-8, 1e-4, 1e9)
@@ -47,6 +48,7 @@ class Size:
 # With fewer than 64 channels and 8 rows, XLA's CPU compiler makes another kind of loop of a product
 # in each of the two programs, and the last bit differs.
 SIZES = {
+    ("flux", "tiny"): Size(SMALL_FLUX, side=4, text=21),
     ("flux", "wide"): Size(flux.FluxConfig(num_layers=2, num_single_layers=2), side=32, text=512),
     ("sd3", "tiny"): Size(
         sd3.SD3Config(
@@ -109,7 +111,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def random_model(name, size, dtype, mesh, remat="full"):
+def random_model(name, size, dtype, mesh, remat="full", quantization=""):
     """A model with random weights and adapters that are not zero."""
     chosen = SIZES[name, size]
     family = FAMILIES[name]
@@ -125,6 +127,8 @@ def random_model(name, size, dtype, mesh, remat="full"):
         out_shardings=nnx.from_flat_state(where),
     )
     params = draw(jax.random.key(0))
+    if quantization:
+        config, params = quantized(family, config, params, quantization, mesh)
     base = Model(
         params=params,
         vae_params=None,
@@ -172,8 +176,8 @@ def random_cond(name, model, size, slots, gradient):
 class Replay:
     """One call of n images that was sampled on a mesh, and the programs that replay it."""
 
-    def __init__(self, name, size, dtype, gradient, mesh, remat="full", n=8):
-        self.model, self.adapters = random_model(name, size, dtype, mesh, remat)
+    def __init__(self, name, size, dtype, gradient, mesh, remat="full", n=8, quantization=""):
+        self.model, self.adapters = random_model(name, size, dtype, mesh, remat, quantization)
         rows = batch_sharding(mesh)
         cond = jax.device_put(random_cond(name, self.model, size, n, gradient), rows)
         self.objective = grpo(beta=0.1, window=2, bounds=(0, 4), sde_type="cps", noise_level=0.8)

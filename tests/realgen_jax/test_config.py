@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from realgen_configs import flux_grpo, flux_objectives, sd3_grpo, serve_rewards, zimage_grpo
+from realgen_configs import (
+    flux_grpo,
+    flux_objectives,
+    sd3_grpo,
+    serve_rewards,
+    small_cards,
+    zimage_grpo,
+)
 from realgen_jax.config import adversary, base
 from realgen_jax.config_files import load_config, missing_keys
 from realgen_jax.training.run import check
@@ -69,7 +76,7 @@ def test_base_is_refused_with_a_line_for_each_gap():
 
 
 # The configs that train, and each of their experiments.
-TRAINING = (flux_grpo, flux_objectives, sd3_grpo, zimage_grpo)
+TRAINING = (flux_grpo, flux_objectives, sd3_grpo, small_cards, zimage_grpo)
 EXPERIMENTS = [
     pytest.param(module, name, id=name) for module in TRAINING for name in module.PRESETS
 ]

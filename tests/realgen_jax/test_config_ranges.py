@@ -6,7 +6,14 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from realgen_configs import flux_grpo, flux_objectives, sd3_grpo, serve_rewards, zimage_grpo
+from realgen_configs import (
+    flux_grpo,
+    flux_objectives,
+    sd3_grpo,
+    serve_rewards,
+    small_cards,
+    zimage_grpo,
+)
 from realgen_jax.config import adversary, base
 from realgen_jax.config_ranges import ADVERSARY, RANGES, SERVER_RANGES, wrong_values
 from realgen_jax.nn.lora import INITS
@@ -43,7 +50,7 @@ def test_every_key_has_a_range():
     assert keys(serve_rewards.base()) == set(SERVER_RANGES)
 
 
-@pytest.mark.parametrize("module", [flux_grpo, flux_objectives, sd3_grpo, zimage_grpo])
+@pytest.mark.parametrize("module", [flux_grpo, flux_objectives, sd3_grpo, small_cards, zimage_grpo])
 def test_shipped_configs_are_in_range(module):
     for name in module.PRESETS:
         assert wrong_values(module.get_config(name)) == [], name

@@ -66,6 +66,7 @@ class FluxConfig:
     dtype: Any = jnp.bfloat16  # compute dtype
     param_dtype: Any = jnp.bfloat16  # dtype of the stored weights
     remat: str = "full"  # a key of REMAT_POLICIES
+    quantization: str = ""  # of the blocks' kernels: a key of FORMATS in nn/quantize.py, or ""
 
     def __post_init__(self):
         rope_channels = sum(self.axes_dims_rope)
@@ -80,7 +81,7 @@ class FluxConfig:
                 "does not make pictures from text alone: FLUX.1-Fill (384 and 64) also takes a "
                 "picture and a mask, FLUX.1-Canny and FLUX.1-Depth (128 and 64) a control picture"
             )
-        check_remat(self.remat)
+        check_remat(self.remat, self.quantization)
 
     @property
     def hidden_dim(self) -> int:
@@ -191,8 +192,9 @@ class FluxTransformer(nnx.Module):
         self.config = config
         dim = config.hidden_dim
         kw = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        double = {**kw, "stack": (config.num_layers,)}
-        single = {**kw, "stack": (config.num_single_layers,)}
+        block = {**kw, "quantization": config.quantization}
+        double = {**block, "stack": (config.num_layers,)}
+        single = {**block, "stack": (config.num_single_layers,)}
 
         def embedder(n_in: int) -> MLP:
             return MLP(n_in, dim, dim, jax.nn.silu, **kw)

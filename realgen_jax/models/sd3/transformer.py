@@ -73,6 +73,7 @@ class SD3Config:
     dtype: Any = jnp.bfloat16  # compute dtype
     param_dtype: Any = jnp.bfloat16  # dtype of the stored weights
     remat: str = "full"  # a key of REMAT_POLICIES
+    quantization: str = ""  # of the blocks' kernels: a key of FORMATS in nn/quantize.py, or ""
 
     def __post_init__(self):
         if (self.in_channels, self.out_channels) != (CHANNELS, CHANNELS):
@@ -104,7 +105,7 @@ class SD3Config:
                 f"pictures of {self.image_size[0]} x {self.image_size[1]} tokens are larger than "
                 f"the model's table of positions, pos_embed_max_size {self.pos_embed_max_size}"
             )
-        check_remat(self.remat)
+        check_remat(self.remat, self.quantization)
 
     @property
     def hidden_dim(self) -> int:
@@ -249,9 +250,10 @@ class SD3Transformer(nnx.Module):
         dim = config.hidden_dim
         channels = PATCH**2 * config.in_channels
         kw = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        dual = {**kw, "stack": (config.dual_layers,)}
-        joint = {**kw, "stack": (config.joint_layers,)}
-        last = {**kw, "stack": (1,)}
+        block = {**kw, "quantization": config.quantization}
+        dual = {**block, "stack": (config.dual_layers,)}
+        joint = {**block, "stack": (config.joint_layers,)}
+        last = {**block, "stack": (1,)}
 
         def embedder(n_in: int) -> MLP:
             return MLP(n_in, dim, dim, jax.nn.silu, **kw)

@@ -72,6 +72,7 @@ class ZImageConfig:
     dtype: Any = jnp.bfloat16  # compute dtype
     param_dtype: Any = jnp.bfloat16  # dtype of the stored weights
     remat: str = "full"  # a key of REMAT_POLICIES
+    quantization: str = ""  # of the blocks' kernels: a key of FORMATS in nn/quantize.py, or ""
 
     def __post_init__(self):
         if self.n_kv_heads != self.n_heads:
@@ -90,7 +91,7 @@ class ZImageConfig:
                 f"axes_dims {self.axes_dims} add up to {rope_channels}, but must add up to the "
                 f"channels of a head, dim {self.dim} / n_heads {self.n_heads}"
             )
-        check_remat(self.remat)
+        check_remat(self.remat, self.quantization)
 
     @property
     def num_attention_heads(self) -> int:
@@ -253,8 +254,9 @@ class ZImageTransformer(nnx.Module):
         level = config.modulation_dim
         channels = PATCH**2 * config.in_channels
         kw = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        refiners = {**kw, "stack": (config.n_refiner_layers,)}
-        layers = {**kw, "stack": (config.n_layers,)}
+        block = {**kw, "quantization": config.quantization}
+        refiners = {**block, "stack": (config.n_refiner_layers,)}
+        layers = {**block, "stack": (config.n_layers,)}
 
         # Embed the latents, the caption and the noise level.
         self.img_in = Linear(channels, dim, **kw)

@@ -8,8 +8,15 @@ from flax import nnx
 
 from realgen_jax.nn import vae as vae_module
 from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.tiles import decode_tiled
 from realgen_jax.nn.tokens import pack
-from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens, decoded_at_once, to_uint8
+from realgen_jax.nn.vae import (
+    Autoencoder,
+    VaeConfig,
+    decode_tokens,
+    decoded_at_once,
+    to_uint8,
+)
 from realgen_jax.nn.vae_files import load_vae
 from tests.helpers.compiling import QUICK
 from tests.helpers.goldens import GOLDENS, golden
@@ -115,3 +122,48 @@ def test_agrees_with_diffusers_on_random_weights(tmp_path, widths, layers, heigh
     np.testing.assert_allclose(logvar, channels_last(posterior.logvar), atol=1e-4)
     images = quick(ours.decode)(ours.normalise(mean))
     np.testing.assert_allclose(images, channels_last(decoded), atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 28), (20, 8)])
+def test_tiles_are_those_of_diffusers(tmp_path, height, width):
+    """Tiles of 8 latents that start every 6; those at the ends have 2 to 8."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    theirs.eval().save_pretrained(tmp_path)
+    theirs.enable_tiling()
+    assert (theirs.tile_latent_min_size, theirs.tile_sample_min_size) == (8, 16)
+    latents = torch.randn(2, 4, height, width)
+    with torch.no_grad():
+        expected = theirs.decode(latents).sample
+
+    config, params = load_vae(tmp_path, tile=16)
+    vae = nnx.merge(abstract(Autoencoder, config)[0], params)
+    scaled = vae.normalise(jnp.asarray(channels_last(latents)))
+    images = quick(lambda latents: decode_tiled(vae.decode, latents, 16, 2))(scaled)
+    np.testing.assert_allclose(images, channels_last(expected), atol=1e-4)
+    assert np.abs(images - quick(vae.decode)(scaled)).max() > 1e-2
+
+    # The tiles are what decode_tokens decodes.
+    pictures = quick(lambda tokens: decode_tokens(vae, tokens, height // 2, width // 2))(
+        pack(scaled)
+    )
+    np.testing.assert_allclose(pictures.astype(int), to_uint8(images).astype(int), atol=1)
+
+
+def test_a_tile_is_a_whole_number_of_latents_with_a_quarter():
+    with pytest.raises(ValueError, match=r"vae_tile is 80; expected a multiple of 32 pixels, or 0"):
+        VaeConfig(tile=80)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from realgen_configs import flux_objectives, sd3_grpo, zimage_grpo
+from realgen_configs import flux_objectives, sd3_grpo, small_cards, zimage_grpo
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.models.cost import decode_flops, velocity_flops
 from realgen_jax.preflight.advice import changes, endpoints, learners
@@ -184,7 +184,8 @@ def test_of_several_sizes_the_largest_counts(capsys):
     ("file", "preset"),
     [("sd3_grpo", name) for name in sd3_grpo.PRESETS if "tiny" not in name]
     + [("zimage_grpo", name) for name in zimage_grpo.PRESETS]
-    + [("flux_objectives", name) for name in flux_objectives.PRESETS],
+    + [("flux_objectives", name) for name in flux_objectives.PRESETS]
+    + [("small_cards", name) for name in small_cards.PRESETS],
 )
 def test_other_families_and_objectives_compile_on_paper(file, preset):
     done = preflight("--config.pretrained.model=models/none", preset=preset, file=file)
