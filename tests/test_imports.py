@@ -130,10 +130,11 @@ def test_no_circles(package):
             del graph[name]
 
 
-def test_no_private_import_of_jax_but_one():
+def test_private_imports_of_jax_are_these():
+    """Slurm's and other clusters' detection, and jax's check that cuDNN is installed."""
     private = []
     for package in ("realgen_jax", "reward_bridge", "scripts"):
         for file in (ROOT / package).rglob("*.py"):
             if breaks(file, ("jax._src",)):
                 private.append(file.name)
-    assert private == ["hosts.py"]
+    assert sorted(private) == ["hosts.py", "targets.py"]
