@@ -162,6 +162,9 @@ def sampler() -> Callable[[jax.Array], jax.Array]:
         "dtype": "float32",
         "param_dtype": "float32",
         "vae_dtype": "float32",
+        "vae": "",
+        "vae_tile": 0,
+        "quantization": "",
         "remat": "full",
     }
     pretrained = Settings(model=str(folder), transformer="", **settings)

@@ -121,8 +121,14 @@ def generated_pictures(
     # The pipeline in float32, and the LoRA at every scale.
     mesh = make_mesh(-1, 1, 1, jax.devices())
     exact = dict.fromkeys(("dtype", "param_dtype", "vae_dtype"), "float32")
-    names = {"model": str(pipeline), "family": "FluxPipeline", "transformer": "", "vae": ""}
-    pretrained = ConfigDict({**names, "remat": "full", **exact})
+    names = {
+        "model": str(pipeline),
+        "family": "FluxPipeline",
+        "transformer": "",
+        "vae": "",
+        "quantization": "",
+    }
+    pretrained = ConfigDict({**names, "vae_tile": 0, "remat": "full", **exact})
     model = load_model(pretrained, (SIZE, SIZE), mesh)
     versions = [None]
     if lora is not None:

@@ -94,6 +94,11 @@ class ZImageConfig:
         check_remat(self.remat, self.quantization)
 
     @property
+    def hidden_dim(self) -> int:
+        """D, the channels of a token, under the name that all families share."""
+        return self.dim
+
+    @property
     def num_attention_heads(self) -> int:
         """h, under the name that all families share."""
         return self.n_heads
