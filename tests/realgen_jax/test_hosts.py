@@ -99,6 +99,7 @@ def launch_two(program, devices):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(whole, cache, tmp_path):
     """Two processes with two devices each end where one process with one device does.
 

@@ -332,7 +332,8 @@ def test_nothing_moves_between_devices_but_what_must(kind, layout):
 
 
 @pytest.mark.parametrize(
-    "layout", ["fsdp 8", pytest.param("fsdp 2 tensor 2", marks=slow), "2 x 2 x 2"]
+    "layout",
+    [*(pytest.param(name, marks=slow) for name in ("fsdp 8", "fsdp 2 tensor 2")), "2 x 2 x 2"],
 )
 def test_inside_the_blocks_only_weights_are_gathered(layout):
     """Where fsdp and tensor meet, XLA fetches some kernels twice in the backward pass (it writes

@@ -18,6 +18,7 @@ def words(tmp_path_factory):
     return parrot(tmp_path_factory.mktemp("words"), ["cat", "frog", "husk"])
 
 
+@pytest.mark.slow
 def test_a_run_trains_the_rewriter(words, cache, tmp_path):
     """Two optimizer steps an epoch, two pictures a rewrite."""
     done = call(

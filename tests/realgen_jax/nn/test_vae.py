@@ -150,7 +150,7 @@ def test_tiles_are_those_of_diffusers(tmp_path, height, width):
     with torch.no_grad():
         expected = theirs.decode(latents).sample
 
-    config, params = load_vae(tmp_path, tile=16)
+    config, params = load_vae(tmp_path, tmp_path, tile=16)
     vae = nnx.merge(abstract(Autoencoder, config)[0], params)
     scaled = vae.normalise(jnp.asarray(channels_last(latents)))
     images = quick(lambda latents: decode_tiled(vae.decode, latents, 16, 2))(scaled)
