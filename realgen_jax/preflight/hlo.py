@@ -222,8 +222,13 @@ def computation_signature(module: Module, name: str) -> str:
         if key in digests:
             return digests[key]
         instruction = instructions[key]
-        if instruction.opcode == "parameter":
-            parts = ["parameter", str(parameters.setdefault(key, len(parameters)))]
+
+        # A parameter that is only seen in another shape is one of that shape.
+        source = key
+        while instructions[source].opcode == "bitcast":
+            (source,) = instructions[source].operands
+        if instructions[source].opcode == "parameter":
+            parts = ["parameter", str(parameters.setdefault(source, len(parameters)))]
         else:
             parts = [_plain(instruction), *map(digest, instruction.operands)]
             for called in instruction.called:
