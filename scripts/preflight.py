@@ -81,6 +81,11 @@ def run(_: Sequence[str]) -> None:
         devices = number_of_devices(config)
         jax.config.update("jax_num_cpu_devices", devices)
         target = None
+        if FLAGS.compile_for and config.stage == "rewriter":
+            raise ValueError(
+                f"--compile_for is {FLAGS.compile_for!r}, but config.stage is 'rewriter'; only the "
+                "programs of stage 'diffusion' are compiled for other devices"
+            )
         if FLAGS.compile_for:
             target = target_devices(FLAGS.compile_for, devices)
 
