@@ -29,12 +29,10 @@ import measure
 from realgen_jax.models import cost
 from realgen_jax.preflight.compiled import compile_programs
 from realgen_jax.preflight.hlo import COLLECTIVES, Instruction, Module, arrays, read_module
-from realgen_jax.preflight.report import make_report
+from realgen_jax.preflight.report import lowered, make_report
 from realgen_jax.preflight.targets import CARDS, target_devices
 from realgen_jax.profiling.programs import scope_of
 
-PEAK = {"a100-40gb": 312, "a100-80gb": 312, "h100": 989, "h200": 989, "b200": 2250,
-        "rtx4090": 165, "l40s": 362}  # dense bf16 TFLOP/s by NVIDIA's data sheets  # fmt: skip
 CLASSES = ("products", "attention", "decoder", "norms, rotary, elementwise", "copies", "transfers")
 ATTENTION = {"__cudnn$fmhaSoftmax": 4.0, "__cudnn$fmhaSoftmaxBackward": 10.0}
 COPIES = {"copy", "bitcast", "transpose", "slice", "dynamic-slice", "dynamic-update-slice",
@@ -176,19 +174,20 @@ def main() -> None:
     for item in args.keys:
         key, value = item.split("=", 1)
         config.update_from_flattened_dict({key: json.loads(value)})
+    card = CARDS[args.target]
     devices = args.devices or config.preflight.devices
     report = make_report(config, devices, target_devices(args.target, devices))
     work, parts = report.work, report.parts
 
     rows = []
     results: dict[str, Any] = {}
-    for program, compiled in compile_programs(report).items():
+    for program, compiled in compile_programs(report, lowered(report)).items():
         module = read_module(compiled.text)
         seconds = bound(
             module,
             {"prefix": work.prefix, "suffix": work.steps - work.prefix - work.window},
             args.products * 1e12,
-            CARDS[args.target].bandwidth,
+            card.bandwidth,
             args.link * 1e9,
         )
         results[program] = dict(seconds)
@@ -207,11 +206,11 @@ def main() -> None:
     calls = report.recipe.config.train.gradient_accumulation_steps
     useful *= calls * work.trained * images
     update = sum(results["update"].values())
-    mfu = useful / (update * PEAK[args.target] * 1e12)
+    mfu = useful / (update * card.tflops * 1e12)
     print(
         f"\nbound: {steps:.2f} s an image for {work.steps:g} steps ({sampling:.2f} with the "
         f"decoder), {update:.1f} s an update; its operations without rematerialisation are "
-        f"{mfu:.2f} of {PEAK[args.target]} TFLOP/s"
+        f"{mfu:.2f} of {card.tflops} TFLOP/s"
     )
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from realgen_jax.config import base
+from realgen_jax.nn.tensors import read_json
 from realgen_jax.training.run_folder import changed_keys, with_defaults
 
 NEAR = 1e-4  # of the first epoch's values, relative to values above 1
@@ -51,20 +52,20 @@ def compare(recorded: Path, run: Path, machine: Mapping[str, Any]) -> Outcome:
         return Outcome(False, ["another recipe than the recorded one:", *changed])
 
     rows = [read_rows(folder / "metrics.jsonl") for folder in (recorded, run)]
-    differences = machine_differences(read(recorded / "machine.json"), machine)
+    differences = machine_differences(read_json(recorded / "machine.json"), machine)
     if not differences:
         return compare_bits(*rows)
     heading = "another machine than the recorded one, so bits are not compared:"
-    figures = read(recorded / "recipe.json")["figures"]
+    figures = read_json(recorded / "recipe.json")["figures"]
     outcome = compare_nearly(*rows, figures)
     return Outcome(outcome.equal, [heading, *differences, *outcome.lines])
 
 
 def changed_recipe(recorded: Path, run: Path) -> list[str]:
     """Return a line for each key, or file, that changes what is computed."""
-    before = with_defaults(read(recorded / "config.json"), base().to_dict())
-    digests = [read(folder / "digests.json") for folder in (recorded, run)]
-    _, changed = changed_keys(before, read(run / "config.json"), *digests)
+    before = with_defaults(read_json(recorded / "config.json"), base().to_dict())
+    digests = [read_json(folder / "digests.json") for folder in (recorded, run)]
+    _, changed = changed_keys(before, read_json(run / "config.json"), *digests)
     return changed
 
 
@@ -197,16 +198,6 @@ def machine_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 # -- Files
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Read a JSON file. Raises FileNotFoundError or ValueError, which name it."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

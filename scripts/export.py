@@ -17,6 +17,7 @@ from realgen_jax import process
 
 process.begin(__name__)  # before the imports that take seconds
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from realgen_jax.command_line import define_config, parse_flags, refuse_words
+from realgen_jax.files import whole_folder
 from realgen_jax.models.exporting import LORA_FORMS, WEIGHT_FORMS, export_lora, export_weights
 from realgen_jax.models.loading import (
     EVALUATIONS,
@@ -70,10 +72,13 @@ def export() -> Path:
     size = size_of(FLAGS.config.evaluate.sample)
     model = abstract_model(pretrained, size, abstract_mesh(1, 1, 1, 1), key=EVALUATIONS)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if FLAGS.merge:
-        export_weights(model, pretrained, FLAGS.lora, FLAGS.format, out, jnp.dtype(FLAGS.dtype))
-    else:
-        export_lora(model, FLAGS.lora, FLAGS.format, out)
+    is_file = FLAGS.format == "comfyui"
+    with contextlib.nullcontext(out) if is_file else whole_folder(out) as target:
+        if FLAGS.merge:
+            dtype = jnp.dtype(FLAGS.dtype)
+            export_weights(model, pretrained, FLAGS.lora, FLAGS.format, target, dtype)
+        else:
+            export_lora(model, FLAGS.lora, FLAGS.format, target)
     return out
 
 

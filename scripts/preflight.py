@@ -33,7 +33,7 @@ from realgen_jax.files import writing
 from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.compiled import compile_programs, compiler_figures, show_compiled
-from realgen_jax.preflight.report import build, make_report
+from realgen_jax.preflight.report import argument_bytes, lowered, make_report
 from realgen_jax.preflight.rewriter import make_rewriter_report, show_rewriter
 from realgen_jax.preflight.tables import show
 from realgen_jax.preflight.targets import TARGETS, target_devices
@@ -94,16 +94,17 @@ def run(_: Sequence[str]) -> None:
             figures = show_rewriter(make_rewriter_report(config, devices), mfu)
         else:
             report = make_report(config, devices, target)
+            programs = lowered(report)
             compile_here = FLAGS.compile and target is None
             figures = show(
                 report,
-                build(report, compile_here),
+                argument_bytes(programs) if compile_here else {},
                 mfu,
                 sizes_on_disk(config.pretrained),
                 lambda report, room: changes(report, room, make_report),
             )
             if target:
-                compiled = compile_programs(report)
+                compiled = compile_programs(report, programs)
                 show_compiled(FLAGS.compile_for, report, compiled)
                 figures["compiled"] = compiler_figures(report, compiled)
         if FLAGS.json:

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import jax
 
-from realgen_jax.reproduction import compare, evaluations, figure, read, read_rows, this_machine
+from realgen_jax.nn.tensors import read_json
+from realgen_jax.reproduction import compare, evaluations, figure, read_rows, this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("digests.json", "metrics.jsonl")
@@ -61,7 +62,7 @@ def kinds() -> list[str]:
 
 def train(folder: Path) -> Path:
     """Train by the recipe, without the report; return the run's folder."""
-    recipe = read(folder / "recipe.json")
+    recipe = read_json(folder / "recipe.json")
     run = Path("runs") / f"reproduce-{folder.name}-{datetime.now():%Y%m%d-%H%M%S}"
     command = [sys.executable, ROOT / "scripts" / "train.py", "--config", recipe["config"]]
     command += [*recipe["options"], "--config.evaluate.after_training=False"]
@@ -74,7 +75,7 @@ def train(folder: Path) -> Path:
 
 def record(folder: Path, run: Path, seeds: list[Path], lora: bool) -> None:
     """Copy a finished run into the folder of its recipe."""
-    recipe = read(folder / "recipe.json")
+    recipe = read_json(folder / "recipe.json")
     ends = [last_evaluation(path) for path in (run, *seeds)]
     for column in recipe["figures"]:
         recipe["figures"][column] = [figure(end, column) for end in ends]
@@ -98,7 +99,7 @@ def record(folder: Path, run: Path, seeds: list[Path], lora: bool) -> None:
 def last_evaluation(run: Path) -> dict:
     """Return the row of a run's last evaluation. Raises ValueError if the run has not ended."""
     row = evaluations(read_rows(run / "metrics.jsonl"))[-1]
-    epochs = read(run / "config.json")["num_epochs"]
+    epochs = read_json(run / "config.json")["num_epochs"]
     if row["epoch"] != epochs:
         raise ValueError(f"{run} has not ended: evaluated at epoch {row['epoch']} of {epochs}")
     return dict(row)

@@ -2,18 +2,18 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from rich.table import Table
 
 from realgen_jax.preflight.figures import GIB
 from realgen_jax.preflight.hlo import COLLECTIVES, Instruction, Module, read_module
-from realgen_jax.preflight.report import Report, sample_arguments, update_arguments
+from realgen_jax.preflight.report import Report
 from realgen_jax.preflight.tables import COLUMNS, new_table
 from realgen_jax.profiling.programs import scope_of
-from realgen_jax.training.programs import make_programs
 from realgen_jax.training.progress import plain_console
 
 # {what a compiled program calls it: attention kernel}
@@ -56,21 +56,13 @@ class Compiled:
 
 
 def compile_programs(
-    report: Report, names: tuple[str, ...] = ("sample", "update")
+    report: Report, programs: Mapping[str, jax.stages.Lowered]
 ) -> dict[str, Compiled]:
-    """Compile programs of a report for the devices of its mesh: {name: what came of it}."""
-    recipe = report.recipe
-    model = report.model
-    programs = make_programs(recipe, model)
-    arguments: dict[str, Callable[[], tuple]] = {
-        "sample": lambda: sample_arguments(recipe, model),
-        "update": lambda: update_arguments(recipe, model, programs),
-    }
+    """Compile a report's lowered programs for the devices of its mesh: {name: what came of it}."""
     result = {}
-    for name in names:
-        lowered = getattr(programs, name).trace(*arguments[name]()).lower()
+    for name, program in programs.items():
         begin = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = program.compile()
         seconds = time.perf_counter() - begin
         result[name] = _describe(compiled, _formula(report, name), seconds)
     return result

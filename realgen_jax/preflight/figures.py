@@ -6,6 +6,7 @@ from typing import Any
 
 from realgen_jax.models import cost
 from realgen_jax.preflight.report import Report, on_tpu
+from realgen_jax.preflight.targets import CARDS
 
 GIB = 2**30
 TERA = 1e12
@@ -14,12 +15,12 @@ TERA = 1e12
 # whitepaper (RTX 4090, with float32 sums), data sheets of the L40S (2023), A100 (2020, 2021), H100
 # SXM and H200 SXM (2024); cloud.google.com/tpu/docs, "TPU v5p" and "TPU v6e", per chip.
 ACCELERATORS = {
-    "RTX 4090": (165, 23.6),
-    "L40S": (362, 44.4),
-    "A100 40 GB": (312, 39.4),
-    "A100 80 GB": (312, 79.0),
-    "H100 SXM": (989, 78.0),
-    "H200 SXM": (989, 139.0),
+    "RTX 4090": (CARDS["rtx4090"].tflops, 23.6),
+    "L40S": (CARDS["l40s"].tflops, 44.4),
+    "A100 40 GB": (CARDS["a100-40gb"].tflops, 39.4),
+    "A100 80 GB": (CARDS["a100-80gb"].tflops, 79.0),
+    "H100 SXM": (CARDS["h100"].tflops, 78.0),
+    "H200 SXM": (CARDS["h200"].tflops, 139.0),
     "TPU v5p": (459, 95.0),
     "TPU v6e": (918, 31.2),
 }

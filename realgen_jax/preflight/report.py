@@ -1,6 +1,6 @@
 """The estimate of a run: program arguments as ShapeDtypeStructs on the target mesh, and costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -255,21 +255,21 @@ def update_arguments(recipe: Recipe, model: Model, programs: Programs) -> tuple:
     return model, abstract_state(recipe, model), Batch(record, cond, advantages, kl_weights)
 
 
-def build(report: Report, compile: bool) -> dict[str, int]:
-    """Trace and lower the run's two large programs.
-
-    If they are compiled, returns the bytes of their arguments on one device, as XLA reports them.
-    """
+def lowered(report: Report) -> dict[str, jax.stages.Lowered]:
+    """Trace and lower the run's two large programs for the devices of its mesh."""
     recipe = report.recipe
     model = report.model
     programs = make_programs(recipe, model)
-    lowered = {
+    return {
         "sample": programs.sample.trace(*sample_arguments(recipe, model)).lower(),
         "update": programs.update.trace(*update_arguments(recipe, model, programs)).lower(),
     }
+
+
+def argument_bytes(programs: Mapping[str, jax.stages.Lowered]) -> dict[str, int]:
+    """Compile the programs and return the bytes of their arguments on one device, by XLA."""
     sizes = {}
-    if compile:
-        for name, program in lowered.items():
-            memory = program.compile(QUICK).memory_analysis()
-            sizes[name] = memory.argument_size_in_bytes
+    for name, program in programs.items():
+        memory = program.compile(QUICK).memory_analysis()
+        sizes[name] = memory.argument_size_in_bytes
     return sizes

@@ -7,7 +7,7 @@ a card (XLA's GpuTargetConfigProto); the one for TPUs knows its chips.
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.experimental import topologies
@@ -20,7 +20,7 @@ CUDNN = 91000  # version 9.10.0
 
 @dataclass(frozen=True)
 class Card:
-    """What XLA asks of an NVIDIA GPU. Sizes in bytes."""
+    """What XLA asks of an NVIDIA GPU, sizes in bytes, and its dense bfloat16 TFLOP/s."""
 
     name: str
     capability: tuple[int, int]
@@ -32,42 +32,84 @@ class Card:
     ghz: float
     bandwidth: int  # bytes a second
     memory: int
+    tflops: float
     links: int = 0  # NVLink
 
 
 # The numbers of A100, H100, H200 and B200 are those of XLA's own specifications
 # (xla/backends/gpu/target_config/specs). Those of RTX 4090 and L40S are from NVIDIA's Ada GPU
 # architecture whitepaper, the L40S data sheet, and the CUDA programming guide's table of compute
-# capability 8.9.
+# capability 8.9. FLOP/s are those of the data sheets.
+_RTX4090 = Card(
+    name="NVIDIA GeForce RTX 4090",
+    capability=(8, 9),
+    cores=128,
+    core_memory=102400,
+    core_threads=1536,
+    lanes=128,
+    l2=75497472,
+    ghz=2.52,
+    bandwidth=1008 * 10**9,
+    memory=25757220864,
+    tflops=165,
+)
+_A100 = Card(
+    name="NVIDIA A100-SXM4-80GB",
+    capability=(8, 0),
+    cores=108,
+    core_memory=167936,
+    core_threads=2048,
+    lanes=64,
+    l2=41943040,
+    ghz=1.41,
+    bandwidth=2039040000000,
+    memory=85100068864,
+    tflops=312,
+    links=12,
+)
+_H100 = Card(
+    name="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    cores=132,
+    core_memory=233472,
+    core_threads=2048,
+    lanes=128,
+    l2=52428800,
+    ghz=1.98,
+    bandwidth=3352320000000,
+    memory=84942979072,
+    tflops=989,
+    links=18,
+)
 CARDS = {
-    "rtx4090": Card(
-        "NVIDIA GeForce RTX 4090", (8, 9), 128, 102400, 1536, 128, 75497472, 2.52, 1008 * 10**9,
-        25757220864,
+    "rtx4090": _RTX4090,
+    "l40s": replace(
+        _RTX4090,
+        name="NVIDIA L40S",
+        cores=142,
+        l2=100663296,
+        bandwidth=864 * 10**9,
+        memory=48305799168,
+        tflops=362,
     ),
-    "l40s": Card(
-        "NVIDIA L40S", (8, 9), 142, 102400, 1536, 128, 100663296, 2.52, 864 * 10**9, 48305799168
+    "a100-40gb": replace(
+        _A100, name="NVIDIA A100-SXM4-40GB", bandwidth=1555200000000, memory=42331013120
     ),
-    "a100-40gb": Card(
-        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 167936, 2048, 64, 41943040, 1.41, 1555200000000,
-        42331013120, 12,
+    "a100-80gb": _A100,
+    "h100": _H100,
+    "h200": replace(_H100, name="NVIDIA H200", bandwidth=4800000000000, memory=151397597184),
+    "b200": replace(
+        _H100,
+        name="NVIDIA B200",
+        capability=(10, 0),
+        cores=148,
+        l2=132644864,
+        ghz=1.965,
+        bandwidth=7672320000000,
+        memory=191514411008,
+        tflops=2250,
     ),
-    "a100-80gb": Card(
-        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 167936, 2048, 64, 41943040, 1.41, 2039040000000,
-        85100068864, 12,
-    ),
-    "h100": Card(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 233472, 2048, 128, 52428800, 1.98, 3352320000000,
-        84942979072, 18,
-    ),
-    "h200": Card(
-        "NVIDIA H200", (9, 0), 132, 233472, 2048, 128, 52428800, 1.98, 4800000000000,
-        151397597184, 18,
-    ),
-    "b200": Card(
-        "NVIDIA B200", (10, 0), 148, 233472, 2048, 128, 132644864, 1.965, 7672320000000,
-        191514411008, 18,
-    ),
-}  # fmt: skip
+}
 
 # Chips of a slice by their number, in the syntax of the TPU's topologies.
 FLAT_SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}

@@ -34,7 +34,7 @@ class Geneval:
     """
 
     def __init__(self, device: str, path: str, clip: str, prompts: str, side: int = 800):
-        self.requirements = {item.prompt: item for item in read_once(prompts)}
+        self.requirements = read_once(prompts)
         self.detector = Detector(device, path, "geneval.path", side)
         known = {NAMES.get(name, name) for name in self.detector.names}
         unknown = set().union(*(item.names for item in self.requirements.values())) - known
@@ -51,7 +51,7 @@ class Geneval:
     def check_prompt(prompt: str, options: Mapping[str, Any]) -> None:
         """Raise ValueError for a prompt that is not in the file `prompts`."""
         if "prompts" in options:
-            requirement_of(prompt, {item.prompt: item for item in read_once(options["prompts"])})
+            requirement_of(prompt, read_once(options["prompts"]))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """uint8 [n, 3, h, w] and n prompts -> float32 [n], 0 or 1."""
@@ -102,12 +102,12 @@ def requirement_of(prompt: str, requirements: Mapping[str, Requirement]) -> Requ
 
 
 @functools.lru_cache(maxsize=4)
-def read_once(file: str) -> list[Requirement]:
-    """`read_requirements` of a file. Raises FileNotFoundError if it does not exist."""
+def read_once(file: str) -> dict[str, Requirement]:
+    """Return {prompt: what it asks for} of a file. Raises FileNotFoundError if it is missing."""
     path = expand_home(file)
     if not path.is_file():
         raise FileNotFoundError(
             f"config.reward.options.geneval.prompts is {file!r}, which does not exist; expected "
             "GenEval's evaluation_metadata.jsonl"
         )
-    return read_requirements(Path(path))
+    return {item.prompt: item for item in read_requirements(Path(path))}

@@ -10,8 +10,7 @@ import pytest
 
 from realgen_configs.flux_grpo import get_config
 from realgen_jax.models import cost
-from realgen_jax.preflight.report import QUICK, make_report, sample_arguments, update_arguments
-from realgen_jax.training.programs import make_programs
+from realgen_jax.preflight.report import QUICK, lowered, make_report
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,8 @@ def report_of(
 
 def compile_programs(report):
     """XLA's figures of the two large programs."""
-    programs = make_programs(report.recipe, report.model)
-    sample = programs.sample.lower(*sample_arguments(report.recipe, report.model))
-    update = programs.update.lower(*update_arguments(report.recipe, report.model, programs))
-    return SimpleNamespace(
-        report=report, sample=sample.compile(QUICK), update=update.compile(QUICK)
-    )
+    programs = {name: program.compile(QUICK) for name, program in lowered(report).items()}
+    return SimpleNamespace(report=report, **programs)
 
 
 def compiled_cases(case_report, cases):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from realgen_jax.config_files import load_config
-from realgen_jax.reproduction import changed_recipe, compare, read, read_rows, this_machine
+from realgen_jax.nn.tensors import read_json
+from realgen_jax.reproduction import changed_recipe, compare, read_rows, this_machine
 from realgen_scripts import reproduce
 from tests.helpers.goldens import ROOT
 
@@ -123,7 +124,7 @@ def test_a_run_that_learns_something_else_is_told_anywhere(recorded, rows, word)
 
 def test_another_recipe_is_told(recorded):
     run = run_with(recorded, ROWS)
-    config = read(run / "config.json")
+    config = read_json(run / "config.json")
     config["train"]["beta"] = 0.5
     (run / "config.json").write_text(json.dumps(config))
     outcome = compare(recorded, run, MACHINE)
@@ -188,7 +189,7 @@ def test_there_are_recorded_runs():
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
 def test_a_recipe_is_still_the_one_that_was_recorded(folder, tmp_path):
-    recipe = read(folder / "recipe.json")
+    recipe = read_json(folder / "recipe.json")
     config = load_config(recipe["config"]).unlock()
     for option in recipe["options"]:
         key, value = option.removeprefix("--config.").split("=")
@@ -206,7 +207,7 @@ def test_the_demo_has_the_figures_of_the_readme():
     """Each cell is the value before and after; a column is a seed."""
     folder = ROOT / "examples" / "embedded" / "demo"
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval"]
-    figures = read(folder / "recipe.json")["figures"]
+    figures = read_json(folder / "recipe.json")["figures"]
     cells = re.findall(r"([\d.]+) → ([\d.]+)", (ROOT / "README.md").read_text())
     for number, (column, seeds) in enumerate(figures.items()):
         line = cells[3 * number : 3 * number + 3]

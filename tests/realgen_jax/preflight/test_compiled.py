@@ -7,7 +7,7 @@ import pytest
 from realgen_configs import flux_grpo, sd3_grpo, small_cards, zimage_grpo
 from realgen_jax.preflight.compiled import compile_programs
 from realgen_jax.preflight.hlo import FREE, arrays, read_module, signature
-from realgen_jax.preflight.report import make_report
+from realgen_jax.preflight.report import lowered, make_report
 from realgen_jax.preflight.targets import target_devices
 from realgen_jax.profiling.programs import scope_of
 from tests.helpers.costs import write_model
@@ -37,7 +37,7 @@ def split(tmp_path_factory):
     config.sample.num_batches_per_epoch = config.train.gradient_accumulation_steps = 4
     config.prompts.max_tokens = 512
     report = make_report(config, 2, target_devices("h200", 2))
-    return report, compile_programs(report)
+    return report, compile_programs(report, lowered(report))
 
 
 def blocks(program, belongs):
@@ -128,4 +128,4 @@ def test_bytes_are_the_formulas(split):
 def test_every_family_runs_the_same_kernels_at_full_size(config, preset, devices, target):
     """With guidance in SD3 and Z-Image, and with quantised weights on the small card."""
     report = make_report(config.get_config(preset), devices, target_devices(target, devices))
-    assert_equal_kernels(compile_programs(report))
+    assert_equal_kernels(compile_programs(report, lowered(report)))
