@@ -17,15 +17,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from realgen_jax.nn.attention import attention
-from realgen_jax.nn.layers import (
-    MLP,
-    TIME_CHANNELS,
-    Linear,
-    apply_rope,
-    rms_norm,
-    sinusoidal_embedding,
-)
+from realgen_jax.nn.layers import MLP, TIME_CHANNELS, Linear, rms_norm, sinusoidal_embedding
 from realgen_jax.nn.mmdit import Heads
+from realgen_jax.nn.rope import apply_rope
 from realgen_jax.nn.stack import (
     check_remat,
     modulation_of_layers,

@@ -9,7 +9,6 @@ from flax import nnx
 from realgen_jax.nn.layers import (
     Linear,
     QKNorm,
-    apply_rope,
     modulated_norm,
     rms_norm,
     sinusoidal_embedding,
@@ -57,15 +56,6 @@ def test_norms_add_eps_to_the_mean_square(eps):
     centred = x - x.mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
     np.testing.assert_allclose(modulated_norm(x, zeros, zeros, eps), expected, atol=1e-5)
-
-
-def test_rotary_tables_may_differ_between_images():
-    x = normal(0, 2, 5, 3, 8)
-    angles = normal(1, 2, 5, 4)
-    together = apply_rope(x, jnp.cos(angles), jnp.sin(angles))
-    for i in range(2):
-        alone = apply_rope(x[i : i + 1], jnp.cos(angles[i]), jnp.sin(angles[i]))
-        np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-6)
 
 
 def test_sinusoidal_embeddings_have_the_frequencies_of_torch():
