@@ -14,6 +14,7 @@ import numpy as np
 # key-value store and barriers of its coordination service. This is the only private import.
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from jax.experimental.layout import Format
 
 TIMEOUT_SECONDS = 300  # how long to wait for a text from process 0
 HEARTBEAT_SECONDS = 20  # a process without a heartbeat for this long is dead and the others end
@@ -149,11 +150,12 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(values)).sum(0)
 
 
-def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def put(array: np.ndarray, where: jax.sharding.Sharding | Format | None) -> jax.Array:
     """Put host data, the same in every process, on the devices (None: the default device)."""
+    sharding = where.sharding if isinstance(where, Format) else where
     if sharding is None or sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.device_put(array, where)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, P]]  # (pattern of a parameter's path, how it is split)
+SUBLANES = 8  # height of a TPU's vector register
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
@@ -51,6 +53,11 @@ def abstract_mesh(data: int, fsdp: int, tensor: int, devices: int) -> AbstractMe
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def target(mesh: Mesh | None) -> jax.Device:
+    """Return the device that a program is for: the first of the mesh, or JAX's default device."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
     """Constrain the sharding of x and its gradient: one entry of `spec` per axis, from the front.
 
@@ -77,15 +84,18 @@ def batch_devices(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def param_sharding(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def param_sharding(
+    mesh: Mesh | AbstractMesh, rules: Rules
+) -> Callable[[str, tuple[int, ...]], NamedSharding | Format]:
     """Return a function (dotted path, shape) -> sharding of a parameter, by a family's rules.
 
     The scales of a quantised kernel (nn/quantize.py) are split as the kernel is; an axis of one
     scale is not. The function raises ValueError unless exactly one rule matches the path, and if a
-    dimension is not divisible by its mesh axis.
+    dimension is not divisible by its mesh axis. On TPUs it also says in which order the axes of a
+    fused projection lie in memory.
     """
 
-    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding | Format:
         ruled = path.removesuffix("_scale")
         specs = [spec for pattern, spec in rules if re.fullmatch(pattern, ruled)]
         if len(specs) != 1:
@@ -104,9 +114,24 @@ def param_sharding(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]],
                 raise ValueError(
                     f"{path} {shape} cannot be split: {size} is not divisible by mesh axis {split}"
                 )
-        return NamedSharding(mesh, spec)
+        return _in_tiles(shape, NamedSharding(mesh, spec))
 
     return sharding
+
+
+def _in_tiles(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding | Format:
+    """Place the kernel of a fused projection, [layers, in, parts, out], as a TPU multiplies it.
+
+    A TPU holds the last two axes in tiles of 8 x 128, which 3 or 4 parts do not fill. XLA would
+    turn the kernels of all layers in every program and keep the copies: 7 GiB of FLUX. With the
+    parts in front, which it also chooses if it may (Layout.AUTO), it turns only those of the
+    queries, keys and values, once a microbatch.
+    """
+    mesh = sharding.mesh
+    on_tpu = isinstance(mesh, Mesh) and target(mesh).platform == "tpu"
+    if not on_tpu or len(shape) != 4 or shape[2] >= SUBLANES:
+        return sharding
+    return Format(Layout((0, 2, 1, 3)), sharding)
 
 
 def local_slots(mesh: Mesh, count: int) -> list[int]:

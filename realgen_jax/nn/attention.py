@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from realgen_jax.sharding import BATCH_AXES, constrain
+from realgen_jax.sharding import BATCH_AXES, constrain, target
 
 SPLASH = "splash"  # checkpoint name of the TPU kernel's output and softmax sums
 LANES = 128  # width of a TPU's vector register
@@ -53,11 +53,6 @@ def attention(
     else:
         out = plain_attention(q, k, v, lengths)
     return out.reshape(*out.shape[:2], -1)
-
-
-def target(mesh: Mesh | None) -> jax.Device:
-    """The device that a program is for: the first of the mesh, or JAX's default device."""
-    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 def takes_splash(q: Array, k: Array, mesh: Mesh | None) -> bool:

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
+from realgen_jax.nn.attention import fills_tiles
 from realgen_jax.nn.layers import EPS, MLP, Linear, QKNorm, modulated_norm
 from realgen_jax.nn.stack import pin_rows
+from realgen_jax.sharding import target
 
 gelu = partial(jax.nn.gelu, approximate=True)
 
@@ -46,6 +49,12 @@ class Heads(nnx.Module):
         """x [n, t, D] -> q, k and v, each [n, t, h, d]."""
         parts = jnp.split(self.qkv(x, mesh), 3, axis=2)
         q, k, v = [rearrange(part, "n t 1 (h d) -> n t h d", d=self.head_dim) for part in parts]
+
+        # On a TPU, turn the heads to the front while they have 16 bits, as attention takes them.
+        # XLA would turn them in float32, around the norm.
+        if target(mesh).platform == "tpu" and fills_tiles(x.shape[1], self.head_dim):
+            heads_first = Layout((0, 2, 1, 3))
+            q, k, v = [with_layout_constraint(array, heads_first) for array in (q, k, v)]
         if self.norm is not None:
             q, k = self.norm(q, k)
         return q, k, v

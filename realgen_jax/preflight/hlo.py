@@ -51,6 +51,7 @@ NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)"
 )
+CONDITION = re.compile(r"\bcondition=%([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -89,12 +90,6 @@ class Instruction:
         """Bytes of the result."""
         return shape_bytes(self.shape)
 
-    @property
-    def trips(self) -> int:
-        """How often a loop runs: 1 if that is not known."""
-        match = TRIPS.search(self.attributes)
-        return int(match[1]) if match else 1
-
 
 @dataclass(frozen=True)
 class Module:
@@ -118,8 +113,26 @@ class Module:
             for instruction in self.computations[name].values():
                 if instruction.opcode in ("while", "conditional", "call", "async-start"):
                     for called in instruction.called:
-                        pending.append((called, times * instruction.trips))
+                        pending.append((called, times * self._trips(instruction)))
         return runs
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: 1 if that is not known.
+
+        The compiler for TPUs does not write the number, but JAX's loops count from 0 up to the
+        constant that their condition compares with.
+        """
+        if match := TRIPS.search(loop.attributes):
+            return int(match[1])
+        condition = CONDITION.search(loop.attributes)
+        if condition is None:
+            return 1
+        instructions = self.computations[condition[1]]
+        root = next(each for each in instructions.values() if each.root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return 1
+        limit = instructions[root.operands[1]]
+        return int(limit.attributes.partition(",")[0]) if limit.opcode == "constant" else 1
 
     def kernels(self) -> Iterator[tuple[str, Instruction]]:
         """Return all (computation, instruction) that run a kernel."""

@@ -3,9 +3,12 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec as P
 
+from realgen_jax.hosts import put
 from realgen_jax.models.flux.tables import RULES
 from realgen_jax.models.flux.transformer import FluxConfig, FluxTransformer
 from realgen_jax.nn.convert import abstract, leaves
@@ -73,3 +76,17 @@ def test_unknown_and_uneven_parameters_are_named():
     twice = param_sharding(make_mesh(1, 4, 2, jax.devices()), (*RULES, (r"img_in\..*", P())))
     with pytest.raises(ValueError, match=r"2 sharding rules .* match the parameter img_in\.bias"):
         twice("img_in.bias", (4,))
+
+
+def test_programs_take_an_array_with_its_axes_in_another_order():
+    """As the fused projections lie in a TPU's memory."""
+    mesh = make_mesh(1, 1, 1, jax.devices())
+    sharding = param_sharding(mesh, RULES)("single.mlp.kernel", (2, 3, 4, 5))
+    host = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
+    array = put(host, Format(Layout((0, 2, 1, 3)), sharding))
+    np.testing.assert_array_equal(array, host)
+
+    program = jax.jit(lambda array: 2 * array)
+    np.testing.assert_array_equal(program(array), 2 * host)
+    (taken,), _ = program.lower(array).compile().input_formats
+    assert taken.layout.major_to_minor == (0, 2, 1, 3)

@@ -136,7 +136,8 @@ class DoubleBlock(nnx.Module):
         v = jnp.concatenate([txt_v, img_v], axis=1)
 
         # Attend, with rotary positions on queries and keys, and split the two streams again.
-        attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
+        q, k = apply_rope(q, *rope, mesh), apply_rope(k, *rope, mesh)
+        attended = attention(q, k, v, mesh)
         txt_attended, img_attended = jnp.split(attended, [txt.shape[1]], axis=1)
 
         # Add the gated outputs of the attention, then of the feed-forward, to each stream.
@@ -163,7 +164,8 @@ class SingleBlock(Heads):
 
         # Attention branch [n, t, 1, D].
         q, k, v = self.heads(normed, mesh)
-        attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh)
+        q, k = apply_rope(q, *rope, mesh), apply_rope(k, *rope, mesh)
+        attended = attention(q, k, v, mesh)
         attended = attended[:, :, None]
 
         # Feed-forward branch [n, t, 4, D].

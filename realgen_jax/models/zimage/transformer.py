@@ -213,7 +213,8 @@ class Block(Heads):
         # Attention, with rotary positions on queries and keys.
         y = rms_norm(x, self.norm1[...], EPS) * scale_attention
         q, k, v = self.heads(y, mesh)
-        attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mesh, lengths)
+        q, k = apply_rope(q, *rope, mesh), apply_rope(k, *rope, mesh)
+        attended = attention(q, k, v, mesh, lengths)
         x = x + gate_attention * rms_norm(self.proj(attended, mesh), self.norm2[...], EPS)
         x = pin_rows(x, mesh)
 

@@ -1,5 +1,6 @@
 """The real CUDA compiler's programs for GPUs that are not here: the extra aot-cuda, no driver."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -25,19 +26,33 @@ SCHEDULE = {
 }
 
 
-@pytest.fixture(scope="module")
-def split(tmp_path_factory):
-    """FLUX of 7 and 11 blocks at full width, 6 images of 1024 pixels, split over 2 H200s."""
-    folder = tmp_path_factory.mktemp("model")
+def report_of(folder, target, data, fsdp):
+    """FLUX of 7 and 11 blocks at full width, with 3 images of 1024 pixels on each device."""
     write_model(folder, "FluxPipeline", FLUX, SCHEDULE, (8, 8, 8, 8))
     config = flux_grpo.get_config("flux_dev_8xh200_remote").unlock()
     config.pretrained.model = str(folder)
-    config.mesh.data, config.mesh.fsdp = 1, 2
-    config.sample.train_batch_size = config.sample.num_image_per_prompt = 6
+    config.mesh.data, config.mesh.fsdp = data, fsdp
+    devices = data * fsdp
+    config.sample.train_batch_size = config.sample.num_image_per_prompt = 3 * devices
+    config.sample.test_batch_size = devices
     config.sample.num_batches_per_epoch = config.train.gradient_accumulation_steps = 4
     config.prompts.max_tokens = 512
-    report = make_report(config, 2, target_devices("h200", 2))
+    return make_report(config, devices, target_devices(target, devices))
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Both programs, split over 2 H200s."""
+    report = report_of(tmp_path_factory.mktemp("model"), "h200", 1, 2)
     return report, compile_programs(report, lowered(report))
+
+
+@pytest.fixture(scope="module")
+def tpu(tmp_path_factory):
+    """The update on 4 chips of a TPU v5p, each with all weights, and its kernels."""
+    report = report_of(tmp_path_factory.mktemp("model"), "v5p", 4, 1)
+    program = compile_programs(report, {"update": lowered(report)["update"]})["update"]
+    return program, read_module(program.text)
 
 
 def blocks(program, belongs):
@@ -129,3 +144,43 @@ def test_every_family_runs_the_same_kernels_at_full_size(config, preset, devices
     """With guidance in SD3 and Z-Image, and with quantised weights on the small card."""
     report = make_report(config.get_config(preset), devices, target_devices(target, devices))
     assert_equal_kernels(compile_programs(report, lowered(report)))
+
+
+@pytest.mark.slow
+def test_a_tpu_attends_once_forward_and_once_backward(tpu):
+    """Policy and reference of two kinds of blocks; the backward pass does not attend again."""
+    program, _ = tpu
+    assert program.attention == {"splash forward": 4, "splash backward (dk, dv)": 2}
+
+
+@pytest.mark.slow
+def test_a_tpu_turns_only_the_kernels_of_queries_keys_and_values(tpu):
+    """And those of the images' output projections; all others are multiplied as they were put."""
+    _, module = tpu
+    layers = {FLUX["num_layers"], FLUX["num_single_layers"]}
+    turned = set()
+    for _, instruction in module.kernels():
+        for kind, sizes in arrays(instruction.shape):
+            stacked = kind == "bf16" and sizes and sizes[0] in layers and sizes.count(3072) >= 2
+            if stacked and instruction.opcode == "copy":
+                turned.add(sizes[1:])
+    assert turned <= {(3072, 3, 3072), (3072, 3072)}
+
+
+@pytest.mark.slow
+def test_a_tpu_normalises_and_rotates_without_float32_in_memory(tpu):
+    """In the blocks of the reference, which keep nothing for a backward pass."""
+    _, module = tpu
+    blocks = {
+        computation
+        for computation, instruction in module.kernels()
+        if instruction.name.startswith("splash_mha_fwd_no_residuals")
+    }
+    assert len(blocks) == 2
+    for block in blocks:
+        written = 0
+        for instruction in module.computations[block].values():
+            if instruction.opcode not in FREE:
+                for kind, sizes in arrays(instruction.shape):
+                    written += 4 * math.prod(sizes) if kind == "f32" else 0
+        assert written < 50e6

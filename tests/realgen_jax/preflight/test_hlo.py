@@ -70,6 +70,16 @@ def test_a_loop_runs_its_body_as_often_as_its_trip_count_says(module):
     assert [instruction.name for _, instruction in module.kernels()] == ["a", "b", "c", "g"]
 
 
+def test_a_loop_without_a_trip_count_runs_up_to_its_limit():
+    """As the compiler for TPUs writes it."""
+    condition = """  %limit = s32[] constant(7)
+  %j = s32[] get-tuple-element(%carry.1), index=0
+  ROOT %yes = pred[] compare(%j, %limit), direction=LT"""
+    text = TEXT.replace("  ROOT %yes = pred[] constant(true)", condition)
+    text = text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    assert read_module(text).runs == {"main": 1, "body": 7, "condition": 7}
+
+
 def test_a_signature_knows_the_expression_and_not_its_names_or_its_order(module):
     """The second fusion is the first with its operands exchanged; the third is another."""
     body = module.computations["body"]
