@@ -1,11 +1,13 @@
 """What XLA's compilers make of the recipes, beside preflight's formulas: no GPU or TPU is needed.
 
-    python benchmarks/compiled.py [--target h200] [--only flux_grpo:flux_dev_1xh200 ...] [--again]
+    python benchmarks/compiled.py [--target h200] [--only flux_grpo:flux_dev_1xh200 ...] \\
+        [--again | --formulas]
 
 Runs scripts/preflight.py --compile_for for each recipe (1 GB of memory and about a minute of a CPU
 core each for GPUs, 4 GB and ten minutes for TPUs) and prints temporaries by the compiler and by
 formula. Figures that benchmarks/results/compiled_TARGET.json already has are kept, so that a run
-can be continued, unless --again is given.
+can be continued, unless --again is given. With --formulas, the formulas are computed anew, and what
+is compiled already is kept.
 """
 
 import argparse
@@ -53,7 +55,7 @@ HEADER = (
 )
 
 
-def compile_recipe(recipe: str, target: str, options: list[str]) -> dict[str, Any]:
+def preflight(recipe: str, options: list[str]) -> dict[str, Any]:
     """Preflight's figures of a recipe, as its --json has them."""
     name, preset = recipe.split(":")
     with tempfile.TemporaryDirectory() as folder:
@@ -63,14 +65,26 @@ def compile_recipe(recipe: str, target: str, options: list[str]) -> dict[str, An
             str(measure.ROOT / "scripts" / "preflight.py"),
             "--config",
             f"{measure.ROOT}/configs/{name}.py:{preset}",
-            f"--compile_for={target}",
             f"--json={file}",
             *options,
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        figures = json.loads(file.read_text())
+        return json.loads(file.read_text())
+
+
+def compile_recipe(recipe: str, target: str, options: list[str]) -> dict[str, Any]:
+    """What the compiler for the target makes of a recipe."""
+    figures = preflight(recipe, [f"--compile_for={target}", *options])
     keep = ("preset", "devices", "mesh", "compiled")
     return {key: figures[key] for key in keep}
+
+
+def compute_formulas(recipe: str, figures: dict[str, Any], options: list[str]) -> None:
+    """Set the formulas' figures of a recipe that is compiled to today's."""
+    phases = preflight(recipe, ["--nocompile", *options])["bytes"]
+    for name, program in figures["compiled"].items():
+        phase = phases[name]
+        program["temporaries_by_formula"] = phase["activations"] + phase.get("gradients", 0.0)
 
 
 def row_of(recipe: str, figures: dict[str, Any]) -> list[str]:
@@ -96,6 +110,7 @@ def main() -> None:
     parser.add_argument("--target", default="h200")
     parser.add_argument("--only", nargs="+", default=RECIPES, metavar="RECIPE")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--formulas", action="store_true")
     args, options = parser.parse_known_args()
 
     file = measure.RESULTS / f"compiled_{args.target.replace(':', '_')}.json"
@@ -104,9 +119,10 @@ def main() -> None:
         name = " ".join([recipe, *options])
         if args.again or name not in recipes:
             recipes[name] = compile_recipe(recipe, args.target, options)
-            file.write_text(
-                json.dumps({"target": args.target, "recipes": recipes}, indent=1) + "\n"
-            )
+        elif args.formulas:
+            compute_formulas(recipe, recipes[name], options)
+        content = {"target": args.target, "recipes": recipes}
+        file.write_text(json.dumps(content, indent=1) + "\n")
         print("  ".join(row_of(name, recipes[name])), flush=True)
 
     measure.print_table(HEADER, [row_of(name, figures) for name, figures in recipes.items()])

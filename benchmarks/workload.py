@@ -102,6 +102,7 @@ class Size:
             reference=1,
             recompute=False,
             flash=jax.default_backend() != "cpu",
+            fused=jax.default_backend() != "cpu",
         )
 
 

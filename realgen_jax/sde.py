@@ -247,6 +247,7 @@ def shortened(sigmas: np.ndarray, last: int, ratio: float) -> np.ndarray:
     return np.concatenate([sigmas[: last + 1], new]).astype(np.float32)
 
 
+@jax.named_scope("log_prob")
 def log_prob(x_next: Array, mean: Array, std: Array) -> Array:
     """Gaussian log-density of x_next [n, ...]: float32 [n].
 

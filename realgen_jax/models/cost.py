@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from realgen_jax.nn.tiles import tile_starts
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import VaeConfig, decoded_at_once
+from realgen_jax.nn.vae_cost import decoder_flops, kernel_bytes
 
 F32 = 4  # bytes
 
@@ -61,6 +62,7 @@ class Work:
     guided: bool = False  # classifier-free guidance: a velocity takes two passes
     free_gradient: bool = False  # whether the gradient goes through the negative prompt's pass too
     flash: bool = True  # attention keeps its scores on chip; a CPU writes them to memory
+    fused: bool = True  # elementwise steps are part of other kernels; a CPU stores more of them
     previews: int = 0  # per epoch, which are sampled to select the images
     preview_steps: int = 0  # from noise to preview
     weight_parts: int = 1  # devices that share each weight, fsdp x tensor
@@ -123,6 +125,15 @@ def replay_flops(work: Work, flops: dict[str, float], ends: float, last: float) 
     }
 
 
+def fused_attention(work: Work, u: float, scores: float) -> float:
+    """Peak bytes of a block's attention without gradient where elementwise steps are fused.
+
+    The block's input u, and q, k and v three times: as projected, as their adapters add to them,
+    and as the attention reads them. Without a flash kernel also its scores and their exponentials.
+    """
+    return (10 if work.rank else 7) * u + 2 * scores
+
+
 def row_bytes(cond: Any) -> int:
     """Bytes of an abstract conditioning."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cond))
@@ -168,40 +179,9 @@ def decode_flops(work: Work) -> float:
     side = round((4 * work.image_tokens) ** 0.5)
     tile = work.vae.tile // work.vae.factor
     if not tile:
-        return _decode_flops(work.vae, 4 * work.image_tokens)
+        return decoder_flops(work.vae, 4 * work.image_tokens)
     sides = [min(tile, side - start) for start in tile_starts(tile, side)]
-    return sum(_decode_flops(work.vae, height * width) for height in sides for width in sides)
-
-
-def _decode_flops(vae: VaeConfig, positions: int) -> float:
-    """Operations of decoding this many latents.
-
-    A k x k convolution takes 2 k^2 in out for each position; one behind an upsampling counts as
-    k = 2 with four times the outputs (see vae.Upsample).
-    """
-    widths = vae.block_out_channels[::-1]
-    width = widths[0]
-
-    # The coarsest level: conv_in, and two residual blocks with two convolutions each.
-    total = 18.0 * positions * width * (vae.latent_channels + 4 * width)
-
-    # Its attention over all positions, and that attention's four projections.
-    total += 4.0 * positions * positions * width + 8.0 * positions * width**2
-
-    for level, out in enumerate(widths):
-        # Residual blocks, with a 1x1 convolution as shortcut where the width changes.
-        for _ in range(vae.layers_per_block + 1):
-            shortcut = 2.0 * positions * width * out if width != out else 0.0
-            total += 18.0 * positions * (width * out + out * out) + shortcut
-            width = out
-
-        # Upsampling, on all levels but the last.
-        if level < len(widths) - 1:
-            positions *= 4
-            total += 8.0 * positions * width * width
-
-    # conv_out, to three colours.
-    return total + 18.0 * positions * width * 3
+    return sum(decoder_flops(work.vae, height * width) for height in sides for width in sides)
 
 
 def epoch_flops(work: Work) -> dict[str, float]:
@@ -261,17 +241,26 @@ def decode_bytes(work: Work, images: float) -> float:
         pixels = min(pixels, vae.tile**2)
         positions = min(positions, (vae.tile // vae.factor) ** 2)
 
-    # Feature maps of the last level's input at full size: three on a CPU. XLA's compiler for GPUs
-    # fuses more, and needs two and a fifth (benchmarks/compiled.py).
+    # Feature maps of the last level's input at full size: three on a CPU; XLA's compiler for GPUs
+    # keeps 2 to 2.5 of them, by its schedule.
     widths = vae.block_out_channels
     wide = widths[min(1, len(widths) - 1)]
-    maps = (2.2 if work.flash else 3) * pixels * wide * jnp.dtype(vae.dtype).itemsize
+    maps = (2.2 if work.fused else 3) * pixels * wide * jnp.dtype(vae.dtype).itemsize
 
     # Or the scores [P, P] of the attention over P positions, which does not use a flash kernel:
     # the logits, the weights and, for several images, a copy.
     scores = positions**2 * F32 * (2 + (at_once > 1))
 
     return at_once * (max(maps, scores) + whole)
+
+
+def sampling_bytes(work: Work, images: float) -> float:
+    """Peak bytes of activations of sampling: of the velocity or of the decoder."""
+    activations = max(forward_bytes(work, images), decode_bytes(work, images))
+
+    # XLA's compiler for GPUs copies the decoder's kernels into the layout of cuDNN before the loop
+    # over pictures, in some programs before the first step.
+    return activations + kernel_bytes(work.vae) * work.fused
 
 
 def rollout_bytes(work: Work, parts: int) -> dict[str, float]:
@@ -300,7 +289,7 @@ def evaluation_bytes(work: Work, parts: int) -> dict[str, float]:
     return {
         "embeddings": images * work.text_bytes,
         "pictures": images * work.pixels * 3,
-        "activations": max(forward_bytes(work, images), decode_bytes(work, images)),
+        "activations": sampling_bytes(work, images),
     }
 
 
@@ -318,7 +307,7 @@ def phase_bytes(work: Work, parts: int, trainable: float) -> dict[str, dict[str,
 
     # Sampling: an epoch's trajectories, embeddings and images (in the worst case none is scored
     # before the last call), and the activations of the velocity or of the decoder.
-    activations = max(forward_bytes(work, images), decode_bytes(work, images))
+    activations = sampling_bytes(work, images)
     sample = {
         "trajectories": trajectories,
         "embeddings": embeddings,

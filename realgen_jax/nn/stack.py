@@ -84,9 +84,12 @@ def scan_blocks(
         return pin_rows(carry, mesh), None
 
     # XLA replaces a loop of one iteration by its body. The recomputed values would then be merged
-    # with the first ones, which compiles the forward pass differently in rollout and update.
+    # with the first ones, and the body with what stands before it, which compiles the forward pass
+    # differently in rollout and update.
     layers = len(jax.tree.leaves(weights)[0])
     body = jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=layers == 1)
+    if layers == 1:
+        carry, modulation = jax.lax.optimization_barrier((carry, modulation))
     carry, _ = jax.lax.scan(body, carry, (weights, modulation))
     return carry
 
@@ -94,14 +97,16 @@ def scan_blocks(
 def output_layer(project: Callable[[Array], Array], x: Array, shift: Array, scale: Array) -> Array:
     """The last AdaLN and projection: x [n, s, D], shift and scale [n, D] -> [n, s, channels].
 
-    The norm is recomputed in the backward pass. If its statistics were kept, the update would
-    compile it differently than the rollout, and the last bit could differ.
+    The norm is recomputed in the backward pass, and barriers stand around the layer. If the norm's
+    statistics were kept, or if the layer were joined with its neighbours, the update would compile
+    it differently than the rollout, and the last bit could differ.
     """
 
     def apply(x: Array, shift: Array, scale: Array) -> Array:
         return project(modulated_norm(x, shift, scale))
 
-    return jax.checkpoint(apply)(x, shift, scale)
+    inputs = jax.lax.optimization_barrier((x, shift, scale))
+    return jax.lax.optimization_barrier(jax.checkpoint(apply)(*inputs))
 
 
 @jax.named_scope("modulation")

@@ -146,7 +146,7 @@ class Module:
         if instruction.path or instruction.opcode != "fusion":
             return instruction.path
         (fused,) = instruction.called
-        return next(inner.path for inner in self.computations[fused].values() if inner.root)
+        return _root(self, fused).path
 
 
 def read_module(text: str) -> Module:
@@ -211,22 +211,37 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     return result
 
 
-def signature(module: Module, instruction: Instruction) -> str:
+def signatures(module: Module, instruction: Instruction) -> list[tuple[str, str]]:
     """What a kernel computes, whatever its instructions are called and in which order they stand.
 
-    Two kernels with the same signature compute the same expression of their operands, on the same
-    shapes and layouts. The tiles of a kernel, which a GPU's autotuner may choose anew, are not
-    part of it.
+    Returns (path, signature). Two kernels with the same signatures compute the same expressions of
+    their operands, on the same shapes and layouts. The tiles of a kernel, which a GPU's autotuner
+    may choose anew, are not part of it. A loop over elements has a signature for each of its
+    outputs, which do not depend on one another; any other kernel has one.
     """
+    path = module.path(instruction)
     if instruction.opcode != "fusion":
-        return f"{_plain(instruction)} of {instruction.shape}"
+        return [(path, f"{_plain(instruction)} of {instruction.shape}")]
+
     (fused,) = instruction.called
-    kind = re.search(r"kind=(\w+)", instruction.attributes)
-    return f"fusion {kind[1]} {computation_signature(module, fused)}"
+    kind = re.search(r"kind=(\w+)", instruction.attributes)[1]
+    root = _root(module, fused)
+    if kind != "kLoop" or root.opcode != "tuple":
+        return [(path, f"fusion {kind} {_expression(module, fused, root.name)}")]
+    result = []
+    for name in root.operands:
+        output = module.computations[fused][name]
+        result.append((output.path, f"fusion {kind} {_expression(module, fused, name)}"))
+    return result
 
 
-def computation_signature(module: Module, name: str) -> str:
-    """A digest of the expression that a computation returns; parameters by their first use."""
+def _root(module: Module, name: str) -> Instruction:
+    """The instruction whose value a computation returns."""
+    return next(each for each in module.computations[name].values() if each.root)
+
+
+def _expression(module: Module, name: str, output: str) -> str:
+    """A digest of the expression of an instruction; parameters are numbered by their first use."""
     instructions = module.computations[name]
     parameters: dict[str, int] = {}
     digests: dict[str, str] = {}
@@ -245,12 +260,12 @@ def computation_signature(module: Module, name: str) -> str:
         else:
             parts = [_plain(instruction), *map(digest, instruction.operands)]
             for called in instruction.called:
-                parts.append(computation_signature(module, called))
+                parts.append(_expression(module, called, _root(module, called).name))
         text = " ".join([instruction.shape, *parts])
         digests[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return digests[key]
 
-    return digest(next(key for key, value in instructions.items() if value.root))
+    return digest(output)
 
 
 def _plain(instruction: Instruction) -> str:

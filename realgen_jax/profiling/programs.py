@@ -15,6 +15,7 @@ SCOPES = (
     "preview",
     "prefix",
     "window",
+    "log_prob",
     "suffix",
     "evaluate",
     "decode",

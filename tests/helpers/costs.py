@@ -67,7 +67,7 @@ def report_of(
     gradient="",
     quantization="",
 ):
-    """The report of a run with the model in `folder`, with attention as on a CPU.
+    """The report of a run with the model in `folder`, with attention and fusions as on a CPU.
 
     case: has text (tokens), pixels (a side), images (of a call) and rank. guidance, gradient: of
     classifier-free guidance.
@@ -98,7 +98,7 @@ def report_of(
         cfg_gradient=gradient,
     )
     report = make_report(config, int(np.prod(mesh)))
-    return replace(report, work=replace(report.work, flash=False))
+    return replace(report, work=replace(report.work, flash=False, fused=False))
 
 
 def compile_programs(report):

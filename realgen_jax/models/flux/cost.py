@@ -13,7 +13,7 @@ the formulas ignore how that axis splits the activations.
 
 import jax.numpy as jnp
 
-from realgen_jax.models.cost import F32, Work, replay_flops
+from realgen_jax.models.cost import F32, Work, fused_attention, replay_flops
 from realgen_jax.nn.layers import TIME_CHANNELS
 
 
@@ -161,6 +161,12 @@ def update_bytes(work: Work, images: float) -> float:
 def forward_bytes(work: Work, images: float) -> float:
     """Bytes of activations at the peak of one velocity without gradient, in a single block."""
     u, scores, d2 = _block_sizes(work, images)
+
+    # Where elementwise steps are fused, between its halves: the input, the attention's output, the
+    # hidden layer before GELU, and the input of proj.
+    if work.fused:
+        block = max(11 * u, fused_attention(work, u, scores))
+        return _modulation(work, images) + block + _fetched(work, images)
 
     # Between its halves 12 u (the input, the norm, q, k, v before and after the rotation, the
     # hidden layer) and the adapters' 3, or in its attention 6 u and 2 scores.

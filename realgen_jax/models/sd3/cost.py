@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from realgen_jax.models.cost import F32, Work, replay_flops
+from realgen_jax.models.cost import F32, Work, fused_attention, replay_flops
 from realgen_jax.nn.layers import TIME_CHANNELS
 from realgen_jax.nn.tokens import PATCH
 
@@ -156,6 +156,8 @@ def update_bytes(work: Work, images: float) -> float:
     # The last block: its feed-forward on the image's tokens, with what is recomputed of it.
     scores = size.scores * work.image_tokens / work.tokens
     last = {"full": 40, "attention": 40, "dots": 31, "none": 48}[model.remat]
+    if work.fused:
+        last = 20  # the hidden layer and its gradient 8, the rest as in any block
     in_last = dual + joint + last * size.image + scores
 
     # A block without a second attention: sliced weights 24 D^2, and what it recomputes and its
@@ -197,6 +199,11 @@ def _unsplit(work: Work) -> float:
 def forward_bytes(work: Work, images: float) -> float:
     """Bytes of activations at the peak of one pass without gradient."""
     size = _sizes(work, images)
+
+    # Where elementwise steps are fused, in the attention.
+    if work.fused:
+        block = fused_attention(work, size.u, size.scores)
+        return _modulation(work, images) + block + _fetched(work, size)
 
     # In the feed-forward of the longer stream: both streams, q, k, v, the adapters, the hidden
     # layer; or in the attention, 6 u and 2 scores.

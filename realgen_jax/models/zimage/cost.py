@@ -9,7 +9,7 @@ tests/realgen_jax/models/zimage/test_cost.py compares the formulas with XLA's ow
 
 import jax.numpy as jnp
 
-from realgen_jax.models.cost import F32, Work, replay_flops
+from realgen_jax.models.cost import F32, Work, fused_attention, replay_flops
 from realgen_jax.models.zimage.transformer import TIME_HIDDEN, padded
 from realgen_jax.nn.layers import TIME_CHANNELS
 from realgen_jax.nn.tokens import PATCH
@@ -134,6 +134,8 @@ def update_bytes(work: Work, images: float) -> float:
     # What a layer recomputes and its gradients: 16, and 12 F in the gated feed-forward, less what
     # is saved; or 20 and 2 scores in its attention. Sliced weights, 8 D^2.
     known = {"full": 0, "attention": work.flash, "dots": 7 + work.flash, "none": 11}[model.remat]
+    # Where elementwise steps are fused, 4 and 2 F less.
+    known += (4 + 2 * width) * work.fused
     block = max((16 + 12 * width - known) * u + scores, 20 * u + 2 * scores) + 8 * d2
 
     saved = saved_bytes(work, images)
@@ -150,6 +152,12 @@ def forward_bytes(work: Work, images: float) -> float:
     """Bytes of activations at the peak of one pass without gradient, in a layer."""
     width = work.model.mlp_dim / work.model.dim
     u, scores, d2 = _block_sizes(work, images, padded(work.image_tokens) + work.text_tokens)
+
+    # Where elementwise steps are fused, in the gated feed-forward: the input and 5 F; or in the
+    # attention.
+    if work.fused:
+        block = max((1 + 5 * width) * u, fused_attention(work, u, scores))
+        return _modulation(work, images) + block + _fetched(work, d2)
 
     # In the gated feed-forward: 4 (the input, the norm, the adapters' products) and 5 F; or in the
     # attention, 6 and 2 scores. Sliced weights, 2 D^2.

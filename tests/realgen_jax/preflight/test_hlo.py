@@ -5,13 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from realgen_jax.preflight.compiled import collectives
-from realgen_jax.preflight.hlo import (
-    FREE,
-    computation_signature,
-    read_module,
-    shape_bytes,
-    signature,
-)
+from realgen_jax.preflight.hlo import FREE, read_module, shape_bytes, signatures
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -36,6 +30,16 @@ TEXT = """HloModule jit_f, is_scheduled=true
   ROOT %sum.2 = f32[8]{0} add(%product, %param_1.2)
 }
 
+%fused.3 (param_0.3: f32[8], param_1.3: f32[8]) -> (f32[8], f32[8]) {
+  %param_0.3 = f32[8]{0} parameter(0)
+  %param_1.3 = f32[8]{0} parameter(1)
+  %product.1 = f32[8]{0} multiply(%param_0.3, %param_1.3)
+  %sum.3 = f32[8]{0} add(%product.1, %param_1.3), metadata={op_name="jit(f)/policy/add"}
+  %square = f32[8]{0} multiply(%param_1.3, %param_1.3)
+  %sum.4 = f32[8]{0} add(%square, %param_0.3), metadata={op_name="jit(f)/reference/add"}
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%sum.3, %sum.4)
+}
+
 %body (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
   %carry = (s32[], f32[8]{0}) parameter(0)
   %i = s32[] get-tuple-element(%carry), index=0
@@ -43,6 +47,7 @@ TEXT = """HloModule jit_f, is_scheduled=true
   %a = f32[8]{0} fusion(%x, %x), kind=kLoop, calls=%fused
   %b = f32[8]{0} fusion(%x, %a), kind=kLoop, calls=%fused.1
   %c = f32[8]{0} fusion(%x, %b), kind=kLoop, calls=%fused.2
+  %d = (f32[8]{0}, f32[8]{0}) fusion(%x, %c), kind=kLoop, calls=%fused.3
   %g = f32[16]{0} all-gather(%c), dimensions={0}, metadata={op_name="jit(f)/policy/single/dot"}
   ROOT %next = (s32[], f32[8]{0}) tuple(%i, %c)
 }
@@ -67,7 +72,7 @@ def module():
 def test_a_loop_runs_its_body_as_often_as_its_trip_count_says(module):
     assert module.entry == "main"
     assert module.runs == {"main": 1, "body": 5, "condition": 5}
-    assert [instruction.name for _, instruction in module.kernels()] == ["a", "b", "c", "g"]
+    assert [instruction.name for _, instruction in module.kernels()] == ["a", "b", "c", "d", "g"]
 
 
 def test_a_loop_without_a_trip_count_runs_up_to_its_limit():
@@ -81,10 +86,20 @@ def test_a_loop_without_a_trip_count_runs_up_to_its_limit():
 
 
 def test_a_signature_knows_the_expression_and_not_its_names_or_its_order(module):
-    """The second fusion is the first with its operands exchanged; the third is another."""
+    """The second fusion is the first with its operands exchanged; the third is another.
+
+    The fourth has the outputs of the third and of the first.
+    """
     body = module.computations["body"]
-    assert signature(module, body["a"]) == signature(module, body["b"])
-    assert signature(module, body["a"]) != signature(module, body["c"])
+    ((path, first),) = signatures(module, body["a"])
+    ((_, second),) = signatures(module, body["b"])
+    ((_, third),) = signatures(module, body["c"])
+    assert path == "jit(f)/policy/add"
+    assert first == second != third
+    assert signatures(module, body["d"]) == [
+        ("jit(f)/policy/add", third),
+        ("jit(f)/reference/add", first),
+    ]
 
 
 def test_a_fusion_without_a_name_has_its_roots(module):
@@ -121,10 +136,9 @@ def test_this_machines_programs_are_read():
     text = jax.jit(f).lower(jnp.ones((8, 8))).compile().as_text()
     module = read_module(text)
     assert 7 in module.runs.values()
-    for computation, instruction in module.kernels():
+    for _, instruction in module.kernels():
         assert instruction.opcode not in FREE
-        assert len(signature(module, instruction)) > 10
-        assert computation_signature(module, computation)
+        assert all(len(text) > 10 for _, text in signatures(module, instruction))
 
 
 def test_a_text_without_a_program_is_refused():
