@@ -91,7 +91,7 @@ def row_of(recipe: str, figures: dict[str, Any]) -> list[str]:
     """A line of the table; sizes in GiB of one device."""
     cells = [recipe, str(figures["devices"])]
     for program in figures["compiled"].values():
-        compiler = program["bytes"]["temporaries"]
+        compiler = program["temporaries_in_use"]
         formula = program["temporaries_by_formula"]
         cells += [
             f"{compiler / GIB:.2f}",

@@ -33,7 +33,7 @@ from realgen_jax.files import writing
 from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.compiled import compile_programs, compiler_figures, show_compiled
-from realgen_jax.preflight.report import argument_bytes, lowered, make_report
+from realgen_jax.preflight.report import argument_bytes, lowered, make_report, on_tpu
 from realgen_jax.preflight.rewriter import make_rewriter_report, show_rewriter
 from realgen_jax.preflight.tables import show
 from realgen_jax.preflight.targets import TARGETS, target_devices
@@ -104,6 +104,8 @@ def run(_: Sequence[str]) -> None:
                 lambda report, room: changes(report, room, make_report),
             )
             if target:
+                # From here on, the formulas of the target.
+                report = on_tpu(report) if target[0].platform == "tpu" else report
                 compiled = compile_programs(report, programs)
                 show_compiled(FLAGS.compile_for, report, compiled)
                 figures["compiled"] = compiler_figures(report, compiled)

@@ -63,6 +63,7 @@ class Work:
     free_gradient: bool = False  # whether the gradient goes through the negative prompt's pass too
     flash: bool = True  # attention keeps its scores on chip; a CPU writes them to memory
     fused: bool = True  # elementwise steps are part of other kernels; a CPU stores more of them
+    turned: float = 0.0  # bytes of kernels that XLA copies into another layout, on TPUs
     previews: int = 0  # per epoch, which are sampled to select the images
     preview_steps: int = 0  # from noise to preview
     weight_parts: int = 1  # devices that share each weight, fsdp x tensor
@@ -164,14 +165,15 @@ def forward_bytes(work: Work, images: float) -> float:
     neither needs the other, and XLA begins the second before the first is done: a quarter more.
     """
     if work.guided and not work.free_gradient:
-        return 1.25 * work.formulas.forward_bytes(work, images)
-    return work.formulas.forward_bytes(work, images * work.passes)
+        return work.turned + 1.25 * work.formulas.forward_bytes(work, images)
+    return work.turned + work.formulas.forward_bytes(work, images * work.passes)
 
 
 def update_bytes(work: Work, images: float) -> float:
     """Peak bytes of activations of an update."""
     rows = images * work.backward_passes
-    return max(work.formulas.update_bytes(work, rows), forward_bytes(work, images))
+    update = work.turned + work.formulas.update_bytes(work, rows)
+    return max(update, forward_bytes(work, images))
 
 
 def decode_flops(work: Work) -> float:

@@ -14,6 +14,7 @@ from realgen_jax.models.guidance import is_guided
 from realgen_jax.models.loading import EVALUATIONS, abstract_model, rollout_sizes, size_of
 from realgen_jax.models.model import Model
 from realgen_jax.nn.attention import fills_tiles
+from realgen_jax.nn.convert import leaves
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from realgen_jax.training.programs import (
     Programs,
@@ -25,6 +26,8 @@ from realgen_jax.training.programs import (
     make_recipe,
 )
 from realgen_jax.update import Batch
+
+TURNED = "qkv.kernel"  # what XLA turns on TPUs
 
 # The code is never run, and its planned memory is the same without optimisation.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -66,13 +69,19 @@ def with_scores(report: Report) -> Report:
 
 
 def on_tpu(report: Report) -> Report:
-    """Return the report of a TPU, whose kernel takes only some sizes (nn/attention.py)."""
+    """Return the report of a TPU.
 
-    def with_its_kernel(work: cost.Work) -> cost.Work:
+    Its attention kernel takes only some sizes (nn/attention.py), and XLA turns the kernels of
+    queries, keys and values before its loops (sharding.py).
+    """
+    kernels = leaves(report.model.params)
+    turned = device_bytes([array for path, array in kernels.items() if path.endswith(TURNED)])
+
+    def as_there(work: cost.Work) -> cost.Work:
         fits = fills_tiles(work.tokens, work.model.attention_head_dim)
-        return replace(work, flash=work.flash and fits)
+        return replace(work, flash=work.flash and fits, turned=turned)
 
-    return _with_works(report, with_its_kernel(report.work), with_its_kernel(report.evaluation))
+    return _with_works(report, as_there(report.work), as_there(report.evaluation))
 
 
 def _with_works(report: Report, work: cost.Work, evaluation: cost.Work) -> Report:
