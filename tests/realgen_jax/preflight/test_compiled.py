@@ -91,7 +91,8 @@ def does_arithmetic(module, instruction):
 def assert_equal_kernels(compiled):
     """The update's policy runs all kernels of the rollout's window, from the latents to the mean.
 
-    The update also stores what the backward pass needs, and the rollout its log-probabilities.
+    The update also stores what the backward pass needs, and the rollout its log-probabilities. How
+    often a kernel stands in the text is not compared: XLA may write a loop of the rollout twice.
     """
 
     def in_window(path):
@@ -103,7 +104,7 @@ def assert_equal_kernels(compiled):
     window = kernels(compiled["sample"], in_window)
     policy = kernels(compiled["update"], in_policy)
     assert sum(window.values()) > 60
-    assert not window - policy
+    assert not window.keys() - policy.keys()
 
 
 def test_rollout_and_update_run_the_same_kernels(split):
