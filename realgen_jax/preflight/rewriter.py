@@ -1,5 +1,6 @@
 """The estimate of a run that trains the rewriter: memory and seconds by part of an epoch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from realgen_jax.models.guidance import is_guided
 from realgen_jax.models.language import LanguageModel, abstract_language_model
 from realgen_jax.models.loading import EVALUATIONS, abstract_model, rollout_sizes, size_of
 from realgen_jax.models.model import Model
+from realgen_jax.objectives.token_grpo import TokenBatch
 from realgen_jax.preflight.figures import ACCELERATORS, GIB, TERA, USABLE, memory_fraction
 from realgen_jax.preflight.report import device_bytes
-from realgen_jax.preflight.tables import PETA, clock, new_table
-from realgen_jax.sharding import batch_devices, make_mesh
+from realgen_jax.preflight.tables import COLUMNS, PETA, clock, new_table
+from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from realgen_jax.training.programs import (
     Recipe,
     abstract_state,
@@ -24,6 +26,7 @@ from realgen_jax.training.programs import (
     make_recipe,
 )
 from realgen_jax.training.progress import plain_console
+from realgen_jax.training.rewriter_programs import make_rewriter_programs
 
 # TB/s of memory. Sources: as of ACCELERATORS (figures.py).
 BANDWIDTH = {
@@ -78,13 +81,16 @@ class RewriterReport:
         return seconds
 
 
-def make_rewriter_report(config: ConfigDict, devices: int) -> RewriterReport:
+def make_rewriter_report(
+    config: ConfigDict, devices: int, target: Sequence[jax.Device] | None = None
+) -> RewriterReport:
     """Return the report of a config on this many devices.
 
+    target: devices to compile for (preflight/targets.py); None: this machine's.
     Raises ValueError for invalid names and sizes, as scripts/train.py would.
     """
     recipe = make_recipe(config)
-    mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
+    mesh = make_mesh(**config.mesh, devices=(target or jax.devices())[:devices])
     check_mesh(recipe, mesh)
     parts = batch_devices(mesh)
     ((key, size),) = rollout_sizes(config.sample).items()
@@ -182,6 +188,70 @@ def drawing_work(recipe: Recipe, model: Model, images: int, sample: Any) -> cost
     )
 
 
+# -- Programs
+
+
+def lowered_rewriter(report: RewriterReport) -> dict[str, jax.stages.Lowered]:
+    """Trace and lower the run's three large programs for the devices of its mesh."""
+    recipe = report.recipe
+    language = report.language
+    model = report.model
+    mesh = model.mesh
+    config = recipe.config
+    state = abstract_state(recipe, language)
+    programs = make_rewriter_programs(recipe, language, model, ends=(0,), pad=0)
+
+    def rows(*shape: int, dtype: Any, axis: int = 0) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, axis=axis))
+
+    def whole(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+
+    # Rewrites: all of an epoch in one call.
+    work = report.work
+    prompts = (work.rows, work.prompt)
+    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    rewrite = (
+        language,
+        state.trainable,
+        rows(*prompts, dtype=jnp.int32),
+        rows(*prompts, dtype=jnp.bool_),
+        whole((work.rows,), key),
+    )
+
+    # An optimizer step on them: its microbatches are stacked.
+    tokens, _ = jax.eval_shape(programs.rewrite, *rewrite)
+    calls = config.train.gradient_accumulation_steps
+
+    def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return rows(calls, work.microbatch, *leaf.shape[1:], dtype=leaf.dtype, axis=1)
+
+    tokens = jax.tree.map(stack, tokens)
+    batch = TokenBatch(
+        tokens=tokens,
+        advantages=rows(calls, work.microbatch, dtype=jnp.float32, axis=1),
+        reference=tokens.logp if work.reference else None,
+        old=tokens.logp if work.recompute else None,
+        denominators=whole((), jnp.float32),
+    )
+
+    # A call of pictures, of the image model as it is published.
+    images = recipe.layout.images
+    cond = model.abstract_cond(
+        images,
+        config.prompts.max_tokens,
+        jnp.dtype(config.prompts.dtype),
+        config.sample.guidance_scale,
+    )
+    draw = (model, None, cond, whole((), key), rows(images, dtype=jnp.int32))
+
+    return {
+        "rewrite": programs.rewrite.trace(*rewrite).lower(),
+        "draw": programs.draw.trace(*draw).lower(),
+        "update": programs.update.trace(language, state, batch).lower(),
+    }
+
+
 # -- Tables
 
 LABELS = {
@@ -216,6 +286,7 @@ def show_rewriter(report: RewriterReport, mfu: float) -> dict[str, Any]:
     return {
         "preset": report.recipe.config.preset,
         "devices": report.devices,
+        "mesh": dict(report.model.mesh.shape),
         "bytes": {"held": report.held, **report.phases, "peak": report.peak},
         "flops": report.flops,
         "mfu": mfu,
@@ -241,7 +312,9 @@ def _summary(report: RewriterReport) -> str:
 
 
 def _bytes_table(report: RewriterReport) -> Any:
-    table = new_table("Memory of one device, GiB", ("",), tuple(report.phases))
+    table = new_table(
+        "Memory of one device, GiB", ("",), tuple(COLUMNS[name] for name in report.phases)
+    )
     for name, size in report.held.items():
         table.add_row(LABELS.get(name, name), *[f"{size / GIB:.2f}"] * len(report.phases))
     phases = list(report.phases.values())
