@@ -1,7 +1,7 @@
 # make demo           set up, then train the embedded model (minutes on a laptop)
 # make install        set up only: .venv, with the versions that constraints.txt pins
 # make test           set up, lint and run the tests
-# make test-slow      set up and run the slow tests
+# make test-slow      set up, with the compiler for TPUs, and run the slow tests
 # make test-gpu       set up and run the tests that need an NVIDIA GPU (EXTRAS=torch,test,cuda)
 # make reproduce      set up, train the recorded recipes of examples/ again and compare every row
 # make docs           set up and build the documentation site in site/
@@ -44,6 +44,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-slow: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[aot-tpu]"
 	$(BIN)/python -m pytest -m slow -q
 
 test-gpu: install

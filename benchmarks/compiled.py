@@ -21,6 +21,7 @@ from typing import Any
 import measure
 
 from realgen_jax.preflight.compiled import temporary_bytes
+from realgen_jax.preflight.targets import CARDS
 
 GIB = 2**30
 RECIPES = (
@@ -110,6 +111,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--formulas", action="store_true")
     args, options = parser.parse_known_args()
+    if args.formulas and args.target not in CARDS:
+        parser.error(f"--formulas are those of GPUs, but --target is {args.target}; use --again")
 
     file = measure.RESULTS / f"compiled_{args.target.replace(':', '_')}.json"
     recipes = json.loads(file.read_text())["recipes"] if file.exists() else {}

@@ -1,5 +1,6 @@
 """The estimate of a run: program arguments as ShapeDtypeStructs on the target mesh, and costs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +28,9 @@ from realgen_jax.training.programs import (
 )
 from realgen_jax.update import Batch
 
-TURNED = "qkv.kernel"  # what XLA turns on TPUs
+# Kernels that XLA copies into another layout on TPUs: those of queries, keys and values
+# (sharding.py), and in Z-Image those before an RMS norm.
+TURNED = re.compile(r".*qkv\.kernel|layers\.(proj|mlp\.fc2)\.kernel")
 
 # The code is never run, and its planned memory is the same without optimisation.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -71,11 +74,12 @@ def with_scores(report: Report) -> Report:
 def on_tpu(report: Report) -> Report:
     """Return the report of a TPU.
 
-    Its attention kernel takes only some sizes (nn/attention.py), and XLA turns the kernels of
-    queries, keys and values before its loops (sharding.py).
+    Its attention kernel takes only some sizes (nn/attention.py), and XLA keeps a turned copy of
+    some kernels. Where attention is XLA's, its scores are counted in sampling too, though the
+    compiler may keep them on chip there.
     """
     kernels = leaves(report.model.params)
-    turned = device_bytes([array for path, array in kernels.items() if path.endswith(TURNED)])
+    turned = device_bytes([array for path, array in kernels.items() if TURNED.fullmatch(path)])
 
     def as_there(work: cost.Work) -> cost.Work:
         fits = fills_tiles(work.tokens, work.model.attention_head_dim)

@@ -116,8 +116,12 @@ def test_nothing_is_said_of_guidance_and_kernels_without_need(capsys):
     assert "Guidance" not in printed
     assert "On a TPU" not in printed
     assert (figures["passes"], figures["cfg_gradient"]) == (1, "")
-    peaks = {figures["accelerators"][name]["peak"] for name in ("H200 SXM", "TPU v5p")}
-    assert peaks == {figures["bytes"]["peak"]}
+
+    # On a TPU, XLA turns the kernels before heads and norms: 30 layers, and 4 of the refiners.
+    h200, tpu = (figures["accelerators"][name]["peak"] for name in ("H200 SXM", "TPU v5p"))
+    assert h200 == figures["bytes"]["peak"]
+    turned = 30 * 3840 * (4 * 3840 + 10240) + 4 * 3840 * 3 * 3840
+    assert tpu - h200 == 2 * turned
 
 
 def test_evaluations_have_costs_of_their_own():
