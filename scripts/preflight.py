@@ -34,9 +34,17 @@ from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.compiled import compile_programs, compiler_figures, show_compiled
 from realgen_jax.preflight.report import argument_bytes, lowered, make_report, on_tpu
-from realgen_jax.preflight.rewriter import lowered_rewriter, make_rewriter_report, show_rewriter
+from realgen_jax.preflight.rewriter import (
+    lowered_rewriter,
+    make_rewriter_report,
+    rewriter_on_tpu,
+)
+from realgen_jax.preflight.rewriter_tables import show_rewriter
 from realgen_jax.preflight.tables import show
 from realgen_jax.preflight.targets import TARGETS, target_devices
+
+# config.stage -> a function (report) -> the same of a TPU
+ON_TPU = {"diffusion": on_tpu, "rewriter": rewriter_on_tpu}
 
 FLAGS = flags.FLAGS
 define_config()
@@ -100,10 +108,10 @@ def run(_: Sequence[str]) -> None:
                 sizes_on_disk(config.pretrained),
                 lambda report, room: changes(report, room, make_report),
             )
-            if target and target[0].platform == "tpu":
-                report = on_tpu(report)  # from here on, the formulas of the target
-
         if target:
+            # From here on, the formulas of the target.
+            if target[0].platform == "tpu":
+                report = ON_TPU[config.stage](report)
             compiled = compile_programs(report, programs)
             show_compiled(FLAGS.compile_for, report, compiled)
             figures["compiled"] = compiler_figures(report, compiled)

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 
-from realgen_configs import flux_grpo, sd3_grpo, small_cards, zimage_grpo
+from realgen_configs import flux_grpo, rewriter_grpo, sd3_grpo, small_cards, zimage_grpo
 from realgen_jax.preflight.compiled import compile_programs, with_compiler
 from realgen_jax.preflight.figures import USABLE
 from realgen_jax.preflight.hlo import FREE, arrays, read_module, signatures
 from realgen_jax.preflight.report import lowered, make_report
+from realgen_jax.preflight.rewriter import lowered_rewriter, make_rewriter_report
 from realgen_jax.preflight.targets import CARDS, target_devices
 from realgen_jax.profiling.programs import scope_of
 from tests.helpers.costs import write_model
@@ -229,3 +230,21 @@ def test_a_tpu_normalises_and_rotates_without_float32_in_memory(tpu):
                 for kind, sizes in arrays(instruction.shape):
                     written += 4 * math.prod(sizes) if kind == "f32" else 0
         assert written < 50e6
+
+
+@pytest.mark.slow
+def test_the_rewriter_at_full_size():
+    """cuDNN attends to prompts and in the update, and weights are gathered in bfloat16."""
+    config = rewriter_grpo.get_config("flux_rewriter_full_8xh200")
+    report = make_rewriter_report(config, 8, target_devices("h200", 8))
+    compiled = compile_programs(report, lowered_rewriter(report))
+    assert compiled["rewrite"].attention == {"cuDNN forward": 1}
+    assert compiled["draw"].attention == {"cuDNN forward": 2}
+    assert compiled["update"].attention == {"cuDNN forward": 2, "cuDNN backward": 1}
+    for program in compiled.values():
+        assert program.formula == pytest.approx(program.in_use, rel=0.05)
+
+    # No device has all of a float32 matrix, [2560, 9728] of a block or [151936, 2560] of the head.
+    for _, instruction in read_module(compiled["rewrite"].text).kernels():
+        for kind, sizes in arrays(instruction.shape):
+            assert kind != "f32" or sorted(sizes)[-2:] not in ([2560, 9728], [2560, 151936])
