@@ -134,20 +134,19 @@ def rewrite_bytes(work: LanguageWork, parts: int) -> dict[str, float]:
     """Bytes on one device while rewrites are sampled, besides weights and optimizer state.
 
     The largest of three moments: the prompts are read, their keys and values move into the cache,
-    tokens are drawn. Weights that are split over fsdp are gathered before the second, those of the
-    head too; others are copied after it (LanguageModel.decoder).
+    tokens are drawn. Before the second, the weights are copied layer by layer (LanguageModel
+    .decoder); those that are split over fsdp are gathered, and the head with them.
     """
     rows = work.rows / parts
     prompts = cache_bytes(work, parts, work.prompt)
     cache = cache_bytes(work, parts, work.length)
-    split = work.fsdp > 1
-    weights = copied_bytes(work) + head_bytes(work) * split
+    weights = copied_bytes(work) + head_bytes(work) * (work.fsdp > 1)
     moments = (
         {
             "keys and values": prompts,
             "activations": block_bytes(work, rows, work.prompt, backward=False),
         },
-        {"copy of the weights": weights * split, "keys and values": prompts + cache},
+        {"copy of the weights": weights, "keys and values": prompts + cache},
         {
             "copy of the weights": weights,
             "keys and values": cache,

@@ -234,17 +234,28 @@ def test_a_tpu_normalises_and_rotates_without_float32_in_memory(tpu):
 
 @pytest.mark.slow
 def test_the_rewriter_at_full_size():
-    """cuDNN attends to prompts and in the update, and weights are gathered in bfloat16."""
-    config = rewriter_grpo.get_config("flux_rewriter_full_8xh200")
-    report = make_rewriter_report(config, 8, target_devices("h200", 8))
+    """cuDNN attends to prompts and in the update, and a token's step copies no weights."""
+    config = rewriter_grpo.get_config("flux_rewriter_1xh200")
+    report = make_rewriter_report(config, 1, target_devices("h200", 1))
     compiled = compile_programs(report, lowered_rewriter(report))
-    assert compiled["rewrite"].attention == {"cuDNN forward": 1}
-    assert compiled["draw"].attention == {"cuDNN forward": 2}
-    assert compiled["update"].attention == {"cuDNN forward": 2, "cuDNN backward": 1}
-    for program in compiled.values():
-        assert program.formula == pytest.approx(program.in_use, rel=0.05)
+    rewrite, draw, update = compiled.values()
+    assert rewrite.attention == {"cuDNN forward": 1}
+    assert draw.attention == {"cuDNN forward": 2}
+    assert update.attention == {"cuDNN forward": 2, "cuDNN backward": 1}
+    assert rewrite.formula == pytest.approx(rewrite.in_use, rel=0.02)
+    assert update.formula == pytest.approx(update.in_use, rel=0.05)
+    assert draw.formula == pytest.approx(draw.in_use, abs=0.2 * 2**30)
 
-    # No device has all of a float32 matrix, [2560, 9728] of a block or [151936, 2560] of the head.
-    for _, instruction in read_module(compiled["rewrite"].text).kernels():
-        for kind, sizes in arrays(instruction.shape):
-            assert kind != "f32" or sorted(sizes)[-2:] not in ([2560, 9728], [2560, 151936])
+    # In the loop over tokens, nothing but the cache is larger than the logits.
+    module = read_module(rewrite.text)
+    (loop,) = {
+        computation
+        for computation, instruction in module.kernels()
+        if "/while/body/block" in module.path(instruction)
+    }
+    sizes = [
+        instruction.bytes
+        for instruction in module.computations[loop].values()
+        if instruction.opcode == "fusion" and "dynamic_update_slice" not in instruction.name
+    ]
+    assert max(sizes) <= report.work.rows * report.work.model.vocab_size * 4
