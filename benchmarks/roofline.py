@@ -20,6 +20,7 @@ import json
 import math
 import os
 from collections import Counter
+from functools import cache
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -70,10 +71,15 @@ def _operand_arrays(module: Module, instruction: Instruction, where: str) -> lis
     return [arrays(instructions[name].shape)[0] for name in instruction.operands]
 
 
+def elements(instruction: Instruction) -> float:
+    """Elements of an instruction's result."""
+    return float(sum(math.prod(sizes) for _, sizes in arrays(instruction.shape)))
+
+
 def traffic(module: Module, instruction: Instruction, where: str) -> float:
     """Bytes that a kernel reads and writes. Of an array of which it takes a slice, the slice."""
     instructions = module.computations[where]
-    if instruction.opcode == "dynamic-slice":
+    if instruction.opcode in ("slice", "dynamic-slice"):
         return 2.0 * instruction.bytes
     if instruction.opcode != "fusion":
         return instruction.bytes + sum(instructions[name].bytes for name in instruction.operands)
@@ -84,19 +90,18 @@ def traffic(module: Module, instruction: Instruction, where: str) -> float:
         for name in each.operands:
             users.setdefault(name, []).append(each)
 
-    def read(name: str) -> float:
-        """Bytes that are read of a value of the fusion."""
-        total = 0.0
+    @cache
+    def needed(name: str) -> float:
+        """Elements of a value of the fusion that are computed or read."""
+        value = inner[name]
+        total = elements(value) if value.root else 0.0
         for user in users.get(name, []):
-            if user.opcode == "dynamic-slice" and user.operands[0] == name:
-                total += user.bytes
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue  # updated in place
-            elif user.opcode in ("bitcast", "get-tuple-element"):
-                total += read(user.name)
-            else:
-                return float(inner[name].bytes)
-        return min(total, float(inner[name].bytes))
+            sliced = user.opcode in ("slice", "dynamic-slice") and user.operands[0] == name
+            share = 1.0 if sliced else elements(value) / elements(user)
+            total += share * needed(user.name)
+        return min(total, elements(value))
 
     def written(each: Instruction) -> float:
         if each.opcode == "tuple":
@@ -107,7 +112,10 @@ def traffic(module: Module, instruction: Instruction, where: str) -> float:
             return float(inner[each.operands[1]].bytes)
         return float(each.bytes)
 
-    reads = sum(read(each.name) for each in inner.values() if each.opcode == "parameter")
+    reads = 0.0
+    for each in inner.values():
+        if each.opcode == "parameter" and each.bytes:
+            reads += each.bytes * needed(each.name) / elements(each)
     return reads + sum(written(each) for each in inner.values() if each.root)
 
 

@@ -83,7 +83,7 @@ def _pretrained() -> ConfigDict:
     c.vae_dtype = "float32"  # float32, bfloat16
     c.vae_tile = 0  # decode pictures in overlapping tiles of this side, in pixels; 0: as a whole
     # How the kernels of its blocks are held, frozen under a LoRA: fp8, int8: 8 bits with a scale
-    # for each output channel; nf4: 4 bits with a scale for 64 inputs; empty: as param_dtype says.
+    # for each output channel; nf4: 4 bits with a scale for 32 inputs; empty: as param_dtype says.
     c.quantization = ""
 
     # What the forward pass saves for the backward pass, from least to most memory:

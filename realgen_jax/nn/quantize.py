@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 
-BLOCK = 64  # inputs that share a scale in nf4
-THREADS = 4  # layers that are quantised at once; each takes two float32 copies of a layer
+BLOCK = 32  # inputs that share a scale in nf4
+THREADS = 4  # layers that are quantised at once; each takes up to five float32 copies of a layer
 
 # The 16 values of NF4: quantiles of a normal distribution, scaled to [-1, 1] and with an exact 0
 # (QLoRA, arXiv 2305.14314, appendix E).
@@ -43,15 +43,20 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+_VALUES = np.array(NF4, np.float32)
+
+# First guesses at a block's scale in nf4, in multiples of its largest magnitude. The values are not
+# symmetric: a negative scale turns them around.
+GUESSES = (1.0, 0.9, -1.0, -0.9)
 
 
 @dataclass(frozen=True)
 class Format:
     """A kind of codes.
 
-    largest: the value of the largest code. blockwise: whether BLOCK inputs share a scale; if not,
-    all inputs do. per_byte: codes in a byte, along the last input axis. encode: float32 of at most
-    `largest` -> codes. decode: codes -> their values, float32.
+    largest: the value of the largest code. blockwise: whether BLOCK inputs share a scale that
+    is fitted to them; if not, all inputs do. per_byte: codes in a byte, along the last input
+    axis. encode: float32 of at most `largest` -> codes. decode: codes -> their values, float32.
     """
 
     dtype: Any
@@ -71,13 +76,53 @@ def _encode_int8(values: np.ndarray, axis: int) -> np.ndarray:
     return np.rint(values).astype(np.int8)
 
 
+def _nearest(values: np.ndarray) -> np.ndarray:
+    """The numbers of the nearest of the 16 values."""
+    numbers = np.zeros(values.shape, np.uint8)
+    for below, above in pairwise(NF4):
+        numbers += values > np.float32((below + above) / 2)
+    return numbers
+
+
 def _encode_nf4(values: np.ndarray, axis: int) -> np.ndarray:
     """The nearest of the 16 values; the first of two neighbours has the low bits."""
-    codes = np.zeros(values.shape, np.uint8)
-    for below, above in pairwise(NF4):
-        codes += values > np.float32((below + above) / 2)
-    first, second = np.moveaxis(_paired(codes, axis), axis + 1, 0)
+    first, second = np.moveaxis(_paired(_nearest(values), axis), axis + 1, 0)
     return first | (second << 4)
+
+
+def _fitted_scales(
+    tiles: np.ndarray, scale: np.ndarray, axes: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales of nf4: what the weights of a tile are divided by, and what its codes stand for.
+
+    A first guess gives some codes, with the values v. For those, s = sum w v / sum v^2 has the
+    least squared error. The guess with the least error decides the codes. But s v is shorter than w
+    in w's own direction, sum w (s v) < sum w^2, by 0.7 %, in every kernel: the pictures lose
+    contrast. So the codes stand for t v with t = sum w^2 / sum w v.
+
+    tiles: weights w, float32. scale: of the tiles' largest magnitudes; both results have its dtype.
+    axes: of a tile.
+    """
+
+    def fit(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+        """The ratio of two sums over a tile; 1 for a tile of zeros."""
+        above, below = (array.sum(axes, keepdims=True) for array in (above, below))
+        ratio = np.divide(above, below, out=np.ones_like(above), where=below != 0)
+        return ratio.astype(scale.dtype)
+
+    def values(scale: np.ndarray) -> np.ndarray:
+        return _VALUES[_nearest(tiles / scale.astype(np.float32))]
+
+    best = scale
+    least = np.full(scale.shape, np.inf, np.float32)
+    for guess in GUESSES:
+        v = values(np.float32(guess) * scale.astype(np.float32))
+        fitted = fit(tiles * v, np.square(v))
+        difference = tiles - fitted.astype(np.float32) * values(fitted)
+        error = np.square(difference).sum(axes, keepdims=True)
+        best = np.where(error < least, fitted, best)
+        least = np.minimum(error, least)
+    return best, fit(np.square(tiles), tiles * values(best))
 
 
 def _decode_plain(codes: Array, axis: int) -> Array:
@@ -106,7 +151,7 @@ def _paired(array: np.ndarray, axis: int) -> np.ndarray:
 FORMATS = {
     "fp8": Format(ml_dtypes.float8_e4m3fn, np.float32, 448.0, False, 1, _encode_fp8, _decode_plain),
     "int8": Format(np.int8, np.float32, 127.0, False, 1, _encode_int8, _decode_plain),
-    # Scales in bfloat16 take 0.25 bits a weight. Quantising them too (QLoRA) would save half.
+    # Scales in bfloat16 take 0.5 bits a weight. Quantising them too (QLoRA) would save half.
     "nf4": Format(np.uint8, ml_dtypes.bfloat16, 1.0, True, 2, _encode_nf4, _decode_nf4),
 }
 
@@ -145,7 +190,8 @@ def quantize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantise a stacked kernel on the host, layer by layer: -> (codes, scales), of these shapes.
 
-    A value is code times scale; the scale makes the largest magnitude of a tile the largest code.
+    A value is code times scale. The scale makes the largest magnitude of a tile the largest code;
+    in blocks it fits all weights (`_fitted_scales`).
     """
     form = FORMATS[name]
     all_codes = np.empty(codes.shape, codes.dtype)
@@ -158,11 +204,15 @@ def quantize(
         tiles = weights.reshape(_tiles(weights.shape, all_scales[layer].shape))
 
         # The scale is rounded before it is used, so that codes are the nearest to what is stored.
-        largest = np.abs(tiles).max(axis=tuple(range(1, tiles.ndim, 2)), keepdims=True)
+        axes = tuple(range(1, tiles.ndim, 2))
+        largest = np.abs(tiles).max(axes, keepdims=True)
         scale = (largest / np.float32(form.largest)).astype(scales.dtype)
         scale[scale == 0] = 1
+        divisor = scale
+        if form.blockwise:
+            divisor, scale = _fitted_scales(tiles, scale, axes)
 
-        values = (tiles / scale.astype(np.float32)).clip(-form.largest, form.largest)
+        values = (tiles / divisor.astype(np.float32)).clip(-form.largest, form.largest)
         all_codes[layer] = form.encode(values.reshape(weights.shape), axis)
         all_scales[layer] = scale.reshape(all_scales[layer].shape)
 

@@ -94,18 +94,20 @@ def scan_blocks(
     return carry
 
 
-def output_layer(project: Callable[[Array], Array], x: Array, shift: Array, scale: Array) -> Array:
+def output_layer(project: Linear, x: Array, shift: Array, scale: Array) -> Array:
     """The last AdaLN and projection: x [n, s, D], shift and scale [n, D] -> [n, s, channels].
 
     The norm is recomputed in the backward pass, and barriers stand around the layer. If the norm's
     statistics were kept, or if the layer were joined with its neighbours, the update would compile
-    it differently than the rollout, and the last bit could differ.
+    it differently than the rollout, and the last bit could differ. The weights are behind a barrier
+    too, or XLA would join the products of the policy and of the reference, which have the same.
     """
+    graph, weights = nnx.split(project)
 
-    def apply(x: Array, shift: Array, scale: Array) -> Array:
-        return project(modulated_norm(x, shift, scale))
+    def apply(x: Array, shift: Array, scale: Array, weights: nnx.State) -> Array:
+        return nnx.merge(graph, weights)(modulated_norm(x, shift, scale))
 
-    inputs = jax.lax.optimization_barrier((x, shift, scale))
+    inputs = jax.lax.optimization_barrier((x, shift, scale, weights))
     return jax.lax.optimization_barrier(jax.checkpoint(apply)(*inputs))
 
 

@@ -208,8 +208,9 @@ def _chips(name: str, topology: str, count: int) -> list[jax.Device]:
         )
     _check_packages("aot-tpu", TPU_PACKAGES)
 
-    # libtpu otherwise asks a metadata server what it runs on, and locks a file.
+    # libtpu otherwise asks a metadata server what it runs on, warns, and locks a file.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     single = {"chips_per_host_bounds": (1, 1, 1)} if topology == "1x1" else {}

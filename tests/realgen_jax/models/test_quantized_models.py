@@ -72,9 +72,9 @@ def test_codes_and_scales_are_split_like_the_kernel_and_results_are_those_of_one
     for ours, theirs in zip(split_gradient, gradient, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
-    # qkv [2, 256, 3, 256]: inputs over fsdp, outputs over tensor; nf4 has 4 blocks of inputs.
+    # qkv [2, 256, 3, 256]: inputs over fsdp, outputs over tensor; nf4 has 8 blocks of inputs.
     arrays = leaves(run.model.params)
-    inputs, blocks = {"fp8": (128, 1), "nf4": (64, 2)}[name]
+    inputs, blocks = {"fp8": (128, 1), "nf4": (64, 4)}[name]
     for leaf, size in (("kernel", inputs), ("kernel_scale", blocks)):
         array = arrays[f"single.qkv.{leaf}"]
         assert array.sharding.shard_shape(array.shape) == (2, size, 3, 128)
@@ -82,9 +82,9 @@ def test_codes_and_scales_are_split_like_the_kernel_and_results_are_those_of_one
 
 def test_a_mesh_that_cuts_a_block_is_refused():
     config = pretrained(family="FluxPipeline", model="", dtype="bfloat16", quantization="nf4")
-    mesh = jax.sharding.AbstractMesh((1, 32, 1), ("data", "fsdp", "tensor"))
+    mesh = jax.sharding.AbstractMesh((1, 64, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(
-        ValueError, match=r"double\.img\.mlp\.fc1\.kernel_scale .* mesh axis fsdp=32"
+        ValueError, match=r"double\.img\.mlp\.fc1\.kernel_scale .* mesh axis fsdp=64"
     ):
         abstract_model(config, SIZE, mesh)
 
