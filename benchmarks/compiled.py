@@ -20,6 +20,7 @@ from typing import Any
 
 import measure
 
+from realgen_jax.preflight.compiled import temporary_bytes
 from realgen_jax.preflight.targets import CARDS
 
 GIB = 2**30
@@ -42,19 +43,11 @@ RECIPES = (
     "sd3_grpo:realgen_sd3_large_8xh200",
     "zimage_grpo:realgen_v2_base_8xh200",
     "zimage_grpo:realgen_v2_turbo_8xh200",
+    "rewriter_grpo:flux_rewriter_8xh200",
+    "rewriter_grpo:flux_rewriter_1xh200",
+    "rewriter_grpo:flux_rewriter_full_8xh200",
 )
-HEADER = (
-    "recipe",
-    "devices",
-    "sampling",
-    "formula",
-    "",
-    "update",
-    "formula",
-    "",
-    "total",
-    "attention",
-)
+HEADER = ("recipe", "devices", "program", "compiler", "formula", "", "total", "attention")
 
 
 def preflight(recipe: str, options: list[str]) -> dict[str, Any]:
@@ -85,24 +78,28 @@ def compute_formulas(recipe: str, figures: dict[str, Any], options: list[str]) -
     """Set the formulas' figures of a recipe that is compiled to today's."""
     phases = preflight(recipe, ["--nocompile", *options])["bytes"]
     for name, program in figures["compiled"].items():
-        phase = phases[name]
-        program["temporaries_by_formula"] = phase["activations"] + phase.get("gradients", 0.0)
+        program["temporaries_by_formula"] = temporary_bytes(phases[name])
 
 
-def row_of(recipe: str, figures: dict[str, Any]) -> list[str]:
-    """A line of the table; sizes in GiB of one device."""
-    cells = [recipe, str(figures["devices"])]
-    for program in figures["compiled"].values():
+def rows_of(recipe: str, figures: dict[str, Any]) -> list[list[str]]:
+    """The lines of the table for a recipe, one a program; sizes in GiB of one device."""
+    rows = []
+    for name, program in figures["compiled"].items():
         compiler = program["temporaries_in_use"]
         formula = program["temporaries_by_formula"]
-        cells += [
-            f"{compiler / GIB:.2f}",
-            f"{formula / GIB:.2f}",
-            f"{formula / compiler - 1:+.1%}",
-        ]
-    totals = [program["total"] for program in figures["compiled"].values()]
-    kernels = figures["compiled"]["update"]["attention"]
-    return [*cells, f"{max(totals) / GIB:.1f}", " + ".join(map(str, kernels.values()))]
+        rows.append(
+            [
+                recipe,
+                str(figures["devices"]),
+                name,
+                f"{compiler / GIB:.2f}",
+                f"{formula / GIB:.2f}",
+                f"{formula / compiler - 1:+.1%}",
+                f"{program['total'] / GIB:.1f}",
+                " + ".join(map(str, program["attention"].values())),
+            ]
+        )
+    return rows
 
 
 def main() -> None:
@@ -127,9 +124,11 @@ def main() -> None:
             compute_formulas(recipe, recipes[name], options)
         content = {"target": args.target, "recipes": recipes}
         file.write_text(json.dumps(content, indent=1) + "\n")
-        print("  ".join(row_of(name, recipes[name])), flush=True)
+        for row in rows_of(name, recipes[name]):
+            print("  ".join(row), flush=True)
 
-    measure.print_table(HEADER, [row_of(name, figures) for name, figures in recipes.items()])
+    table = [row for name, figures in recipes.items() for row in rows_of(name, figures)]
+    measure.print_table(HEADER, table)
     print(f"written to {file}")
 
 

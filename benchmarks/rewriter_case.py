@@ -22,7 +22,7 @@ from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.objectives.token_grpo import TokenBatch, TokenGrpo
 from realgen_jax.rewriter.generate import Tokens, generate
-from realgen_jax.rollout import compiler_options
+from realgen_jax.rollout import compiler_options, decoder_options
 from realgen_jax.sharding import make_mesh
 from realgen_jax.update import EmaConfig, TrainState, make_optimizer, update
 
@@ -78,9 +78,12 @@ SIZES = {
 def programs(size: Size, mesh: Mesh) -> tuple[Callable, Callable]:
     """Return the jitted sampler and update. There is no end: every row has all new tokens."""
     fixed = {"steps": size.new, "ends": (), "pad": 0, "temperature": 1.0}
-    jit = partial(jax.jit, compiler_options=compiler_options(size.model.dtype, mesh))
     step = partial(update, size.objective, OPTIMIZER, EmaConfig(0.0, 1))
-    return jit(partial(generate, **fixed)), jit(step)
+    dtype = size.model.dtype
+    return (
+        jax.jit(partial(generate, **fixed), compiler_options=decoder_options(dtype, mesh)),
+        jax.jit(step, compiler_options=compiler_options(dtype, mesh)),
+    )
 
 
 def language_model(size: Size, params: nnx.State, mesh: Mesh) -> LanguageModel:

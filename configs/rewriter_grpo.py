@@ -149,6 +149,7 @@ def flux_rewriter_full_8xh200() -> ConfigDict:
     c.mesh.fsdp = 8
     c.rewriter.rewrites_per_prompt = 8
     c.rewriter.microbatch = 64
+    c.rewriter.logit_chunk = 384  # in each chunk the head's gradient is summed over devices
     c.sample.train_batch_size = 64
     c.sample.test_batch_size = 64
     c.train.lora = False

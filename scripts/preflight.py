@@ -34,9 +34,17 @@ from realgen_jax.models.loading import sizes_on_disk
 from realgen_jax.preflight.advice import changes
 from realgen_jax.preflight.compiled import compile_programs, compiler_figures, show_compiled
 from realgen_jax.preflight.report import argument_bytes, lowered, make_report, on_tpu
-from realgen_jax.preflight.rewriter import make_rewriter_report, show_rewriter
+from realgen_jax.preflight.rewriter import (
+    lowered_rewriter,
+    make_rewriter_report,
+    rewriter_on_tpu,
+)
+from realgen_jax.preflight.rewriter_tables import show_rewriter
 from realgen_jax.preflight.tables import show
 from realgen_jax.preflight.targets import TARGETS, target_devices
+
+# config.stage -> a function (report) -> the same of a TPU
+ON_TPU = {"diffusion": on_tpu, "rewriter": rewriter_on_tpu}
 
 FLAGS = flags.FLAGS
 define_config()
@@ -56,7 +64,7 @@ flags.DEFINE_bool(
 flags.DEFINE_string(
     "compile_for",
     "",
-    f"compile both programs for this kind of device: {', '.join(TARGETS)}; a TPU may have a "
+    f"compile the large programs for this kind of device: {', '.join(TARGETS)}; a TPU may have a "
     "topology, such as v5p:2x2x1",
 )
 flags.DEFINE_string("json", None, "also write all figures to this file")
@@ -81,17 +89,14 @@ def run(_: Sequence[str]) -> None:
         devices = number_of_devices(config)
         jax.config.update("jax_num_cpu_devices", devices)
         target = None
-        if FLAGS.compile_for and config.stage == "rewriter":
-            raise ValueError(
-                f"--compile_for is {FLAGS.compile_for!r}, but config.stage is 'rewriter'; only the "
-                "programs of stage 'diffusion' are compiled for other devices"
-            )
         if FLAGS.compile_for:
             target = target_devices(FLAGS.compile_for, devices)
 
         mfu = FLAGS.mfu or config.preflight.mfu
         if config.stage == "rewriter":
-            figures = show_rewriter(make_rewriter_report(config, devices), mfu)
+            report = make_rewriter_report(config, devices, target)
+            programs = lowered_rewriter(report) if target else {}
+            figures = show_rewriter(report, mfu)
         else:
             report = make_report(config, devices, target)
             programs = lowered(report)
@@ -103,12 +108,13 @@ def run(_: Sequence[str]) -> None:
                 sizes_on_disk(config.pretrained),
                 lambda report, room: changes(report, room, make_report),
             )
-            if target:
-                # From here on, the formulas of the target.
-                report = on_tpu(report) if target[0].platform == "tpu" else report
-                compiled = compile_programs(report, programs)
-                show_compiled(FLAGS.compile_for, report, compiled)
-                figures["compiled"] = compiler_figures(report, compiled)
+        if target:
+            # From here on, the formulas of the target.
+            if target[0].platform == "tpu":
+                report = ON_TPU[config.stage](report)
+            compiled = compile_programs(report, programs)
+            show_compiled(FLAGS.compile_for, report, compiled)
+            figures["compiled"] = compiler_figures(report, compiled)
         if FLAGS.json:
             with writing(Path(FLAGS.json)):
                 Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")

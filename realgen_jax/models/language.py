@@ -21,6 +21,7 @@ from realgen_jax.nn.tensors import Tensors, has_weights, read_json
 from realgen_jax.sharding import BATCH_AXES, constrain, param_sharding
 
 STEM = "model"  # the name of the files of weights
+LAYERS = "layers."  # what the paths of the blocks' arrays begin with
 CHUNK = 4096  # rows of the embedding that are compared with the head's at a time
 
 # (ids [n], positions [n], cache, place [], attended [n, m]) -> hidden states [n, D], cache
@@ -105,10 +106,10 @@ class LanguageModel:
         They hold a copy of the weights that is not split over fsdp, so that no step gathers them.
         """
         network = self._network(trainable)
-        if self.mesh.shape["fsdp"] > 1:
-            graph, state = nnx.split(network)
-            network = nnx.merge(graph, self._gathered(state))
         blocks = network.blocks()
+        if self.mesh.shape["fsdp"] > 1:
+            blocks = [self._gathered(block, LAYERS) for block in blocks]
+            network = self._gathered(network)
 
         def step(
             ids: Array, positions: Array, cache: Any, place: Array, attended: Array
@@ -127,18 +128,30 @@ class LanguageModel:
             return nnx.merge(graph, self.params)
         return self.trainable.bind(self, trainable)
 
-    def _gathered(self, state: nnx.State) -> nnx.State:
-        """The weights in the compute dtype, split over `tensor` alone."""
+    def _gathered(self, module: nnx.Module, prefix: str = "") -> nnx.Module:
+        """A module with its weights in the compute dtype, split over `tensor` alone.
+
+        prefix: LAYERS for a block, whose arrays have no layer axis. The stack of layers itself is
+        left as it is. Weights are converted where they are stored, so that no float32 moves.
+        """
+        graph, state = nnx.split(module)
         whole = []
         for path, variable in nnx.to_flat_state(state):
             name = ".".join(map(str, path))
-            specs = [spec for pattern, spec in self.family.rules if re.fullmatch(pattern, name)]
-            if specs:
-                spec = (None if axis == "fsdp" else axis for axis in specs[0])
+            specs = [spec for rule, spec in self.family.rules if re.fullmatch(rule, prefix + name)]
+            if specs and not name.startswith(LAYERS):
+                spec = specs[0][1:] if prefix else specs[0]
                 array = variable.get_value().astype(self.config.dtype)
-                variable = variable.replace(constrain(array, self.mesh, *spec))
+                array = constrain(array, self.mesh, *spec)
+                array = constrain(array, self.mesh, *map(_over_tensor, spec))
+                variable = variable.replace(array)
             whole.append((path, variable))
-        return nnx.from_flat_state(whole)
+        return nnx.merge(graph, nnx.from_flat_state(whole))
+
+
+def _over_tensor(axes: str | tuple[str, ...] | None) -> str | None:
+    """The mesh axis `tensor` if an array's axis is split over it."""
+    return "tensor" if axes and "tensor" in axes else None
 
 
 def _start(mask: Array) -> Array:

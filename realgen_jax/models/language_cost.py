@@ -19,7 +19,8 @@ class LanguageWork:
     rank: of the LoRA; 0: all weights train. rows: rewrites. prompt, new: tokens of a prompt and of
     a rewrite, padding included. microbatch: rows of one forward and backward pass. chunk: tokens of
     a row whose logits are in memory at a time. reference: whether the base model replays too.
-    passes: replays of an epoch's rewrites besides the update, such as those for old log-probs.
+    recompute: whether old log-probs are replayed. fsdp, tensor: sizes of the mesh's axes that split
+    the weights. flash: whether attention keeps its scores on chip, as on NVIDIA GPUs.
     """
 
     model: Any
@@ -32,6 +33,9 @@ class LanguageWork:
     reference: bool
     recompute: bool
     inner_epochs: int
+    fsdp: int = 1
+    tensor: int = 1
+    flash: bool = True
 
     @property
     def length(self) -> int:
@@ -96,73 +100,112 @@ def epoch_flops(work: LanguageWork) -> dict[str, float]:
     }
 
 
-def decode_bytes_read(work: LanguageWork, parts: int, tensor: int) -> float:
+def decode_bytes_read(work: LanguageWork, parts: int) -> float:
     """Bytes that one device reads from its memory while rewrites are sampled.
 
-    Each token reads all weights, and the keys and values of all tokens (padding included). tensor:
-    devices that share each weight meanwhile.
+    Each token reads all weights, and the keys and values of all tokens (padding included).
     """
-    adapters = F32 * adapter_weights(work.model, work.rank)
-    each = decoder_bytes(work, tensor) + adapters + cache_bytes(work, parts)
-    return work.new * each
+    weights = copied_bytes(work) + head_bytes(work)
+    return work.new * (weights + cache_bytes(work, parts, work.length))
 
 
-def decoder_bytes(work: LanguageWork, tensor: int) -> float:
-    """Bytes of the weights that one device reads for a token: not split over fsdp."""
+def head_bytes(work: LanguageWork) -> float:
+    """Bytes of the head, or of the embedding that it is tied to, in the compute dtype."""
     model = work.model
-    weights = block_weights(model) + model.hidden_size * model.vocab_size
-    return jnp.dtype(model.dtype).itemsize * weights / tensor
+    return jnp.dtype(model.dtype).itemsize * model.hidden_size * model.vocab_size / work.tensor
 
 
-def cache_bytes(work: LanguageWork, parts: int) -> float:
-    """Bytes of the keys and values of one device's rewrites."""
+def copied_bytes(work: LanguageWork) -> float:
+    """Bytes of the blocks, layer by layer: weights that are not split over fsdp, and adapters."""
+    model = work.model
+    weights = jnp.dtype(model.dtype).itemsize * block_weights(model) / work.tensor
+    return weights + F32 * adapter_weights(model, work.rank)
+
+
+def cache_bytes(work: LanguageWork, parts: int, tokens: int) -> float:
+    """Bytes of the keys and values of so many tokens of each of one device's rewrites."""
     model = work.model
     item = jnp.dtype(model.dtype).itemsize
     width = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    return item * width * work.length * work.rows / parts
+    return item * width * tokens * work.rows / parts
 
 
-def rewrite_bytes(work: LanguageWork, parts: int, tensor: int) -> dict[str, float]:
-    """Bytes on one device while rewrites are sampled, besides weights and optimizer state."""
+def rewrite_bytes(work: LanguageWork, parts: int) -> dict[str, float]:
+    """Bytes on one device while rewrites are sampled, besides weights and optimizer state.
+
+    The largest of three moments: the prompts are read, their keys and values move into the cache,
+    tokens are drawn. Before the second, the weights are copied layer by layer (LanguageModel
+    .decoder); those that are split over fsdp are gathered, and the head with them.
+    """
     rows = work.rows / parts
-    return {
-        # Layer by layer, and not split over fsdp (LanguageModel.decoder).
-        "copy of the weights": decoder_bytes(work, tensor),
-        "keys and values": cache_bytes(work, parts),
-        # The logits of the next token, and the noise that is added to them.
-        "logits": 2 * F32 * rows * work.model.vocab_size,
-        "activations": block_bytes(work, rows, work.prompt, backward=False),
-    }
+    prompts = cache_bytes(work, parts, work.prompt)
+    cache = cache_bytes(work, parts, work.length)
+    weights = copied_bytes(work) + head_bytes(work) * (work.fsdp > 1)
+    moments = (
+        {
+            "keys and values": prompts,
+            "activations": block_bytes(work, rows, work.prompt, backward=False),
+        },
+        {"copy of the weights": weights, "keys and values": prompts + cache},
+        {
+            "copy of the weights": weights,
+            "keys and values": cache,
+            # The logits of the next token, and the noise that is added to them.
+            "logits": 2 * F32 * rows * work.model.vocab_size,
+        },
+    )
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def update_bytes(work: LanguageWork, parts: int, trained: float) -> dict[str, float]:
     """Bytes on one device during an update, besides weights and optimizer state.
 
-    trained: bytes of the trained arrays on this device.
+    The larger of two moments, the backward pass of the head and that of the blocks. trained: bytes
+    of the trained arrays on this device.
     """
     model = work.model
+    full = work.rank == 0
     rows = work.microbatch / parts
-    item = jnp.dtype(model.dtype).itemsize
-    states = item * rows * work.length * model.hidden_size
-    return {
-        "block inputs": model.num_hidden_layers * states,
-        # Logits, their softmax and its gradient.
-        "logits": 3 * F32 * rows * work.chunk * model.vocab_size,
-        "activations": block_bytes(work, rows, work.length, backward=True),
-        # The sum and the current microbatch's.
-        "gradients": 2 * trained,
-    }
+    states = jnp.dtype(model.dtype).itemsize * rows * work.length * model.hidden_size
+    inputs = model.num_hidden_layers * states
+
+    # The logits and their gradient, and a constant of their size if chunks are looped over. If the
+    # head is trained, the gradient alone is left when the head's own, in float32, is computed.
+    looped = work.new > work.chunk
+    chunk = F32 * rows * min(work.chunk, work.new) * model.vocab_size
+    weights = F32 * model.vocab_size * model.hidden_size / work.tensor
+
+    # A split head is gathered, and turned. A loop adds up its gradient in two layouts.
+    head = 2 * head_bytes(work) * (work.fsdp > 1) + weights * full
+    added = 2 * weights / work.fsdp * (looped and full)
+    moments = (
+        {
+            "block inputs": inputs,
+            "logits": (2 + looped - full) * chunk,
+            "head": head,
+            # The sum.
+            "gradients": trained + added,
+        },
+        {
+            "block inputs": inputs,
+            "activations": block_bytes(work, rows, work.length, backward=True),
+            # The sum and the current microbatch's.
+            "gradients": 2 * trained,
+        },
+    )
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def block_bytes(work: LanguageWork, rows: float, tokens: int, backward: bool) -> float:
     """Bytes of one block's activations; a backward pass has their gradients too.
 
-    The scores of attention, [rows, heads, tokens, tokens], are in memory in float32.
+    Without a flash kernel, the scores of attention, [rows, heads, tokens, tokens], are in memory in
+    float32.
     """
     model = work.model
     item = jnp.dtype(model.dtype).itemsize
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
     channels = 3 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
-    scores = F32 * rows * model.num_attention_heads * tokens**2
+    scores = F32 * rows * model.num_attention_heads * tokens**2 * (not work.flash)
     return (1 + backward) * (item * rows * tokens * channels + scores)

@@ -1,4 +1,4 @@
-"""What XLA's compiler for a GPU or TPU makes of a run's two large programs."""
+"""What XLA's compiler for a GPU or TPU makes of a run's large programs."""
 
 import time
 from collections import Counter
@@ -12,6 +12,7 @@ from rich.table import Table
 from realgen_jax.preflight.figures import GIB
 from realgen_jax.preflight.hlo import COLLECTIVES, Instruction, Module, read_module
 from realgen_jax.preflight.report import Report
+from realgen_jax.preflight.rewriter import RewriterReport
 from realgen_jax.preflight.tables import COLUMNS, new_table
 from realgen_jax.profiling.programs import scope_of
 from realgen_jax.training.progress import plain_console
@@ -25,6 +26,9 @@ KERNELS = {
     "splash_mha_dkv": "splash backward (dk, dv)",
 }
 LARGEST = 8  # temporaries that are listed
+
+# Parts of a report's phases that are arguments or results of the program, not its temporaries.
+PASSED = ("trajectories", "embeddings", "pictures")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Compiled:
 
 
 def compile_programs(
-    report: Report, programs: Mapping[str, jax.stages.Lowered]
+    report: Report | RewriterReport, programs: Mapping[str, jax.stages.Lowered]
 ) -> dict[str, Compiled]:
     """Compile a report's lowered programs for the devices of its mesh: {name: what came of it}."""
     result = {}
@@ -74,14 +78,13 @@ def compile_programs(
         begin = time.perf_counter()
         compiled = program.compile()
         seconds = time.perf_counter() - begin
-        result[name] = _describe(compiled, _formula(report, name), seconds)
+        result[name] = _describe(compiled, temporary_bytes(report.phases[name]), seconds)
     return result
 
 
-def _formula(report: Report, name: str) -> float:
-    """Bytes of a program's temporary arrays by formula."""
-    phase = report.phases[name]
-    return phase["activations"] + phase.get("gradients", 0.0)
+def temporary_bytes(phase: Mapping[str, float]) -> float:
+    """Bytes of a program's temporary arrays by formula; phase: of a report, {part: bytes}."""
+    return sum(size for part, size in phase.items() if part not in PASSED)
 
 
 def _describe(compiled: Any, formula: float, seconds: float) -> Compiled:
@@ -151,7 +154,9 @@ def _scope(module: Module, instruction: Instruction) -> str:
     return "/".join(scope_of(module.path(instruction))) or "no scope"
 
 
-def with_compiler(report: Report, compiled: Mapping[str, Compiled]) -> dict[str, float]:
+def with_compiler(
+    report: Report | RewriterReport, compiled: Mapping[str, Compiled]
+) -> dict[str, float]:
     """Bytes of one device in each compiled phase, with the compiler's temporaries."""
     held = sum(report.held.values())
     totals = {}
@@ -161,7 +166,9 @@ def with_compiler(report: Report, compiled: Mapping[str, Compiled]) -> dict[str,
     return totals
 
 
-def compiler_figures(report: Report, compiled: Mapping[str, Compiled]) -> dict[str, Any]:
+def compiler_figures(
+    report: Report | RewriterReport, compiled: Mapping[str, Compiled]
+) -> dict[str, Any]:
     """All figures for JSON."""
     totals = with_compiler(report, compiled)
     result = {}
@@ -179,7 +186,9 @@ def compiler_figures(report: Report, compiled: Mapping[str, Compiled]) -> dict[s
     return result
 
 
-def show_compiled(target: str, report: Report, compiled: Mapping[str, Compiled]) -> None:
+def show_compiled(
+    target: str, report: Report | RewriterReport, compiled: Mapping[str, Compiled]
+) -> None:
     """Print what the compiler made of the programs."""
     console = plain_console()
     console.print(_memory_table(target, report, compiled))
@@ -194,7 +203,9 @@ def show_compiled(target: str, report: Report, compiled: Mapping[str, Compiled])
     console.print(_places_table("Largest arrays that are written, by scope", places, "in the text"))
 
 
-def _memory_table(target: str, report: Report, compiled: Mapping[str, Compiled]) -> Table:
+def _memory_table(
+    target: str, report: Report | RewriterReport, compiled: Mapping[str, Compiled]
+) -> Table:
     """The compiler's bytes beside the formula's."""
     table = new_table(
         f"Compiled for {target}, GiB of one device",

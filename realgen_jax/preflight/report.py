@@ -78,14 +78,17 @@ def on_tpu(report: Report) -> Report:
     some kernels. Where attention is XLA's, its scores are counted in sampling too, though the
     compiler may keep them on chip there.
     """
-    kernels = leaves(report.model.params)
+    return _with_works(
+        report, tpu_work(report.work, report.model), tpu_work(report.evaluation, report.model)
+    )
+
+
+def tpu_work(work: cost.Work, model: Model) -> cost.Work:
+    """The sizes that the formulas take on a TPU."""
+    kernels = leaves(model.params)
     turned = device_bytes([array for path, array in kernels.items() if TURNED.fullmatch(path)])
-
-    def as_there(work: cost.Work) -> cost.Work:
-        fits = fills_tiles(work.tokens, work.model.attention_head_dim)
-        return replace(work, flash=work.flash and fits, turned=turned)
-
-    return _with_works(report, as_there(report.work), as_there(report.evaluation))
+    fits = fills_tiles(work.tokens, work.model.attention_head_dim)
+    return replace(work, flash=work.flash and fits, turned=turned)
 
 
 def _with_works(report: Report, work: cost.Work, evaluation: cost.Work) -> Report:

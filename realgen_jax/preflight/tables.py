@@ -29,6 +29,8 @@ PETA = 1e15
 COLUMNS = {
     "previews": "previews",
     "sample": "sampling",
+    "rewrite": "rewriting",
+    "draw": "drawing",
     "update": "update",
     "evaluation": "evaluation",
 }

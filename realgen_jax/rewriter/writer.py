@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from realgen_jax.hosts import fetch, put
 from realgen_jax.rewriter.files import RewriterSettings
 from realgen_jax.rewriter.generate import Tokens, generate
 from realgen_jax.rewriter.texts import drawn, parse, usable
+from realgen_jax.rollout import decoder_options
 from realgen_jax.sharding import batch_devices, batch_sharding
 
-_generate = jax.jit(generate, static_argnames=("steps", "ends", "pad", "temperature", "top_p"))
+FIXED = ("steps", "ends", "pad", "temperature", "top_p")
 
 
 class Tokenizer(Protocol):
@@ -80,7 +83,7 @@ class Writer:
         )
         rows = batch_sharding(self.model.mesh)
         keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))
-        tokens, finite = _generate(
+        tokens, finite = _sampler(self.model.config.dtype, self.model.mesh)(
             self.model,
             self.state,
             put(ids, rows),
@@ -98,6 +101,12 @@ class Writer:
             )
 
         return read_answers(tokens, count, self.tokenizer, self.settings.answer_tag, self.fits)
+
+
+@cache
+def _sampler(dtype: Any, mesh: Mesh) -> Callable[..., tuple[Tokens, jax.Array]]:
+    """`generate`, compiled for a mesh. dtype: what the model computes in."""
+    return jax.jit(generate, static_argnames=FIXED, compiler_options=decoder_options(dtype, mesh))
 
 
 def read_answers(

@@ -13,7 +13,7 @@ from realgen_jax.models.language import LanguageModel
 from realgen_jax.models.model import Model, decode_rows, sample_rows
 from realgen_jax.objectives.token_grpo import TokenBatch
 from realgen_jax.rewriter.generate import generate
-from realgen_jax.rollout import compiler_options
+from realgen_jax.rollout import compiler_options, decoder_options
 from realgen_jax.sharding import replicated
 from realgen_jax.training.programs import Recipe, abstract_state
 from realgen_jax.update import TrainState, update
@@ -75,18 +75,17 @@ def make_rewriter_programs(
         tokens = sample_rows(model, frozen, cond, key, ids, recipe.config.sample.num_steps, "euler")
         return decode_rows(model, tokens), jnp.isfinite(tokens).all()
 
-    of_language = compiler_options(language.config.dtype, language.mesh)
-    jit = partial(jax.jit, compiler_options=of_language)
+    dtype, mesh = language.config.dtype, language.mesh
+    jit = partial(jax.jit, compiler_options=compiler_options(dtype, mesh))
+    decode = partial(jax.jit, compiler_options=decoder_options(dtype, mesh))
     rewrite = partial(generate, steps=settings.max_new_tokens, ends=ends, pad=pad)
     return RewriterPrograms(
-        rewrite=jit(partial(rewrite, temperature=settings.temperature)),
-        answer=jit(partial(rewrite, temperature=0.0)),
+        rewrite=decode(partial(rewrite, temperature=settings.temperature)),
+        answer=decode(partial(rewrite, temperature=0.0)),
         flips=jit(flips_call),
         reference=jit(reference_call),
         recompute=jit(recompute_call),
-        update=jit(
-            update_call, donate_argnums=1, out_shardings=(shardings, replicated(language.mesh))
-        ),
+        update=jit(update_call, donate_argnums=1, out_shardings=(shardings, replicated(mesh))),
         draw=jax.jit(draw, compiler_options=compiler_options(model.config.dtype, model.mesh)),
         evaluate=model.sampler(evaluation.num_steps, evaluation.solver),
     )

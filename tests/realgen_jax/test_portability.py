@@ -175,5 +175,5 @@ def test_only_attention_and_compiler_options_ask_what_the_platform_is():
             found[str(file.relative_to(ROOT))] = sorted(hits)
     assert found == {
         "realgen_jax/nn/attention.py": [".platform", ".platform"],
-        "realgen_jax/rollout.py": [".platform"],
+        "realgen_jax/rollout.py": [".platform", ".platform"],
     }

@@ -166,7 +166,8 @@ def forward_bytes(work: Work, images: float) -> float:
     # hidden layer before GELU, and the input of proj.
     if work.fused:
         block = max(11 * u, fused_attention(work, u, scores))
-        return _modulation(work, images) + block + _fetched(work, images)
+        fetched = _fetched(work, images) / 2  # a single block's, 12 D^2
+        return _modulation(work, images) + block + fetched
 
     # Between its halves 12 u (the input, the norm, q, k, v before and after the rotation, the
     # hidden layer) and the adapters' 3, or in its attention 6 u and 2 scores.

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 
-from realgen_configs import flux_grpo, sd3_grpo, small_cards, zimage_grpo
+from realgen_configs import flux_grpo, rewriter_grpo, sd3_grpo, small_cards, zimage_grpo
 from realgen_jax.preflight.compiled import compile_programs, with_compiler
 from realgen_jax.preflight.figures import USABLE
 from realgen_jax.preflight.hlo import FREE, arrays, read_module, signatures
 from realgen_jax.preflight.report import lowered, make_report
+from realgen_jax.preflight.rewriter import lowered_rewriter, make_rewriter_report
 from realgen_jax.preflight.targets import CARDS, target_devices
 from realgen_jax.profiling.programs import scope_of
 from tests.helpers.costs import write_model
@@ -230,3 +231,32 @@ def test_a_tpu_normalises_and_rotates_without_float32_in_memory(tpu):
                 for kind, sizes in arrays(instruction.shape):
                     written += 4 * math.prod(sizes) if kind == "f32" else 0
         assert written < 50e6
+
+
+@pytest.mark.slow
+def test_the_rewriter_at_full_size():
+    """cuDNN attends to prompts and in the update, and a token's step copies no weights."""
+    config = rewriter_grpo.get_config("flux_rewriter_1xh200")
+    report = make_rewriter_report(config, 1, target_devices("h200", 1))
+    compiled = compile_programs(report, lowered_rewriter(report))
+    rewrite, draw, update = compiled.values()
+    assert rewrite.attention == {"cuDNN forward": 1}
+    assert draw.attention == {"cuDNN forward": 2}
+    assert update.attention == {"cuDNN forward": 2, "cuDNN backward": 1}
+    assert rewrite.formula == pytest.approx(rewrite.in_use, rel=0.02)
+    assert update.formula == pytest.approx(update.in_use, rel=0.05)
+    assert draw.formula == pytest.approx(draw.in_use, abs=0.2 * 2**30)
+
+    # In the loop over tokens, nothing but the cache is larger than the logits.
+    module = read_module(rewrite.text)
+    (loop,) = {
+        computation
+        for computation, instruction in module.kernels()
+        if "/while/body/block" in module.path(instruction)
+    }
+    sizes = [
+        instruction.bytes
+        for instruction in module.computations[loop].values()
+        if instruction.opcode == "fusion" and "dynamic_update_slice" not in instruction.name
+    ]
+    assert max(sizes) <= report.work.rows * report.work.model.vocab_size * 4
