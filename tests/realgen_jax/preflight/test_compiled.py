@@ -260,3 +260,18 @@ def test_the_rewriter_at_full_size():
         if instruction.opcode == "fusion" and "dynamic_update_slice" not in instruction.name
     ]
     assert max(sizes) <= report.work.rows * report.work.model.vocab_size * 4
+
+
+@pytest.mark.slow
+def test_the_rewriters_split_weights_are_gathered_in_bfloat16():
+    """To sample from a trained language model: not one matrix is anywhere whole in float32."""
+    config = rewriter_grpo.get_config("flux_rewriter_full_8xh200")
+    report = make_rewriter_report(config, 8, target_devices("h200", 8))
+    programs = {"rewrite": lowered_rewriter(report)["rewrite"]}
+    rewrite = compile_programs(report, programs)["rewrite"]
+    assert rewrite.formula == pytest.approx(rewrite.in_use, rel=0.02)
+    model = report.language.config
+    for _, instruction in read_module(rewrite.text).kernels():
+        for kind, sizes in arrays(instruction.shape):
+            widths = {model.intermediate_size, model.vocab_size} & set(sizes)
+            assert kind != "f32" or model.hidden_size not in sizes or not widths
