@@ -58,6 +58,11 @@ def target(mesh: Mesh | None) -> jax.Device:
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
+def on_tpu(mesh: Mesh | None) -> bool:
+    """Return whether a program is for TPUs."""
+    return target(mesh).platform == "tpu"
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
     """Constrain the sharding of x and its gradient: one entry of `spec` per axis, from the front.
 
@@ -128,8 +133,8 @@ def _in_tiles(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding 
     queries, keys and values, once a microbatch.
     """
     mesh = sharding.mesh
-    on_tpu = isinstance(mesh, Mesh) and target(mesh).platform == "tpu"
-    if not on_tpu or len(shape) != 4 or shape[2] >= SUBLANES:
+    fused = len(shape) == 4 and shape[2] < SUBLANES
+    if not fused or not isinstance(mesh, Mesh) or not on_tpu(mesh):
         return sharding
     return Format(Layout((0, 2, 1, 3)), sharding)
 
