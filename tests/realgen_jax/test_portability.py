@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from realgen_configs.flux_grpo import get_config
+from realgen_jax import sharding
 from realgen_jax.nn import attention as attention_module
 from realgen_jax.nn.stack import REMAT_POLICIES
 from realgen_jax.sharding import make_mesh
@@ -25,7 +26,7 @@ xla = partial(jax.nn.dot_product_attention, implementation="xla")
 @pytest.fixture
 def for_tpu(monkeypatch):
     """Trace as for a TPU, on any machine."""
-    monkeypatch.setattr(attention_module, "target", lambda mesh: SimpleNamespace(platform="tpu"))
+    monkeypatch.setattr(sharding, "target", lambda mesh: SimpleNamespace(platform="tpu"))
 
 
 def test_the_full_size_recipe_lowers_for_tpus(for_tpu):
