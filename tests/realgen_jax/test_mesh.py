@@ -284,13 +284,12 @@ TRAFFIC = {
         ("block", "all-reduce"): 18,
         # a block's 8 + 7 kernels (proj's 5 parts one by one), once forward, once backward
         ("block", "all-gather"): 30,
-        (
-            "step",
-            "all-gather",
-        ): 10,  # the others, but for the modulations': XLA takes them out of the loops
+        # the others, but for the modulations' and proj_out: XLA takes them out of the loops
+        ("step", "all-gather"): 9,
         # the modulations' kernels stay where they are: the rows of vec go there, and the 3 outputs
         # come back, each as a piece from every one of 8 devices
-        ("microbatch", "all-gather"): 2,  # proj_out's kernel, once more for the backward pass
+        # proj_out's kernel, behind a barrier: for the policy, twice more for the backward pass
+        ("microbatch", "all-gather"): 3,
         ("microbatch", "all-to-all"): 24,
     },
     ("lora", "tensor 2"): {
@@ -313,8 +312,8 @@ TRAFFIC = {
         # gradients of the other 13 kernels and biases, but for the modulations' kernels, which have
         # all rows at hand
         ("microbatch", "all-reduce"): 23,
-        ("step", "all-gather"): 10,
-        ("microbatch", "all-gather"): 2,
+        ("step", "all-gather"): 9,
+        ("microbatch", "all-gather"): 3,
         ("microbatch", "all-to-all"): 48,  # outputs, and their gradients
     },
 }
