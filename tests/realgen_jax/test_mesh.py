@@ -415,7 +415,12 @@ def pinned(jaxpr):
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("lora", "fsdp 8"), ("lora", "tensor 2"), ("full", "fsdp 8"), ("full", "2 x 2 x 2")],
+    [
+        ("lora", "fsdp 8"),
+        ("lora", "tensor 2"),
+        pytest.param("full", "fsdp 8", marks=slow),
+        ("full", "2 x 2 x 2"),
+    ],
 )
 def test_a_device_holds_its_share_and_the_state_is_used_again(kind, layout):
     """By the compiler's account. Small arrays are whole: biases next to a whole side and norms."""
