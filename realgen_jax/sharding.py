@@ -58,7 +58,7 @@ def target(mesh: Mesh | None) -> jax.Device:
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
-def on_tpu(mesh: Mesh | None) -> bool:
+def for_tpu(mesh: Mesh | None) -> bool:
     """Return whether a program is for TPUs."""
     return target(mesh).platform == "tpu"
 
@@ -134,7 +134,7 @@ def _in_tiles(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding 
     """
     mesh = sharding.mesh
     fused = len(shape) == 4 and shape[2] < SUBLANES
-    if not fused or not isinstance(mesh, Mesh) or not on_tpu(mesh):
+    if not fused or not isinstance(mesh, Mesh) or not for_tpu(mesh):
         return sharding
     return Format(Layout((0, 2, 1, 3)), sharding)
 

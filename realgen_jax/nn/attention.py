@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from realgen_jax.sharding import BATCH_AXES, constrain, on_tpu, target
+from realgen_jax.sharding import BATCH_AXES, constrain, for_tpu, target
 
 SPLASH = "splash"  # checkpoint name of the TPU kernel's output and softmax sums
 LANES = 128  # width of a TPU's vector register
@@ -57,7 +57,7 @@ def attention(
 
 def takes_splash(q: Array, k: Array, mesh: Mesh | None) -> bool:
     """Return whether Pallas' splash kernel runs: q [n, t, h, d], k [n, s, h, d] on a TPU."""
-    return on_tpu(mesh) and q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3])
+    return for_tpu(mesh) and q.shape == k.shape and fills_tiles(q.shape[1], q.shape[3])
 
 
 def takes_cudnn(q: Array, mesh: Mesh | None) -> bool:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from realgen_jax.nn.quantize import dequantize, quantized_shapes
-from realgen_jax.sharding import BATCH_AXES, constrain, on_tpu
+from realgen_jax.sharding import BATCH_AXES, constrain, for_tpu
 
 EPS = 1e-6  # default of all norms
 TIME_CHANNELS = 256  # channels of the sinusoidal embeddings of noise level and guidance
@@ -142,7 +142,7 @@ class Linear(nnx.Module):
         # If `tensor` does not split the parts, flatten them into one axis: with several axes, XLA's
         # CPU backend transposes the kernel for the gradient of x, which costs a sixth of the
         # product. On a TPU the flattened kernel would be a copy.
-        if not on_tpu(mesh) and (mesh is None or mesh.shape["tensor"] == 1):
+        if not for_tpu(mesh) and (mesh is None or mesh.shape["tensor"] == 1):
             y = x.reshape(*lead, -1) @ kernel.reshape(-1, math.prod(self.shape_out))
         else:
             y = jnp.tensordot(x, kernel, axes)

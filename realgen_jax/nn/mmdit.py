@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from realgen_jax.nn.attention import fills_tiles
 from realgen_jax.nn.layers import EPS, MLP, Linear, QKNorm, modulated_norm
 from realgen_jax.nn.stack import pin_rows
-from realgen_jax.sharding import on_tpu
+from realgen_jax.sharding import for_tpu
 
 gelu = partial(jax.nn.gelu, approximate=True)
 
@@ -52,7 +52,7 @@ class Heads(nnx.Module):
 
         # On a TPU, turn the heads to the front while they have 16 bits, as attention takes them.
         # XLA would turn them in float32, around the norm.
-        if on_tpu(mesh) and fills_tiles(x.shape[1], self.head_dim):
+        if for_tpu(mesh) and fills_tiles(x.shape[1], self.head_dim):
             heads_first = Layout((0, 2, 1, 3))
             q, k, v = [with_layout_constraint(array, heads_first) for array in (q, k, v)]
         if self.norm is not None:

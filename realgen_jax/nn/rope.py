@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from realgen_jax.sharding import on_tpu
+from realgen_jax.sharding import for_tpu
 
 
 def apply_rope(x: Array, cos: Array, sin: Array, mesh: Mesh | None = None) -> Array:
@@ -14,7 +14,7 @@ def apply_rope(x: Array, cos: Array, sin: Array, mesh: Mesh | None = None) -> Ar
 
     cos and sin are [t, d/2] if all images have the same positions, else [n, t, d/2].
     """
-    if on_tpu(mesh):
+    if for_tpu(mesh):
         return rope_by_product(x, cos, sin)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even = pairs[..., 0]

@@ -122,7 +122,7 @@ def advice(
         "communication. Activations are an estimate: for GPUs, updates within 5 % of XLA's figure "
         "for H200s, sampling within 0.4 GiB, mostly above it; with a tensor split they need less. "
         "For TPUs, updates within 16 % of what is in use at once by XLA's compiler, which "
-        "allocates up to 50 % more: ask it with --compile_for.",
+        "allocates up to 70 % more: ask it with --compile_for.",
         "fraction: the XLA_CLIENT_MEM_FRACTION to start with. Set it if it is above "
         f"{DEFAULT_FRACTION} (the share of a GPU that JAX takes by default) or if rewards share "
         "the GPU; they get the rest.",
