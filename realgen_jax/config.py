@@ -85,6 +85,9 @@ def _pretrained() -> ConfigDict:
     # How the kernels of its blocks are held, frozen under a LoRA: fp8, int8: 8 bits with a scale
     # for each output channel; nf4: 4 bits with a scale for 32 inputs; empty: as param_dtype says.
     c.quantization = ""
+    # True: the blocks' kernels stay in host memory, frozen under a LoRA, and each is copied to the
+    # device when its block runs.
+    c.offload = False
 
     # What the forward pass saves for the backward pass, from least to most memory:
     # full: the inputs of the blocks; attention: also the attention outputs (on NVIDIA GPUs);
@@ -202,6 +205,7 @@ def _train() -> ConfigDict:
     c.num_inner_epochs = 1  # passes over an epoch's images
     c.ema_decay = 0.9
     c.ema_update_interval = 1  # optimizer steps between EMA updates
+    c.offload = False  # True: optimizer state and EMA stay in host memory between the updates
     c.recompute_old = False  # True: the update program first recomputes the sampled means
 
     # NormGuard, for velocities longer than the base model's: the weight of the mean of

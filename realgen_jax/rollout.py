@@ -28,6 +28,7 @@ from realgen_jax.sde import (
     ode_steps,
     shortened,
 )
+from realgen_jax.sharding import for_gpu, target
 from realgen_jax.windows import DRAWN, Moves
 
 LAST_JAXLIB = (0, 12)  # the newest series that was seen to know the option of YNNPACK
@@ -261,7 +262,7 @@ def policy_step(velocity: Velocity, x: Array, step: Steps, cond: Any) -> tuple[A
     return jax.lax.optimization_barrier(step.mean(x, v)), v
 
 
-def compiler_options(dtype: Any, mesh: Mesh) -> dict[str, str | bool]:
+def compiler_options(dtype: Any, mesh: Mesh, offload: bool = False) -> dict[str, str | bool]:
     """Return the `compiler_options` of jax.jit for every program that calls `policy_step`.
 
     On GPUs, XLA takes no kernel that adds in another order each time: otherwise cuDNN's attention
@@ -272,16 +273,24 @@ def compiler_options(dtype: Any, mesh: Mesh) -> dict[str, str | bool]:
     would differ in the last bits of a bfloat16. With this option it computes each product alone. A
     jaxlib that may not know the option keeps its default.
 
-    dtype: what the model computes in.
+    dtype: what the model computes in. offload: whether its weights are in host memory.
     """
-    platform = mesh.devices.flat[0].platform
-    if platform == "gpu":
-        return {"xla_gpu_exclude_nondeterministic_ops": True}
+    if for_gpu(mesh):
+        return {"xla_gpu_exclude_nondeterministic_ops": True, **copy_options(mesh, offload)}
 
     series = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
-    if platform != "cpu" or jnp.dtype(dtype) != jnp.bfloat16 or series > LAST_JAXLIB:
+    if target(mesh).platform != "cpu" or jnp.dtype(dtype) != jnp.bfloat16 or series > LAST_JAXLIB:
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def copy_options(mesh: Mesh, offload: bool) -> dict[str, bool]:
+    """Return the `compiler_options` of jax.jit for programs that copy weights from host memory.
+
+    By default XLA for GPUs starts each copy where its result is needed, and waits for it.
+    """
+    copies = offload and for_gpu(mesh)
+    return {"xla_gpu_enable_latency_hiding_scheduler": True} if copies else {}
 
 
 def decoder_options(dtype: Any, mesh: Mesh) -> dict[str, str | bool | int]:
@@ -291,8 +300,7 @@ def decoder_options(dtype: Any, mesh: Mesh) -> dict[str, str | bool | int]:
     weights for that: here all weights, for each token, which is three times the traffic.
     """
     joins = {"xla_gpu_dot_merger_threshold_mb": 0}
-    on_gpu = mesh.devices.flat[0].platform == "gpu"
-    return {**compiler_options(dtype, mesh), **(joins if on_gpu else {})}
+    return {**compiler_options(dtype, mesh), **(joins if for_gpu(mesh) else {})}
 
 
 def _integrate(velocity: Velocity, x: Array, cond: Any, ode: Steps, first: Any, stop: Any) -> Array:

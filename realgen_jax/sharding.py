@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, P]]  # (pattern of a parameter's path, how it is split)
+HOST = "pinned_host"  # JAX's memory kind
 SUBLANES = 8  # height of a TPU's vector register
 
 
@@ -63,6 +64,11 @@ def for_tpu(mesh: Mesh | None) -> bool:
     return target(mesh).platform == "tpu"
 
 
+def for_gpu(mesh: Mesh | None) -> bool:
+    """Return whether a program is for GPUs."""
+    return target(mesh).platform == "gpu"
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
     """Constrain the sharding of x and its gradient: one entry of `spec` per axis, from the front.
 
@@ -77,6 +83,44 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: Any) -> jax.Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, P())
+
+
+def to_host(where: NamedSharding | Format) -> NamedSharding | Format:
+    """Return the same sharding in the host's memory, page-locked, so that devices read from it.
+
+    Raises ValueError if JAX has no such memory for these devices.
+    """
+    if isinstance(where, Format):
+        return Format(where.layout, to_host(where.sharding))
+    mesh = where.mesh
+    if isinstance(mesh, Mesh):
+        kinds = [memory.kind for memory in target(mesh).addressable_memories()]
+        if not kinds:
+            # A device to compile for (preflight/targets.py); JAX asks an abstract mesh for nothing.
+            mesh = mesh.abstract_mesh
+        elif HOST not in kinds:
+            raise ValueError(
+                f"JAX offers no host memory ({HOST}) for {target(mesh)}, only {', '.join(kinds)}; "
+                "expected config.pretrained.offload=False and config.train.offload=False"
+            )
+    return NamedSharding(mesh, where.spec, memory_kind=HOST)
+
+
+def is_on_host(array: Any) -> bool:
+    """Return whether an array, or what stands for it in a jitted function, is in host memory."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def to_device(tree: Any) -> Any:
+    """Copy those arrays of a tree that are in host memory to the devices, with their sharding.
+
+    This works in jitted functions and outside.
+    """
+
+    def copied(array: jax.Array) -> jax.Array:
+        return jax.device_put(array, jax.memory.Space.Device) if is_on_host(array) else array
+
+    return jax.tree.map(copied, tree)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from realgen_jax.rollout import Velocity
+from realgen_jax.sharding import to_device
 
 Metrics = dict[str, Array]
 
@@ -150,14 +151,15 @@ def update(
     grads, metrics = objective.gradient(policy, state, batch)
 
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        opt_state, average = to_device((state.opt_state, state.ema))
+        updates, opt_state = optimizer.update(grads, opt_state, state.trainable)
         norms = {
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(state.trainable),
         }
         trainable = optax.apply_updates(state.trainable, updates)
-        averaged = ema_update(state.ema, trainable, state.step, ema)
+        averaged = ema_update(average, trainable, state.step, ema)
 
     state = TrainState(trainable, averaged, opt_state, state.step + 1, state.old)
     return state, {**metrics, **norms}

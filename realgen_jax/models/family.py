@@ -55,7 +55,8 @@ class Family:
     table(config): how diffusers' transformer/ fills the network. config_entries: the entries of its
         config.json other than the sizes, whose values are the only ones that the network computes.
     lora_targets(config): paths of the projections that get adapters. rules: how parameters are
-        sharded.
+        sharded. blocks: the modules that nn.stack.scan_blocks runs, whose kernels
+        may be in host memory; () if there are none.
     encoders: the text encoders that scripts/encode_prompts.py runs, and the arrays they write to
         the cache.
     text_tokens(max_tokens): text tokens of a prompt in the network. text_limit: largest max_tokens.
@@ -86,6 +87,7 @@ class Family:
     table: Callable[[Any], Table]
     lora_targets: Callable[[Any], tuple[str, ...]]
     rules: Rules
+    blocks: tuple[str, ...]
     encoders: tuple[Encoder, ...]
     text_tokens: Callable[[int], int]
     cond: Callable[[Mapping[str, Any], Any], Any]

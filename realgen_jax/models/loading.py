@@ -20,14 +20,14 @@ from realgen_jax.models.sources import (
     vae_source,
 )
 from realgen_jax.models.trainable import AllWeights, Trainable
-from realgen_jax.nn.convert import abstract, check_keys, fill, with_shardings
+from realgen_jax.nn.convert import Sharding, abstract, check_keys, fill, with_shardings
 from realgen_jax.nn.layers import Fixed
 from realgen_jax.nn.quantized_files import check_quantized
 from realgen_jax.nn.tensors import Tensors, config_from, has_weights, read_json
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig
 from realgen_jax.nn.vae_files import load_vae, vae_config, vae_tensors
-from realgen_jax.sharding import param_sharding, replicated
+from realgen_jax.sharding import param_sharding, replicated, to_host
 
 # Sections of the config with the size of pictures.
 ROLLOUTS = "config.sample"
@@ -143,7 +143,11 @@ def load_model(
     overrides = config_overrides(family, pretrained, model.height, model.width)
 
     _, params = load_transformer(
-        family, source, folder / "transformer", param_sharding(mesh, family.rules), **overrides
+        family,
+        source,
+        folder / "transformer",
+        weight_sharding(family, mesh, pretrained.offload),
+        **overrides,
     )
     everywhere = replicated(mesh)
     _, vae_params = load_vae(
@@ -200,7 +204,7 @@ def abstract_model(
     everywhere = replicated(mesh)
     return Model(
         params=with_shardings(
-            abstract(family.Module, config)[1], param_sharding(mesh, family.rules)
+            abstract(family.Module, config)[1], weight_sharding(family, mesh, pretrained.offload)
         ),
         vae_params=with_shardings(abstract(Autoencoder, vae)[1], lambda path, shape: everywhere),
         family=family,
@@ -228,7 +232,7 @@ def with_size(model: Model, pretrained: Any, size: tuple[int, int], key: str) ->
         overrides = config_overrides(model.family, pretrained, other.height, other.width)
         base = Path(pretrained.model) / "transformer"
         _, table = transformer_config(model.family, source, base, **overrides)
-        sharding = param_sharding(model.mesh, model.family.rules)
+        sharding = weight_sharding(model.family, model.mesh, pretrained.offload)
         own = fill(Tensors(source), fixed, table, sharding)
         params = nnx.merge_state(nnx.filter_state(params, nnx.Param), own)
     return replace(other, params=params, vae_params=model.vae_params)
@@ -241,7 +245,7 @@ def load_tuned(model: Model, pretrained: Any) -> nnx.State:
     `load_transformer`, and ValueError for a transformer of other sizes.
     """
     overrides = config_overrides(model.family, pretrained, model.height, model.width)
-    sharding = param_sharding(model.mesh, model.family.rules)
+    sharding = weight_sharding(model.family, model.mesh, pretrained.offload)
     source = transformer_source(pretrained)
     base = Path(pretrained.model) / "transformer"
     config, params = load_transformer(model.family, source, base, sharding, **overrides)
@@ -251,6 +255,30 @@ def load_tuned(model: Model, pretrained: Any) -> nnx.State:
             "(config.evaluate.sample.tuned_share)"
         )
     return nnx.filter_state(params, nnx.Param)
+
+
+def weight_sharding(family: Family, mesh: Any, offload: bool) -> Sharding:
+    """Return (path, shape) -> where a weight of the transformer is.
+
+    offload: whether the blocks' kernels are in host memory. mesh: may be an AbstractMesh. Raises
+    ValueError for a family that has no blocks; the function raises the errors of `param_sharding`
+    and `to_host`.
+    """
+    sharding = param_sharding(mesh, family.rules)
+    if not offload:
+        return sharding
+    if not family.blocks:
+        raise ValueError(
+            f"config.pretrained.offload is True, which {family.pipeline} does not support; "
+            "expected False"
+        )
+
+    def offloaded(path: str, shape: tuple[int, ...]) -> Any:
+        where = sharding(path, shape)
+        is_kernel = path.partition(".")[0] in family.blocks and path.endswith(".kernel")
+        return to_host(where) if is_kernel else where
+
+    return offloaded
 
 
 def _schedule(family: Family, folder: Path) -> Any:

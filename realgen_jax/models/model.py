@@ -21,8 +21,8 @@ from realgen_jax.models.trainable import Trainable
 from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
-from realgen_jax.rollout import SOLVERS, hybrid, numbered_latents
-from realgen_jax.sharding import batch_sharding, local_slots
+from realgen_jax.rollout import SOLVERS, copy_options, hybrid, numbered_latents
+from realgen_jax.sharding import batch_sharding, is_on_host, local_slots
 
 
 def tuned_steps(settings: Any) -> int:
@@ -78,6 +78,11 @@ class Model:
     def token_shape(self) -> tuple[int, int]:
         """(image tokens, channels of a token)."""
         return self.height * self.width, PATCH**2 * self.vae.latent_channels
+
+    @property
+    def offload(self) -> bool:
+        """Whether weights are in host memory."""
+        return any(is_on_host(leaf) for leaf in jax.tree.leaves(self.params))
 
     def sigmas(self, steps: int) -> np.ndarray:
         """Noise levels of the schedule, float32 [steps + 1] from 1 to 0."""
@@ -168,7 +173,7 @@ class Model:
         base model. None: all of them do. scope: the name in a profile.
         """
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=copy_options(self.mesh, self.offload))
         @jax.named_scope(scope)
         def pictures(model: Model, trainable: Any, cond: Any, key: Array, ids: Array) -> Array:
             return decode_rows(

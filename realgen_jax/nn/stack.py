@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from realgen_jax.nn.attention import SPLASH
 from realgen_jax.nn.layers import PROJECTION, Linear, modulated_norm
 from realgen_jax.nn.quantize import check_format
-from realgen_jax.sharding import BATCH_AXES, constrain
+from realgen_jax.sharding import BATCH_AXES, constrain, is_on_host, to_device
 
 _splash = jax.checkpoint_policies.save_only_these_names(SPLASH)
 
@@ -73,13 +74,15 @@ def scan_blocks(
     """Run stacked blocks in order: carry = apply(block, carry, modulation of this layer).
 
     blocks: a module whose parameters are [layers, ...]. carry: activations, each [n, ...].
-    modulation: arrays [layers, n, ...]. policy: a key of REMAT_POLICIES.
+    modulation: arrays [layers, n, ...]. policy: a key of REMAT_POLICIES. Parameters in host memory
+    are copied to the devices layer by layer, in the forward and in the backward pass.
     """
     graph, weights = nnx.split(blocks)
+    weights, read = _offloaded(weights)
 
-    def body(carry: Any, layer: tuple[nnx.State, Any]) -> tuple[Any, None]:
+    def body(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
         weights, modulation = layer
-        block = nnx.merge(graph, weights)
+        block = nnx.merge(graph, read(weights))
         carry = apply(block, pin_rows(carry, mesh), modulation)
         return pin_rows(carry, mesh), None
 
@@ -92,6 +95,33 @@ def scan_blocks(
         carry, modulation = jax.lax.optimization_barrier((carry, modulation))
     carry, _ = jax.lax.scan(body, carry, (weights, modulation))
     return carry
+
+
+def _offloaded(weights: nnx.State) -> tuple[Any, Callable[[Any], nnx.State]]:
+    """Return what a scan slices, and a function that makes of a slice the weights of its layer.
+
+    Weights in host memory are not sliced by the scan but by a layer's number, which the program
+    reads from memory. XLA for GPUs (jax 0.10) works out where a slice of host memory lies from the
+    loop's counter alone, and is wrong if the loop counts down: the backward pass would silently
+    take the layers in the order of the forward pass (openxla/xla#46231).
+    """
+    flat, tree = jax.tree.flatten(weights)
+    on_host = [is_on_host(leaf) for leaf in flat]
+    if not any(on_host):
+        return weights, lambda layer: layer
+    sliced = [None if host else leaf for leaf, host in zip(flat, on_host, strict=True)]
+    numbers = jax.lax.optimization_barrier(jnp.arange(len(flat[0])))
+
+    def read(layer: tuple[list[Array | None], Array]) -> nnx.State:
+        own, number = layer
+        whole = []
+        for leaf, host, stack in zip(own, on_host, flat, strict=True):
+            if host:
+                leaf = to_device(jax.lax.dynamic_index_in_dim(stack, number, keepdims=False))
+            whole.append(leaf)
+        return jax.tree.unflatten(tree, whole)
+
+    return (sliced, numbers), read
 
 
 def output_layer(project: Linear, x: Array, shift: Array, scale: Array) -> Array:

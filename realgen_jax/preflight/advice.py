@@ -52,6 +52,12 @@ def candidates(report: Report) -> Iterator[Change]:
     if config.sample.test_batch_size > report.parts:
         yield {"sample.test_batch_size": report.parts}
 
+    # Keep in host memory what a program needs for a moment.
+    if not config.train.offload:
+        yield {"train.offload": True}
+    if config.train.lora and not config.pretrained.offload:
+        yield {"pretrained.offload": True}
+
 
 def smaller_calls(report: Report, parts: int) -> Iterator[Change]:
     """Yield changes that split each call into `parts`; each step still sees the same images."""

@@ -45,9 +45,10 @@ class Place:
 class Compiled:
     """A compiled program; bytes are per device.
 
-    memory: {"arguments", "outputs", "aliased", "temporaries", "peak"}. formula: temporaries by
-    formula. attention: {kernel: number of calls in the program's text}. collectives: by place.
-    largest: the largest temporary arrays. seconds: of compiling.
+    memory: {"arguments", "outputs", "aliased", "temporaries", "peak"}, and "host", arguments and
+    temporaries in host memory, which are in none of the others. formula: temporaries by formula.
+    attention: {kernel: number of calls in the program's text}. collectives: by place. largest: the
+    largest temporary arrays. seconds: of compiling.
     """
 
     memory: dict[str, int]
@@ -89,6 +90,7 @@ def temporary_bytes(phase: Mapping[str, float]) -> float:
 
 def _describe(compiled: Any, formula: float, seconds: float) -> Compiled:
     memory = compiled.memory_analysis()
+    host = memory.host_argument_size_in_bytes
     text = compiled.as_text()
     module = read_module(text)
     return Compiled(
@@ -97,7 +99,9 @@ def _describe(compiled: Any, formula: float, seconds: float) -> Compiled:
             "outputs": memory.output_size_in_bytes,
             "aliased": memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
-            "peak": memory.peak_memory_in_bytes,
+            # XLA's peak counts what is in host memory during the whole program.
+            "peak": memory.peak_memory_in_bytes - host,
+            "host": host + memory.host_temp_size_in_bytes,
         },
         formula=formula,
         attention=attention_kernels(module),

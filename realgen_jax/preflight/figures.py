@@ -25,6 +25,9 @@ ACCELERATORS = {
     "TPU v6e": (918, 31.2),
 }
 
+# Bytes a second that a GPU copies from host memory: about what PCIe 4.0 with 16 lanes reaches.
+PCIE = 25e9
+
 # Fraction of that memory that a run can use. The driver's context, the kernels' workspaces and
 # fragmentation take the rest.
 USABLE = 0.95
@@ -89,6 +92,7 @@ def figures(
     layout = report.recipe.layout
     sizes = {
         "held": report.held,
+        "host": report.host,
         **report.phases,
         "peak": report.peak,
         "arguments_by_xla": arguments,

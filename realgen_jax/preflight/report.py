@@ -1,7 +1,7 @@
 """The estimate of a run: program arguments as ShapeDtypeStructs on the target mesh, and costs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,13 @@ from realgen_jax.models.loading import EVALUATIONS, abstract_model, rollout_size
 from realgen_jax.models.model import Model
 from realgen_jax.nn.attention import fills_tiles
 from realgen_jax.nn.convert import leaves
-from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
+from realgen_jax.sharding import (
+    batch_devices,
+    batch_sharding,
+    is_on_host,
+    make_mesh,
+    replicated,
+)
 from realgen_jax.training.programs import (
     Programs,
     Recipe,
@@ -42,7 +48,8 @@ class Report:
 
     model: that of the rollouts' largest pictures. work, evaluation: the sizes of the run, and of
     one call of its evaluations. parts: number of parts the batch is split into. held: {name: bytes}
-    that stay in memory (weights, trained arrays, optimizer state). phases: {phase: {name: bytes}}.
+    that stay in memory (weights, trained arrays, optimizer state). host: the same for what stays in
+    host memory. phases: {phase: {name: bytes}}.
     flops: operations of an iteration, over all devices, and of one call of an evaluation, which is
     not in the total.
     """
@@ -54,6 +61,7 @@ class Report:
     parts: int
     devices: int
     held: dict[str, int]
+    host: dict[str, int]
     phases: dict[str, dict[str, float]]
     flops: dict[str, float]
 
@@ -116,9 +124,23 @@ def _flops(work: cost.Work, evaluation: cost.Work) -> dict[str, float]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of an abstract tree on one device."""
+    """Bytes of an abstract tree on one device, without what is in host memory."""
+    return _bytes([leaf for leaf in jax.tree.leaves(tree) if not is_on_host(leaf)])
+
+
+def host_sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of abstract trees that are in host memory, for one device; those that are not 0."""
+    sizes = {}
+    for name, tree in arrays.items():
+        size = _bytes([leaf for leaf in jax.tree.leaves(tree) if is_on_host(leaf)])
+        if size:
+            sizes[name] = size
+    return sizes
+
+
+def _bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
     total = 0
-    for leaf in jax.tree.leaves(tree):
+    for leaf in leaves:
         shape = leaf.sharding.shard_shape(leaf.shape)
         total += leaf.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     return total
@@ -143,13 +165,13 @@ def make_report(
 
     state = abstract_state(recipe, model)
     trained = device_bytes(state.trainable)
-    held = {
-        "transformer": device_bytes(model.params),
-        "autoencoder": device_bytes(model.vae_params),
-        "trained": trained,
-        "EMA": device_bytes(state.ema),
-        "optimizer": device_bytes(state.opt_state),
-        **({"old policy": device_bytes(state.old)} if state.old is not None else {}),
+    arrays = {
+        "transformer": model.params,
+        "autoencoder": model.vae_params,
+        "trained": state.trainable,
+        "EMA": state.ema,
+        "optimizer": state.opt_state,
+        **({"old policy": state.old} if state.old is not None else {}),
     }
     work = make_work(recipe, model)
     size = size_of(config.evaluate.sample)
@@ -163,7 +185,8 @@ def make_report(
         evaluation=evaluation,
         parts=parts,
         devices=mesh.size,
-        held=held,
+        held={name: device_bytes(tree) for name, tree in arrays.items()},
+        host=host_sizes(arrays),
         phases=_phases(work, evaluation, parts, trained),
         flops=_flops(work, evaluation),
     )

@@ -15,7 +15,7 @@ from realgen_jax.models.loading import EVALUATIONS, abstract_model, rollout_size
 from realgen_jax.models.model import Model
 from realgen_jax.objectives.token_grpo import TokenBatch
 from realgen_jax.preflight.figures import ACCELERATORS, TERA
-from realgen_jax.preflight.report import device_bytes, tpu_work
+from realgen_jax.preflight.report import device_bytes, host_sizes, tpu_work
 from realgen_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from realgen_jax.training.programs import (
     Recipe,
@@ -46,8 +46,9 @@ class RewriterReport:
     """The estimate of a run; bytes are per device.
 
     work: the sizes of the rewrites. drawing, evaluation: those of a call of pictures. held: {name:
-    bytes} that stay in memory. phases: {phase: {name: bytes}}. flops: operations of an epoch over
-    all devices, by part. read: bytes that one device reads while rewrites are sampled.
+    bytes} that stay in memory. host: the same for host memory. phases: {phase: {name: bytes}}.
+    flops: operations of an epoch over all devices, by part. read: bytes that one device reads while
+    rewrites are sampled.
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class RewriterReport:
     evaluation: cost.Work
     devices: int
     held: dict[str, int]
+    host: dict[str, int]
     phases: dict[str, dict[str, float]]
     flops: dict[str, float]
     read: float
@@ -102,13 +104,13 @@ def make_rewriter_report(
 
     state = abstract_state(recipe, language)
     trained = device_bytes(state.trainable)
-    held = {
-        "language model": device_bytes(language.params),
-        "image model": device_bytes(model.params),
-        "autoencoder": device_bytes(model.vae_params),
-        "trained": trained,
-        "EMA": device_bytes(state.ema),
-        "optimizer": device_bytes(state.opt_state),
+    arrays = {
+        "language model": language.params,
+        "image model": model.params,
+        "autoencoder": model.vae_params,
+        "trained": state.trainable,
+        "EMA": state.ema,
+        "optimizer": state.opt_state,
     }
     work = language_work(recipe, language)
     drawing = drawing_work(recipe, model, recipe.layout.images, config.sample)
@@ -123,7 +125,8 @@ def make_rewriter_report(
         drawing=drawing,
         evaluation=evaluation,
         devices=mesh.size,
-        held=held,
+        held={name: device_bytes(tree) for name, tree in arrays.items()},
+        host=host_sizes(arrays),
         phases=_phases(work, drawing, evaluation, parts, trained),
         flops={
             **language_cost.epoch_flops(work),

@@ -4,7 +4,7 @@ from typing import Any
 
 from realgen_jax.preflight.figures import ACCELERATORS, GIB, USABLE, memory_fraction
 from realgen_jax.preflight.rewriter import OF_BANDWIDTH, RewriterReport, rewriter_on_tpu
-from realgen_jax.preflight.tables import COLUMNS, PETA, clock, new_table
+from realgen_jax.preflight.tables import COLUMNS, PETA, clock, in_host_memory, new_table
 from realgen_jax.training.progress import plain_console
 
 LABELS = {
@@ -25,6 +25,8 @@ def show_rewriter(report: RewriterReport, mfu: float) -> dict[str, Any]:
     console = plain_console()
     console.print(_summary(report))
     console.print(_bytes_table(report))
+    for line in in_host_memory(report, report.drawing, report.model, mfu):
+        console.print(f"{line}\n")
     console.print(_time_table(report, mfu, by_name))
     console.print(
         "Rewards and text encoders are not counted: they run on the reward's device, and score and "
@@ -34,7 +36,7 @@ def show_rewriter(report: RewriterReport, mfu: float) -> dict[str, Any]:
         "preset": report.recipe.config.preset,
         "devices": report.devices,
         "mesh": dict(report.model.mesh.shape),
-        "bytes": {"held": report.held, **report.phases, "peak": report.peak},
+        "bytes": {"held": report.held, "host": report.host, **report.phases, "peak": report.peak},
         "flops": report.flops,
         "mfu": mfu,
         "accelerators": by_name,

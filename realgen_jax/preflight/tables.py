@@ -11,16 +11,20 @@ from rich.text import Text
 
 from realgen_jax.models import cost
 from realgen_jax.models.loading import default_model, rollout_sizes
+from realgen_jax.models.model import Model
 from realgen_jax.preflight.advice import Tried, advice
 from realgen_jax.preflight.figures import (
     ACCELERATORS,
     GIB,
+    PCIE,
     TERA,
     Accelerator,
     accelerator,
     figures,
 )
-from realgen_jax.preflight.report import Report
+from realgen_jax.preflight.report import Report, host_sizes
+from realgen_jax.preflight.rewriter import RewriterReport
+from realgen_jax.sharding import batch_devices
 from realgen_jax.training.progress import plain_console
 
 PETA = 1e15
@@ -62,6 +66,8 @@ def show(
 
     # Memory and operations.
     console.print(bytes_table(report))
+    for line in in_host_memory(report, report.work, report.model, mfu):
+        console.print(f"{line}\n")
     if arguments:
         sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in arguments.items())
         console.print(
@@ -168,6 +174,37 @@ def bytes_table(report: Report) -> Table:
     table.add_section()
     table.add_row("total", *totals, style="bold")
     return table
+
+
+def in_host_memory(
+    report: Report | RewriterReport, work: cost.Work, model: Model, mfu: float
+) -> list[str]:
+    """Say what is in host memory, and how long the blocks' kernels take to the devices.
+
+    work, model: of a call of pictures.
+    """
+    if not report.host:
+        return []
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report.host.items())
+    line = f"In host memory, GiB for each device: {sizes}."
+    copied = sum(host_sizes({"": model.params}).values())
+    if copied:
+        # One pass over a device's share of a call.
+        images = work.images / batch_devices(model.mesh)
+        flops = images * sum(cost.velocity_flops(work).values()) / work.passes
+        parts = report.devices / batch_devices(model.mesh)
+        times = []
+        for name, (tflops, _) in ACCELERATORS.items():
+            if not name.startswith("TPU"):
+                seconds = flops / (parts * tflops * TERA * mfu)
+                times.append(f"{name} {clock(seconds)}")
+        line += (
+            f" Each pass of the transformer, forward or backward, copies {copied / GIB:.1f} GiB of "
+            f"weights to the device: {clock(copied / PCIE)} at {PCIE / 1e9:.0f} GB/s (PCIe 4.0). "
+            f"Its operations take, forward for one call: {', '.join(times)}. Copies run beside "
+            "them and are not in the times below; the longer of the two sets the time."
+        )
+    return [line]
 
 
 def memory_labels(report: Report) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from realgen_jax.advantages import trained_weights
 from realgen_jax.files import whole_folder, write_whole
 from realgen_jax.hosts import fetch, process_index, put, sum_over_processes
-from realgen_jax.sharding import batch_sharding
+from realgen_jax.sharding import batch_sharding, to_device
 from realgen_jax.training.log import NoLog, RunLog, short_name
 from realgen_jax.training.monitor import REWARD, is_better
 from realgen_jax.training.run import EVALUATION, Run
@@ -49,7 +49,8 @@ class Evaluation:
 
 
 def evaluate(run: Run, stage: Stage, trainable: Any) -> Evaluation:
-    """Sample and score the test prompts."""
+    """Sample and score the test prompts. trainable: may be in host memory."""
+    trainable = to_device(trainable)
     reward = run.config.reward
     copies = run.config.sample.test_images_per_prompt
     prompts = [prompt for prompt in run.test_prompts for _ in range(copies)]

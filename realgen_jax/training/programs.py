@@ -24,7 +24,7 @@ from realgen_jax.models.trainable import Trainable, make_trainable
 from realgen_jax.objectives import make_objective
 from realgen_jax.objectives.token_grpo import make_token_grpo
 from realgen_jax.rollout import compiler_options, draw_latents, numbered_latents
-from realgen_jax.sharding import batch_devices, batch_sharding, replicated
+from realgen_jax.sharding import batch_devices, batch_sharding, replicated, to_host
 from realgen_jax.update import Batch, EmaConfig, Objective, TrainState, make_optimizer, update
 
 
@@ -79,6 +79,16 @@ def _image_parts(config: ConfigDict) -> tuple[Layout, Objective]:
         raise ValueError(
             f"config.pretrained.quantization is {config.pretrained.quantization!r}, but "
             "config.train.lora=False trains all weights, which codes cannot hold; expected ''"
+        )
+    if config.pretrained.offload and not config.train.lora:
+        raise ValueError(
+            "config.pretrained.offload keeps frozen weights in host memory, but "
+            "config.train.lora=False trains all weights; expected config.pretrained.offload=False"
+        )
+    if config.pretrained.offload and config.pretrained.remat == "none":
+        raise ValueError(
+            "config.pretrained.remat is 'none', which would keep the weights of all blocks on the "
+            "device; with config.pretrained.offload choose one of full, attention, dots"
         )
     steps = config.train.gradient_accumulation_steps
     if layout.calls % steps:
@@ -222,7 +232,8 @@ def make_programs(recipe: Recipe, model: Model) -> Programs:
     same_latent = recipe.config.sample.same_latent
     scout = recipe.config.sample.scout
     evaluation = recipe.config.evaluate.sample
-    jit = partial(jax.jit, compiler_options=compiler_options(model.config.dtype, model.mesh))
+    options = compiler_options(model.config.dtype, model.mesh, model.offload)
+    jit = partial(jax.jit, compiler_options=options)
     return Programs(
         sample=jit(partial(sample_call, recipe.layout, same_latent, recipe.objective)),
         preview=model.sampler(scout.num_steps, scout.solver, scope="preview"),
@@ -275,13 +286,15 @@ def sample_call(
 def abstract_state(recipe: Recipe, model: Any) -> TrainState:
     """Return the training state as jax.ShapeDtypeStructs with shardings.
 
-    model: the Model or LanguageModel that is trained, which may be abstract.
+    With config.train.offload, optimizer state and moving average are in host memory. model: the
+    Model or LanguageModel that is trained, which may be abstract.
     """
     everywhere = replicated(model.mesh)
     trainable = recipe.trainable.abstract(model)
+    place = to_host if recipe.config.train.offload else lambda sharding: sharding
 
     def like_param(leaf: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(param.sharding))
 
     def like_scalar(leaf: jax.ShapeDtypeStruct) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
@@ -296,7 +309,8 @@ def abstract_state(recipe: Recipe, model: Any) -> TrainState:
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     old = trainable if recipe.objective.keeps_old else None
-    return TrainState(trainable, trainable, opt_state, step, old)
+    average = jax.tree.map(like_param, trainable, trainable)
+    return TrainState(trainable, average, opt_state, step, old)
 
 
 def first_state(recipe: Recipe, model: Any, key: Array, file: str = "") -> TrainState:

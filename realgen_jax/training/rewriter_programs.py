@@ -86,6 +86,9 @@ def make_rewriter_programs(
         reference=jit(reference_call),
         recompute=jit(recompute_call),
         update=jit(update_call, donate_argnums=1, out_shardings=(shardings, replicated(mesh))),
-        draw=jax.jit(draw, compiler_options=compiler_options(model.config.dtype, model.mesh)),
+        draw=jax.jit(
+            draw,
+            compiler_options=compiler_options(model.config.dtype, model.mesh, model.offload),
+        ),
         evaluate=model.sampler(evaluation.num_steps, evaluation.solver),
     )

@@ -33,6 +33,8 @@ FREE_KEYS = (
     "compilation_cache",
     "profile.*",
     "mesh.*",
+    "pretrained.offload",
+    "train.offload",
     "evaluate.prompts.*",
     "evaluate.images_per_prompt",
     "evaluate.batch_size",

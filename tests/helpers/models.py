@@ -32,7 +32,7 @@ def pretrained(model: Path = PIPELINE, **changes: Any) -> ConfigDict:
     values = {
         "model": str(model), "family": "FluxPipeline", "transformer": "", "vae": "", "lora": "",
         "dtype": "float32", "param_dtype": "float32", "vae_dtype": "float32", "remat": "full",
-        "vae_tile": 0, "quantization": "",
+        "vae_tile": 0, "quantization": "", "offload": False,
     }  # fmt: skip
     return ConfigDict({**values, **changes})
 

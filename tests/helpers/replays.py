@@ -12,13 +12,14 @@ from flax import nnx
 from realgen_jax.models.flux import transformer as flux
 from realgen_jax.models.flux.family import FLUX
 from realgen_jax.models.guidance import Guided, is_guided
+from realgen_jax.models.loading import weight_sharding
 from realgen_jax.models.model import Model
 from realgen_jax.models.sd3 import transformer as sd3
 from realgen_jax.models.sd3.family import SD3
 from realgen_jax.models.trainable import AllWeights
 from realgen_jax.models.zimage import transformer as zimage
 from realgen_jax.models.zimage.family import Z_IMAGE
-from realgen_jax.nn.convert import abstract
+from realgen_jax.nn.convert import abstract, with_shardings
 from realgen_jax.nn.lora import LoraConfig
 from realgen_jax.nn.vae import VaeConfig
 from realgen_jax.rollout import compiler_options
@@ -111,7 +112,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def random_model(name, size, dtype, mesh, remat="full", quantization=""):
+def random_model(name, size, dtype, mesh, remat="full", quantization="", offload=False):
     """A model with random weights and adapters that are not zero."""
     chosen = SIZES[name, size]
     family = FAMILIES[name]
@@ -129,6 +130,8 @@ def random_model(name, size, dtype, mesh, remat="full", quantization=""):
     params = draw(jax.random.key(0))
     if quantization:
         config, params = quantized(family, config, params, quantization, mesh)
+    where = with_shardings(params, weight_sharding(family, mesh, offload))
+    params = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), params, where)
     base = Model(
         params=params,
         vae_params=None,
@@ -176,8 +179,9 @@ def random_cond(name, model, size, slots, gradient):
 class Replay:
     """One call of n images that was sampled on a mesh, and the programs that replay it."""
 
-    def __init__(self, name, size, dtype, gradient, mesh, remat="full", n=8, quantization=""):
-        self.model, self.adapters = random_model(name, size, dtype, mesh, remat, quantization)
+    def __init__(self, name, size, dtype, gradient, mesh, remat="full", n=8, **weights):
+        """weights: quantization and offload, of random_model."""
+        self.model, self.adapters = random_model(name, size, dtype, mesh, remat, **weights)
         rows = batch_sharding(mesh)
         cond = jax.device_put(random_cond(name, self.model, size, n, gradient), rows)
         self.objective = grpo(beta=0.1, window=2, bounds=(0, 4), sde_type="cps", noise_level=0.8)

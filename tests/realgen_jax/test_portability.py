@@ -176,6 +176,6 @@ def test_only_these_ask_what_the_platform_is():
             found[str(file.relative_to(ROOT))] = sorted(hits)
     assert found == {
         "realgen_jax/nn/attention.py": [".platform"],
-        "realgen_jax/rollout.py": [".platform", ".platform"],
-        "realgen_jax/sharding.py": [".platform"],
+        "realgen_jax/rollout.py": [".platform"],
+        "realgen_jax/sharding.py": [".platform", ".platform"],
     }

@@ -121,6 +121,7 @@ FLUX = Family(
     table=lambda config: DIFFUSERS,
     lora_targets=lambda config: LORA_TARGETS,
     rules=RULES,
+    blocks=("double", "single"),
     encoders=(
         Encoder(("t5",), "t5_states", "tokenizer_2", "text_encoder_2", padding="<pad>"),
         Encoder(("clip",), "clip_pooled", "tokenizer", "text_encoder"),

@@ -139,6 +139,7 @@ SD3 = Family(
     table=diffusers_table,
     lora_targets=lora_targets,
     rules=RULES,
+    blocks=("dual", "joint", "last"),
     encoders=(
         Encoder(
             ("clip_l", "pooled_l"),

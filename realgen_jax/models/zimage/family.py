@@ -70,6 +70,7 @@ Z_IMAGE = Family(
     table=lambda config: DIFFUSERS,
     lora_targets=lambda config: LORA_TARGETS,
     rules=RULES,
+    blocks=("noise", "context", "layers"),
     encoders=(
         Encoder(("caption", "length"), "qwen3_chat", tokenizer="tokenizer", model="text_encoder"),
     ),

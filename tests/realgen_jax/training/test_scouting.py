@@ -32,6 +32,7 @@ def test_a_preview_that_is_sampled_in_full_keeps_its_noise():
     recipe = make_recipe(c)
     sigmas = np.float32([1.0, 0.7, 0.3, 0.0])
     model = SimpleNamespace(
+        offload=False,
         token_shape=(4, 8),
         mesh=one_device(),
         sigmas=lambda steps: sigmas,
