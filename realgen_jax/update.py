@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from realgen_jax.rollout import Velocity
-from realgen_jax.sharding import to_device
+from realgen_jax.sharding import is_on_host, to_device
 
 Metrics = dict[str, Array]
 
@@ -151,7 +151,7 @@ def update(
     grads, metrics = objective.gradient(policy, state, batch)
 
     with jax.named_scope("optimizer"):
-        opt_state, average = to_device((state.opt_state, state.ema))
+        grads, (opt_state, average) = _from_host(grads, (state.opt_state, state.ema))
         updates, opt_state = optimizer.update(grads, opt_state, state.trainable)
         norms = {
             "grad_norm": optax.tree.norm(grads),
@@ -163,6 +163,18 @@ def update(
 
     state = TrainState(trainable, averaged, opt_state, state.step + 1, state.old)
     return state, {**metrics, **norms}
+
+
+def _from_host(grads: Any, tree: Any) -> tuple[Any, Any]:
+    """Return the gradient, and a tree of which parts may be in host memory, on the devices.
+
+    Without the barrier, XLA would copy the tree before the gradient is computed, when memory is
+    short.
+    """
+    if not any(map(is_on_host, jax.tree.leaves(tree))):
+        return grads, tree
+    grads, tree = jax.lax.optimization_barrier((grads, tree))
+    return grads, to_device(tree)
 
 
 def reduce_metrics(metrics: Mapping[str, Array], largest: tuple[str, ...]) -> Metrics:

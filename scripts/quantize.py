@@ -1,6 +1,6 @@
 """Quantise a transformer once, so that runs read codes instead of quantising the weights again.
 
-    python scripts/quantize.py --config configs/flux_grpo.py:flux_dev_1x24gb \
+    python scripts/quantize.py --config configs/small_cards.py:flux_dev_1x24gb \
         --folder models/FLUX.1-dev-nf4
 
 The model is the config's (config.pretrained), and so is the format, config.pretrained.quantization.

@@ -103,7 +103,7 @@ FLOW_FACTORY = {
         "train.nft.old_rate",
         "train.awm.old_rate",
     ),
-    "train.ema_device": absent("with the weights"),
+    "train.ema_device": absent("with the weights; `train.offload` keeps it in host memory"),
     "train.enable_gradient_checkpointing": differs(
         "full, attention, dots, none", "pretrained.remat"
     ),

@@ -64,7 +64,7 @@ FLOW_GRPO = {
     "activation_checkpointing": differs(
         '"full" in both cases, which costs time but changes no result', "pretrained.remat"
     ),
-    "fsdp_optimizer_offload": absent("`mesh.fsdp` splits weights and optimizer over devices"),
+    "fsdp_optimizer_offload": same("train.offload"),
     # The model
     "pretrained.model": differs(
         "a folder: of a name on the hub, `models/` and its last part", "pretrained.model"

@@ -27,6 +27,8 @@ ACCELERATORS = {
 
 # Bytes a second that a GPU copies from host memory: about what PCIe 4.0 with 16 lanes reaches.
 PCIE = 25e9
+# Bytes of page-locked host memory that XLA takes for the GPUs of a process, by default.
+HOST_LIMIT = 64e9
 
 # Fraction of that memory that a run can use. The driver's context, the kernels' workspaces and
 # fragmentation take the rest.

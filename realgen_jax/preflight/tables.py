@@ -16,6 +16,7 @@ from realgen_jax.preflight.advice import Tried, advice
 from realgen_jax.preflight.figures import (
     ACCELERATORS,
     GIB,
+    HOST_LIMIT,
     PCIE,
     TERA,
     Accelerator,
@@ -187,6 +188,12 @@ def in_host_memory(
         return []
     sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report.host.items())
     line = f"In host memory, GiB for each device: {sizes}."
+    needed = report.devices * sum(report.host.values())
+    if needed > HOST_LIMIT:
+        line += (
+            f" All devices together: {needed / GIB:.0f}. On GPUs, give each process its share of it"
+            f" by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, which is {HOST_LIMIT / 1e9:.0f} by default."
+        )
     copied = sum(host_sizes({"": model.params}).values())
     if copied:
         # One pass over a device's share of a call.

@@ -347,6 +347,18 @@ def test_a_changed_config_resumes_only_if_allowed(cache, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_in_host_memory_goes_on_without_it(whole, cache, tmp_path):
+    """And leaves what a run leaves that never had anything there, to the last bit."""
+    words = [f"--config.run_root={tmp_path}", "--config.run_name=parts", "--auto_resume"]
+    offload = ["--config.pretrained.offload", "--config.train.offload"]
+    for epochs, more in ((2, offload), (4, [])):
+        done = call("train.py", cache, *words, *more, f"--config.num_epochs={epochs}")
+        assert done.returncode == 0, done.stderr
+    assert "config.train.offload: was True, is now False" in done.stdout
+    assert_same_run(tmp_path / "parts", whole[0])
+
+
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(cache, tmp_path):
     """From 8 devices with split weights to 4 that only split images, and to one."""
     words = [f"--config.run_root={tmp_path}", "--config.sample.branches=1"]

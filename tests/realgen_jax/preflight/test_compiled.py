@@ -174,6 +174,7 @@ def test_every_family_at_full_size(config, preset, devices):
     ("preset", "target", "rewards"),
     [
         ("flux_dev_1x24gb", "rtx4090", 0),  # on the CPU
+        ("flux_dev_1x24gb_offload", "rtx4090", 0),
         ("flux_dev_1x40gb", "l40s", 4),
         ("flux_dev_1x40gb", "a100-40gb", 4),
         ("flux_dev_1x80gb", "h100", 20),
@@ -182,7 +183,7 @@ def test_every_family_at_full_size(config, preset, devices):
     ],
 )
 def test_small_cards_hold_their_presets(preset, target, rewards):
-    """By XLA's compiler for the card; kernels are equal with quantised weights too.
+    """By XLA's compiler for the card. Kernels are equal with quantised weights and offload too.
 
     rewards: GiB that they take of the card, as configs/serve_rewards.py and small_cards.py have it.
     """
@@ -191,6 +192,18 @@ def test_small_cards_hold_their_presets(preset, target, rewards):
     needed = max(with_compiler(report, compiled).values()) + rewards * 2**30
     assert needed < USABLE * CARDS[target].memory
     assert_equal_kernels(compiled)
+
+
+@pytest.mark.slow
+def test_all_weights_train_on_80_gb_with_the_optimizer_in_host_memory():
+    """On 8 GPUs; the optimizer's state is not even copied while activations are there."""
+    config = flux_grpo.get_config("flux_dev_full_8xh200").unlock()
+    config.train.offload = True
+    report = make_report(config, 8, target_devices("h100", 8))
+    compiled = compile_programs(report, {"update": lowered(report)["update"]})
+    (needed,) = with_compiler(report, compiled).values()
+    assert needed < USABLE * CARDS["h100"].memory
+    assert compiled["update"].memory["host"] == sum(report.host.values()) > 16 * 2**30
 
 
 @pytest.mark.slow
