@@ -72,6 +72,7 @@ def test_every_key_and_preset_exists(file):
     assert presets_in(text) <= presets
 
 
+@pytest.mark.slow
 def test_the_job_scripts_know_the_flags_of_train():
     train = [sys.executable, ROOT / "scripts" / "train.py", "--helpfull"]
     help_text = subprocess.run(train, capture_output=True, text=True).stdout

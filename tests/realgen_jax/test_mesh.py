@@ -184,10 +184,18 @@ def local_bytes(tree):
 
 slow = pytest.mark.slow
 SAME = [
-    *(("lora", layout) for layout in ("data 8", "fsdp 8", "tensor 2")),
+    ("lora", "2 x 2 x 2"),
     *(
         pytest.param("lora", name, marks=slow)
-        for name in ("data 2", "data 4", "fsdp 2", "fsdp 2 tensor 2", "2 x 2 x 2")
+        for name in (
+            "data 2",
+            "data 4",
+            "data 8",
+            "fsdp 2",
+            "fsdp 8",
+            "tensor 2",
+            "fsdp 2 tensor 2",
+        )
     ),
     *(
         pytest.param("full", name, marks=slow)

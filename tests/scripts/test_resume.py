@@ -84,7 +84,7 @@ def wait_for_epoch(folder, process, output):
 @pytest.mark.parametrize(
     ("kills", "epochs", "config"),
     [
-        (1, 5, ADVERSARIAL),
+        pytest.param(1, 5, ADVERSARIAL, marks=pytest.mark.slow),
         pytest.param(20, 60, GOLDEN, marks=pytest.mark.slow),
         pytest.param(
             5, 12, f"{ROOT}/configs/flux_grpo.py:tiny_adversarial", marks=pytest.mark.slow
@@ -129,7 +129,7 @@ def test_kills_at_any_moment_change_nothing(cache, tmp_path, kills, epochs, conf
         cut_off += is_saving(folder / "checkpoints")
     assert cut_off  # a kill met a save in progress
 
-    if kills > 1:  # one interruption is enough for the fast test
+    if kills > 1:
         process = begin(program, output)
         wait_for_epoch(folder, process, output)
         process.send_signal(signal.SIGTERM)

@@ -88,6 +88,28 @@ def test_flux_dev_by_hand(capsys, monkeypatch):
     assert h200["fits"]
 
 
+def test_host_memory_by_hand(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    config = small_cards.get_config("flux_dev_1x24gb_offload")
+    report = make_report(config, 1)
+    kernels = 2 * (DOUBLE * 24 + SINGLE * 12) * D * D
+    adapters = (DOUBLE * 36 + SINGLE * 6) * D * 64
+    assert report.host == {"transformer": kernels, "EMA": 4 * adapters, "optimizer": 8 * adapters}
+    assert report.held["transformer"] == 2 * flux_weights() - kernels
+    assert (report.held["EMA"], report.held["optimizer"]) == (0, 4)
+
+    figures = show(report, {}, 0.4, False, lambda report, room: ([], []))
+    assert figures["bytes"]["host"] == report.host
+    printed = capsys.readouterr().out
+    assert "GiB for each device: transformer 16.03, EMA 0.67, optimizer 1.34." in printed
+    assert f"copies 16.0 GiB of weights to the device: {kernels / 25e9:.3g} s at 25" in printed
+
+    # Three images at 40 % of 165 TFLOP/s.
+    seconds = 3 * sum(figures["flops"]["forward"].values()) / 66e12
+    assert f"forward for one call: RTX 4090 {seconds:.3g} s, L40S" in printed
+    assert "HOST_MEMORY_LIMIT" not in printed
+
+
 def test_guidance_and_attention_on_tpus_are_reported(capsys, monkeypatch):
     """SD3's heads have 64 channels, half of what the TPU's kernel takes."""
     monkeypatch.setenv("COLUMNS", "400")

@@ -187,6 +187,7 @@ def test_a_picture_comes_from_seed_line_and_copy_alone(whole, setting, tmp_path)
     assert all((one.width, one.height) == (64, 64) for one in found.pictures)
 
 
+@pytest.mark.slow
 def test_eight_devices_make_what_one_does(whole, setting, tmp_path):
     run(setting, tmp_path / "eight", mesh__data=4, mesh__fsdp=2)
     assert apart(pixels(tmp_path / "eight"), pixels(whole[0]))[0] <= 1
