@@ -85,8 +85,8 @@ def _pretrained() -> ConfigDict:
     # How the kernels of its blocks are held, frozen under a LoRA: fp8, int8: 8 bits with a scale
     # for each output channel; nf4: 4 bits with a scale for 32 inputs; empty: as param_dtype says.
     c.quantization = ""
-    # True: the blocks' kernels stay in host memory, frozen under a LoRA, and each is copied to the
-    # device when its block runs.
+    # True: its blocks' kernels, frozen under a LoRA, and the autoencoder stay in host memory. Each
+    # layer is copied to the device when its block runs, the autoencoder when pictures are decoded.
     c.offload = False
 
     # What the forward pass saves for the backward pass, from least to most memory:

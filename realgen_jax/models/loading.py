@@ -149,11 +149,10 @@ def load_model(
         weight_sharding(family, mesh, pretrained.offload),
         **overrides,
     )
-    everywhere = replicated(mesh)
     _, vae_params = load_vae(
         vae_source(pretrained),
         folder / "vae",
-        lambda path, shape: everywhere,
+        _vae_sharding(mesh, pretrained.offload),
         dtype=model.vae.dtype,
     )
     return replace(model, params=params, vae_params=vae_params)
@@ -201,12 +200,13 @@ def abstract_model(
         config = family.Config(**{**published.sizes, **overrides})
         schedule = family.Schedule(**published.schedule)
 
-    everywhere = replicated(mesh)
     return Model(
         params=with_shardings(
             abstract(family.Module, config)[1], weight_sharding(family, mesh, pretrained.offload)
         ),
-        vae_params=with_shardings(abstract(Autoencoder, vae)[1], lambda path, shape: everywhere),
+        vae_params=with_shardings(
+            abstract(Autoencoder, vae)[1], _vae_sharding(mesh, pretrained.offload)
+        ),
         family=family,
         config=config,
         vae=vae,
@@ -279,6 +279,12 @@ def weight_sharding(family: Family, mesh: Any, offload: bool) -> Sharding:
         return to_host(where) if is_kernel else where
 
     return offloaded
+
+
+def _vae_sharding(mesh: Any, offload: bool) -> Sharding:
+    """Where the autoencoder is: on every device, or in host memory for them."""
+    everywhere = to_host(replicated(mesh)) if offload else replicated(mesh)
+    return lambda path, shape: everywhere
 
 
 def _schedule(family: Family, folder: Path) -> Any:

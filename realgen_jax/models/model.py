@@ -22,7 +22,7 @@ from realgen_jax.nn.convert import abstract
 from realgen_jax.nn.tokens import PATCH
 from realgen_jax.nn.vae import Autoencoder, VaeConfig, decode_tokens
 from realgen_jax.rollout import SOLVERS, copy_options, hybrid, numbered_latents
-from realgen_jax.sharding import batch_sharding, is_on_host, local_slots
+from realgen_jax.sharding import batch_sharding, is_on_host, local_slots, to_device
 
 
 def tuned_steps(settings: Any) -> int:
@@ -110,7 +110,7 @@ class Model:
     def decode(self, tokens: Array) -> Array:
         """Final latents [n, s, c] -> uint8 [n, 3, H, W]."""
         graph, _ = abstract(Autoencoder, self.vae)
-        vae = nnx.merge(graph, self.vae_params)
+        vae = nnx.merge(graph, to_device(self.vae_params))
         return decode_tokens(vae, tokens, self.height, self.width, self.mesh)
 
     def cond(

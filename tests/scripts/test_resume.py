@@ -352,8 +352,11 @@ def test_a_run_in_host_memory_goes_on_without_it(whole, cache, tmp_path):
     words = [f"--config.run_root={tmp_path}", "--config.run_name=parts", "--auto_resume"]
     offload = ["--config.pretrained.offload", "--config.train.offload"]
     for epochs, more in ((2, offload), (4, [])):
-        done = call("train.py", cache, *words, *more, f"--config.num_epochs={epochs}")
+        run = (*words, *more, f"--config.num_epochs={epochs}")
+        done = call("train.py", cache, *run, JAX_LOG_COMPILES="1")
         assert done.returncode == 0, done.stderr
+        for program in ("sample_call", "update_call", "pictures"):
+            assert done.stderr.count(f"Compiling jit({program})") == 1
     assert "config.train.offload: was True, is now False" in done.stdout
     assert_same_run(tmp_path / "parts", whole[0])
 

@@ -94,14 +94,20 @@ def test_host_memory_by_hand(capsys, monkeypatch):
     report = make_report(config, 1)
     kernels = 2 * (DOUBLE * 24 + SINGLE * 12) * D * D
     adapters = (DOUBLE * 36 + SINGLE * 6) * D * 64
-    assert report.host == {"transformer": kernels, "EMA": 4 * adapters, "optimizer": 8 * adapters}
+    decoder = report.host["autoencoder"]
+    assert report.host == {
+        "transformer": kernels,
+        "autoencoder": decoder,
+        "EMA": 4 * adapters,
+        "optimizer": 8 * adapters,
+    }
     assert report.held["transformer"] == 2 * flux_weights() - kernels
-    assert (report.held["EMA"], report.held["optimizer"]) == (0, 4)
+    assert [report.held[name] for name in ("autoencoder", "EMA", "optimizer")] == [0, 0, 4]
 
     figures = show(report, {}, 0.4, False, lambda report, room: ([], []))
     assert figures["bytes"]["host"] == report.host
     printed = capsys.readouterr().out
-    assert "GiB for each device: transformer 16.03, EMA 0.67, optimizer 1.34." in printed
+    assert "device: transformer 16.03, autoencoder 0.31, EMA 0.67, optimizer 1.34." in printed
     assert f"copies 16.0 GiB of weights to the device: {kernels / 25e9:.3g} s at 25" in printed
 
     # Three images at 40 % of 165 TFLOP/s.
