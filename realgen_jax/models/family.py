@@ -55,8 +55,8 @@ class Family:
     table(config): how diffusers' transformer/ fills the network. config_entries: the entries of its
         config.json other than the sizes, whose values are the only ones that the network computes.
     lora_targets(config): paths of the projections that get adapters. rules: how parameters are
-        sharded. blocks: the modules that nn.stack.scan_blocks runs, whose kernels
-        may be in host memory; () if there are none.
+        sharded. blocks: the modules that nn.stack.scan_blocks runs, whose kernels may be in host
+        memory.
     encoders: the text encoders that scripts/encode_prompts.py runs, and the arrays they write to
         the cache.
     text_tokens(max_tokens): text tokens of a prompt in the network. text_limit: largest max_tokens.
@@ -87,7 +87,6 @@ class Family:
     table: Callable[[Any], Table]
     lora_targets: Callable[[Any], tuple[str, ...]]
     rules: Rules
-    blocks: tuple[str, ...]
     encoders: tuple[Encoder, ...]
     text_tokens: Callable[[int], int]
     cond: Callable[[Mapping[str, Any], Any], Any]
@@ -105,6 +104,7 @@ class Family:
     diffusers_key: str = "transformer_blocks."
     other_models: Mapping[str, str] = field(default_factory=dict)
     form: Format = DIFFUSERS
+    blocks: tuple[str, ...] = ()
 
     def other_tables(self, config: Any) -> tuple[Table, ...]:
         """The namings other than `table` that LoRAs have."""

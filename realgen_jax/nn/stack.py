@@ -101,9 +101,9 @@ def _offloaded(weights: nnx.State) -> tuple[Any, Callable[[Any], nnx.State]]:
     """Return what a scan slices, and a function that makes of a slice the weights of its layer.
 
     Weights in host memory are not sliced by the scan but by a layer's number, which the program
-    reads from memory. XLA for GPUs (jax 0.10) works out where a slice of host memory lies from the
-    loop's counter alone, and is wrong if the loop counts down: the backward pass would silently
-    take the layers in the order of the forward pass (openxla/xla#46231).
+    reads from memory. XLA for GPUs works out where a slice of host memory lies from the loop's
+    counter alone, and in jax 0.10 it is wrong if the loop counts down: the backward pass would
+    silently take the layers in the order of the forward pass (openxla/xla#46231).
     """
     flat, tree = jax.tree.flatten(weights)
     on_host = [is_on_host(leaf) for leaf in flat]

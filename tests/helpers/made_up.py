@@ -97,7 +97,6 @@ MADE_UP = Family(
     Schedule=LinearSchedule,
     table=lambda config: TABLE,
     lora_targets=lambda config: ("layers",),
-    blocks=(),
     rules=(
         (r"layers\.kernel", P(None, "fsdp", "tensor")),
         (r"(tokens_in|words_in|out)\.kernel", P()),
