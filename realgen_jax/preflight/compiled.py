@@ -99,7 +99,7 @@ def _describe(compiled: Any, formula: float, seconds: float) -> Compiled:
             "outputs": memory.output_size_in_bytes,
             "aliased": memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
-            # XLA's peak counts what is in host memory during the whole program.
+            # XLA's peak also counts the arguments in host memory.
             "peak": memory.peak_memory_in_bytes - host,
             "host": host + memory.host_temp_size_in_bytes,
         },

@@ -49,8 +49,7 @@ class Evaluation:
 
 
 def evaluate(run: Run, stage: Stage, trainable: Any) -> Evaluation:
-    """Sample and score the test prompts. trainable: may be in host memory."""
-    trainable = to_device(trainable)
+    """Sample and score the test prompts."""
     reward = run.config.reward
     copies = run.config.sample.test_images_per_prompt
     prompts = [prompt for prompt in run.test_prompts for _ in range(copies)]
@@ -240,10 +239,11 @@ def evaluate_and_report(
 ) -> list[str]:
     """Evaluate; log figures, pictures and warnings; save the best weights.
 
-    Returns the reasons to end the run here, if any. `history` is the state kept between
-    evaluations.
+    Returns the reasons to end the run here, if any. `trainable` may be in host memory. `history` is
+    the state kept between evaluations.
     """
     config = run.config
+    trainable = to_device(trainable)
     evaluation = evaluate(run, stage, trainable)
     means = evaluation.means
     reasons = fallen(history.setdefault("peaks", {}), means, config.reward, run.monitor)
