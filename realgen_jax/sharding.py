@@ -94,13 +94,14 @@ def to_host(where: NamedSharding | Format) -> NamedSharding | Format:
         return Format(where.layout, to_host(where.sharding))
     mesh = where.mesh
     if isinstance(mesh, Mesh):
-        kinds = [memory.kind for memory in target(mesh).addressable_memories()]
+        device = mesh.local_devices[0]
+        kinds = [memory.kind for memory in device.addressable_memories()]
         if not kinds:
             # A device to compile for (preflight/targets.py); JAX asks an abstract mesh for nothing.
             mesh = mesh.abstract_mesh
         elif HOST not in kinds:
             raise ValueError(
-                f"JAX offers no host memory ({HOST}) for {target(mesh)}, only {', '.join(kinds)}; "
+                f"JAX offers no host memory ({HOST}) for {device}, only {', '.join(kinds)}; "
                 "expected config.pretrained.offload=False and config.train.offload=False"
             )
     return NamedSharding(mesh, where.spec, memory_kind=HOST)
