@@ -4,11 +4,13 @@ With a single process, everything here is plain numpy.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+from absl import logging as absl_logging
 
 # JAX has no public API for the index of this process before the devices start, nor for the
 # key-value store and barriers of its coordination service. This is the only private import.
@@ -125,17 +127,34 @@ def wait_for_all(name: str, seconds: int = WEEK_SECONDS) -> None:
 def start_devices() -> list[jax.Device]:
     """Start JAX, which claims its share of the devices' memory, and return all devices.
 
-    Raises ValueError if JAX_PLATFORMS asks for devices that this machine does not have.
+    Raises ValueError if JAX_PLATFORMS asks for devices that this machine does not have. If JAX goes
+    on without a kind of device that is broken, a warning says why.
     """
+    # JAX logs what a plugin raises, with its traceback, and goes on without it.
+    problems = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            problems.append(str(record.exc_info[1]))
+        return not record.exc_info
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
     try:
-        return jax.devices()
+        devices = jax.devices()
     except (RuntimeError, AssertionError) as error:
         # Without a GPU, "cuda" fails an assertion that has no text.
-        reason = str(error).partition("\n")[0] or (
-            "this machine has no such device; unset the variable to take what there is"
-        )
+        reason = "; ".join(problems) or str(error).partition("\n")[0] or "no such device"
         platforms = jax.config.jax_platforms or ""
-        raise ValueError(f"JAX cannot start, JAX_PLATFORMS={platforms}: {reason}") from error
+        raise ValueError(
+            f"JAX cannot start, JAX_PLATFORMS={platforms}: {reason} (unset the variable to take "
+            "what this machine has)"
+        ) from error
+    finally:
+        logger.removeFilter(keep)
+    for problem in problems:
+        absl_logging.warning("JAX goes on without a kind of device: %s", problem)
+    return devices
 
 
 def hide_gpus(visible: str) -> None:

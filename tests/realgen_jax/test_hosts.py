@@ -1,5 +1,6 @@
 """Several processes that run as one program. Each has devices of its own, like a host."""
 
+import logging
 import os
 import re
 import shutil
@@ -242,19 +243,37 @@ def test_ctrl_c_reaches_every_process_of_the_launcher_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "plugin", "reason"),
     [
-        (AssertionError(), "this machine has no such device"),
-        (RuntimeError("Unable to initialize backend 'tpu'\nat ..."), "Unable to .* 'tpu'$"),
+        (AssertionError(), "", "no such device"),
+        (RuntimeError("Unable to initialize backend 'tpu'\nat ..."), "", "Unable to .* 'tpu'"),
+        (AssertionError(), "Unable to load cuDNN", "Unable to load cuDNN"),
+        (None, "Unable to load cuDNN", ""),
     ],
 )
-def test_devices_that_this_machine_lacks_are_one_line(monkeypatch, error, reason):
+def test_devices_that_this_machine_lacks_are_one_line(monkeypatch, caplog, error, plugin, reason):
+    """JAX logs why it cannot use a plugin with a traceback; it is told without one."""
+
     def devices():
-        raise error
+        if plugin:
+            try:
+                raise RuntimeError(plugin)
+            except RuntimeError:
+                logging.getLogger("jax._src.xla_bridge").exception("plugin")
+        if error:
+            raise error
+        return ["device"]
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(ValueError, match=f"JAX cannot start, JAX_PLATFORMS=cpu: {reason}"):
-        start_devices()
+    if error:
+        message = rf"^JAX cannot start, JAX_PLATFORMS=cpu: {reason} \(unset the variable .*\)$"
+        with pytest.raises(ValueError, match=message):
+            start_devices()
+        assert not caplog.records
+    else:
+        assert start_devices() == ["device"]
+        (record,) = caplog.records
+        assert record.getMessage() == f"JAX goes on without a kind of device: {plugin}"
 
 
 @pytest.mark.slow
