@@ -128,19 +128,20 @@ def device_bytes(tree: Any) -> int:
     return _bytes([leaf for leaf in jax.tree.leaves(tree) if not is_on_host(leaf)])
 
 
+def host_bytes(tree: Any) -> int:
+    """Bytes of an abstract tree that are in host memory, for one device."""
+    return _bytes([leaf for leaf in jax.tree.leaves(tree) if is_on_host(leaf)])
+
+
 def host_sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of abstract trees that are in host memory, for one device; those that are not 0."""
-    sizes = {}
-    for name, tree in arrays.items():
-        size = _bytes([leaf for leaf in jax.tree.leaves(tree) if is_on_host(leaf)])
-        if size:
-            sizes[name] = size
-    return sizes
+    """`host_bytes` of each tree that has any."""
+    sizes = {name: host_bytes(tree) for name, tree in arrays.items()}
+    return {name: size for name, size in sizes.items() if size}
 
 
-def _bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
+def _bytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
     total = 0
-    for leaf in leaves:
+    for leaf in arrays:
         shape = leaf.sharding.shard_shape(leaf.shape)
         total += leaf.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     return total

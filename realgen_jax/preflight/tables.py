@@ -23,7 +23,7 @@ from realgen_jax.preflight.figures import (
     accelerator,
     figures,
 )
-from realgen_jax.preflight.report import Report, host_sizes
+from realgen_jax.preflight.report import Report, host_bytes
 from realgen_jax.preflight.rewriter import RewriterReport
 from realgen_jax.sharding import batch_devices
 from realgen_jax.training.progress import plain_console
@@ -194,7 +194,7 @@ def in_host_memory(
             f" All devices together: {needed / GIB:.0f}. On GPUs, give each process its share of it"
             f" by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, which is {HOST_LIMIT / 1e9:.0f} by default."
         )
-    copied = sum(host_sizes({"": model.params}).values())
+    copied = host_bytes(model.params)
     if copied:
         # One pass over a device's share of a call.
         images = work.images / batch_devices(model.mesh)

@@ -224,7 +224,7 @@ def demo(tmp_path, *words, preset="tiny"):
 
 def test_a_short_demo_learns(tmp_path):
     evals, stdout = demo(tmp_path, "--config.num_epochs=3")
-    assert evals[3]["embedded_detector"] > evals[0]["embedded_detector"] + 0.015
+    assert evals[3]["embedded_detector"] > evals[0]["embedded_detector"] + 0.02
     assert evals[3]["embedded_prompt_accuracy"] >= 0.95
     page = tmp_path / "demo" / "report" / "index.html"
     assert stdout.splitlines()[-1] == f"report: {page}"
